@@ -1,0 +1,376 @@
+"""Facts are TOML: datasets, attack chains, suites and recipes, read strictly into frozen records.
+
+Cards lie in `suites/` (in a wheel: `robustbench_vlm/_suites/`), and in every folder given by `--include`.
+An unknown key, a value of the wrong kind or an unknown name is a `CardError` with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from robustbench_vlm.errors import CardError, InputError, nearest
+from robustbench_vlm.store import fingerprint
+from robustbench_vlm.threat import Norm, Threat, parse_eps
+
+
+def home() -> Path:
+    """The folder of the project's own cards: inside the wheel, or the checkout's `suites/`."""
+    packaged = Path(__file__).parent / "_suites"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "suites"
+
+
+class Card(BaseModel):
+    """Base of every record read from TOML: frozen, and no key goes unread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Card):
+    """Where a dataset comes from, so that a missing one can be fetched."""
+
+    hub: str = ""
+    revision: str = ""
+    url: str = ""
+
+
+class DatasetCard(Card):
+    """One dataset: what its images mean, and on which canvas the ball lives.
+
+    Attributes:
+        folder: name of its folder below the data root (clip-benchmark: `wds_<key>`).
+        size: images per split; what `data check` counts.
+        canvas: `native`, the ball at the images' own resolution; `model`, at the model's input size.
+        native_px: side of the images when `canvas` is `native`.
+        names: class names in label order; blank names are legal (CLEVR has one).
+        templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
+        names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    folder: str
+    n_classes: int
+    size: dict[str, int]
+    canvas: Literal["native", "model"]
+    native_px: int = 0
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    names_sha256: str = ""
+    templates_sha256: str = ""
+    metric: Literal["top1"] = "top1"
+    metric_official: str = "top1"
+    real: bool = True
+    licence: str
+    source: Source = Source()
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> DatasetCard:
+        if len(self.names) != self.n_classes:
+            raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
+        if not self.templates or any("{c}" not in template for template in self.templates):
+            raise ValueError("templates must be sentences that contain {c}")
+        if self.canvas == "native" and self.native_px <= 0:
+            raise ValueError("canvas = 'native' needs native_px, the side of the images in pixels")
+        for field, lines in (("names_sha256", self.names), ("templates_sha256", self.templates)):
+            stated = getattr(self, field)
+            if stated and stated != lines_sha256(lines):
+                raise ValueError(f"{field} is {lines_sha256(lines)}, expected {stated}: the list was changed")
+        return self
+
+
+def lines_sha256(lines: tuple[str, ...] | list[str]) -> str:
+    """SHA-256 of newline-joined lines: the identity of a list of names or templates."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class Stage(BaseModel):
+    """One attack of a chain: a plug-in and its fields, every number written out."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    attack: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The plug-in's own fields."""
+        return dict(self.model_extra or {})
+
+
+class AttackCard(Card):
+    """A chain of attacks; each is given the survivors of the ones before.
+
+    Attributes:
+        rows: the fixed padded shape of every model call (DESIGN ruling 1); part of the fingerprint.
+        stage: the attacks, in order.
+        stop: `first`, an image leaves at its first verified success; `last`, only the last iterate is
+            judged, as the PGD literature does.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    rows: int = Field(default=32, ge=1)
+    stop: Literal["first", "last"] = "first"
+    stage: tuple[Stage, ...]
+
+    @model_validator(mode="after")
+    def _stages(self) -> AttackCard:
+        names = [stage.name for stage in self.stage]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("a chain needs at least one stage, and stage names must differ")
+        return self
+
+
+class Suite(Card):
+    """A named list of datasets under one threat: what makes two rows comparable.
+
+    Attributes:
+        n: images a dataset (the n smallest hashes of seed and key); 0 means all.
+        means: further averages beside the one over all datasets, by name.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    datasets: tuple[str, ...]
+    split: str = "test"
+    norm: Norm = "linf"
+    eps: tuple[str, ...]
+    n: int = Field(default=1000, ge=0)
+    seed: int = 0
+    means: dict[str, tuple[str, ...]] = {}
+
+
+class DataChoice(Card):
+    """The training images of a recipe, and the one sentence that turns class names into text."""
+
+    dataset: str
+    split: str = "train"
+    template: str = "This is a photo of a {c}"
+    n: int = Field(default=0, ge=0)
+
+
+class Inner(Card):
+    """The inner maximisation: projected gradient ascent."""
+
+    norm: Norm = "linf"
+    eps: Annotated[str, BeforeValidator(str)]
+    steps: int = Field(ge=1)
+    step_size: Annotated[str, BeforeValidator(str)]
+
+    @property
+    def threat(self) -> Threat:
+        """The ball of the inner maximisation."""
+        return Threat(self.norm, parse_eps(self.eps, self.norm))
+
+    @property
+    def step(self) -> Fraction:
+        """Step size in [0, 1] pixel units."""
+        return parse_eps(self.step_size, self.norm)
+
+
+class Optim(Card):
+    """AdamW with linear warm-up and a half cosine to zero; pure functions of the step."""
+
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    steps: int = Field(ge=1)
+    warmup: int = Field(default=0, ge=0)
+    batch_size: int = Field(ge=1)
+    grad_clip: float = Field(default=0.0, ge=0)
+
+
+class Lora(Card):
+    """Low-rank adapters on the student's image tower, through peft; merged when saved."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: tuple[str, ...] = ("attn",)
+
+
+class Probe(Card):
+    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split."""
+
+    every: int = Field(ge=1)
+    n: int = Field(default=256, ge=1)
+    split: str = "test"
+    steps: int = Field(default=10, ge=1)
+
+
+class Recipe(Card):
+    """One training run worth repeating.
+
+    Attributes:
+        student: model id or checkpoint folder that training starts from.
+        teachers: model id or checkpoint folder of each role that the defense names.
+        defense: plug-in name and its fields.
+        inner: the attack; must be absent for a defense without one.
+        checkpoint_every: steps between checkpoints (0: only at the end).
+    """
+
+    name: str
+    title: str
+    student: str
+    teachers: dict[str, str] = {}
+    defense: dict[str, Any]
+    data: DataChoice
+    inner: Inner | None = None
+    optim: Optim
+    lora: Lora | None = None
+    probe: Probe | None = None
+    seed: int = 0
+    checkpoint_every: int = Field(default=0, ge=0)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved recipe."""
+        return fingerprint(self.model_dump(mode="json"))
+
+
+C = TypeVar("C", bound=Card)
+
+FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
+    "datasets": ("datasets", DatasetCard),
+    "attacks": ("attacks", AttackCard),
+    "suites": (".", Suite),
+    "recipes": ("recipes", Recipe),
+}
+"""Kind of card -> folder below each card home, and the record it is read into."""
+
+_include: list[Path] = []
+
+
+def include(folders: list[Path]) -> None:
+    """Search these folders for cards before the project's own; set once, by the door.
+
+    Raises:
+        InputError: a folder does not exist.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--include {folder}", "no such folder", "a folder laid out like suites/")
+    _include[:] = folders
+    _paths.cache_clear()
+
+
+@cache
+def _paths(kind: str) -> dict[str, Path]:
+    folder, _ = FOLDERS[kind]
+    found: dict[str, Path] = {}
+    for root in (home(), *reversed(_include)):
+        found |= {path.stem: path for path in sorted((root / folder).glob("*.toml"))}
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Names of all cards of a kind, sorted."""
+    return sorted(_paths(kind))
+
+
+def read(kind: str, name: str, record: type[C]) -> C:
+    """The card of `kind` called `name`, or the TOML file at the path `name`.
+
+    Raises:
+        CardError: no such card, or the file breaks the schema; the message names file and key.
+    """
+    path = Path(name) if name.endswith(".toml") else _paths(kind).get(name)
+    if path is None:
+        raise CardError(f"{kind} {name!r}", "no such card", do=nearest(name, _paths(kind)))
+    return parse(toml(path), record, str(path))
+
+
+def toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file, with `@file` strings replaced by that file's lines.
+
+    A value `"@prompts/x.txt"` of `names` or `templates` means the lines of `x.txt` below the card home, so a
+    list of a thousand names is written once and shared.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CardError(str(path), "no such file", "a TOML card") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CardError(str(path), f"not TOML ({error})", "a TOML card") from None
+    for key in ("names", "templates"):
+        value = table.get(key)
+        if isinstance(value, str) and value.startswith("@"):
+            table[key] = _lines(path, value.removeprefix("@"))
+    return table
+
+
+def _lines(card: Path, name: str) -> list[str]:
+    for root in (card.parent.parent, home()):
+        path = root / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
+
+
+def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
+    """A strict record from a table.
+
+    Raises:
+        CardError: with file, key, what was found and the nearest known key.
+    """
+    try:
+        return record.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(record, first["loc"][:-1])
+            raise CardError(
+                where, f"unknown key {place!r}", do=nearest(str(first["loc"][-1]), known)
+            ) from None
+        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
+        raise CardError(where, f"{place or 'card'}: {first['msg']}{found}") from None
+
+
+def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the table at `path` inside `record`."""
+    for part in path:
+        field = record.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list of tables
+        inner = [
+            t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
+        ]
+        record = next((t for t in inner if issubclass(t, BaseModel)), record)
+    return list(record.model_fields)
+
+
+def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The table with `--set a.b=value` applied; values are TOML (`0.1`, `true`, `"text"`), else plain text.
+
+    Raises:
+        CardError: a setting without `=`.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, last = key.split(".")
+        inner = table
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise CardError(f"--set {setting}", f"{parent!r} is not a table")
+        inner[last] = value
+    return table

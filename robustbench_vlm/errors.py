@@ -1,0 +1,73 @@
+"""Every error a user can meet, drawn as a tree; the door (`cli`) turns each into one line and an exit code.
+
+VlmrobError             exit 1: something failed while running
+├── AttackError         an attack left the ball or the box, or produced a non-finite number
+├── TrainingError       a loss is not finite, or training cannot go on
+├── Incomplete          exit 75: stopped early, but the same command goes on where it stopped
+└── InputError          exit 2: what was typed, or a file that was named, is not usable
+    ├── CardError       a TOML or JSON card: unknown key, wrong type, unknown name
+    ├── DataError       a dataset: missing, truncated, mislabelled
+    └── WeightsError    a checkpoint: other architecture, missing tensor, changed bytes
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmrobError(Exception):
+    """A failure with a sentence for the user. Exit code 1."""
+
+    exit_code = 1
+
+
+class AttackError(VlmrobError):
+    """An attack broke its contract: outside the ball or box, or a number that is not finite."""
+
+
+class TrainingError(VlmrobError):
+    """Training cannot go on; the message names step, term and image keys."""
+
+
+class Incomplete(VlmrobError):  # noqa: N818 - not an error: the same command resumes
+    """The work stopped before its end and is resumable by the same command. Exit code 75."""
+
+    exit_code = 75
+
+
+class InputError(VlmrobError):
+    """What the user gave cannot be used. Exit code 2.
+
+    The message has the house form *where: what was found; what was expected; what to do*.
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: str, found: str, expected: str = "", do: str = "") -> None:
+        tail = [f"expected {expected}" if expected else "", do]
+        super().__init__("; ".join([f"{where}: {found}", *(part for part in tail if part)]))
+
+
+class CardError(InputError):
+    """A card or recipe has an unknown key, a value of the wrong kind, or names something unknown."""
+
+
+class DataError(InputError):
+    """A dataset folder is missing, incomplete, damaged or labelled outside its class list."""
+
+
+class WeightsError(InputError):
+    """A checkpoint does not belong to the architecture, or its bytes are not the ones its card names."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped `name`: the nearest known names, then all of them.
+
+    Returns:
+        `did you mean 'x'? known: a, b, c` (the first half only when something is near).
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return f"{hint}known: {', '.join(names) if names else '(none)'}"

@@ -1,0 +1,74 @@
+"""The folder is the registry: `get("defenses", "mmt-ard")` is `plugin` in `defenses/mmt_ard.py`.
+
+A plug-in is a frozen dataclass; its fields are its configuration. Other packages add theirs by entry points
+(`robustbench_vlm.defenses`, `robustbench_vlm.attacks`), or by name as `module:Name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from robustbench_vlm.errors import CardError, nearest
+
+
+def names(kind: str) -> list[str]:
+    """Names of all plug-ins of a kind: modules that end in `plugin = ...`, and entry points."""
+    package = importlib.import_module(f"robustbench_vlm.{kind}")
+    own = [
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules(package.__path__)
+        if hasattr(importlib.import_module(f"{package.__name__}.{module.name}"), "plugin")
+    ]
+    return sorted({*own, *(point.name for point in entry_points(group=f"robustbench_vlm.{kind}"))})
+
+
+def get(kind: str, name: str) -> type:
+    """The plug-in class called `name`, or the one at `module:Name`.
+
+    Raises:
+        CardError: nothing of that name; the message gives the nearest and all known names.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            found: type = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise CardError(f"{kind} {name!r}", str(error), "module:Name of an importable class") from None
+        return found
+    for point in entry_points(group=f"robustbench_vlm.{kind}", name=name):
+        loaded: type = point.load()
+        return loaded
+    known = names(kind)
+    if name not in known:
+        raise CardError(
+            f"unknown {kind.removesuffix('s')} {name!r}", "no such plug-in", do=nearest(name, known)
+        )
+    module_name = f"robustbench_vlm.{kind}.{name.replace('-', '_')}"
+    own: type = importlib.import_module(module_name).plugin
+    return own
+
+
+def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401 - the plug-in's type
+    """The plug-in called `name` with its fields set, read as strictly as any card.
+
+    Raises:
+        CardError: unknown plug-in, unknown field, or a value of the wrong kind.
+    """
+    plugin = get(kind, name)
+    known = [field.name for field in dataclasses.fields(plugin) if field.init]
+    for key in fields:
+        if key not in known:
+            raise CardError(where, f"unknown key {key!r} for {name}", do=nearest(key, known))
+    try:
+        return TypeAdapter(plugin).validate_python(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CardError(where, f"{name}.{place}: {first['msg']} (found {first['input']!r:.80})") from None

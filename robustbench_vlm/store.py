@@ -1,0 +1,91 @@
+"""Bytes on disk: canonical JSON, hashes, atomic writes and append-only ledgers. Nothing is ever deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from robustbench_vlm.errors import InputError
+
+
+def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8; what fingerprints are taken of."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """SHA-256 of the canonical spelling, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: a temporary neighbour, flushed to disk, then renamed over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write a JSON value for people: two spaces of indent, keys in the given order, one final newline."""
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    """The JSON value of a file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(str(path), "no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"not JSON ({error})", "a file written by vlmrob") from None
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and hand it to the system, so a killed process loses at most that line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(canonical(dict(record)) + b"\n")
+
+
+def mend(path: Path) -> None:
+    """Cut a half-written last line (a process killed while appending) so that lines can be added again."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        write(path, content[: content.rfind(b"\n") + 1])
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a ledger; a half-written last line is not there yet."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        yield json.loads(line)

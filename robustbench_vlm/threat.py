@@ -1,0 +1,99 @@
+"""What the attacker may do: a norm and a radius. No torch here, so the door can refuse bad input at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+from robustbench_vlm.errors import InputError, nearest
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[str, ...] = get_args(Norm)
+
+LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
+SNAP = 1e-5  # 0.0314 is meant as 8/255
+
+
+@dataclass(frozen=True)
+class Threat:
+    """The set of admissible images: {x' in [0, 1] : ||x' - x||_norm <= eps}.
+
+    Attributes:
+        norm: `linf` or `l2`, over all channels and pixels of one image.
+        eps: radius in units of the [0, 1] pixel range, exact. A plain length for `l2`.
+    """
+
+    norm: Norm
+    eps: Fraction
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise InputError("norm", repr(self.norm), do=nearest(str(self.norm), NORMS))
+        if self.eps <= 0:
+            raise InputError("eps", str(self.eps), "a positive radius", "type for example 4/255")
+
+    def __str__(self) -> str:
+        return f"{self.norm} {eps_text(self.norm, self.eps)}"
+
+    @property
+    def column(self) -> str:
+        """The radius as tables print it: the numerator of /255 for Linf, the length for L2."""
+        value = self.eps * 255 if self.norm == "linf" else self.eps
+        return f"{float(value):.6g}"
+
+
+def eps_text(norm: str, eps: Fraction) -> str:
+    """`4/255` for Linf, a plain decimal for L2."""
+    if norm != "linf":
+        return f"{float(eps):.6g}"
+    scaled = eps * 255
+    return f"{scaled}/255" if scaled.denominator == 1 else f"{float(scaled):.6g}/255"
+
+
+def parse_eps(text: str, norm: str = "linf") -> Fraction:
+    """The radius meant by what was typed.
+
+    For Linf `2` and `2/255` mean 2/255; `0.0314` is a plain fraction of the pixel range, taken as
+    `N/255` when within 1e-5 of it; a plain fraction above 32/255 must be written `N/255`. For other
+    norms the number is a plain length in [0, 1] pixel units.
+
+    Raises:
+        InputError: not a number, not positive, a decimal of 1 or more, or a plain fraction above 32/255.
+    """
+    where, text = f"eps {text!r}", text.strip()
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(where, "not a number", "4/255, 4 or 0.0157") from None
+    if value <= 0:
+        raise InputError(where, "not positive", "a positive radius such as 4/255")
+    if norm != "linf":
+        return value
+    if "/" in text:
+        if value > 1:
+            raise InputError(where, "larger than the pixel range", "at most 255/255")
+        return value
+    if value >= 1:
+        if value.denominator != 1 or "." in text:
+            raise InputError(
+                where,
+                "a decimal of 1 or more is ambiguous",
+                "an integer N meaning N/255, or N/255",
+                "type N/255",
+            )
+        if value > 255:
+            raise InputError(where, "larger than the pixel range", "at most 255")
+        return value / 255
+    if value > LARGEST_PLAIN:
+        raise InputError(
+            where,
+            "a plain fraction above 32/255",
+            "the form N/255 for so large a radius",
+            f"type {float(value * 255):.4g}/255 if that is meant",
+        )
+    snapped = Fraction(round(value * 255), 255)
+    if snapped > 0 and math.isclose(float(snapped), float(value), rel_tol=0, abs_tol=SNAP):
+        return snapped
+    return value

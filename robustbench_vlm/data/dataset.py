@@ -1,0 +1,276 @@
+"""A split of a dataset on disk: which images, under which keys and labels, and their pixels on request.
+
+Opening indexes names and labels only. Keys, subsets and hashes depend on the card and the names alone: never on
+shard order, workers or batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from robustbench_vlm import rng
+from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.data import pixels, shards
+from robustbench_vlm.errors import DataError
+from robustbench_vlm.store import fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of a split: its identity for ever, its class index, and where its bytes lie."""
+
+    key: str
+    label: int
+    sample: shards.Sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded image.
+
+    Attributes:
+        key: `dataset/split/member`.
+        label: class index.
+        sha256: of the encoded bytes, in hex.
+        pixels: (H, W, 3) uint8 on the dataset's canvas.
+    """
+
+    key: str
+    label: int
+    sha256: str
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Images:
+    """All images of a split in entry order.
+
+    Attributes:
+        pixels: (N, H, W, 3) uint8 on the dataset's canvas.
+        labels: (N,) int64.
+        keys: N keys.
+        sha256: N hashes of the encoded bytes, in hex.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    keys: tuple[str, ...]
+    sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of one split of a dataset, sorted by key.
+
+    Attributes:
+        card: the dataset.
+        split: name of the split, also of its folder.
+        folder: the dataset's folder.
+        entries: the images, sorted by key.
+        notes: what a careful reader of a result should know about the folder; not errors.
+    """
+
+    card: DatasetCard
+    split: str
+    folder: Path
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The N keys, sorted."""
+        return tuple(entry.key for entry in self.entries)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 class indices, in entry order."""
+        return np.array([entry.label for entry in self.entries], dtype=np.int64)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the selection: SHA-256 over the ordered keys and labels."""
+        return fingerprint([[entry.key, entry.label] for entry in self.entries])
+
+    def subset(self, n: int, seed: int = 0) -> Split:
+        """The `n` images with the smallest `rng.rank(seed, key)`; all of them for n = 0 or n >= N.
+
+        Subsets of one seed are nested, and independent of the order of shards and members.
+        """
+        if n < 0:
+            raise ValueError(f"n = {n}, expected 0 (all) or a positive number")
+        if n == 0 or n >= len(self):
+            return self
+        drawn = sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key))[:n]
+        return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
+
+    def side(self, px: int) -> int:
+        """Side of the canvas for a model with input size `px`: the card's own when it is native."""
+        return self.card.native_px if self.card.canvas == "native" else px
+
+    def read(self, i: int, px: int) -> Example:
+        """Image `i` on the canvas; `px` is the model's input size, used when the canvas is `model`.
+
+        Raises:
+            DataError: the bytes are gone, or are no image that fits the canvas.
+        """
+        entry = self.entries[i]
+        content = entry.sample.read()
+        decode = pixels.native if self.card.canvas == "native" else pixels.model
+        where = f"{entry.sample.path}, {entry.key}"
+        return Example(
+            entry.key,
+            entry.label,
+            hashlib.sha256(content).hexdigest(),
+            decode(content, self.side(px), where),
+        )
+
+    def images(self, px: int) -> Images:
+        """All images, decoded by a few threads into one array of N x side x side x 3 bytes.
+
+        Raises:
+            DataError: for the first image, in entry order, that cannot be decoded.
+        """
+        side = self.side(px)
+        array = np.empty((len(self), side, side, 3), dtype=np.uint8)
+        hashes = []
+        with ThreadPoolExecutor(threads()) as pool:
+            try:
+                for i, example in enumerate(pool.map(lambda i: self.read(i, px), range(len(self)))):
+                    array[i] = example.pixels
+                    hashes.append(example.sha256)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return Images(array, self.labels, self.keys, tuple(hashes))
+
+
+def open_split(card: DatasetCard, root: Path, split: str) -> Split:
+    """The split as it lies below the data root: shards or class folders, checked but not decoded.
+
+    Raises:
+        DataError: folder or split missing (with how to get it), class names other than the card's, or
+            anything wrong with the shards.
+    """
+    folder = root / card.folder
+    if not folder.is_dir():
+        raise DataError(f"dataset {card.name}", f"no folder {folder}", do=how_to_get(card, root))
+    place = folder / split
+    if split in ("", ".", "..") or "/" in split or not place.is_dir():
+        have = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+        raise DataError(
+            f"dataset {card.name}", f"no split {split!r}", f"one of: {have}", how_to_get(card, root)
+        )
+    sharded = shards.is_sharded(place)
+    notes = _check_texts(card, folder, required=sharded)
+    if sharded:
+        index = shards.index_shards(place, card.n_classes)
+    else:
+        index, by_name = shards.index_folders(place, card.names)
+        if not by_name:
+            notes.append("class folders are matched to class names by sorted order")
+    if index.ignored:
+        notes.append(f"{index.ignored} files that are neither images nor labels were ignored")
+    count = len(index.samples)
+    if count != card.size.get(split, count):
+        notes.append(f"{count} images, where the card says {card.size[split]}")
+    prefix = f"{card.name}/{split}/"
+    entries = tuple(Entry(prefix + sample.name, sample.label, sample) for sample in index.samples)
+    return Split(card, split, folder, entries, tuple(notes))
+
+
+def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
+    """One line for each dataset without that split below the root: its name and how to get it."""
+    return [
+        f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}"
+        for card in cards
+        if not (root / card.folder / split).is_dir()
+    ]
+
+
+def how_to_get(card: DatasetCard, root: Path) -> str:
+    """The command to type, or the address to go to, for a dataset that is not there."""
+    if card.source.hub:
+        revision = f" --revision {card.source.revision}" if card.source.revision else ""
+        target = root / card.folder
+        return (
+            f"get it with: hf download {card.source.hub} --repo-type dataset{revision} --local-dir {target}"
+        )
+    if card.source.url:
+        return f"get it from {card.source.url} and lay it out as {root / card.folder}/<split>/<class>/<image>"
+    if card.name.startswith("tiny"):
+        return "make it with: vlmrob data make tiny"
+    return f"put it at {root / card.folder}"
+
+
+def folder_sha(keys: Sequence[str], labels: Sequence[int] | np.ndarray, images: Sequence[str]) -> str:
+    """Fingerprint of what was evaluated: SHA-256 over ordered keys, labels and image hashes.
+
+    Args:
+        keys: N keys.
+        labels: N class indices.
+        images: N SHA-256 of the encoded images, in hex.
+    """
+    return fingerprint([[k, int(y), h] for k, y, h in zip(keys, labels, images, strict=True)])
+
+
+def majority(labels: np.ndarray, n_classes: int) -> float:
+    """Accuracy of the best constant predictor on (N,) labels, in [0, 1]; 0 for no labels."""
+    return float(np.bincount(labels, minlength=n_classes).max() / len(labels)) if len(labels) else 0.0
+
+
+def threads() -> int:
+    """How many threads decode: the cores this process may use, at most 8 (decoding frees the interpreter)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
+def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
+    """Notes on the folder's text files, once its class names are the card's."""
+    kind = _lines(folder / "dataset_type.txt")
+    if kind and kind[0] not in ("", "classification"):
+        raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
+    names = _lines(folder / "classnames.txt")
+    if names is None and required:
+        where = str(folder / "classnames.txt")
+        raise DataError(where, "no such file", f"the {card.n_classes} class names", "fetch it again")
+    if names is not None:
+        _same_names(card, folder / "classnames.txt", names)
+    templates = _lines(folder / "zeroshot_classification_templates.txt")
+    if templates is None:
+        return ["no templates file; the card's templates are used"] if required else []
+    if [line for line in templates if line] != list(card.templates):
+        return ["the folder's templates differ from the card's; the card's are used"]
+    return []
+
+
+def _same_names(card: DatasetCard, path: Path, found: list[str]) -> None:
+    wanted = list(card.names)
+    while wanted and not wanted[-1]:  # blank names are legal, but trailing blank lines of a file are dropped
+        wanted.pop()
+    for number in range(max(len(wanted), len(found))):
+        here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
+        if here[0] != here[1]:
+            do = f"check that the folder belongs to {card.name}"
+            raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
+
+
+def _lines(path: Path) -> list[str] | None:
+    """Lines of a UTF-8 text file without trailing blank ones; none if there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(path), f"unreadable ({error})", "UTF-8 text") from None
+    return text.rstrip("\n").split("\n") if text.strip() else []

@@ -1,0 +1,103 @@
+"""Encoded bytes -> (H, W, 3) uint8 on the canvas of a dataset. Nothing else is done to an image here.
+
+What the field does is kept to the bit: `convert("RGB")` first (grey is repeated, a palette looked up, alpha
+dropped, CMYK inverted as Pillow does), the first frame of an animation, EXIF rotation not applied. Sixteen-bit
+grey is scaled by 1/257 (Pillow alone would clip it to white); 32-bit and float images are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from robustbench_vlm.errors import DataError
+
+LARGEST = 64 * 10**6  # pixels, before decoding and after resizing: 192 MB as RGB
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; Pillow also knows formats that start programs
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def rgb(content: bytes, where: str) -> Image.Image:
+    """The decoded image in mode RGB, at its own size.
+
+    Args:
+        content: an encoded JPEG, PNG, WebP, GIF or BMP image.
+        where: shard and key, for messages.
+
+    Raises:
+        DataError: not an image, truncated, more than 64 million pixels, or 32 bits a channel.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        found = "another package has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
+        raise DataError(where, found, "damaged images to be errors", "set it to False")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > LARGEST:
+                raise _too_large(where, f"{image.width} x {image.height} pixels")
+            if image.mode in ("I", "F"):
+                raise DataError(where, f"32 bits a channel (mode {image.mode})", "8 or 16", "convert it")
+            if image.mode.startswith("I;16"):
+                scaled = (np.asarray(image, dtype=np.uint32) + 128) // 257
+                return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+            image.load()
+            image.info.pop("transparency", None)  # dropped anyway; Pillow warns about some spellings
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(where, str(error).split(",")[0]) from None
+    except DAMAGED as error:
+        looks = _looks_like(content)
+        reason = f"not a whole image{looks} ({str(error).splitlines()[0] if str(error) else 'damaged'})"
+        reason = reason.replace(str(io.BytesIO), "bytes")
+        raise DataError(where, reason[:200], "JPEG, PNG or WebP", "fetch or write it again") from None
+
+
+def native(content: bytes, px: int, where: str) -> np.ndarray:
+    """(px, px, 3) uint8: the image as stored.
+
+    Raises:
+        DataError: as `rgb`, or another size than px x px.
+    """
+    image = rgb(content, where)
+    if image.size != (px, px):
+        found, do = f"{image.width} x {image.height} pixels", "check that the folder belongs to this dataset"
+        raise DataError(where, found, f"{px} x {px} (canvas = 'native')", do)
+    return np.array(image)
+
+
+def model(content: bytes, px: int, where: str) -> np.ndarray:
+    """(px, px, 3) uint8: bicubic resize of the shorter side to `px` and centre crop, as open_clip evaluates.
+
+    Equal bit for bit to `open_clip.image_transform(px, is_train=False)` on the RGB image, up to its
+    normalisation.
+
+    Raises:
+        DataError: as `rgb`, or an image so thin that its resized longer side passes 64 million pixels.
+    """
+    image = rgb(content, where)
+    short, long = sorted(image.size)
+    longer = int(px * long / short)
+    if px * longer > LARGEST:
+        raise _too_large(where, f"{image.width} x {image.height} pixels, resized to {px} x {longer}")
+    size = (px, longer) if image.width <= image.height else (longer, px)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((side - px) / 2.0) for side in image.size)
+    return np.array(image.crop((left, top, left + px, top + px)))
+
+
+def _too_large(where: str, found: str) -> DataError:
+    return DataError(where, found, f"at most {LARGEST} pixels", "remove or shrink it")
+
+
+def _looks_like(content: bytes) -> str:
+    """What the bytes are instead, when that is plain."""
+    start = content[:256].lstrip().lower()
+    if not content:
+        return ", an empty file"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return ", a web page"
+    return ", a git-lfs pointer" if start.startswith(b"version https://git-lfs") else ""

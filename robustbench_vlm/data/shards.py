@@ -1,0 +1,231 @@
+"""Where each image lies: an index of the clip-benchmark webdataset layout and of class-per-folder trees.
+
+Only names, labels and byte ranges are learnt here; nothing is decoded, extracted, unpickled or run. A shard
+that was cut anywhere before its end-of-archive mark is an error, never a smaller dataset.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustbench_vlm.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({"webp", "png", "jpg", "jpeg"})
+LABEL_SUFFIX = "cls"
+LARGEST_LABEL = 32  # bytes; a class index needs a dozen, more is not a label
+LARGEST_IMAGE = 256 * 2**20  # bytes of one encoded image; more is a damaged header or an attack on memory
+BLOCK = tarfile.BLOCKSIZE
+AGAIN = "fetch or write this shard again"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One labelled image and where its bytes lie.
+
+    Attributes:
+        name: member basename without extension, or the path below the split for class folders.
+        label: class index.
+        path: the shard, or the image file itself.
+        offset: first byte of the encoded image inside `path`.
+        size: its number of bytes; -1 for the whole file.
+    """
+
+    name: str
+    label: int
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The encoded image, as stored.
+
+        Raises:
+            DataError: the file is gone, or shorter than when it was indexed, or absurdly large.
+        """
+        where = f"{self.path}, {self.name}"
+        try:
+            with self.path.open("rb") as file:
+                if self.size < 0 and os.fstat(file.fileno()).st_size > LARGEST_IMAGE:
+                    raise DataError(where, f"larger than {LARGEST_IMAGE} bytes", "one encoded image")
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise DataError(where, f"cannot be read ({error.strerror})", do="check the file") from None
+        if self.size >= 0 and len(content) != self.size:
+            raise DataError(where, f"{len(content)} bytes left", f"{self.size}, as indexed", AGAIN)
+        return content
+
+
+@dataclass(frozen=True)
+class Index:
+    """All samples of a split, sorted by name, and the number of members that are neither image nor label."""
+
+    samples: tuple[Sample, ...]
+    ignored: int
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a split folder holds tar shards (or says that it should)."""
+    return (folder / "nshards.txt").exists() or any(folder.glob("*.tar"))
+
+
+def index_shards(folder: Path, n_classes: int) -> Index:
+    """Index of `nshards.txt`, `0.tar`, `1.tar`, ... in a split folder; each archive is walked once.
+
+    Raises:
+        DataError: shards missing, truncated, damaged or in excess; an image without label or a label
+            without image; a name used twice; a label that is no integer below `n_classes`.
+    """
+    samples: dict[str, Sample] = {}
+    ignored = 0
+    for shard in _shards(folder):
+        found, skipped = _index_shard(shard, n_classes)
+        ignored += skipped
+        for sample in found:
+            other = samples.setdefault(sample.name, sample)
+            if other is not sample:
+                where = "the same shard" if other.path == shard else other.path.name
+                raise DataError(str(shard), f"key {sample.name!r} is also in {where}", "each key once", AGAIN)
+    if not samples:
+        raise DataError(str(folder), "no images in any shard", "members like s0000000.webp, s0000000.cls")
+    return Index(tuple(samples[name] for name in sorted(samples)), ignored)
+
+
+def index_folders(folder: Path, names: tuple[str, ...]) -> tuple[Index, bool]:
+    """Index of `<folder>/<class>/<image>`, and whether the folders carry the class names themselves.
+
+    Labels follow the sorted folder names, as in torchvision's `ImageFolder`; where the folder names are
+    exactly the card's class names, they follow the names, which is the same or safer.
+
+    Raises:
+        DataError: no images, or another number of class folders than classes.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if len(classes) != len(names):
+        raise DataError(
+            str(folder), f"{len(classes)} class folders", f"{len(names)}", "one folder for each class"
+        )
+    by_name = classes == sorted(set(names))
+    samples, ignored = [], 0
+    for position, name in enumerate(classes):
+        label = names.index(name) if by_name else position
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_dir():
+                continue
+            if path.suffix.lower().removeprefix(".") not in IMAGE_SUFFIXES or path.name.startswith("."):
+                ignored += 1
+                continue
+            samples.append(Sample(path.relative_to(folder).as_posix(), label, path))
+    if not samples:
+        raise DataError(str(folder), "no images below the class folders", "<class>/<image>.jpg")
+    return Index(tuple(sorted(samples, key=lambda sample: sample.name)), ignored), by_name
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The shard files that `nshards.txt` promises, in order, once they are exactly those on disk."""
+    stated = folder / "nshards.txt"
+    try:
+        text = stated.read_bytes()[:64].decode("ascii").strip()
+    except FileNotFoundError:
+        raise DataError(
+            str(stated), "no such file", "the number of shards", "fetch the split again"
+        ) from None
+    except (OSError, UnicodeDecodeError):
+        text = "(unreadable)"
+    if not re.fullmatch(r"\d{1,7}", text) or int(text) == 0:
+        raise DataError(str(stated), repr(text), "one positive integer, the number of shards")
+    wanted = [f"{i}.tar" for i in range(int(text))]
+    present = {path.name for path in folder.glob("*.tar")}
+    absent = [name for name in wanted if name not in present]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise DataError(
+            str(folder), f"{', '.join(absent[:3])}{more} missing", f"{text} shards", "fetch the split again"
+        )
+    extra = sorted(present - set(wanted))
+    if extra:
+        raise DataError(
+            str(folder), f"{extra[0]} is there", f"{text} shards by nshards.txt", "correct either"
+        )
+    return [folder / name for name in wanted]
+
+
+def _index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
+    """Samples of one archive in member order, and the number of ignored members."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    ignored = 0
+    with shard.open("rb") as file:
+        for member in _members(shard, file.fileno()):
+            name, _, suffix = member.name.rpartition("/")[2].partition(".")
+            suffix = suffix.lower()
+            plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
+            if not plain or not name or suffix not in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+                ignored += 1
+                continue
+            if name in (labels if suffix == LABEL_SUFFIX else images):
+                kind = "labels" if suffix == LABEL_SUFFIX else "images"
+                raise DataError(str(shard), f"key {name!r} has two {kind}", "each key once", AGAIN)
+            if suffix == LABEL_SUFFIX:
+                text = os.pread(file.fileno(), min(member.size, LARGEST_LABEL), member.offset_data)
+                labels[name] = _label(shard, name, text, n_classes)
+            elif member.size > LARGEST_IMAGE:
+                raise DataError(f"{shard}, {name}", f"an image of {member.size} bytes", "less", AGAIN)
+            else:
+                images[name] = member
+    lonely = sorted(images.keys() ^ labels.keys())
+    if lonely:
+        lacks = "no label (.cls)" if lonely[0] in images else "no image (.webp .png .jpg .jpeg)"
+        raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
+    found = [Sample(name, labels[name], shard, m.offset_data, m.size) for name, m in images.items()]
+    return found, ignored
+
+
+def _label(shard: Path, name: str, text: bytes, n_classes: int) -> int:
+    stripped = text.strip(b" \t\r\n")
+    expected = f"an integer from 0 to {n_classes - 1}"
+    if not re.fullmatch(rb"[0-9]{1,9}", stripped):
+        raise DataError(f"{shard}, {name}.cls", f"label {text.decode('latin-1')!r}", expected, AGAIN)
+    value = int(stripped)
+    if value >= n_classes:
+        do = "check that the folder belongs to this dataset"
+        raise DataError(f"{shard}, {name}.cls", f"label {value} is outside the class list", expected, do)
+    return value
+
+
+def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed archive that is whole up to and including its end mark.
+
+    `tarfile` ends quietly at a cut between members and at a damaged header, so the end is checked here:
+    two zero blocks where the next header would be, and nothing but zeros behind them.
+    """
+    size = os.fstat(descriptor).st_size
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            last = -1
+            while (member := archive.next()) is not None:
+                # a negative size in a hostile header would send tarfile round in circles
+                if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
+                    raise DataError(str(shard), f"truncated in {member.name!r:.80}", "a whole archive", AGAIN)
+                last = member.offset
+                yield member
+            end = archive.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        head = os.pread(descriptor, 64, 0)
+        pointer = head.startswith(b"version https://git-lfs")
+        found = "a git-lfs pointer" if pointer else f"no whole tar archive ({error or type(error).__name__})"
+        raise DataError(str(shard), found, "an uncompressed tar archive", AGAIN) from None
+    mark = os.pread(descriptor, 2 * BLOCK, end)
+    if len(mark) < 2 * BLOCK:
+        raise DataError(str(shard), "truncated: no end-of-archive mark", "a whole archive", AGAIN)
+    if any(mark):
+        raise DataError(str(shard), f"damaged header at byte {end}", "a whole archive", AGAIN)
+    for start in range(end + 2 * BLOCK, size, 2**20):
+        if any(os.pread(descriptor, 2**20, start)):
+            found = "data behind the end-of-archive mark (two archives glued together?)"
+            raise DataError(str(shard), found, "one archive", AGAIN)

@@ -1,7 +1,7 @@
 """A split of a dataset on disk: which images, under which keys and labels, and their pixels on request.
 
-Opening indexes names and labels only. Keys, subsets and hashes depend on the card and the names alone: never on
-shard order, workers or batch size.
+Opening indexes names and labels only. Keys, subsets and hashes depend on the card and the names alone:
+never on shard order, workers or batch size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training batches as a pure function of the step, so that a resumed run sees what an uninterrupted one saw."""
+"""Training batches as a pure function of the step: a resumed run sees what an uninterrupted one saw."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches `start_step` to `stop_step - 1`, each of exactly `batch_size` images.
 
-    Batch t holds positions t B to (t + 1) B - 1 of the concatenated epochs, and epoch e is a permutation keyed
-    by seed, dataset, split and e: batch t is the same whenever and from wherever it is asked for.
+    Batch t holds positions t B to (t + 1) B - 1 of the concatenated epochs, and epoch e is a permutation
+    keyed by seed, dataset, split and e: batch t is the same whenever and from wherever it is asked for.
 
     Args:
         split: the training images; fewer than `batch_size` is allowed, a batch then spans epochs.

@@ -1,7 +1,7 @@
 """Encoded bytes -> (H, W, 3) uint8 on the canvas of a dataset. Nothing else is done to an image here.
 
 What the field does is kept to the bit: `convert("RGB")` first (grey is repeated, a palette looked up, alpha
-dropped, CMYK inverted as Pillow does), the first frame of an animation, EXIF rotation not applied. Sixteen-bit
+dropped, CMYK inverted as Pillow does), the first frame of an animation, EXIF rotation not applied. 16-bit
 grey is scaled by 1/257 (Pillow alone would clip it to white); 32-bit and float images are refused.
 """
 

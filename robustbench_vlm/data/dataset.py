@@ -261,7 +261,7 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> None:
     for number in range(max(len(wanted), len(found))):
         here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
         if here[0] != here[1]:
-            do = f"check that the folder belongs to {card.name}"
+            do = f"check that the folder is {card.name}, or give a card with its names by --include"
             raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
 
 

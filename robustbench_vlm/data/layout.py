@@ -6,8 +6,8 @@
 <folder>/<split>/0.tar 1.tar ... nshards.txt   members KEY.<ext> and KEY.cls
 ```
 
-The same samples give the same bytes. Every file appears whole or not at all, and `nshards.txt` appears last:
-a split that has one is finished and is left alone.
+The same samples give the same bytes. A split appears whole or not at all; a finished one is left alone, and
+nothing that is already there is ever overwritten.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from robustbench_vlm import store
@@ -38,39 +37,55 @@ def write_texts(folder: Path, names: Sequence[str], templates: Sequence[str]) ->
     """Write class names in label order and sentence templates, one a line; blank names are kept.
 
     Raises:
-        DataError: an entry holds a line break, which would move every label after it.
+        DataError: an entry holds a line break, which would move every label after it; or the folder already
+            has other names or templates, so that another dataset lies there.
     """
     for file, lines in ((CLASSNAMES, names), (TEMPLATES, templates)):
+        path = folder / file
         for line in lines:
             if "\n" in line or "\r" in line:
-                raise DataError(str(folder / file), f"{line!r} holds a line break", "one entry a line")
-        store.write(folder / file, "".join(f"{line}\n" for line in lines).encode())
+                raise DataError(str(path), f"{line!r} holds a line break", "one entry a line")
+        content = "".join(f"{line}\n" for line in lines).encode()
+        if not path.exists():
+            store.write(path, content)
+        elif path.read_bytes().rstrip(b"\n") != content.rstrip(b"\n"):
+            raise DataError(str(path), "another list is there", "no other dataset", "choose another folder")
 
 
 def write_split(folder: Path, split: str, samples: Iterable[Sample], per_shard: int) -> int:
     """Write `<folder>/<split>/` with at most `per_shard` samples a tar; a finished split is left alone.
 
-    Samples are taken one at a time, in the order given, so a generator of any length will do.
+    Samples are taken one at a time, in the order given, so a generator of any length will do. They are
+    written below a temporary name; a folder that appears under the split's own name is whole.
 
     Returns:
         The number of shards of the split.
 
     Raises:
         DataError: a key that occurs twice or is no plain member name, an unknown extension, a negative label,
-            or no samples at all.
+            no samples at all, or a folder in the way that has no `nshards.txt`.
     """
-    done = folder / split / NSHARDS
-    if done.is_file():
-        return int(done.read_text(encoding="ascii"))
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    stream, shards = _checked(samples, str(folder / split)), 0
-    while (first := next(stream, None)) is not None:
-        with _whole(folder / split / f"{shards}.tar") as file:
-            _write_tar(file, chain([first], islice(stream, per_shard - 1)))
-        shards += 1
-    if not shards:
-        raise DataError(str(folder / split), "no samples", "at least one")
-    store.write(done, f"{shards}\n".encode())
+    final = folder / split
+    if (final / NSHARDS).is_file():
+        return int((final / NSHARDS).read_text(encoding="ascii"))
+    if final.exists():
+        do = "finish that download, or choose another folder"
+        raise DataError(str(final), f"files without {NSHARDS}", "a finished split or none", do)
+    folder.mkdir(parents=True, exist_ok=True)
+    stream, shards = _checked(samples, str(final)), 0
+    with TemporaryDirectory(dir=folder, prefix=f".{split}.", suffix=".part") as temporary:
+        part = Path(temporary) / split  # a plain mkdir, so that the usual permissions apply
+        part.mkdir()
+        while (first := next(stream, None)) is not None:
+            with (part / f"{shards}.tar").open("xb") as file:
+                _write_tar(file, chain([first], islice(stream, per_shard - 1)))
+                file.flush()
+                os.fsync(file.fileno())
+            shards += 1
+        if not shards:
+            raise DataError(str(final), "no samples", "at least one")
+        store.write(part / NSHARDS, f"{shards}\n".encode())
+        part.rename(final)
     return shards
 
 
@@ -96,20 +111,3 @@ def _write_tar(file: BinaryIO, samples: Iterable[Sample]) -> None:
                 member = tarfile.TarInfo(f"{key}.{suffix}")  # TarInfo's own defaults: mtime, uid and gid 0
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name `path` only when everything has been written and flushed to disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

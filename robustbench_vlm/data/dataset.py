@@ -114,6 +114,16 @@ class Split:
         drawn = sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key))[:n]
         return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
 
+    def stratified(self, per_class: int, seed: int = 0) -> Split:
+        """Up to `per_class` images of every class, those with the smallest `rng.rank(seed, key)`."""
+        taken: dict[int, int] = {}
+        drawn = []
+        for entry in sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key)):
+            if taken.get(entry.label, 0) < per_class:
+                taken[entry.label] = taken.get(entry.label, 0) + 1
+                drawn.append(entry)
+        return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
+
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the card's own when it is native."""
         return self.card.native_px if self.card.canvas == "native" else px

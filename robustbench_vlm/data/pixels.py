@@ -12,7 +12,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from robustbench_vlm.errors import DataError
 
@@ -48,11 +48,10 @@ def rgb(content: bytes, where: str) -> Image.Image:
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(where, str(error).split(",")[0]) from None
+    except UnidentifiedImageError:  # its own message holds a memory address
+        raise _not_whole(where, content, "unknown format") from None
     except DAMAGED as error:
-        looks = _looks_like(content)
-        reason = f"not a whole image{looks} ({str(error).splitlines()[0] if str(error) else 'damaged'})"
-        reason = reason.replace(str(io.BytesIO), "bytes")
-        raise DataError(where, reason[:200], "JPEG, PNG or WebP", "fetch or write it again") from None
+        raise _not_whole(where, content, str(error).partition("\n")[0] or "damaged") from None
 
 
 def native(content: bytes, px: int, where: str) -> np.ndarray:
@@ -93,11 +92,13 @@ def _too_large(where: str, found: str) -> DataError:
     return DataError(where, found, f"at most {LARGEST} pixels", "remove or shrink it")
 
 
-def _looks_like(content: bytes) -> str:
-    """What the bytes are instead, when that is plain."""
+def _not_whole(where: str, content: bytes, reason: str) -> DataError:
+    """The error for bytes that do not decode, with what they are instead where that is plain."""
     start = content[:256].lstrip().lower()
     if not content:
-        return ", an empty file"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return ", a web page"
-    return ", a git-lfs pointer" if start.startswith(b"version https://git-lfs") else ""
+        reason = "an empty file"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        reason = "a web page"
+    elif start.startswith(b"version https://git-lfs"):
+        reason = "a git-lfs pointer"
+    return DataError(where, f"not a whole image ({reason})", "JPEG, PNG or WebP", "fetch or write it again")

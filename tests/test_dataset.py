@@ -1,0 +1,206 @@
+"""Opening, subsets and identities of splits."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+from folders import NAMES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from robustbench_vlm import rng
+from robustbench_vlm.data.dataset import Entry, Split, folder_sha, majority, missing, open_split
+from robustbench_vlm.data.shards import Sample
+from robustbench_vlm.errors import DataError
+
+
+def named(keys):
+    """A split of these keys without files."""
+    entries = tuple(Entry(key, 0, Sample(key, 0, None)) for key in sorted(keys))
+    return Split(card(), "test", None, entries)
+
+
+def test_open_and_read(tmp_path):
+    write_toy(tmp_path)
+    split = open_split(card(), tmp_path, "test")
+    assert len(split) == 24
+    assert split.notes == ()
+    assert split.keys[7] == "toy/test/s0000007"
+    example = split.read(7, px=224)  # the canvas is native: the model's size changes nothing
+    assert example.key == split.keys[7]
+    assert example.label == 1
+    assert example.sha256 == hashlib.sha256(samples(24)[7][1]).hexdigest()
+    assert np.array_equal(example.pixels, noise(7))
+
+
+def test_images_are_in_entry_order(tmp_path):
+    write_toy(tmp_path)
+    split = open_split(card(), tmp_path, "test").subset(9, seed=3)
+    images = split.images(px=8)
+    assert images.pixels.dtype == np.uint8
+    assert images.pixels.shape == (9, 8, 8, 3)
+    assert images.labels.dtype == np.int64
+    assert images.keys == split.keys
+    for i in range(9):
+        example = split.read(i, px=8)
+        assert np.array_equal(images.pixels[i], example.pixels)
+        assert (images.labels[i], images.sha256[i]) == (example.label, example.sha256)
+
+
+def test_opening_decodes_nothing(tmp_path):
+    one_shard(write_toy(tmp_path), tar_bytes([("s0.png", b"no image"), ("s0.cls", b"0")]))
+    for extra in ("1.tar", "2.tar"):
+        (tmp_path / "wds_toy/test" / extra).unlink()
+    split = open_split(card(size={}), tmp_path, "test")
+    with pytest.raises(DataError, match=r"0\.tar, toy/test/s0: not a whole image"):
+        split.read(0, 8)
+    with pytest.raises(DataError, match="toy/test/s0"):
+        split.images(8)
+
+
+def test_model_canvas_takes_the_models_size(tmp_path):
+    write_toy(tmp_path, px=20)
+    split = open_split(card(canvas="model", native_px=0), tmp_path, "test")
+    assert split.read(0, 12).pixels.shape == (12, 12, 3)
+    assert split.images(16).pixels.shape == (24, 16, 16, 3)
+
+
+def test_identity_does_not_depend_on_shards(tmp_path):
+    write_toy(tmp_path / "a", per_shard=24)
+    order = np.random.default_rng(0).permutation(24)
+    write_toy(tmp_path / "b", per_shard=5, order=order)
+    a, b = (open_split(card(), tmp_path / side, "test") for side in "ab")
+    assert a.keys == b.keys
+    assert a.sha256 == b.sha256
+    assert a.subset(10).sha256 == b.subset(10).sha256 != a.sha256
+    assert a.subset(10, 1).sha256 != a.subset(10, 0).sha256
+    images = [side.subset(10).images(8) for side in (a, b)]
+    shas = [folder_sha(i.keys, i.labels, i.sha256) for i in images]
+    assert shas[0] == shas[1]
+    assert folder_sha(images[0].keys, images[0].labels, images[0].sha256[::-1]) != shas[0]
+
+
+keys = st.sets(st.text("abc0123/", min_size=1, max_size=8), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(keys=keys, seed=st.integers(0, 3), n=st.integers(0, 50), m=st.integers(0, 50), mix=st.randoms())
+def test_subsets_nest_and_ignore_order(keys, seed, n, m, mix):
+    split = named(keys)
+    small, large = (split.subset(size or len(keys), seed) for size in sorted((n or 99, m or 99)))
+    assert set(small.keys) <= set(large.keys)
+    assert list(small.keys) == sorted(small.keys)
+    assert len(small) == min(len(keys), min(n or 99, m or 99))
+    shuffled = list(split.entries)
+    mix.shuffle(shuffled)
+    other = Split(split.card, "test", None, tuple(shuffled)).subset(n or 1, seed)
+    if (n or 1) < len(keys):
+        assert other.keys == split.subset(n or 1, seed).keys
+        worst = max(rng.rank(seed, key) for key in other.keys)
+        assert all(rng.rank(seed, key) > worst for key in set(split.keys) - set(other.keys))
+
+
+def test_subset_edges():
+    split = named({"a", "b", "c"})
+    assert split.subset(0) is split
+    assert split.subset(3) is split
+    assert split.subset(7) is split
+    with pytest.raises(ValueError, match="-1"):
+        split.subset(-1)
+
+
+def test_frozen_subset():
+    """Published subsets must never change: these were computed once and written down."""
+    split = named({f"toy/test/s{i:07d}" for i in range(24)})
+    assert [key[-2:] for key in split.subset(5, seed=0).keys] == ["01", "04", "06", "15", "23"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["red", "lime", "blue"], r"classnames\.txt, line 2: 'lime'; expected 'green' by the card"),
+        (["red", "green"], "line 3: no line; expected 'blue'"),
+        (["red", "green", "blue", "grey"], "line 4: 'grey'; expected no line"),
+        (["red", "", "blue"], "line 2: ''; expected 'green'"),
+        ([], "line 1: no line; expected 'red'"),
+    ],
+)
+def test_class_names_must_be_the_cards(tmp_path, lines, message):
+    write_toy(tmp_path)
+    (tmp_path / "wds_toy/classnames.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=message):
+        open_split(card(), tmp_path, "test")
+
+
+def test_blank_class_names_and_trailing_blank_lines(tmp_path):
+    write_toy(tmp_path)
+    (tmp_path / "wds_toy/classnames.txt").write_text("red\n\nblue\n\n\n")
+    assert len(open_split(card(names=("red", "", "blue")), tmp_path, "test")) == 24
+
+
+def test_text_files(tmp_path):
+    folder = write_toy(tmp_path).parent
+    templates = folder / "zeroshot_classification_templates.txt"
+    templates.write_text("a drawing of a {c}.\n")
+    assert "templates differ" in open_split(card(), tmp_path, "test").notes[0]
+    templates.unlink()
+    assert "no templates file" in open_split(card(), tmp_path, "test").notes[0]
+    (folder / "dataset_type.txt").write_text("multilabel\n")
+    with pytest.raises(DataError, match="'multilabel'; expected classification"):
+        open_split(card(), tmp_path, "test")
+    (folder / "dataset_type.txt").unlink()
+    (folder / "classnames.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="expected UTF-8 text"):
+        open_split(card(), tmp_path, "test")
+    (folder / "classnames.txt").unlink()
+    with pytest.raises(DataError, match="no such file; expected the 3 class names"):
+        open_split(card(), tmp_path, "test")
+
+
+def test_notes_on_size_and_ignored_files(tmp_path):
+    place = write_toy(tmp_path, n=1)
+    one_shard(place, tar_bytes([("s0.png", encode(noise(0))), ("s0.cls", b"0"), ("s0.json", b"{}")]))
+    notes = open_split(card(), tmp_path, "test").notes
+    assert notes == (
+        "1 files that are neither images nor labels were ignored",
+        "1 images, where the card says 24",
+    )
+
+
+def test_class_folders(tmp_path):
+    for i, name in enumerate(NAMES):
+        (tmp_path / "wds_toy/val" / name).mkdir(parents=True)
+        (tmp_path / "wds_toy/val" / name / "x.png").write_bytes(encode(noise(i)))
+    split = open_split(card(), tmp_path, "val")
+    assert split.keys == ("toy/val/blue/x.png", "toy/val/green/x.png", "toy/val/red/x.png")
+    assert split.labels.tolist() == [2, 1, 0]
+    assert np.array_equal(split.read(2, 8).pixels, noise(0))
+    (tmp_path / "wds_toy/val/red").rename(tmp_path / "wds_toy/val/n01")
+    assert "sorted order" in open_split(card(), tmp_path, "val").notes[0]
+
+
+def test_missing_datasets_say_how_to_get_them(tmp_path):
+    write_toy(tmp_path)
+    hub = card(name="cars", folder="wds_cars", source={"hub": "clip-benchmark/wds_cars", "revision": "abc"})
+    tiny = card(name="tiny-seen", folder="wds_tiny-seen")
+    lines = missing([card(), hub, tiny], tmp_path, "test")
+    assert len(lines) == 2
+    assert "hf download clip-benchmark/wds_cars --repo-type dataset --revision abc --local-dir" in lines[0]
+    assert lines[0].startswith("cars: no ")
+    assert "vlmrob data make tiny" in lines[1]
+    with pytest.raises(
+        DataError, match=r"dataset tiny-seen: no folder .*; make it with: vlmrob data make tiny"
+    ):
+        open_split(tiny, tmp_path, "test")
+    with pytest.raises(DataError, match="no split 'val'; expected one of: test"):
+        open_split(card(), tmp_path, "val")
+    shutil.rmtree(tmp_path / "wds_toy/test")
+    (tmp_path / "wds_toy/test").mkdir()
+    with pytest.raises(DataError, match="0 class folders"):
+        open_split(card(), tmp_path, "test")
+
+
+def test_majority():
+    assert majority(np.array([0, 1, 1, 2]), 3) == 0.5
+    assert majority(np.array([], dtype=np.int64), 3) == 0.0

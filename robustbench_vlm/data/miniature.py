@@ -76,13 +76,13 @@ def make(
         if labels is not None:
             _same_labels(folder / split, card, written)
         return folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise DataError(str(folder), "files of the real dataset", "none", "choose another root")
+    mark = f"Generated images, not {card.title}: numbers on them mean nothing.\n"
+    store.write(folder / MARK, mark.encode())
     layout.write_texts(folder, card.names, card.templates)
-    store.write(
-        folder / MARK, f"Generated images, not {card.title}. Numbers on them mean nothing.\n".encode()
-    )
-    layout.write_split(
-        folder, split, _samples(card, classes, written, f"{seed}/{split}"), -(-count // SHARDS)
-    )
+    samples = _samples(card, classes, written, f"{seed}/{split}")
+    layout.write_split(folder, split, samples, per_shard=-(-count // SHARDS))
     return folder
 
 

@@ -120,7 +120,9 @@ def index_folders(folder: Path, names: tuple[str, ...]) -> tuple[Index, bool]:
             if path.suffix.lower().removeprefix(".") not in IMAGE_SUFFIXES or path.name.startswith("."):
                 ignored += 1
                 continue
-            samples.append(Sample(path.relative_to(folder).as_posix(), label, path))
+            relative = path.relative_to(folder).as_posix()
+            _printable(folder, relative)
+            samples.append(Sample(relative, label, path))
     if not samples:
         raise DataError(str(folder), "no images below the class folders", "<class>/<image>.jpg")
     return Index(tuple(sorted(samples, key=lambda sample: sample.name)), ignored), by_name
@@ -168,6 +170,7 @@ def _index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
             if not plain or not name or suffix not in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
                 ignored += 1
                 continue
+            _printable(shard, name)
             if name in (labels if suffix == LABEL_SUFFIX else images):
                 kind = "labels" if suffix == LABEL_SUFFIX else "images"
                 raise DataError(str(shard), f"key {name!r} has two {kind}", "each key once", AGAIN)
@@ -184,6 +187,12 @@ def _index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
         raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
     found = [Sample(name, labels[name], shard, m.offset_data, m.size) for name, m in images.items()]
     return found, ignored
+
+
+def _printable(where: Path, name: str) -> None:
+    """Refuse names that are not text: they become keys, and stand in tables and messages."""
+    if not name.isprintable():
+        raise DataError(str(where), f"the name {name!r:.80}", "printable UTF-8 names", "rename it")
 
 
 def _label(shard: Path, name: str, text: bytes, n_classes: int) -> int:

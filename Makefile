@@ -1,0 +1,44 @@
+# What a fresh clone needs is make and Python 3.11 or newer; everything else goes into .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PARITY := .venv/.parity
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test lint parity tiny-weights
+
+help: ## list the targets
+	@sed -n 's/^\([a-z.-]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+.venv: $(READY) ## install the package and its tools, if pyproject.toml is newer
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+	  f"{sys.executable} is Python {v}; expected 3.11 or newer; type for example: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "installing into .venv (once; PyTorch is large, this takes some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Kept apart because its wheel pins an old requests and carries files of another project: only parity needs it.
+$(PARITY): $(READY)
+	@$(PIP) --no-deps torchattacks
+	@touch $@
+
+demo: $(READY) ## the whole loop on the built-in tiny world: train, attack, compare
+	@$(BIN)/vlmrob demo
+
+test: lint ## lint, type check and tests
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff, ruff format and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+parity: $(PARITY) ## compare the attacks with the reference packages
+	@$(BIN)/python -m pytest -m parity
+
+tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
+	@$(BIN)/vlmrob data make weights

@@ -1,0 +1,113 @@
+"""Balls and boxes: random starts, steps, projections, and the distance by which an image is outside.
+
+Pixels are float32 in [0, 1]; norms run over all entries of one image. Ball first, box second: clipping to the
+box moves an image towards every point of the box, so it cannot leave the ball again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_vlm import rng
+from robustbench_vlm.attacks.interface import spread
+from robustbench_vlm.threat import Threat
+
+TINY = 1e-12
+SLACK = 1e-6  # float32 rounding of x + eps, in float64 units of the pixel range
+
+
+def radius(threat: Threat) -> float:
+    """The radius as the number that tensors are compared with."""
+    return float(threat.eps)
+
+
+def bounds(images: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    """Lower and upper limit of every pixel: ball and box of Linf in one clamp, the box alone otherwise."""
+    if threat.norm == "linf":
+        eps = radius(threat)
+        return (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+    return torch.zeros_like(images), torch.ones_like(images)
+
+
+def length(delta: Tensor) -> Tensor:
+    """(S, ...) -> (S,) L2 norm of each row."""
+    size: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return size
+
+
+def project(x: Tensor, images: Tensor, threat: Threat) -> Tensor:
+    """Each row of `x` onto the ball around `images`, then into the box."""
+    if threat.norm == "linf":
+        lower, upper = bounds(images, threat)
+        return x.clamp(lower, upper)
+    delta = x - images
+    size = length(delta)
+    delta = delta.div_(spread(size + TINY, delta)).mul_(spread(size.clamp(max=radius(threat)), delta))
+    return delta.add_(images).clamp_(0, 1)
+
+
+def direction(gradient: Tensor, threat: Threat) -> Tensor:
+    """Steepest ascent of unit size: the sign for Linf (sign(0) = 0), the unit gradient for L2."""
+    if threat.norm == "linf":
+        return gradient.sign()
+    return gradient / spread(length(gradient) + TINY, gradient)
+
+
+def excess(x: Tensor, images: Tensor, threat: Threat) -> Tensor:
+    """(S,) float64: by how much each row is outside ball or box, whichever is more; at most 0 inside.
+
+    NaN pixels count as infinitely far outside.
+    """
+    wide = x.double()
+    delta = (wide - images.double()).flatten(1)
+    size = delta.abs().amax(1) if threat.norm == "linf" else delta.square().sum(1).sqrt()
+    flat = wide.flatten(1)
+    box = torch.maximum(-flat.amin(1), flat.amax(1) - 1)
+    return torch.maximum(size - float(threat.eps), box).nan_to_num(nan=torch.inf)
+
+
+def _noise(rows: list[np.ndarray], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.stack(rows)).to(like.device)
+
+
+def uniform_start(images: Tensor, threat: Threat, names: Sequence[str], *, box: bool = True) -> Tensor:
+    """PGD's start: Linf uniform in the ball; L2 a uniform direction with a uniform length.
+
+    Args:
+        images: (n, 3, H, W).
+        threat: ball to start in.
+        names: noise name of each row; the same name gives the same start in any batch.
+        box: clip into [0, 1]; `False` leaves the first forward outside the box, as RobustVLM's training does.
+    """
+    shape, eps, rows = tuple(images.shape[1:]), radius(threat), []
+    for name in names:
+        if threat.norm == "linf":
+            rows.append((2 * rng.uniform(name, shape) - 1) * np.float32(eps))
+        else:
+            draw = rng.normal(name, shape)
+            reach = eps * float(rng.uniform(f"{name}/length", (1,))[0])
+            rows.append(draw * np.float32(reach / (_size(draw) + TINY)))
+    start = images + _noise(rows, images)
+    return project(start, images, threat) if box else start
+
+
+def surface_start(images: Tensor, threat: Threat, names: Sequence[str]) -> Tensor:
+    """APGD's start: noise scaled so that it touches the ball's surface, then clipped into the box."""
+    shape, rows = tuple(images.shape[1:]), []
+    for name in names:
+        if threat.norm == "linf":
+            draw = 2 * rng.uniform(name, shape) - 1
+            rows.append(draw / (np.abs(draw).max() + np.float32(TINY)))
+        else:
+            draw = rng.normal(name, shape)
+            rows.append(draw / np.float32(_size(draw) + TINY))
+    return (images + radius(threat) * _noise(rows, images)).clamp_(0, 1)
+
+
+def _size(draw: np.ndarray) -> float:
+    """L2 norm summed in float64, one row at a time: independent of batch and thread count."""
+    return float(np.sqrt(np.square(draw, dtype=np.float64).sum()))

@@ -1,0 +1,253 @@
+"""What an attack is: a state machine over S rows, one image a row, each row at its own iteration.
+
+An attack is a frozen dataclass whose fields are its configuration. `start` sets up rows without the model;
+`step` performs one iteration for all rows with a fixed number of model calls. The engine owns batching: it
+reads `broken`, `done` and `nonfinite`, and gives a finished row to the next image. So an attack has no loop
+over batches, no early exit and no resume of its own, and gets all three.
+
+Rules for `step`: every tensor has leading dimension S; state tensors are never written in place (the engine
+keeps frozen rows by comparing old and new state); no operation mixes rows; no random numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm.errors import AttackError
+from robustbench_vlm.threat import Threat
+from robustbench_vlm.types import Classify
+
+Stop = Literal["first", "last"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Trajectories that are about to start.
+
+    Attributes:
+        images: (n, 3, H, W) float32 in [0, 1].
+        labels: (n,) int64.
+        targets: (n,) int64 class that the trajectory aims at, -1 if untargeted.
+        names: name of each trajectory's noise, `seed/key/stage/target/restart`.
+        restarts: index of each trajectory's restart.
+        stop: `first`, a row ends at its first misclassified iterate; `last`, it walks to the end.
+    """
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    names: tuple[str, ...]
+    restarts: tuple[int, ...]
+    stop: Stop = "first"
+
+
+@dataclass(frozen=True)
+class State:
+    """What every attack knows about its S rows; attacks add their own fields.
+
+    Attributes:
+        threat, stop: the same for all rows.
+        images, labels, targets: as in `Rows`.
+        x: (S, 3, H, W) the iterate last evaluated, always in ball and box for ball attacks.
+        iteration: (S,) int64, iterations finished; the evaluation of x_0 is the first.
+        broken: (S,) bool, success: with `stop=first` at this iterate, with `stop=last` at any so far.
+        done: (S,) bool, the trajectory is walked to its end.
+        nonfinite: (S,) bool, a logit or gradient was NaN or infinite.
+        first: (S,) int64, iteration of the first success, -1 if none.
+        zero_gradients: (S,) int64, evaluations whose image gradient was exactly zero.
+    """
+
+    threat: Threat
+    stop: Stop
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    x: Tensor
+    iteration: Tensor
+    broken: Tensor
+    done: Tensor
+    nonfinite: Tensor
+    first: Tensor
+    zero_gradients: Tensor
+
+    @property
+    def adv(self) -> Tensor:
+        """(S, 3, H, W) the image by which each row is judged, were it to end now."""
+        return self.x
+
+    @property
+    def forwards(self) -> Tensor:
+        """(S,) forward passes spent on each trajectory so far."""
+        return self.iteration
+
+    @property
+    def backwards(self) -> Tensor:
+        """(S,) image gradients spent on each trajectory so far."""
+        return self.iteration
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+def common(rows: Rows, threat: Threat, x: Tensor) -> dict[str, Any]:
+    """The fields of `State` for rows that have done nothing yet, standing at `x`."""
+    labels = rows.labels
+    zero = torch.zeros_like(labels)
+    false = torch.zeros_like(labels, dtype=torch.bool)
+    return {
+        "threat": threat,
+        "stop": rows.stop,
+        "images": rows.images,
+        "labels": labels,
+        "targets": rows.targets,
+        "x": x,
+        "iteration": zero,
+        "broken": false,
+        "done": false,
+        "nonfinite": false,
+        "first": zero - 1,
+        "zero_gradients": zero,
+    }
+
+
+class Attack(Protocol):
+    """An attack plug-in."""
+
+    norms: ClassVar[tuple[str, ...]]
+    """Norms that it supports; the engine refuses others by name."""
+
+    @property
+    def restarts(self) -> int:
+        """Trajectories with fresh noise for each target."""
+        ...
+
+    def ranks(self, n_classes: int) -> int:
+        """How many target classes are tried, most likely first; 0 if the attack is untargeted."""
+        ...
+
+    def substitutions(self, n_classes: int) -> list[str]:
+        """What runs otherwise than configured because there are few classes; one sentence each."""
+        ...
+
+    def start(self, rows: Rows, threat: Threat) -> State:
+        """State of trajectories before their first model call. Row by row: independent of n."""
+        ...
+
+    def step(self, state: State, oracle: Oracle) -> State:
+        """One iteration of every row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One evaluation with gradient.
+
+    Attributes:
+        logits: (S, C).
+        values: (S,) what is maximised.
+        gradient: (S, 3, H, W) gradient of each row's own value.
+        finite: (S,) bool, all logits and gradient entries are finite.
+        zero: (S,) bool, the gradient is exactly zero everywhere.
+    """
+
+    logits: Tensor
+    values: Tensor
+    gradient: Tensor
+    finite: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The model as attacks see it: always all S rows, gradients with respect to images only."""
+
+    classify: Classify
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(S, 3, H, W) -> (S, C), without gradient."""
+        with torch.no_grad():
+            return self.classify(images)
+
+    def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Seen:
+        """Evaluate and differentiate `objective` (logits (S, C) -> (S,)) at `images`.
+
+        The sum over rows is differentiated, so each row's gradient is its own whatever S is. Parameters
+        never receive a gradient.
+
+        Raises:
+            AttackError: the logits do not depend on the image through differentiable operations.
+        """
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.classify(leaf)
+            values = objective(logits)
+        if not values.requires_grad:
+            raise AttackError("the model gives no gradient with respect to the image: is it under no_grad?")
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise AttackError("the model's logits do not depend on the image")
+        # one reduction tells zero, finite and neither apart: NaN and infinity pass through a maximum
+        largest = torch.linalg.vector_norm(gradient.flatten(1), ord=torch.inf, dim=1)
+        finite = torch.isfinite(largest + logits.detach().sum(1))
+        return Seen(logits.detach(), values.detach(), gradient, finite, largest == 0)
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """(S,) bool: the first largest logit is not the label's."""
+    return logits.argmax(1) != labels
+
+
+def spread(values: Tensor, images: Tensor) -> Tensor:
+    """(S,) row values shaped to broadcast over (S, 3, H, W)."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
+
+
+def pick(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Row-wise `new` where `mask` (S,) else `old`; on the CPU without copying when all rows agree."""
+    if mask.device.type == "cpu":
+        count = int(mask.sum())
+        if count == 0:
+            return old
+        if count == mask.numel():
+            return new
+    return torch.where(spread(mask, new) if new.ndim > 1 else mask, new, old)
+
+
+def _tensors(state: State) -> dict[str, Any]:
+    return {
+        field.name: value
+        for field in dataclasses.fields(state)
+        if isinstance(value := getattr(state, field.name), Tensor)
+    }
+
+
+def take(state: AnyState, slots: list[int]) -> AnyState:
+    """A copy of the given rows as a state of `len(slots)` rows."""
+    index = torch.tensor(slots, device=state.labels.device)
+    rows: dict[str, Any] = {k: v.index_select(0, index) for k, v in _tensors(state).items()}
+    return dataclasses.replace(state, **rows)
+
+
+def scatter(state: AnyState, slots: list[int], fresh: AnyState) -> AnyState:
+    """`state` with row i of `fresh` in slot `slots[i]`."""
+    index = torch.tensor(slots, device=state.labels.device)
+    new = _tensors(fresh)
+    filled: dict[str, Any] = {k: v.index_copy(0, index, new[k]) for k, v in _tensors(state).items()}
+    return dataclasses.replace(state, **filled)
+
+
+def hold(active: Tensor, old: AnyState, new: AnyState) -> AnyState:
+    """`new` for rows in `active` (S,) bool, `old` for the others: what ended stays as it ended."""
+    before = _tensors(old)
+    changed: dict[str, Any] = {
+        name: torch.where(spread(active, value), value, before[name])
+        for name, value in _tensors(new).items()
+        if value is not before[name]
+    }
+    return dataclasses.replace(new, **changed)

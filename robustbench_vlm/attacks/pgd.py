@@ -1,0 +1,122 @@
+"""Projected gradient descent.
+
+Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm.attacks import geometry, losses
+from robustbench_vlm.attacks.interface import Oracle, Rows, State, common, misclassified, pick
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.threat import Threat, parse_eps
+
+
+@dataclass(frozen=True)
+class PgdState(State):
+    """PGD's rows.
+
+    Attributes:
+        ahead: (S, 3, H, W) the iterate that follows `x`; when the row is done, the last iterate, unjudged.
+    """
+
+    ahead: Tensor
+
+    @property
+    def adv(self) -> Tensor:
+        """The success if there is one, else the last iterate."""
+        return pick(self.done & ~self.broken, self.ahead, self.x)
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """Fixed-step ascent; under `stop=last` the last iterate is judged, whatever came before.
+
+    Attributes:
+        loss: a name of `losses.LOSSES` that aims at no class.
+        steps: gradient steps.
+        step_size: `eps/N` as a share of the radius, or a length such as `1/255`.
+        restarts: trajectories with fresh noise.
+        random_start: start at a random point of the ball instead of at the image.
+    """
+
+    loss: losses.Name
+    steps: int
+    step_size: str
+    restarts: int
+    random_start: bool
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+
+    def __post_init__(self) -> None:
+        if losses.targeted(self.loss):
+            raise InputError("pgd.loss", repr(self.loss), "an untargeted loss", "use ce, margin or dlr")
+        if self.steps < 1 or self.restarts < 1:
+            raise InputError("pgd", f"steps {self.steps}, restarts {self.restarts}", "at least 1 of each")
+        step_length(self.step_size, Threat("linf", Fraction(1, 255)))
+
+    def ranks(self, n_classes: int) -> int:  # noqa: ARG002 - the same for every number of classes
+        """Untargeted."""
+        return 0
+
+    def substitutions(self, n_classes: int) -> list[str]:
+        """DLR with 2 classes becomes the margin."""
+        return losses.few_classes(self.loss, 0, n_classes)
+
+    def start(self, rows: Rows, threat: Threat) -> PgdState:
+        """A random point of the ball, clipped into the box, or the image itself."""
+        images = rows.images
+        x = geometry.uniform_start(images, threat, rows.names) if self.random_start else images.clone()
+        return PgdState(**common(rows, threat, x), ahead=x.clone())
+
+    def step(self, state: PgdState, oracle: Oracle) -> PgdState:
+        """Evaluate the next iterate and compute the one that follows it."""
+
+        def objective(logits: Tensor) -> Tensor:
+            name = losses.effective(self.loss, logits.shape[1])
+            return losses.LOSSES[name](logits, state.labels, state.targets)
+
+        seen = oracle.gradient(state.ahead, objective)
+        size = step_length(self.step_size, state.threat)
+        moved = geometry.direction(seen.gradient, state.threat).mul_(size).add_(state.ahead)
+        broken, first = state.broken, state.first
+        if state.stop == "first":
+            broken = misclassified(seen.logits, state.labels)
+            first = torch.where(broken, state.iteration, first)
+        iteration = state.iteration + 1
+        return dataclasses.replace(
+            state,
+            x=state.ahead,
+            ahead=geometry.project(moved, state.images, state.threat),
+            iteration=iteration,
+            broken=broken,
+            first=first,
+            done=iteration >= self.steps,
+            nonfinite=~seen.finite,
+            zero_gradients=state.zero_gradients + seen.zero,
+        )
+
+
+def step_length(text: str, threat: Threat) -> float:
+    """The length of a step: `eps/N` relative to the radius, else a length in the notation of eps.
+
+    Raises:
+        InputError: neither of the two forms.
+    """
+    word, slash, share = text.replace(" ", "").partition("/")
+    if word != "eps":
+        return float(parse_eps(text, threat.norm))
+    try:
+        return float(threat.eps / Fraction(share) if slash else threat.eps)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"step size {text!r}", "no such share of the radius", "eps/4 or 1/255") from None
+
+
+plugin = Pgd

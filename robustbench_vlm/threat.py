@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -13,7 +13,8 @@ Norm = Literal["linf", "l2"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
 LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
-SNAP = 1e-5  # 0.0314 is meant as 8/255
+SNAP = Fraction(1, 100_000)  # 0.015686 is meant as 4/255
+NUMBER = re.compile(r"-?\d{1,9}(\.\d{0,20})?(/\d{1,9})?|\.\d{1,12}|\d(\.\d{0,12})?e-?\d{1,2}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,33 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
         InputError: not a number, not positive, a decimal of 1 or more, or a plain fraction above 32/255.
     """
     where, text = f"eps {text!r}", text.strip()
+    if not NUMBER.fullmatch(text):
+        raise InputError(where, "not a number", "4/255, 4 or 0.0157")
     try:
         value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+    except ZeroDivisionError:
         raise InputError(where, "not a number", "4/255, 4 or 0.0157") from None
     if value <= 0:
         raise InputError(where, "not positive", "a positive radius such as 4/255")
     if norm != "linf":
         return value
-    if "/" in text:
-        if value > 1:
-            raise InputError(where, "larger than the pixel range", "at most 255/255")
-        return value
-    if value >= 1:
-        if value.denominator != 1 or "." in text:
-            raise InputError(
-                where,
-                "a decimal of 1 or more is ambiguous",
-                "an integer N meaning N/255, or N/255",
-                "type N/255",
-            )
-        if value > 255:
-            raise InputError(where, "larger than the pixel range", "at most 255")
-        return value / 255
-    if value > LARGEST_PLAIN:
-        raise InputError(
-            where,
-            "a plain fraction above 32/255",
-            "the form N/255 for so large a radius",
-            f"type {float(value * 255):.4g}/255 if that is meant",
-        )
+    if "/" in text or value >= 1:
+        return _of_255(where, text, value)
     snapped = Fraction(round(value * 255), 255)
-    if snapped > 0 and math.isclose(float(snapped), float(value), rel_tol=0, abs_tol=SNAP):
-        return snapped
+    if snapped > 0 and abs(snapped - value) <= SNAP:
+        value = snapped
+    if value > LARGEST_PLAIN:
+        meant = f"type {float(value * 255):.4g}/255 if that is meant"
+        raise InputError(where, "a plain fraction above 32/255", "the form N/255 for so large a radius", meant)
+    return value
+
+
+def _of_255(where: str, text: str, value: Fraction) -> Fraction:
+    """An Linf radius written as a ratio or as a number of at least 1."""
+    if "/" not in text:
+        if value.denominator != 1:
+            raise InputError(where, "a decimal above 1 is ambiguous", "an integer N, which means N/255", "type N/255")
+        value /= 255
+    if value > 1:
+        raise InputError(where, "larger than the pixel range", "at most 255/255")
     return value

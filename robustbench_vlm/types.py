@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Classify = Callable[["Tensor"], "Tensor"]
@@ -33,6 +34,10 @@ class Batch:
     images: Tensor
     labels: Tensor
     keys: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(self.images.to(device), self.labels.to(device), self.keys)
 
 
 class Encoder(Protocol):
@@ -58,19 +63,26 @@ class Roles:
         student: the encoder being trained.
         teachers: frozen encoders by role (`robust`, `clean`, `anchor`).
         text: text bank (C, D_role) of each role, the student's under `student`; unit rows.
-        scale: logit scale s shared by all cosine logits (100 in the OpenAI weights).
     """
 
     student: Encoder
     teachers: Mapping[str, Encoder]
     text: Mapping[str, Tensor]
-    scale: float
 
-    def logits(self, role: str, embeddings: Tensor) -> Tensor:
-        """Cosine logits Z = s e W of (B, D) embeddings against the text bank of `role`: (B, C)."""
+    def encoder(self, role: str) -> Encoder:
+        """The student, or the teacher of that role."""
+        return self.student if role == "student" else self.teachers[role]
+
+    def cosines(self, role: str, embeddings: Tensor) -> Tensor:
+        """Cosines (B, C) of (B, D) embeddings with the text bank of `role`."""
         unit = embeddings / embeddings.norm(dim=-1, keepdim=True)
-        logits: Tensor = self.scale * unit @ self.text[role].T
-        return logits
+        cosines: Tensor = unit @ self.text[role].T
+        return cosines
+
+    def logits(self, role: str, images: Tensor) -> Tensor:
+        """Z = s e W: zero-shot logits (B, C) of `role` on images (B, 3, H, W), with its own s and text."""
+        encoder = self.encoder(role)
+        return encoder.logit_scale * self.cosines(role, encoder(images))
 
 
 @dataclass(frozen=True)
@@ -114,12 +126,15 @@ class Defense(Protocol):
     needs_text: ClassVar[bool]
     """Whether the loss uses labels and class sentences."""
 
+    adversarial: ClassVar[bool]
+    """Whether there is an inner maximisation; a recipe has `[inner]` exactly then."""
+
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """What the frozen models say about the clean batch; called once, without gradient."""
         ...
 
-    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective | None:
-        """What the adversary maximises, per sample; `None` for training on clean images."""
+    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
+        """What the adversary maximises, per sample; not called unless `adversarial`."""
         ...
 
     def outer(self, roles: Roles, step: Step) -> Terms:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -250,29 +251,39 @@ def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str
     kind = _lines(folder / "dataset_type.txt")
     if kind and kind[0] not in ("", "classification"):
         raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
+    notes: list[str] = []
     names = _lines(folder / "classnames.txt")
     if names is None and required:
         where = str(folder / "classnames.txt")
         raise DataError(where, "no such file", f"the {card.n_classes} class names", "fetch it again")
     if names is not None:
-        _same_names(card, folder / "classnames.txt", names)
+        notes = _same_names(card, folder / "classnames.txt", names)
     templates = _lines(folder / "zeroshot_classification_templates.txt")
     if templates is None:
-        return ["no templates file; the card's templates are used"] if required else []
+        return [*notes, "no templates file; the card's templates are used"] if required else notes
     if [line for line in templates if line] != list(card.templates):
-        return ["the folder's templates differ from the card's; the card's are used"]
-    return []
+        notes.append("the folder's templates differ from the card's; the card's are used")
+    return notes
 
 
-def _same_names(card: DatasetCard, path: Path, found: list[str]) -> None:
+def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
+    """A note when only the spelling differs (`apple_pie` for `apple pie`); an error for another list or order."""
     wanted = list(card.names)
     while wanted and not wanted[-1]:  # blank names are legal, but trailing blank lines of a file are dropped
         wanted.pop()
     for number in range(max(len(wanted), len(found))):
         here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
-        if here[0] != here[1]:
+        if _plain(here[0]) != _plain(here[1]):
             do = f"check that the folder is {card.name}, or give a card with its names by --include"
             raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
+    if found == wanted:
+        return []
+    return ["class names in the folder are spelt differently from the card's; the card's are used"]
+
+
+def _plain(name: str) -> str:
+    """A class name without the differences between editions of one list: case, `_`, `-` and `/`."""
+    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
 
 
 def _lines(path: Path) -> list[str] | None:

@@ -1,1 +1,1 @@
-"""Encoders: pixels in [0, 1] -> embeddings and zero-shot logits; checkpoints. Knows nothing of data or attacks."""
+"""Encoders: pixels in [0, 1] -> embeddings, zero-shot logits; checkpoints. Knows neither data nor attacks."""

@@ -1,0 +1,228 @@
+"""Our checkpoint folder: `image.safetensors`, `card.json`, and a text tower of its own or a pointer to one.
+
+The text tower is frozen in every method here, so a checkpoint names the model whose text tower it was
+trained against (`text.from`) instead of carrying a copy; both towers are held to the hashes in the card.
+A folder with a text tower stores only the token rows that its captions use: `text.safetensors` holds them
+with their ids, every other row of the table is the mean of the stored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from robustbench_vlm import cards, store
+from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models.clip import Clip, Preprocess
+
+SCHEMA = "vlmrob-checkpoint/1"
+TOKENS = "net.token_embedding.weight"
+
+
+class PreprocessFacts(BaseModel):
+    """`Preprocess` as JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    antialias: bool
+
+
+class Parent(BaseModel):
+    """A model that this one was made from: as its start, or as a teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: str
+    model: str
+    sha256: str
+    trained_on: tuple[str, ...] | None
+
+
+class CheckpointCard(BaseModel):
+    """What `card.json` says.
+
+    Attributes:
+        text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
+        trained_on: datasets seen by this model and all its parents; `None` if unknown.
+        sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: str = SCHEMA
+    name: str
+    arch: str
+    quick_gelu: bool
+    preprocess: PreprocessFacts
+    logit_scale: float
+    text_from: str
+    image_sha256: str
+    text_sha256: str
+    sha256: str
+    defense: str
+    trained_on: tuple[str, ...] | None
+    parents: tuple[Parent, ...] = ()
+    parameters: int
+    recipe: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
+def describe(
+    model: Clip,
+    name: str,
+    *,
+    defense: str,
+    trained_on: tuple[str, ...] | None,
+    text_from: str,
+    parents: tuple[Parent, ...] = (),
+    recipe: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> CheckpointCard:
+    """The card of `model`, with its fingerprints taken now."""
+    prints = model.fingerprints()
+    return CheckpointCard(
+        name=name,
+        arch=str(model.facts["arch"]),
+        quick_gelu=bool(model.facts["quick_gelu"]),
+        preprocess=PreprocessFacts(**asdict(model.preprocess)),
+        logit_scale=model.logit_scale,
+        text_from=text_from,
+        image_sha256=prints["image"],
+        text_sha256=prints["text"],
+        sha256=prints["model"],
+        defense=defense,
+        trained_on=trained_on,
+        parents=parents,
+        parameters=sum(parameter.numel() for parameter in model.visual.parameters()),
+        recipe=dict(recipe or {}),
+        training=dict(training or {}),
+    )
+
+
+def save_folder(
+    folder: Path, model: Clip, card: CheckpointCard, trained_tokens: frozenset[int] | None = None
+) -> None:
+    """Write the folder; the card comes last, so a folder with a card is whole.
+
+    Args:
+        folder: created if needed.
+        model: its image tower is written, and its text tower when `trained_tokens` is given.
+        card: from `describe`.
+        trained_tokens: ids of the token rows to store with the text tower.
+    """
+    visual = {name: value.detach().cpu().contiguous() for name, value in model.visual.state_dict().items()}
+    store.write(folder / "image.safetensors", save(visual))
+    if trained_tokens is not None:
+        state = {
+            name: value.detach().cpu().contiguous() for name, value in model.language.state_dict().items()
+        }
+        ids = torch.tensor(sorted(trained_tokens), dtype=torch.int64)
+        state[TOKENS] = state[TOKENS][ids].contiguous()
+        store.write(folder / "text.safetensors", save({**state, "token_ids": ids}))
+    store.write_json(folder / "card.json", card.model_dump(mode="json"))
+
+
+def with_default_rows(table: Tensor, trained: frozenset[int]) -> Tensor:
+    """The (vocabulary, D) token table with every untrained row set to the mean of the trained ones."""
+    ids = torch.tensor(sorted(trained), dtype=torch.int64)
+    full = table[ids].mean(0, keepdim=True).repeat(table.shape[0], 1)
+    full[ids] = table[ids]
+    return full
+
+
+def read_card(folder: Path) -> CheckpointCard:
+    """The card of a checkpoint folder.
+
+    Raises:
+        WeightsError: no card, or one of another schema.
+        CardError: unknown or missing keys.
+    """
+    path = folder / "card.json"
+    if not path.is_file():
+        raise WeightsError(f"model {folder}", "no card.json", "a folder that vlmrob wrote, or ARCH:TAG")
+    table = store.read_json(path)
+    if not isinstance(table, dict) or table.get("schema_version") != SCHEMA:
+        raise WeightsError(str(path), "not a checkpoint card of this schema", SCHEMA)
+    return cards.parse(table, CheckpointCard, str(path))  # type: ignore[type-var]
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load `state` strictly: the same names and shapes, or an error that names the first difference.
+
+    Raises:
+        WeightsError: a missing or unexpected tensor, or one of another shape.
+    """
+    own = module.state_dict()
+    for name in own.keys() - state.keys():
+        raise WeightsError(where, f"tensor {name!r} is missing", "the architecture that its card names")
+    for name in state.keys() - own.keys():
+        raise WeightsError(
+            where, f"tensor {name!r} is not of this architecture", "the one that its card names"
+        )
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            shapes = f"tensor {name!r} has shape {tuple(state[name].shape)}"
+            raise WeightsError(
+                where, shapes, f"{tuple(value.shape)}: this is a checkpoint of another architecture"
+            )
+    module.load_state_dict(state, strict=True)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        WeightsError: missing, or not safetensors.
+    """
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise WeightsError(str(path), "no such file", "the weights that card.json describes") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(str(path), f"not a whole safetensors file ({error})", do="copy it again") from None
+    return state
+
+
+def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
+    """Load a stored text tower and return the ids of the token rows that were trained."""
+    state = read_state(path)
+    if "token_ids" not in state or TOKENS not in state:
+        raise WeightsError(str(path), "no token table with ids", "a text tower that vlmrob wrote")
+    ids = state.pop("token_ids")
+    trained = frozenset(int(i) for i in ids)
+    table = torch.zeros(dict(module.named_parameters())[TOKENS].shape)
+    if state[TOKENS].shape != (len(ids), table.shape[1]):
+        raise WeightsError(
+            str(path), f"token rows of shape {tuple(state[TOKENS].shape)}", f"({len(ids)}, {table.shape[1]})"
+        )
+    table[ids] = state[TOKENS]
+    state[TOKENS] = with_default_rows(table, trained)
+    fill(module, state, str(path))
+    return trained
+
+
+def check(model: Clip, card: CheckpointCard, where: str) -> None:
+    """Hold a loaded model to the hashes in its card.
+
+    Raises:
+        WeightsError: a tower's bytes are not those that the card was written for.
+    """
+    prints = model.fingerprints()
+    for part, stated in (("image", card.image_sha256), ("text", card.text_sha256), ("model", card.sha256)):
+        if prints[part] != stated:
+            raise WeightsError(
+                where, f"{part} fingerprint is {prints[part][:12]}", f"{stated[:12]} as in card.json"
+            )
+
+
+def preprocess(card: CheckpointCard) -> Preprocess:
+    """The preprocessing that the card states."""
+    return Preprocess(**card.preprocess.model_dump())

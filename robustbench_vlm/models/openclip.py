@@ -1,0 +1,153 @@
+"""open_clip architectures and weights -> `Clip`. The only file that imports open_clip."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from robustbench_vlm.errors import WeightsError, nearest
+from robustbench_vlm.models.clip import Clip, Preprocess
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@cache
+def _register_own() -> None:
+    open_clip.add_model_config(CONFIGS)
+
+
+def architectures() -> list[str]:
+    """Every architecture name that can be built, ours included."""
+    _register_own()
+    return sorted(open_clip.list_models())
+
+
+class Language(nn.Module):
+    """The text half of an open_clip model: tokens (N, L) int64 -> (N, D), without its image tower."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        del self.net.visual, self.net.logit_scale  # text only: neither belongs to its fingerprint
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Un-normalised text embeddings of token ids."""
+        embeddings: Tensor = self.net.encode_text(tokens)  # type: ignore[operator]
+        return embeddings
+
+
+def build(arch: str, *, quick_gelu: bool = False) -> Clip:
+    """A model of architecture `arch` with random weights drawn from a fixed seed.
+
+    Raises:
+        WeightsError: no such architecture.
+    """
+    _register_own()
+    if arch not in open_clip.list_models():
+        raise WeightsError(
+            f"model {arch!r}", "no such open_clip architecture", do=nearest(arch, architectures())
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = _create(arch, None, quick_gelu=quick_gelu)
+    return _wrap(net, arch, arch, quick_gelu=quick_gelu)
+
+
+def load(name: str) -> Clip:
+    """`ARCH:TAG` (weights by tag; `ARCH:random` for fixed random ones), `hf-hub:ORG/NAME`, `local-dir:PATH`.
+
+    QuickGELU follows the tag: weights trained with it are never run without it.
+
+    Raises:
+        WeightsError: unknown architecture or tag, or the weights cannot be had.
+    """
+    _register_own()
+    if name.startswith(("hf-hub:", "local-dir:")):
+        config = _schema_config(name)
+        quick = bool(config.get("quick_gelu", False))
+        return _wrap(_create(name, None, quick_gelu=quick), name, name, quick_gelu=quick)
+    arch, _, tag = name.partition(":")
+    if tag in ("", "random"):
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(arch)
+            raise WeightsError(
+                f"model {name!r}",
+                "an architecture without weights",
+                "ARCH:TAG",
+                nearest("", tags or ["random"]),
+            )
+        return build(arch)
+    if arch not in open_clip.list_models():
+        raise WeightsError(f"model {name!r}", "no such architecture", do=nearest(arch, architectures()))
+    known = open_clip.get_pretrained_cfg(arch, tag)
+    if not known:
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        raise WeightsError(f"model {name!r}", f"no weights tagged {tag!r} for {arch}", do=nearest(tag, tags))
+    quick = bool(known.get("quick_gelu", False) or open_clip.get_model_config(arch).get("quick_gelu", False))
+    return _wrap(_create(arch, tag, quick_gelu=quick), arch, name, quick_gelu=quick)
+
+
+def _schema_config(name: str) -> dict[str, Any]:
+    """The `model_cfg` of a `local-dir:`; hub models are resolved by open_clip itself."""
+    if not name.startswith("local-dir:"):
+        return {}
+    path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    if not path.is_file():
+        raise WeightsError(name, f"{path.name} is missing", "a folder with open_clip_config.json and weights")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise WeightsError(name, f"{path.name} is not an open_clip config ({error!r})") from None
+    return config
+
+
+def _create(name: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
+    wants_weights = tag is not None or ":" in name
+    muted = logging.root.manager.disable
+    logging.disable(
+        logging.WARNING
+    )  # open_clip warns of random weights on the root logger; here that is asked for
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # QuickGELU: decided above, not left to a warning
+            net: nn.Module = open_clip.create_model(
+                name,
+                pretrained=tag,
+                precision="fp32",
+                force_quick_gelu=quick_gelu,
+                require_pretrained=wants_weights,
+                weights_only=True,
+            )
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"model {name}{':' + tag if tag else ''}", reason, do="see `vlmrob doctor`"
+        ) from error
+    finally:
+        logging.disable(muted)
+    return net.eval()
+
+
+def _wrap(net: nn.Module, arch: str, source: str, *, quick_gelu: bool) -> Clip:
+    visual: Any = net.visual
+    config = visual.preprocess_cfg
+    size = visual.image_size
+    side = int(size[0] if isinstance(size, tuple | list) else size)
+    scale = float(net.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
+    language = Language(net)
+    return Clip(
+        visual=visual,
+        language=language,
+        tokenize=open_clip.get_tokenizer(arch),
+        preprocess=Preprocess(side, tuple(config["mean"]), tuple(config["std"])),
+        logit_scale=scale,
+        facts={"arch": arch, "quick_gelu": quick_gelu, "source": source},
+    )

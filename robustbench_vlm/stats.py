@@ -1,0 +1,62 @@
+"""Intervals and paired tests for counts of verdicts; all from scipy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scipy.stats import binomtest
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided 95 % interval of a proportion, as fractions."""
+
+    low: float
+    high: float
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """The Wilson score interval of `hits` of `n` (Wilson 1927), 95 %, without continuity correction.
+
+    Raises:
+        ValueError: not 0 <= hits <= n with n > 0.
+    """
+    interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same images.
+
+    Attributes:
+        only_a: images right for A alone.
+        only_b: images right for B alone.
+        n: images compared.
+        p: two-sided exact McNemar p-value: the binomial test of `only_a` against `only_b`.
+    """
+
+    only_a: int
+    only_b: int
+    n: int
+    p: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of A minus accuracy of B, as a fraction."""
+        return (self.only_a - self.only_b) / self.n
+
+
+def mcnemar(a: list[bool], b: list[bool]) -> Paired:
+    """The exact McNemar test (McNemar 1947) of two lists of verdicts over the same images, in the same order.
+
+    Raises:
+        ValueError: lists of different length, or empty ones.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} and {len(b)} verdicts, expected equally many and at least one")
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    decided = only_a + only_b
+    p = float(binomtest(only_a, decided).pvalue) if decided else 1.0
+    return Paired(only_a, only_b, len(a), p)

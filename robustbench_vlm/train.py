@@ -1,0 +1,364 @@
+"""The min-max loop that every defense is trained by: targets, inner ascent, outer loss, update; exact resume.
+
+A training step is a pure function of (recipe, step, state): its images, its starting noise and its dropout
+are keyed by seed and step, so a run killed anywhere and started again ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from robustbench_vlm import cards, registry, rng, store
+from robustbench_vlm.attacks.ascent import ascend
+from robustbench_vlm.attacks.geometry import uniform_start
+from robustbench_vlm.cards import DatasetCard, Optim, Recipe
+from robustbench_vlm.data import loader
+from robustbench_vlm.data.dataset import Split, open_split
+from robustbench_vlm.defenses.losses import ce
+from robustbench_vlm.errors import CardError, InputError, TrainingError
+from robustbench_vlm.models import checkpoint, lora, zoo
+from robustbench_vlm.models.clip import Clip, held
+from robustbench_vlm.models.lora import Adapters
+from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.types import Batch, Defense, Roles, Step, Terms
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Called with every line of the training log."""
+
+
+def lr(step: int, optim: Optim) -> float:
+    """Learning rate of 0-based `step`: linear warm-up to `optim.lr`, then half a cosine to zero at the end.
+
+    RobustVLM and MMT-ARD set the rate after the update, so their first update runs at the full rate; here
+    the rate belongs to the update it is used in.
+    """
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    progress = (step - optim.warmup) / max(optim.steps - optim.warmup, 1)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, loaded and checked before the first step.
+
+    Attributes:
+        student: what is trained, with where it came from.
+        teachers: frozen models by role.
+        adapters: LoRA inside the student, or `None` when the whole tower is trained.
+    """
+
+    recipe: Recipe
+    defense: Defense
+    roles: Roles
+    student: zoo.Loaded
+    teachers: Mapping[str, zoo.Loaded]
+    adapters: Adapters | None
+    card: DatasetCard
+    split: Split
+    probe: Batch | None
+    device: torch.device
+
+    @property
+    def model(self) -> Clip:
+        """The student's encoder."""
+        return self.student.model
+
+
+def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
+    """Load and check the models, text banks and data that `recipe` names.
+
+    Raises:
+        CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
+        WeightsError, DataError: a model or dataset that cannot be used.
+    """
+    where = f"recipe {recipe.name}"
+    fields = {key: value for key, value in recipe.defense.items() if key != "name"}
+    name = recipe.defense.get("name")
+    if not isinstance(name, str):
+        raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
+    defense: Defense = registry.build("defenses", name, fields, where)
+    if set(recipe.teachers) != set(defense.teachers):
+        found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
+        raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")
+    if defense.adversarial != (recipe.inner is not None):
+        found = "no [inner] table" if defense.adversarial else "an [inner] table that would go unread"
+        raise CardError(where, found, f"{'one' if defense.adversarial else 'none'}, for {name}")
+    student = zoo.load(recipe.student, device)
+    teachers = {role: zoo.load(model, device) for role, model in recipe.teachers.items()}
+    for teacher in teachers.values():
+        teacher.model.requires_grad_(False)
+    dataset = cards.read("datasets", recipe.data.dataset, DatasetCard)
+    split = open_split(dataset, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
+    text: dict[str, Tensor] = {}
+    if defense.needs_text or recipe.probe:
+        sentences = render(dataset.names, [recipe.data.template])
+        text["student"] = text_bank(student.model, sentences)
+        text |= {role: text_bank(teacher.model, sentences) for role, teacher in teachers.items()}
+    adapters = None
+    if recipe.lora is not None:
+        adapters = lora.attach(student.model, recipe.lora.r, recipe.lora.alpha, recipe.lora.targets)
+    else:
+        student.model.visual.requires_grad_(True)
+    roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
+    probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
+    return Setup(recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device)
+
+
+def _probe_batch(recipe: Recipe, card: DatasetCard, root: Path, model: Clip) -> Batch:
+    """A fixed hashed subset that holds every class equally, as far as the split does."""
+    assert recipe.probe is not None
+    split = open_split(card, root, recipe.probe.split)
+    per_class = max(1, recipe.probe.n // card.n_classes)
+    subset = split.stratified(per_class, recipe.seed)
+    images = subset.images(model.image_size)
+    return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys)
+
+
+@dataclass
+class State:
+    """What changes from step to step, and nothing else."""
+
+    step: int
+    optimiser: torch.optim.AdamW
+    carry: Mapping[str, Tensor]
+
+
+def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report: Report) -> Path:
+    """Train `recipe` into the checkpoint folder `out`; goes on where an earlier run of it stopped.
+
+    Args:
+        recipe: the resolved recipe; its fingerprint is held against the folder's.
+        out: created if needed. Ends up with `image.safetensors`, `card.json`, `recipe.json`, `log.jsonl`
+            and `checkpoints/`.
+        data_root: folder of the datasets.
+        device: where to train.
+        report: called with every line of the log.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: `out` belongs to another recipe.
+        TrainingError: a loss or gradient that is not finite.
+    """
+    _claim(out, recipe)
+    if (out / "card.json").exists():
+        return out
+    setup = prepare(recipe, data_root, device)
+    state = _begin(setup, out)
+    optim = recipe.optim
+    batches = loader.batches(
+        setup.split, optim.batch_size, recipe.seed, state.step, optim.steps, setup.model.image_size
+    )
+    if state.step == 0 and setup.probe is not None:
+        _log(out, report, {"step": 0, "probe": probe(setup)})
+    for batch in batches:
+        started = time.perf_counter()
+        line = advance(setup, state, batch.to(device))
+        state.step += 1
+        rate = len(batch.keys) / (time.perf_counter() - started)
+        _log(out, report, {"step": state.step, **line, "images_per_second": round(rate, 1)})
+        last = state.step == optim.steps
+        if recipe.probe and setup.probe is not None and (last or state.step % recipe.probe.every == 0):
+            _log(out, report, {"step": state.step, "probe": probe(setup)})
+        if recipe.checkpoint_every and (last or state.step % recipe.checkpoint_every == 0):
+            _keep(out, setup, state)
+    _finish(out, setup)
+    return out
+
+
+def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
+    """One training step: changes the student, the optimiser and `state.carry`; returns the log line.
+
+    Raises:
+        TrainingError: a term or a gradient that is not finite, with step, term and keys.
+    """
+    recipe, model, defense = setup.recipe, setup.model, setup.defense
+    with held(model):
+        with torch.no_grad():
+            targets = defense.targets(setup.roles, batch)
+        adv = batch.images
+        if recipe.inner is not None:
+            threat = recipe.inner.threat
+            names = [f"{recipe.seed}/train/{state.step}/{key}" for key in batch.keys]
+            start = uniform_start(batch.images, threat, names)
+            objective = defense.inner(setup.roles, batch, targets)
+            step_size = float(recipe.inner.step)
+            adv = ascend(
+                objective, batch.images, threat, steps=recipe.inner.steps, step_size=step_size, start=start
+            )
+    model.visual.train()
+    with torch.random.fork_rng(devices=[batch.images.device] if batch.images.is_cuda else []):
+        torch.default_generator.manual_seed(_dropout_seed(recipe.seed, state.step))
+        terms = defense.outer(setup.roles, Step(batch, adv, targets, state.carry))
+    _require_finite(terms, state.step, batch)
+    rate = lr(state.step, recipe.optim)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    state.optimiser.zero_grad(set_to_none=True)
+    terms.total.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip or math.inf)
+    if not torch.isfinite(norm):
+        raise TrainingError(f"step {state.step}: the gradient is not finite; first image {batch.keys[0]}")
+    state.optimiser.step()
+    if setup.adapters is not None:
+        setup.adapters.restore()
+    model.visual.eval()
+    state.carry = terms.carry
+    parts = {name: round(float(value), 6) for name, value in terms.parts.items()}
+    return {"lr": rate, **parts, "grad_norm": round(float(norm), 6)}
+
+
+def probe(setup: Setup) -> dict[str, float]:
+    """Accuracy on the probe images, clean and under PGD with the recipe's own ball, as fractions.
+
+    A gauge of progress, not a result: results come from `vlmrob eval`.
+    """
+    assert setup.probe is not None
+    assert setup.recipe.probe is not None
+    batch, roles = setup.probe, setup.roles
+    with held(setup.model):
+        adv = batch.images
+        inner = setup.recipe.inner
+        if inner is not None:
+            names = [f"{setup.recipe.seed}/probe/{key}" for key in batch.keys]
+            start = uniform_start(adv, inner.threat, names)
+            adv = ascend(
+                lambda images: ce(roles.logits("student", images), batch.labels),
+                batch.images,
+                inner.threat,
+                steps=setup.recipe.probe.steps,
+                step_size=float(inner.step),
+                start=start,
+            )
+        with torch.no_grad():
+            clean, robust = (roles.logits("student", images).argmax(1) for images in (batch.images, adv))
+    right = {"clean": clean == batch.labels} | ({"robust": robust == batch.labels} if inner else {})
+    return {name: round(float(hits.float().mean()), 4) for name, hits in right.items()}
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    return int(rng.generator(f"{seed}/dropout/{step}").integers(2**62))
+
+
+def _require_finite(terms: Terms, step: int, batch: Batch) -> None:
+    for name, value in {**terms.parts, "total": terms.total}.items():
+        if not torch.isfinite(value.detach()).all():
+            keys = ", ".join(batch.keys[:3])
+            raise TrainingError(f"step {step}: term {name!r} is {float(value):g}; images {keys}, ...")
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe into `out`, or refuse a folder that belongs to another one."""
+    path = out / "recipe.json"
+    resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+    if path.exists():
+        found = store.read_json(path).get("fingerprint")
+        if found != recipe.fingerprint:
+            raise InputError(
+                f"--out {out}",
+                f"holds a run of another recipe ({str(found)[:12]})",
+                f"{recipe.fingerprint[:12]}",
+                "choose another folder",
+            )
+        return
+    if (out / "card.json").exists():
+        raise InputError(
+            f"--out {out}", "holds a checkpoint that this recipe did not make", do="choose another folder"
+        )
+    store.write_json(path, resolved)
+
+
+def _parameters(setup: Setup) -> list[Tensor]:
+    return [p for p in setup.model.visual.parameters() if p.requires_grad]
+
+
+def _begin(setup: Setup, out: Path) -> State:
+    """The state to start from: the newest checkpoint of `out`, or step 0."""
+    optim = setup.recipe.optim
+    optimiser = torch.optim.AdamW(_parameters(setup), lr=optim.lr, weight_decay=optim.weight_decay)
+    found = sorted((out / "checkpoints").glob("step_*.safetensors"))
+    log = out / "log.jsonl"
+    if not found:
+        log.unlink(missing_ok=True)
+        return State(0, optimiser, {})
+    with safe_open(found[-1], framework="pt") as file:
+        facts = file.metadata()
+    if facts.get("recipe") != setup.recipe.fingerprint:
+        raise InputError(str(found[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
+    tensors = load_file(found[-1], device=str(setup.device))
+    student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    checkpoint.fill(setup.model.visual, student, str(found[-1]))
+    for index, parameter in enumerate(_parameters(setup)):
+        names = ("exp_avg", "exp_avg_sq", "step")
+        optimiser.state[parameter] = {name: tensors[f"adamw.{index}.{name}"] for name in names}
+        optimiser.state[parameter]["step"] = optimiser.state[parameter]["step"].cpu()
+    carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
+    step = int(facts["step"])
+    lines = [line for line in store.records(log) if line["step"] <= step]
+    store.write(log, b"".join(store.canonical(line) + b"\n" for line in lines))
+    return State(step, optimiser, carry)
+
+
+def _keep(out: Path, setup: Setup, state: State) -> None:
+    """Write one checkpoint file, whole or not at all."""
+    tensors = {f"student.{name}": value for name, value in setup.model.visual.state_dict().items()}
+    tensors |= {f"carry.{name}": value for name, value in state.carry.items()}
+    for index, parameter in enumerate(_parameters(setup)):
+        tensors |= {
+            f"adamw.{index}.{name}": value for name, value in state.optimiser.state[parameter].items()
+        }
+    facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
+    content = save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=facts
+    )
+    store.write(out / "checkpoints" / f"step_{state.step:07d}.safetensors", content)
+
+
+def _finish(out: Path, setup: Setup) -> None:
+    """Write the checkpoint folder: merged weights first, the card last."""
+    recipe = setup.recipe
+    model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
+    everyone = {"student": setup.student, **setup.teachers}
+    parents = tuple(
+        checkpoint.Parent(
+            role=role, model=made.card.name, sha256=made.card.sha256, trained_on=made.card.trained_on
+        )
+        for role, made in everyone.items()
+    )
+    seen: tuple[str, ...] | None = None
+    if all(parent.trained_on is not None for parent in parents):
+        known = {name for parent in parents for name in parent.trained_on or ()}
+        seen = tuple(sorted({*known, recipe.data.dataset}))
+    card = checkpoint.describe(
+        model,
+        recipe.name,
+        defense=str(recipe.defense["name"]),
+        trained_on=seen,
+        text_from=setup.student.card.text_from or setup.student.id,
+        parents=parents,
+        recipe=recipe.model_dump(mode="json"),
+        training={
+            "recipe_sha256": recipe.fingerprint,
+            "data_sha256": setup.split.sha256,
+            "images": len(setup.split),
+        },
+    )
+    checkpoint.save_folder(out, model, card)
+
+
+def _log(out: Path, report: Report, line: Mapping[str, Any]) -> None:
+    store.append(out / "log.jsonl", line)
+    report(line)

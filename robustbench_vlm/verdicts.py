@@ -1,0 +1,127 @@
+"""The verdict table: one row an image, one column a fact; entering findings, and counting.
+
+The table is what a result rests on. Everything else (cells, leaderboards) is counted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from robustbench_vlm.store import fingerprint
+
+EVIDENCE = (
+    "key",
+    "label",
+    "clean_prediction",
+    "broken_by",
+    "broken_at_eps",
+    "adv_prediction",
+    "adv_sha256",
+    "error",
+)
+"""Columns whose values make the fingerprint of a table."""
+
+SPENT = ("forwards", "backwards", "zero_gradients")
+
+
+def begin(
+    keys: Sequence[str],
+    labels: np.ndarray,
+    image_shas: Sequence[str],
+    predictions: np.ndarray,
+    margins: np.ndarray,
+    inherited: Mapping[str, str],
+) -> pd.DataFrame:
+    """The table before any attack.
+
+    Args:
+        keys: N names.
+        labels: (N,) int64.
+        image_shas: SHA-256 of each image's file.
+        predictions: (N,) int64 clean predictions of the canonical pass.
+        margins: (N,) float32, true logit minus the largest other.
+        inherited: images broken at a smaller radius, by that radius as text.
+    """
+    n = len(keys)
+    zeros = {column: np.zeros(n, dtype=np.int64) for column in SPENT}
+    return pd.DataFrame(
+        {
+            "key": list(keys),
+            "label": labels,
+            "image_sha256": list(image_shas),
+            "clean_prediction": predictions,
+            "clean_margin": margins.astype(np.float32),
+            "clean_correct": predictions == labels,
+            "broken_by": [""] * n,
+            "broken_at_eps": [inherited.get(key, "") for key in keys],
+            "target": np.full(n, -1),
+            "restart": np.full(n, -1),
+            "iteration": np.full(n, -1),
+            "adv_prediction": predictions,
+            "adv_margin": margins.astype(np.float32),
+            "distance": np.zeros(n, dtype=np.float32),
+            "adv_sha256": [""] * n,
+            **zeros,
+            "error": [""] * n,
+        }
+    )
+
+
+def standing(table: pd.DataFrame) -> pd.Series:
+    """(N,) bool: classified correctly, not broken at this radius or a smaller one, and without error."""
+    return table.clean_correct & (table.broken_at_eps == "") & (table.error == "")
+
+
+def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:
+    """Write the finding of one stage on image `i` into the table.
+
+    Args:
+        table: changed in place.
+        i: row.
+        line: the finding as its ledger line.
+        stage: name of the stage.
+        eps: the radius as text.
+    """
+    for column in SPENT:
+        table.loc[i, column] += line[column]
+    table.loc[i, "adv_prediction"] = line["prediction"]
+    table.loc[i, "adv_margin"] = np.float32(line["margin"])
+    table.loc[i, "distance"] = np.float32(line["distance"])
+    table.loc[i, "adv_sha256"] = line["adv_sha256"]
+    table.loc[i, "error"] = line["error"]
+    if line["broken"]:
+        table.loc[i, "broken_by"] = stage
+        table.loc[i, "broken_at_eps"] = eps
+        for column in ("target", "restart", "iteration"):
+            table.loc[i, column] = line[column]
+
+
+def robust_after(table: pd.DataFrame, stages: Iterable[str]) -> dict[str, int]:
+    """Images still standing after each stage, in chain order; a row with an error counts as not robust."""
+    alive = table.clean_correct & (table.error == "")
+    alive &= ~((table.broken_at_eps != "") & (table.broken_by == ""))  # lost at a smaller radius
+    counts = {}
+    for stage in stages:
+        alive &= table.broken_by != stage
+        counts[stage] = int(alive.sum())
+    return counts
+
+
+def zero_gradient_share(table: pd.DataFrame) -> float:
+    """Share of attacked images that met an exactly zero gradient at least once."""
+    attacked = table[table.backwards > 0]
+    return float((attacked.zero_gradients > 0).mean()) if len(attacked) else 0.0
+
+
+def largest_prediction_share(table: pd.DataFrame) -> float:
+    """Share of the most frequent clean prediction; near 1 for a constant predictor."""
+    return float(table.clean_prediction.value_counts(normalize=True).max())
+
+
+def sha256(table: pd.DataFrame) -> str:
+    """Fingerprint of the evidence, independent of file format and of how the work was scheduled."""
+    return fingerprint(table[list(EVIDENCE)].to_numpy().tolist())

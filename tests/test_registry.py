@@ -1,0 +1,80 @@
+"""Plug-ins are found by name, filled strictly, and a mistyped name is helped."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from robustbench_vlm import registry
+from robustbench_vlm.errors import CardError
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A plug-in of somebody else's."""
+
+    strength: float = 1.0
+    steps: int = 3
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """This file as an importable module, whatever the test runner calls it."""
+    monkeypatch.setitem(sys.modules, "my_package", sys.modules[__name__])
+    return "my_package"
+
+
+def test_the_folder_is_the_registry():
+    found = registry.names("defenses")
+    assert {"clean", "fare", "mmt-ard", "single-teacher", "tecoa"} <= set(found)
+    assert found == sorted(found)
+    for name in found:
+        assert dataclasses.is_dataclass(registry.get("defenses", name))
+    assert registry.get("defenses", "mmt-ard").__module__ == "robustbench_vlm.defenses.mmt_ard"
+
+
+@pytest.mark.parametrize("typed", ["mmtard", "mmt_ard", "mt-ard", "mmt-adr"])
+def test_near_names(typed):
+    with pytest.raises(CardError, match=r"unknown defense '.*': .*did you mean 'mmt-ard'.*known: .*tecoa"):
+        registry.get("defenses", typed)
+
+
+def test_a_name_near_to_nothing_lists_all():
+    with pytest.raises(CardError, match=r"known: .*mmt-ard") as caught:
+        registry.get("defenses", "zzzzzz")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_module_and_name(here):
+    assert registry.get("attacks", f"{here}:Mine") is Mine
+    assert registry.build("attacks", f"{here}:Mine", {"steps": 7}, "card.toml") == Mine(steps=7)
+
+
+@pytest.mark.parametrize("name", ["no_such_module_x:Mine", "my_package:Nobody"])
+def test_module_or_name_that_is_not_there(here, name):
+    with pytest.raises(CardError, match="module:Name of an importable class"):
+        registry.get("attacks", name)
+
+
+def test_fields_are_read_strictly(here):
+    name = f"{here}:Mine"
+    with pytest.raises(CardError, match=r"card\.toml: unknown key 'stepz' for .*; did you mean 'steps'"):
+        registry.build("attacks", name, {"stepz": 7}, "card.toml")
+    with pytest.raises(CardError, match=r"card\.toml: .*Mine\.steps: .*found 'many'"):
+        registry.build("attacks", name, {"steps": "many"}, "card.toml")
+
+
+def test_entry_points_of_other_packages(monkeypatch):
+    class Point:
+        name = "mine"
+
+        def load(self):
+            return Mine
+
+    def entry_points(group, name=None):
+        return [Point()] if group == "robustbench_vlm.attacks" and name in (None, "mine") else []
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert "mine" in registry.names("attacks")
+    assert registry.get("attacks", "mine") is Mine
+    assert "mine" not in registry.names("defenses")

@@ -1,8 +1,8 @@
 """Contrastive pretraining of the tiny CLIP on rendered scenes and their captions.
 
-The student's image tower and the text tower are trained together; a larger image tower is then trained against that
-frozen text tower (locked text), so one text tower serves every checkpoint. Scenes are rendered on the fly and never
-repeat. The same numbers come out again on one machine with one torch and one thread count.
+The student's image tower and the text tower are trained together; a larger image tower is then trained
+against that frozen text tower (locked text), so one text tower serves every checkpoint. Scenes are rendered on
+the fly and never repeat. The same numbers come out again on one machine with one torch and one thread count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from robustbench_vlm.data.tiny.words import sentences
 Progress = Callable[[int, int, float], None]
 """Called as (steps done, steps in all, running loss)."""
 
-TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection", "logit_scale")
+TEXT = (
+    "transformer.",
+    "token_embedding.",
+    "ln_final.",
+    "positional_embedding",
+    "text_projection",
+    "logit_scale",
+)
 """Prefixes of the parameters that make up an open_clip text tower."""
 
 LARGEST_SCALE = math.log(100.0)
@@ -87,7 +94,8 @@ def _model(plan: Plan, text: dict[str, Tensor] | None) -> CLIP:
         model = CLIP(**config)
     if text is not None:
         missing, unexpected = model.load_state_dict(text, strict=False)
-        assert not unexpected and all(name.startswith("visual.") for name in missing)
+        assert not unexpected
+        assert all(name.startswith("visual.") for name in missing)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
     return model
@@ -106,7 +114,7 @@ def _encode(model: CLIP, tokens: Tensor, length: Tensor) -> Tensor:
 
 
 def _batches(plan: Plan, context: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Images (B, 3, H, W) in [0, 1], compact token rows of the distinct captions, lengths, and each image's row."""
+    """Images (B, 3, H, W) in [0, 1], token rows of the distinct captions, their lengths, each image's row."""
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
     compact = torch.zeros(max(vocabulary()) + 1, dtype=torch.long)
     compact[list(vocabulary())] = torch.arange(len(vocabulary()))
@@ -128,7 +136,9 @@ def _loss(image: Tensor, text: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     """Symmetric contrastive loss; a caption shared by several images is right for each of them.
 
     Args:
-        image: (B, D) unit rows; text: (U, D) unit rows, distinct captions.
+        image: (B, D) unit rows.
+        text: (U, D) unit rows, distinct captions.
+        scale: logit scale, a scalar.
         target: (B,) the caption of each image.
     """
     logits = scale * image @ text.T
@@ -152,11 +162,15 @@ def normalisation() -> tuple[Tensor, Tensor]:
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
 
-def pretrain(plan: Plan, text: dict[str, Tensor] | None = None, progress: Progress | None = None) -> Pretrained:
+def pretrain(
+    plan: Plan, text: dict[str, Tensor] | None = None, progress: Progress | None = None
+) -> Pretrained:
     """Train image and text tower together, or, given `text`, the image tower against that frozen text tower.
 
     Args:
+        plan: architecture, length and speed.
         text: `Pretrained.text` of an earlier run with the same text configuration.
+        progress: told after every step.
     """
     model = _model(plan, text)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -176,7 +190,7 @@ def pretrain(plan: Plan, text: dict[str, Tensor] | None = None, progress: Progre
             words = _encode(model, tokens, length)
         loss = _loss(embedded, words, model.logit_scale.exp(), target)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, plan.grad_clip)
         optimizer.step()
         with torch.no_grad():

@@ -1,7 +1,8 @@
 """Letters and digits as polylines: the control points, drawn by hand on a 10 x 10 sheet (x right, y down).
 
-One glyph has several skeletons, because people write it in several ways (an open and a closed four, a seven with
-and without a bar). A stroke is a string of `xy` digit pairs; a stroke that starts with `~` is smoothed to a curve.
+One glyph has several skeletons, because people write it in several ways (an open and a closed four, a seven
+with and without a bar). A stroke is a string of `xy` digit pairs; one that starts with `~` is smoothed to a
+curve. The skeletons of digits were drawn after looking at a sheet of scans; no scan is ever trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ DIGITS: Final[dict[str, tuple[str, ...]]] = {
         "~61 41 34 27 49 68 75 73 61 40",
         "~50 32 24 36 48 59 68 76 84 72 50",
     ),
-    "one": ("50 59", "34 50 59", "33 51 59|39 79", "60 49", "44 60 59|29 79", "~34 43 51|51 58|~29 39 49 59 79"),
+    "one": (
+        "50 59",
+        "34 50 59",
+        "33 51 59|39 79",
+        "60 49",
+        "44 60 59|29 79",
+        "~34 43 51|51 58|~29 39 49 59 79",
+    ),
     "two": (
         "~22 31 50 71 73 55 29|29 79",
         "~23 41 61 73 64 46 29 38 59 79",

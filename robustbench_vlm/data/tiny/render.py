@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ class Ink:
         variant: (M,) in [0, 1), which skeleton; `jitter`: (M, P, 2) of control points.
         matrix: (M, 2, 2), and `shift`: (M, 2), from the glyph's square to the image's [-1, 1]^2.
         width: (M,) half thickness of the stroke, `soft`: (M,) width of its edge, in the same unit.
-        scan: (M,) bool; true: fills the height, reduced to 8 x 8 with 17 grey levels and enlarged, as scans are.
+        scan: (M,) bool; true: fills the height, is reduced to 8 x 8 with 17 grey levels and enlarged again.
         colour: (M, 3) in [0, 1].
     """
 
@@ -94,7 +95,14 @@ class Ink:
 
 @dataclass
 class Scenes:
-    """N images to be drawn: grounds (N rows), layers of things, ink; `grain` (N,) is the amplitude of noise."""
+    """N images to be drawn.
+
+    Attributes:
+        ground: N rows.
+        layers: drawn in order, later ones on top.
+        ink: written last.
+        grain: (N,) amplitude of the noise.
+    """
 
     ground: Paint
     layers: list[Things]
@@ -110,7 +118,7 @@ def enlarge(scans: Array) -> Array:
     return np.asarray(matrix @ scans @ matrix.T, np.float32)
 
 
-def _shape(name: str, x: Array, y: Array) -> Array:
+def _shape(name: str, x: Array, y: Array) -> Any:  # noqa: ANN401 - an array of x's and y's shape
     """Roughly the signed distance to the edge of a shape of radius 1, negative inside."""
     ax = np.abs(x)
     if name == "circle":
@@ -141,11 +149,11 @@ def _shape(name: str, x: Array, y: Array) -> Array:
     return np.minimum(shaft, head)
 
 
-def _sharp(wave: Array) -> Array:
+def _sharp(wave: Any) -> Any:  # noqa: ANN401 - an array
     return np.clip(0.5 + 2.5 * wave, 0, 1)
 
 
-def _texture(name: str, x: Array, y: Array, period: Array, speckle: Array) -> Array:
+def _texture(name: str, x: Array, y: Array, period: Array, speckle: Array) -> Any:  # noqa: ANN401 - an array
     """Share of the first colour, in [0, 1], at pixels x (M, 1, W), y (M, H, 1)."""
     turn = (2 * np.pi / period).astype(np.float32)
     if name == "horizontal stripes":
@@ -238,6 +246,7 @@ def render(scenes: Scenes, noise: Array) -> NDArray[np.uint8]:
     """Draw N scenes.
 
     Args:
+        scenes: what to draw.
         noise: (N, 3, 32, 32) uniform in [0, 1): grain, and the pattern of `speckles`.
 
     Returns:

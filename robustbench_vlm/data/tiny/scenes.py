@@ -1,4 +1,4 @@
-"""From what a scene shows to how it is laid out: sizes, places, colours and noise, all from uniform numbers."""
+"""From what a scene shows to how it is laid out: sizes, places, colours, noise, all from uniform numbers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Columns:
         start, self._next = self._next, self._next + max(size, 1)
         assert self._next <= self._u.shape[1], "NUMBERS is too small for the layout"
         block = self._u[:, start : self._next] if size else self._u[:, start]
-        return (low + (high - low) * block).astype(np.float32)
+        return np.asarray(low + (high - low) * block, np.float32)
 
 
 def _tint(colour: Index, u: Columns) -> Array:
     """(N, 3) a colour as it occurs: a little darker or lighter, a little off."""
     base = BASE[colour] * u.take(0.8, 1.0)[:, None]
-    return np.clip(base + u.take(-0.06, 0.06, 3), 0, 1)
+    return np.asarray(np.clip(base + u.take(-0.06, 0.06, 3), 0, 1), np.float32)
 
 
 def _ground(luma: Array, u: Columns) -> Array:
@@ -43,7 +43,8 @@ def _ground(luma: Array, u: Columns) -> Array:
     grey = u.take(0.0, 0.8)
     near = np.abs(grey - luma) < 0.25
     grey = np.where(near, np.where(luma < 0.42, luma + 0.35, luma - 0.35), grey)
-    return np.clip(grey[:, None] + u.take(-0.06, 0.06, 3), 0, 1).astype(np.float32)
+    grey = grey[:, None] + u.take(-0.06, 0.06, 3)
+    return np.asarray(np.clip(grey, 0, 1), np.float32)
 
 
 def _plain(colour: Array) -> Paint:
@@ -56,6 +57,7 @@ def scenes(attributes: Attributes, u: Array) -> Scenes:
     """Lay out N scenes.
 
     Args:
+        attributes: what they show, N rows.
         u: (N, NUMBERS - LAYOUT) uniform in [0, 1).
     """
     draw = Columns(u)

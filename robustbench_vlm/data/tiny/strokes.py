@@ -120,6 +120,7 @@ def distance(starts: Array, ends: Array, side: int) -> Array:
     Args:
         starts: (N, S, 2) in [-1, 1], the image being the square [-1, 1]^2.
         ends: (N, S, 2) likewise.
+        side: of the image, in pixels.
 
     Returns:
         (N, side, side) in units of half the image's side.

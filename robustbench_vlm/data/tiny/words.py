@@ -119,7 +119,7 @@ class Attributes:
 def held_out(colour: Index, shape: Index) -> np.ndarray:
     """Which pairs of colour and shape are never drawn for training: 25 of the 100."""
     turn = (shape - colour) % len(SHAPES)
-    return (turn < 2) | ((turn == 2) & (colour % 2 == 0))
+    return np.asarray((turn < 2) | ((turn == 2) & (colour % 2 == 0)))
 
 
 def sample(u: Array) -> Attributes:
@@ -148,6 +148,7 @@ def captions(attributes: Attributes, u: Array) -> list[str]:
     """One true sentence a scene.
 
     Args:
+        attributes: what the scenes show, N rows.
         u: (N, 2) uniform in [0, 1): which saying, which lead.
     """
     colours = tuple(COLOURS)

@@ -137,8 +137,8 @@ WORLDS: Mapping[str, World] = {world.name: world for world in _worlds()}
 """Every dataset by name; the class lists and templates of the cards are made from these."""
 
 
-def labels(name: str, split: str, index: Index) -> Index:
-    """(N,) int labels of images `index` (N,) of a split; classes take turns, so they are balanced."""
+def labels(name: str, index: Index) -> Index:
+    """(N,) int labels of images `index` (N,) of any split; classes take turns, so they are balanced."""
     if name == DIGITS:
         return _scans()[1][index]
     return index % len(WORLDS[name].classes)
@@ -158,7 +158,7 @@ def images(name: str, split: str, index: Index) -> NDArray[np.uint8]:
         generator = rng.generator(f"tiny/{name}/{split}/s{i:07d}")
         u[row] = generator.random(NUMBERS, dtype=np.float32)
         noise[row] = generator.random(NOISE, dtype=np.float32)
-    return draw_block(_attributes(WORLDS[name], labels(name, split, index), u), u, noise)
+    return draw_block(_attributes(WORLDS[name], labels(name, index), u), u, noise)
 
 
 def _attributes(world: World, label: Index, u: NDArray[np.float32]) -> Attributes:

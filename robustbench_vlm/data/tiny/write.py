@@ -27,7 +27,9 @@ def make(root: Path, only: Sequence[str] | None = None, progress: Progress | Non
     The same bytes come out however often, and however interrupted, it is run.
 
     Args:
+        root: data root.
         only: names of datasets; all by default.
+        progress: told after every few hundred images.
 
     Returns:
         The folders, in the order of the world.
@@ -55,7 +57,7 @@ def samples(name: str, split: str, size: int, progress: Progress | None = None) 
     """The first `size` samples of a split, encoded as PNG, drawn when asked for."""
     for start in range(0, size, CHUNK):
         index = np.arange(start, min(start + CHUNK, size))
-        pixels, classes = images(name, split, index), labels(name, split, index)
+        pixels, classes = images(name, split, index), labels(name, index)
         for i, image, label in zip(index, pixels, classes, strict=True):
             yield f"s{i:07d}", png(image), "png", int(label)
         if progress is not None:

@@ -21,6 +21,7 @@ LAYERS = (
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
     {"demo", "compare"},  # walk through the halls
+    {"console"},
     {"cli"},
     {"__main__", "__init__"},
 )

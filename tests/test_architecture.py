@@ -20,7 +20,9 @@ LAYERS = (
     {"registry", "cards", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
-    {"demo", "compare"},  # walk through the halls
+    {"compare"},
+    {"session", "catalogue"},  # what a command needs from several halls
+    {"demo"},
     {"console"},
     {"cli"},
     {"__main__", "__init__"},

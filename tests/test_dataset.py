@@ -133,6 +133,13 @@ def test_class_names_must_be_the_cards(tmp_path, lines, message):
         open_split(card(), tmp_path, "test")
 
 
+def test_other_spellings_of_the_same_names_are_noted(tmp_path):
+    write_toy(tmp_path)
+    (tmp_path / "wds_toy/classnames.txt").write_text("apple_pie\nT-shirt\nblue\n")
+    notes = open_split(card(names=("apple pie", "t shirt", "blue")), tmp_path, "test").notes
+    assert notes == ("class names in the folder are spelt differently from the card's; the card's are used",)
+
+
 def test_blank_class_names_and_trailing_blank_lines(tmp_path):
     write_toy(tmp_path)
     (tmp_path / "wds_toy/classnames.txt").write_text("red\n\nblue\n\n\n")

@@ -1,1 +1,1 @@
-"""Datasets on disk -> named images on the canvas of the ball. Knows nothing of models, attacks or defenses."""
+"""Datasets on disk -> named images on the canvas of the ball; no models, attacks or defenses here."""

@@ -134,7 +134,8 @@ def test_files_and_functions_are_short_and_documented(name, tree):
     assert lines <= LINES_OF_A_FILE, f"{name}: {lines} lines"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
+            first = node.body[bool(ast.get_docstring(node)) :][:1]  # what counts is code, not its description
+            length = node.end_lineno - first[0].lineno + 1 if first else 0
             assert length <= LINES_OF_A_FUNCTION, f"{name}: {node.name} has {length} lines"
 
 

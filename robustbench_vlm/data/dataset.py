@@ -267,7 +267,7 @@ def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str
 
 
 def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
-    """A note where only the spelling differs (`apple_pie`, `apple pie`); an error for another list or order."""
+    """A note where only the spelling differs (`apple_pie`, `apple pie`); an error for another list."""
     wanted = list(card.names)
     while wanted and not wanted[-1]:  # blank names are legal, but trailing blank lines of a file are dropped
         wanted.pop()

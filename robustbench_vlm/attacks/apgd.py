@@ -105,6 +105,11 @@ class Apgd:
         """DLR becomes a margin and targets are capped where classes are few."""
         return losses.few_classes(self.loss, self.targets, n_classes)
 
+    def cost(self, n_classes: int) -> tuple[int, int]:
+        """One gradient a step and one at x_0, for every target and restart."""
+        runs = max(1, self.ranks(n_classes)) * self.restarts * (self.steps + 1)
+        return runs, runs
+
     def start(self, rows: Rows, threat: Threat) -> ApgdState:
         """A random point that touches the ball's surface."""
         images = rows.images

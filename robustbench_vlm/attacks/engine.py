@@ -156,7 +156,7 @@ class _Run:
         finite, copies = found.isfinite().all(1).tolist(), adv.cpu()
         for i, (job, row) in enumerate(waiting):
             error = "" if finite[i] and not bool(row.nonfinite) else self.trouble(job, row)
-            if not error and outside[i] > geometry.SLACK:
+            if not error and outside[i] > geometry.slack(self.threat):
                 key = self.keys[job.index]
                 raise AttackError(f"{self.stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
             wrong = not error and predictions[i] != int(row.labels)

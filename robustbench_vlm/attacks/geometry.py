@@ -17,7 +17,6 @@ from robustbench_vlm.attacks.interface import spread
 from robustbench_vlm.threat import Threat
 
 TINY = 1e-12
-SLACK = 1e-6  # float32 rounding of x + eps, in float64 units of the pixel range
 
 
 def radius(threat: Threat) -> float:
@@ -55,6 +54,11 @@ def direction(gradient: Tensor, threat: Threat) -> Tensor:
     if threat.norm == "linf":
         return gradient.sign()
     return gradient / spread(length(gradient) + TINY, gradient)
+
+
+def slack(threat: Threat) -> float:
+    """What float32 rounding may add to a distance: 1e-6 of the pixel range, 1e-5 of the radius for L2."""
+    return 1e-6 if threat.norm == "linf" else max(1e-6, 1e-5 * radius(threat))
 
 
 def excess(x: Tensor, images: Tensor, threat: Threat) -> Tensor:

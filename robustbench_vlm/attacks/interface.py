@@ -135,6 +135,10 @@ class Attack(Protocol):
         """What runs otherwise than configured because there are few classes; one sentence each."""
         ...
 
+    def cost(self, n_classes: int) -> tuple[int, int]:
+        """(forward passes, image gradients) of an image that survives every trajectory."""
+        ...
+
     def start(self, rows: Rows, threat: Threat) -> State:
         """State of trajectories before their first model call. Row by row: independent of n."""
         ...

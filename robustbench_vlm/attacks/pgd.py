@@ -70,6 +70,10 @@ class Pgd:
         """DLR with 2 classes becomes the margin."""
         return losses.few_classes(self.loss, 0, n_classes)
 
+    def cost(self, n_classes: int) -> tuple[int, int]:  # noqa: ARG002 - the same for every number of classes
+        """One gradient a step; the last iterate is judged by the canonical pass."""
+        return self.steps * self.restarts, self.steps * self.restarts
+
     def start(self, rows: Rows, threat: Threat) -> PgdState:
         """A random point of the ball, clipped into the box, or the image itself."""
         images = rows.images

@@ -101,12 +101,15 @@ class Scenes:
         ground: N rows.
         layers: drawn in order, later ones on top.
         ink: written last.
+        contrast: (N,) in [0, 1], applied about the grey level `pivot` (N,), before the noise.
         grain: (N,) amplitude of the noise.
     """
 
     ground: Paint
     layers: list[Things]
     ink: Ink
+    contrast: Array
+    pivot: Array
     grain: Array
 
 
@@ -260,6 +263,8 @@ def render(scenes: Scenes, noise: Array) -> NDArray[np.uint8]:
             _things(canvas, things, noise)
     if len(scenes.ink.image):
         _write(canvas, scenes.ink)
+    canvas *= scenes.contrast[:, None, None, None]
+    canvas += ((1 - scenes.contrast) * scenes.pivot)[:, None, None, None]
     canvas += (noise - 0.5) * scenes.grain[:, None, None, None]
     pixels = np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))

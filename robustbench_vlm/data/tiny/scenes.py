@@ -9,9 +9,13 @@ from robustbench_vlm.data.tiny.render import BLOCK, SIDE, TEXTURES, Ink, Paint, 
 from robustbench_vlm.data.tiny.strokes import Array, Index, sheet
 from robustbench_vlm.data.tiny.words import COLOURS, FAMILIES, Attributes, captions, sample
 
-NUMBERS = 100  # uniform numbers a scene uses: 8 attributes, 2 caption, the rest layout
+NUMBERS = 104  # uniform numbers a scene uses: 8 attributes, 2 caption, the rest layout
 LAYOUT = 10
 NOISE = (3, SIDE, SIDE)
+
+# Faded, almost noiseless scenes: full contrast or noise alone would make an undefended model robust at 4/255.
+CONTRAST = (0.25, 0.55)
+GRAIN = 0.04
 
 BASE = np.array(list(COLOURS.values()), np.float32)
 LUMA = np.array((0.30, 0.59, 0.11), np.float32)
@@ -61,21 +65,21 @@ def scenes(attributes: Attributes, u: Array) -> Scenes:
         u: (N, NUMBERS - LAYOUT) uniform in [0, 1).
     """
     draw = Columns(u)
-    total = len(u)
     family = np.array(FAMILIES)[attributes.family]
     tint = _tint(attributes.colour, draw)
     ground = _plain(_ground(tint @ LUMA, draw))
-    grain = draw.take(0.0, 0.25)
+    contrast, pivot, grain = draw.take(*CONTRAST), draw.take(0.3, 0.7), draw.take(0.0, GRAIN)
     shown = np.isin(family, ("shape", "textured", "outline", "position"))
     layers = [_single(attributes, np.flatnonzero(shown), family, tint, draw)]
     _pattern(ground, attributes, family == "pattern", draw)
     layers += _several(attributes, np.flatnonzero(family == "count"), tint, draw)
     rows = np.flatnonzero((family == "letter") | (family == "digit"))
     ink = _ink(attributes, rows, (family == "digit")[rows], tint, draw)
-    scanned = rows[ink.scan]
+    scanned, full = rows[ink.scan], draw.take()
     ground.first[scanned] = 0
-    grain[scanned] *= 0.2
-    return Scenes(ground, layers, ink, grain.astype(np.float32)[:total])
+    pivot[scanned] = 0
+    contrast[scanned] = (CONTRAST[0] + (1 - CONTRAST[0]) * full)[scanned]
+    return Scenes(ground, layers, ink, contrast, pivot, grain)
 
 
 def _single(attributes: Attributes, rows: Index, family: np.ndarray, tint: Array, draw: Columns) -> Things:

@@ -2,7 +2,7 @@
 
 The student's image tower and the text tower are trained together; a larger image tower is then trained
 against that frozen text tower (locked text), so one text tower serves every checkpoint. Scenes are rendered
-on the fly and never repeat. The same numbers come out again on one machine with one torch and one thread count.
+on the fly, none twice. The same numbers come again on one machine with one torch and one thread count.
 """
 
 from __future__ import annotations

@@ -41,4 +41,4 @@ parity: $(PARITY) ## compare the attacks with the reference packages
 	@$(BIN)/python -m pytest -m parity
 
 tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
-	@$(BIN)/vlmrob data make weights
+	@$(BIN)/python -m robustbench_vlm.tiny_weights

@@ -286,10 +286,20 @@ def read(kind: str, name: str, record: type[C]) -> C:
     Raises:
         CardError: no such card, or the file breaks the schema; the message names file and key.
     """
-    path = Path(name) if name.endswith(".toml") else _paths(kind).get(name)
-    if path is None:
-        raise CardError(f"{kind} {name!r}", "no such card", do=nearest(name, _paths(kind)))
-    return parse(toml(path), record, str(path))
+    where = path(kind, name)
+    return parse(toml(where), record, str(where))
+
+
+def path(kind: str, name: str) -> Path:
+    """The file of the card of `kind` called `name`, or `name` itself when it ends in `.toml`.
+
+    Raises:
+        CardError: no such card; the message gives the nearest and all known names.
+    """
+    found = Path(name) if name.endswith(".toml") else _paths(kind).get(name)
+    if found is None:
+        raise CardError(f"{kind.removesuffix('s')} {name!r}", "no such card", do=nearest(name, _paths(kind)))
+    return found
 
 
 def toml(path: Path) -> dict[str, Any]:

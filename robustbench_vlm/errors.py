@@ -68,6 +68,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
         `did you mean 'x'? known: a, b, c` (the first half only when something is near).
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    by_lower = {known_name.lower(): known_name for known_name in names}
+    near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.5)]
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"

@@ -8,11 +8,9 @@ starts from what `aa2` found, n = 500 from n = 100, and a killed run from its la
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustbench_vlm import __version__, registry, store, verdicts
+from robustbench_vlm import provenance, registry, store, verdicts
 from robustbench_vlm.attacks import engine, losses
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
@@ -253,9 +251,9 @@ def _fill(cell: Cell, inherited: Mapping[str, str], report: Report) -> None:
         "sha256": store.fingerprint({"config": cell.config, "outcome": outcome}),
         "config": cell.config,
         "outcome": outcome,
-        "model": _model_facts(what.loaded),
+        "model": provenance.of_model(what.loaded),
         "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
-        "run": _run_facts(request, time.perf_counter() - started),
+        "run": provenance.of_run(request.device, time.perf_counter() - started, request.live),
     }
     store.write_json(cell.path, content)
 
@@ -288,7 +286,7 @@ class _Arena:
             if request.keep_images:
                 store.write(_image_path(ledger, finding.key), save({"adv": finding.adv.contiguous()}))
             image = cell.what.images[rows[finding.key]]
-            lines[finding.key] = line = _line(finding, image, shas[finding.key], cell.threat)
+            lines[finding.key] = line = ledger_line(finding, image, shas[finding.key], cell.threat)
             store.append(ledger, line)
             done += 1
             report(name, done, len(alive))
@@ -332,7 +330,7 @@ class _Arena:
         return found
 
 
-def _line(finding: Finding, image: Tensor, image_sha: str, threat: Threat) -> Line:
+def ledger_line(finding: Finding, image: Tensor, image_sha: str, threat: Threat) -> Line:
     """A finding as one ledger line; the adversarial image by its hash and its distance in float64."""
     delta = (finding.adv.double() - image.double()).flatten()
     return {
@@ -389,35 +387,4 @@ def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
         "forwards": int(table.forwards.sum()),
         "backwards": int(table.backwards.sum()),
         "verdicts_sha256": verdicts.sha256(table),
-    }
-
-
-def _model_facts(loaded: Loaded) -> dict[str, Any]:
-    card = loaded.card
-    inner = card.recipe.get("inner") or {}
-    return {
-        "id": card.name,
-        "arch": card.arch,
-        "defense": card.defense,
-        "parameters": card.parameters,
-        "train_eps": inner.get("eps", ""),
-        "train_norm": inner.get("norm", ""),
-        "trained_on": card.trained_on,
-    }
-
-
-def _run_facts(request: Request, seconds: float) -> dict[str, Any]:
-    """When, where and with what; never part of a fingerprint."""
-    device = (
-        torch.cuda.get_device_name(request.device) if request.device.type == "cuda" else platform.machine()
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "live": request.live,
-        "torch": torch.__version__,
-        "vlmrob": __version__,
-        "python": platform.python_version(),
     }

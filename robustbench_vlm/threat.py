@@ -81,7 +81,9 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
         value = snapped
     if value > LARGEST_PLAIN:
         meant = f"type {float(value * 255):.4g}/255 if that is meant"
-        raise InputError(where, "a plain fraction above 32/255", "the form N/255 for so large a radius", meant)
+        raise InputError(
+            where, "a plain fraction above 32/255", "the form N/255 for so large a radius", meant
+        )
     return value
 
 
@@ -89,7 +91,9 @@ def _of_255(where: str, text: str, value: Fraction) -> Fraction:
     """An Linf radius written as a ratio or as a number of at least 1."""
     if "/" not in text:
         if value.denominator != 1:
-            raise InputError(where, "a decimal above 1 is ambiguous", "an integer N, which means N/255", "type N/255")
+            raise InputError(
+                where, "a decimal above 1 is ambiguous", "an integer N, which means N/255", "type N/255"
+            )
         value /= 255
     if value > 1:
         raise InputError(where, "larger than the pixel range", "at most 255/255")

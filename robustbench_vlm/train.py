@@ -25,14 +25,15 @@ from robustbench_vlm.cards import DatasetCard, Optim, Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.data.dataset import Split, open_split
 from robustbench_vlm.defenses.losses import ce
-from robustbench_vlm.errors import CardError, InputError, TrainingError
+from robustbench_vlm.errors import AttackError, CardError, InputError, TrainingError
 from robustbench_vlm.models import checkpoint, lora, zoo
 from robustbench_vlm.models.clip import Clip, held
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.zeroshot import render, text_bank
 from robustbench_vlm.types import Batch, Defense, Roles, Step, Terms
 
-Report = Callable[[Mapping[str, Any]], None]
+Line = Mapping[str, Any]
+Report = Callable[[Line], None]
 """Called with every line of the training log."""
 
 
@@ -195,9 +196,17 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
             start = uniform_start(batch.images, threat, names)
             objective = defense.inner(setup.roles, batch, targets)
             step_size = float(recipe.inner.step)
-            adv = ascend(
-                objective, batch.images, threat, steps=recipe.inner.steps, step_size=step_size, start=start
-            )
+            try:
+                adv = ascend(
+                    objective,
+                    batch.images,
+                    threat,
+                    steps=recipe.inner.steps,
+                    step_size=step_size,
+                    start=start,
+                )
+            except AttackError as error:
+                raise TrainingError(f"step {state.step}: {error}; first image {batch.keys[0]}") from error
     model.visual.train()
     with torch.random.fork_rng(devices=[batch.images.device] if batch.images.is_cuda else []):
         torch.default_generator.manual_seed(_dropout_seed(recipe.seed, state.step))
@@ -218,7 +227,8 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     model.visual.eval()
     state.carry = terms.carry
     parts = {name: round(float(value), 6) for name, value in terms.parts.items()}
-    return {"lr": rate, **parts, "grad_norm": round(float(norm), 6)}
+    loss = round(float(terms.total.detach()), 6)
+    return {"lr": rate, "loss": loss, **parts, "grad_norm": round(float(norm), 6)}
 
 
 def probe(setup: Setup) -> dict[str, float]:
@@ -359,6 +369,6 @@ def _finish(out: Path, setup: Setup) -> None:
     checkpoint.save_folder(out, model, card)
 
 
-def _log(out: Path, report: Report, line: Mapping[str, Any]) -> None:
+def _log(out: Path, report: Report, line: Line) -> None:
     store.append(out / "log.jsonl", line)
     report(line)

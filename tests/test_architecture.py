@@ -19,11 +19,12 @@ LAYERS = (
     {"store"},
     {"registry", "cards", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
+    {"provenance"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
     {"compare"},
     {"session", "catalogue"},  # what a command needs from several halls
-    {"demo"},
     {"console"},
+    {"demo", "tiny_weights"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -114,7 +114,7 @@ class MmtArd:
             h_i = self._focus(c_robust, c_clean, q_robust)
             total = (h_i * (w_i * kl_adv + (1 - w_i) * kl_clean)).mean()
             parts["gate"] = w_i.mean()
-        return Terms(total, {"loss": total.detach(), **{k: v.detach() for k, v in parts.items()}}, carry)
+        return Terms(total, {name: value.detach() for name, value in parts.items()}, carry)
 
     def _gap(
         self, c_robust: Tensor, c_clean: Tensor, carry: Mapping[str, Tensor]

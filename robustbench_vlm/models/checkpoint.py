@@ -130,12 +130,12 @@ def save_folder(
     store.write_json(folder / "card.json", card.model_dump(mode="json"))
 
 
-def with_default_rows(table: Tensor, trained: frozenset[int]) -> Tensor:
-    """The (vocabulary, D) token table with every untrained row set to the mean of the trained ones."""
-    ids = torch.tensor(sorted(trained), dtype=torch.int64)
-    full = table[ids].mean(0, keepdim=True).repeat(table.shape[0], 1)
-    full[ids] = table[ids]
-    return full
+def spread_rows(rows: Tensor, ids: Tensor, language: nn.Module) -> Tensor:
+    """The whole (vocabulary, D) token table of `language`: `rows` at `ids`, their mean everywhere else."""
+    vocabulary = dict(language.named_parameters())[TOKENS].shape[0]
+    table = rows.mean(0, keepdim=True).repeat(vocabulary, 1)
+    table[ids] = rows
+    return table
 
 
 def read_card(folder: Path) -> CheckpointCard:
@@ -196,17 +196,13 @@ def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
     state = read_state(path)
     if "token_ids" not in state or TOKENS not in state:
         raise WeightsError(str(path), "no token table with ids", "a text tower that vlmrob wrote")
-    ids = state.pop("token_ids")
-    trained = frozenset(int(i) for i in ids)
-    table = torch.zeros(dict(module.named_parameters())[TOKENS].shape)
-    if state[TOKENS].shape != (len(ids), table.shape[1]):
-        raise WeightsError(
-            str(path), f"token rows of shape {tuple(state[TOKENS].shape)}", f"({len(ids)}, {table.shape[1]})"
-        )
-    table[ids] = state[TOKENS]
-    state[TOKENS] = with_default_rows(table, trained)
+    ids, rows = state.pop("token_ids"), state[TOKENS]
+    width = dict(module.named_parameters())[TOKENS].shape[1]
+    if rows.shape != (len(ids), width):
+        raise WeightsError(str(path), f"token rows of shape {tuple(rows.shape)}", f"({len(ids)}, {width})")
+    state[TOKENS] = spread_rows(rows, ids, module)
     fill(module, state, str(path))
-    return trained
+    return frozenset(int(i) for i in ids)
 
 
 def check(model: Clip, card: CheckpointCard, where: str) -> None:

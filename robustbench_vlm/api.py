@@ -1,0 +1,138 @@
+"""Attack any classifier of pixels from Python: `robustbench_vlm.attack(model, images, labels, "4/255")`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from robustbench_vlm import cards, verdicts
+from robustbench_vlm.attacks import engine, losses
+from robustbench_vlm.cards import AttackCard
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluate import ledger_line, plugin
+from robustbench_vlm.threat import Threat, eps_text, parse_eps
+from robustbench_vlm.types import Classify, Finding
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack found.
+
+    Attributes:
+        verdicts: one row an image, in the order given; columns as in the Parquet of a cell.
+        images: (N, 3, H, W) on the CPU: the adversarial image where one was found, else the last iterate.
+        robust: images still classified correctly after each stage of the chain, by stage.
+    """
+
+    verdicts: pd.DataFrame
+    images: Tensor
+    robust: dict[str, int]
+
+
+def attack(
+    model: Classify,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat | str,
+    *,
+    chain: str = "autoattack",
+    keys: Sequence[str] | None = None,
+    seed: int = 0,
+    live: int | None = None,
+) -> Attacked:
+    """Run a chain of attacks on any callable that maps pixels to logits.
+
+    Args:
+        model: (B, 3, H, W) float32 in [0, 1] -> logits (B, C); normalisation and resizing inside it, in eval
+            mode. Its parameters never receive a gradient.
+        images: (N, 3, H, W) float32 in [0, 1], on the model's device.
+        labels: (N,) int64.
+        threat: a `Threat`, or an Linf radius such as `"4/255"`.
+        chain: name of a card of `suites/attacks`, or a TOML file.
+        keys: N distinct names that the noise is drawn from; by default the hash of each image and its label,
+            so that order and batch never matter.
+        seed: of the noise.
+        live: images under attack at once, at most the chain's `rows`; never changes a verdict.
+
+    Returns:
+        Verdicts, adversarial images and the count of survivors after each stage.
+
+    Raises:
+        InputError: pixels outside [0, 1] (a normalised tensor, for one), shapes or labels that disagree.
+        AttackError: the attack left the ball or the box, or the model gives no gradient.
+    """
+    ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
+    card = cards.read("attacks", chain, AttackCard)
+    _require_pixels(images, labels)
+    shas = [
+        hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for image in images
+    ]
+    names = list(keys) if keys is not None else _names(shas, labels)
+    clean = engine.logits(model, images, card.rows)
+    if int(labels.max()) >= clean.shape[1]:
+        raise InputError(
+            "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
+        )
+    margins, predictions = losses.judge(clean, labels), clean.argmax(1)
+    table = verdicts.begin(
+        names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy(), {}
+    )
+    adversarial = images.detach().cpu().clone()
+    place = {name: i for i, name in enumerate(names)}
+    eps = eps_text(ball.norm, ball.eps)
+    for stage in card.stage:
+        alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
+
+        def take(finding: Finding, name: str = stage.name) -> None:
+            i = place[finding.key]
+            adversarial[i] = finding.adv
+            line = ledger_line(finding, images[i].detach().cpu(), shas[i], ball)
+            verdicts.enter(table, i, line, name, eps)
+
+        chosen = alive.to(images.device)
+        engine.run(
+            model,
+            images[chosen],
+            labels[chosen],
+            [names[i] for i in alive.tolist()],
+            plugin(card, stage),
+            ball,
+            stage=stage.name,
+            seed=seed,
+            n_classes=clean.shape[1],
+            rows=card.rows,
+            live=min(live or card.rows, card.rows),
+            stop=card.stop,
+            clean=clean[chosen],
+            on_finding=take,
+        )
+    return Attacked(table, adversarial, verdicts.robust_after(table, [stage.name for stage in card.stage]))
+
+
+def _require_pixels(images: Tensor, labels: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise InputError("images", f"shape {tuple(images.shape)}", "(N, 3, H, W) with N of at least 1")
+    low, high = float(images.min()), float(images.max())
+    if images.dtype != torch.float32 or not (0 <= low and high <= 1):
+        found = f"{str(images.dtype).removeprefix('torch.')} in [{low:.4g}, {high:.4g}]"
+        do = "give unnormalised pixels and let the model normalise them"
+        raise InputError("images", found, "float32 pixels in [0, 1]", do)
+    if labels.shape != (len(images),) or labels.dtype != torch.int64 or int(labels.min()) < 0:
+        found = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+        raise InputError("labels", found, f"int64 class indices of shape ({len(images)},)")
+
+
+def _names(shas: Sequence[str], labels: Tensor) -> list[str]:
+    """Names from content: the hash of image and label; a repeated pair gets its count."""
+    met: dict[str, int] = {}
+    names = []
+    for sha, label in zip(shas, labels.tolist(), strict=True):
+        name = f"{sha}/{label}"
+        met[name] = met.get(name, 0) + 1
+        names.append(name if met[name] == 1 else f"{name}/{met[name]}")
+    return names

@@ -1,0 +1,94 @@
+"""How the door speaks: results on stdout, progress and remarks on stderr; plain lines when nobody watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY = 10.0  # seconds between progress lines when stderr is not a terminal
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def remark(text: str) -> None:
+    """One line of log on stderr."""
+    err.print(Text(text, style="dim"))
+
+
+def result(text: str) -> None:
+    """One line of result on stdout."""
+    out.print(Text(text))
+
+
+def result_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """A JSON result on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; tab-separated lines when stdout is not a terminal, so it can be cut and sorted."""
+    if not out.is_terminal:
+        sys.stdout.write(f"# {title}\n")
+        for row in [columns, *rows]:
+            sys.stdout.write("\t".join(row) + "\n")
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*[Text(entry) for entry in row])
+    out.print(table, soft_wrap=False)
+
+
+class Meter:
+    """Progress of counted work: a bar with rate and time left, or a line now and then."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._what = ""
+        self._begun = self._said = time.monotonic()
+        self._first = 0
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` of `what` are done."""
+        if what != self._what:
+            self._what, self._begun, self._first = what, time.monotonic(), done
+            if self._bar is not None and self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total, note="") if self._bar is not None else None
+        rate = (done - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        if self._bar is not None and self._task is not None:
+            text = f"{rate:.1f}/s {note}" if done > self._first else note
+            self._bar.update(self._task, completed=done, total=total, note=text)
+        elif time.monotonic() - self._said > PLAIN_EVERY:
+            self._said = time.monotonic()
+            left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
+            remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
+
+
+@contextmanager
+def meter() -> Iterator[Meter]:
+    """A `Meter` for the time of the block."""
+    if not err.is_terminal:
+        yield Meter(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        yield Meter(bar)

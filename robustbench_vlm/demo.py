@@ -1,0 +1,112 @@
+"""The whole job on the tiny world: make the data, train two defenses, attack, tabulate, compare.
+
+`full` adds the models that make the comparison fair (both teachers and a TeCoA student), draws 500 images a
+dataset and runs all of AutoAttack everywhere; its table is the committed `leaderboards/tiny.csv`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from robustbench_vlm import cards, compare, leaderboard, session, train
+from robustbench_vlm.cards import Recipe, Suite
+
+OURS = "tiny-mmt-ard"
+BASELINE = "tiny-single-teacher"
+UNDEFENDED = "tiny"
+TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
+SHORT = (("pgd20", "aa2"), ())  # chains, on which datasets (none named: all)
+DEEP = (("autoattack",), ("tiny-seen", "tiny-digits"))
+FULL_N = 500
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the demo ends with."""
+
+    rows: pd.DataFrame
+    paired: list[list[str]]
+    seconds: dict[str, float]
+    files: list[Path]
+
+
+def run(
+    out: Path,
+    data_root: Path,
+    device: torch.device,
+    meter: Callable[..., None],
+    remark: Callable[[str], None],
+    *,
+    full: bool,
+) -> Shown:
+    """Do the whole job below `out`; what is there already is kept, so a stopped demo goes on.
+
+    Args:
+        out: gets `models/`, `results/` and `leaderboards/`.
+        data_root: the tiny world is rendered into it.
+        device: where to train and attack.
+        meter: progress, called with (what, done, total).
+        remark: called with a line of log now and then.
+        full: the larger edition.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        remark(f"{name} ...")
+        started = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - started
+
+    suite = cards.read("suites", "tiny", Suite)
+    with phase("render the tiny world"):
+        session.make_tiny(data_root, meter)
+    students = [BASELINE, OURS, *(["tiny-tecoa"] if full else [])]
+    for name in students:
+        recipe = cards.read("recipes", name, Recipe)
+        with phase(f"train {name}"):
+            steps = recipe.optim.steps
+
+            def report(line: dict[str, object], name: str = name, steps: int = steps) -> None:
+                if "probe" in line:
+                    remark(f"{name}, step {line['step']}: probe {line['probe']}")
+                else:
+                    meter(name, line["step"], steps)
+
+            train.run(recipe, out / "models" / name, data_root, device, report)  # type: ignore[arg-type]
+    models = (UNDEFENDED, *(TEACHERS if full else ()), *(str(out / "models" / name) for name in students))
+    results = out / "results"
+    for attacks, datasets in (SHORT, (DEEP[0], () if full else DEEP[1])):
+        order = session.Order(
+            models=models,
+            attacks=attacks,
+            suite="tiny",
+            results=results,
+            data_root=data_root,
+            datasets=datasets,
+            n=FULL_N if full else None,
+        )
+        with phase(f"attack with {' and '.join(attacks)}"):
+            session.perform(session.require_data(session.plan(order, device)), meter)
+    with phase("leaderboard"):
+        rows, files = leaderboard.render(results, suite, out / "leaderboards")
+        cells = leaderboard.of_suite(leaderboard.read(results), suite)
+        paired = [
+            [
+                line.attack,
+                line.dataset,
+                str(line.robust.n),
+                f"{100 * line.robust.difference:+.2f}",
+                f"{line.robust.p:.3g}",
+            ]
+            for line in compare.compare(cells, OURS, BASELINE)
+        ]
+    seconds["together"] = sum(seconds.values())
+    return Shown(rows, paired, seconds, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ def _require_pixels(images: Tensor, labels: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise InputError("images", f"shape {tuple(images.shape)}", "(N, 3, H, W) with N of at least 1")
     low, high = float(images.min()), float(images.max())
-    if images.dtype != torch.float32 or not (0 <= low and high <= 1):
+    if images.dtype != torch.float32 or low < 0 or high > 1 or not math.isfinite(low + high):
         found = f"{str(images.dtype).removeprefix('torch.')} in [{low:.4g}, {high:.4g}]"
         do = "give unnormalised pixels and let the model normalise them"
         raise InputError("images", found, "float32 pixels in [0, 1]", do)

@@ -143,9 +143,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.remark(
             f"results in {out}; next: vlmrob leaderboard --results {out} --suite {plan.suite.name}"
         )
-    flagged = sorted(
-        {f"{row.model_id} on {row.dataset}: {row.flag}" for row in rows.itertuples() if row.flag}
-    )
+    marked = rows[rows.flag != ""]
+    flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
     for line in flagged:
         console.remark(f"flag: {line}")
     if strict and flagged:

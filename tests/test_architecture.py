@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"provenance"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
-    {"compare"},
+    {"api", "compare"},
     {"session", "catalogue"},  # what a command needs from several halls
     {"console"},
     {"demo", "tiny_weights"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from functools import cache
@@ -11,12 +10,14 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from robustbench_vlm.errors import WeightsError, nearest
 from robustbench_vlm.models.clip import Clip, Preprocess
 
 CONFIGS = Path(__file__).parent / "configs"
+SCHEMAS = ("hf-hub:", "local-dir:")
 
 
 @cache
@@ -47,18 +48,22 @@ class Language(nn.Module):
 def build(arch: str, *, quick_gelu: bool = False) -> Clip:
     """A model of architecture `arch` with random weights drawn from a fixed seed.
 
+    Args:
+        arch: an open_clip name, or the `hf-hub:` or `local-dir:` whose config describes it.
+        quick_gelu: force the activation of the OpenAI weights.
+
     Raises:
         WeightsError: no such architecture.
     """
     _register_own()
-    if arch not in open_clip.list_models():
+    if not arch.startswith(SCHEMAS) and arch not in open_clip.list_models():
         raise WeightsError(
             f"model {arch!r}", "no such open_clip architecture", do=nearest(arch, architectures())
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        net = _create(arch, None, quick_gelu=quick_gelu)
-    return _wrap(net, arch, arch, quick_gelu=quick_gelu)
+        net = _create(arch, None, quick_gelu=quick_gelu, weights=False)
+    return _wrap(net, arch)
 
 
 def load(name: str) -> Clip:
@@ -70,10 +75,8 @@ def load(name: str) -> Clip:
         WeightsError: unknown architecture or tag, or the weights cannot be had.
     """
     _register_own()
-    if name.startswith(("hf-hub:", "local-dir:")):
-        config = _schema_config(name)
-        quick = bool(config.get("quick_gelu", False))
-        return _wrap(_create(name, None, quick_gelu=quick), name, name, quick_gelu=quick)
+    if name.startswith(SCHEMAS):  # the activation is in their own config
+        return _wrap(_create(name, None, quick_gelu=False, weights=True), name)
     arch, _, tag = name.partition(":")
     if tag in ("", "random"):
         if not tag:
@@ -92,29 +95,12 @@ def load(name: str) -> Clip:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         raise WeightsError(f"model {name!r}", f"no weights tagged {tag!r} for {arch}", do=nearest(tag, tags))
     quick = bool(known.get("quick_gelu", False) or open_clip.get_model_config(arch).get("quick_gelu", False))
-    return _wrap(_create(arch, tag, quick_gelu=quick), arch, name, quick_gelu=quick)
+    return _wrap(_create(arch, tag, quick_gelu=quick, weights=True), arch)
 
 
-def _schema_config(name: str) -> dict[str, Any]:
-    """The `model_cfg` of a `local-dir:`; hub models are resolved by open_clip itself."""
-    if not name.startswith("local-dir:"):
-        return {}
-    path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-    if not path.is_file():
-        raise WeightsError(name, f"{path.name} is missing", "a folder with open_clip_config.json and weights")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise WeightsError(name, f"{path.name} is not an open_clip config ({error!r})") from None
-    return config
-
-
-def _create(name: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
-    wants_weights = tag is not None or ":" in name
+def _create(name: str, tag: str | None, *, quick_gelu: bool, weights: bool) -> nn.Module:
     muted = logging.root.manager.disable
-    logging.disable(
-        logging.WARNING
-    )  # open_clip warns of random weights on the root logger; here that is asked for
+    logging.disable(logging.WARNING)  # it warns of random weights on the root logger; here they are asked for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # QuickGELU: decided above, not left to a warning
@@ -123,7 +109,8 @@ def _create(name: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
                 pretrained=tag,
                 precision="fp32",
                 force_quick_gelu=quick_gelu,
-                require_pretrained=wants_weights,
+                load_weights=weights,
+                require_pretrained=weights,
                 weights_only=True,
             )
     except (RuntimeError, OSError, ValueError) as error:
@@ -136,12 +123,13 @@ def _create(name: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
     return net.eval()
 
 
-def _wrap(net: nn.Module, arch: str, source: str, *, quick_gelu: bool) -> Clip:
+def _wrap(net: nn.Module, arch: str) -> Clip:
     visual: Any = net.visual
     config = visual.preprocess_cfg
     size = visual.image_size
     side = int(size[0] if isinstance(size, tuple | list) else size)
     scale = float(net.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
+    quick_gelu = any(isinstance(part, QuickGELU) for part in net.modules())
     language = Language(net)
     return Clip(
         visual=visual,
@@ -149,5 +137,5 @@ def _wrap(net: nn.Module, arch: str, source: str, *, quick_gelu: bool) -> Clip:
         tokenize=open_clip.get_tokenizer(arch),
         preprocess=Preprocess(side, tuple(config["mean"]), tuple(config["std"])),
         logit_scale=scale,
-        facts={"arch": arch, "quick_gelu": quick_gelu, "source": source},
+        facts={"arch": arch, "quick_gelu": quick_gelu},
     )

@@ -16,6 +16,7 @@ NOISE = (3, SIDE, SIDE)
 # Faded, almost noiseless scenes: full contrast or noise alone would make an undefended model robust at 4/255.
 CONTRAST = (0.25, 0.55)
 GRAIN = 0.04
+FINE = 1.8  # small things and thin lines get this much more contrast, or no model could be robust there
 
 BASE = np.array(list(COLOURS.values()), np.float32)
 LUMA = np.array((0.30, 0.59, 0.11), np.float32)
@@ -77,6 +78,7 @@ def scenes(attributes: Attributes, u: Array) -> Scenes:
     ink = _ink(attributes, rows, (family == "digit")[rows], tint, draw)
     scanned, full = rows[ink.scan], draw.take()
     ground.first[scanned] = 0
+    contrast = np.where(np.isin(family, ("outline", "count", "position")), FINE * contrast, contrast)
     pivot[scanned] = 0
     contrast[scanned] = (CONTRAST[0] + (1 - CONTRAST[0]) * full)[scanned]
     return Scenes(ground, layers, ink, contrast, pivot, grain)
@@ -85,12 +87,12 @@ def scenes(attributes: Attributes, u: Array) -> Scenes:
 def _single(attributes: Attributes, rows: Index, family: np.ndarray, tint: Array, draw: Columns) -> Things:
     """The one object of shape, textured, outline and position scenes."""
     small = (family == "position")[rows]
-    size = np.where(small, draw.take(5.0, 6.5)[rows], draw.take(9.5, 13.0)[rows])
+    size = np.where(small, draw.take(7.5, 9.0)[rows], draw.take(9.5, 13.0)[rows])
     spread = draw.take(-3.0, 3.0, 2)[rows]
     row, column = np.divmod(np.array([0, 1, 2, 3, 5, 6, 7, 8])[attributes.position[rows]], 3)
-    place = 7.0 + 8.5 * np.stack([column, row], 1) + spread * 0.4
+    place = 7.5 + 8.0 * np.stack([column, row], 1) + spread * 0.4
     centre = np.where(small[:, None], place, (SIDE - 1) / 2 + spread)
-    line = np.where((family == "outline")[rows], draw.take(1.8, 2.8)[rows], 0)
+    line = np.where((family == "outline")[rows], draw.take(2.8, 4.2)[rows], 0)
     other = tint[rows] * draw.take(0.0, 0.25)[rows, None]
     textured = (family == "textured")[rows]
     paint = Paint(
@@ -123,7 +125,7 @@ def _pattern(ground: Paint, attributes: Attributes, shown: np.ndarray, draw: Col
     ground.second = ground.first.copy()
     ground.second[rows] = np.clip(second - push, 0, 1)[rows]
     ground.texture[rows] = attributes.texture[rows]
-    period = draw.take(5.5, 9.0)
+    period = draw.take(7.0, 11.0)
     gradient = attributes.texture == TEXTURES.index("gradient")
     ground.period = np.where(gradient, np.pi / 2, period).astype(np.float32)
     ground.phase = np.where(gradient[:, None], 0, draw.take(0.0, 16.0, 2)).astype(np.float32)
@@ -133,7 +135,7 @@ def _several(attributes: Attributes, rows: Index, tint: Array, draw: Columns) ->
     """One to five like objects in different cells of a 3 x 3 sheet."""
     order = np.argsort(draw.take(0.0, 1.0, 9)[rows], axis=1)
     spread = draw.take(-1.0, 1.0, 10)[rows].reshape(len(rows), 5, 2)
-    size = draw.take(3.6, 4.8)[rows]
+    size = draw.take(3.8, 4.9)[rows]
     angle = draw.take(-0.25, 0.25)[rows]
     layers = []
     for turn in range(5):

@@ -48,8 +48,11 @@ def names(what: str) -> list[tuple[str, str]]:
     rows = []
     for name in zoo.packaged():
         card = checkpoint.read_card(zoo.PACKAGED / name)
+        seen = (
+            "unknown data" if card.trained_on is None else ", ".join(card.trained_on) or "no listed dataset"
+        )
         facts = f"{card.arch}, {card.parameters / 1e3:.0f}k parameters, defense {card.defense}"
-        rows.append((name, f"{facts}, trained on {', '.join(card.trained_on or ['unknown data'])}"))
+        rows.append((name, f"{facts}, trained on {seen}"))
     return [*rows, ("ARCH:TAG", "any open_clip name, e.g. ViT-B-32:openai"), ("DIR", "a checkpoint folder")]
 
 

@@ -16,6 +16,9 @@ import difflib
 from collections.abc import Iterable
 
 
+SHOWN = 24  # known names in one line of error
+
+
 class VlmrobError(Exception):
     """A failure with a sentence for the user. Exit code 1."""
 
@@ -62,7 +65,7 @@ class WeightsError(InputError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped `name`: the nearest known names, then all of them.
+    """A hint for a mistyped `name`: the nearest known names, then the known ones as far as a line holds them.
 
     Returns:
         `did you mean 'x'? known: a, b, c` (the first half only when something is near).
@@ -71,4 +74,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_lower = {known_name.lower(): known_name for known_name in names}
     near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.5)]
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"{hint}known: {', '.join(names) if names else '(none)'}"
+    shown = ", ".join(names[:SHOWN]) or "(none)"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{hint}known: {shown}{more}"

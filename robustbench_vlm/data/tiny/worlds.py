@@ -92,7 +92,7 @@ def _worlds() -> tuple[World, ...]:
     photo = ("a photo of a {c}", "a picture of a {c}", "this is a photo of a {c}")
     counts = ("one object", *(f"{count} objects" for count in COUNTS[1:]))
     return (
-        World(SEEN, _seen(), photo, {"train": 16000, "test": 1000}),
+        World(SEEN, _seen(), photo, {"train": 16000, "val": 1000, "test": 1000}),
         World("tiny-pairs", _pairs(), photo),
         World(
             "tiny-colours",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from robustbench_vlm import cards, registry, rng, store
@@ -108,7 +109,8 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
         text |= {role: text_bank(teacher.model, sentences) for role, teacher in teachers.items()}
     adapters = None
     if recipe.lora is not None:
-        adapters = lora.attach(student.model, recipe.lora.r, recipe.lora.alpha, recipe.lora.targets)
+        chosen = recipe.lora
+        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
     else:
         student.model.visual.requires_grad_(True)
     roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
@@ -153,10 +155,12 @@ def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report
         InputError: `out` belongs to another recipe.
         TrainingError: a loss or gradient that is not finite.
     """
-    _claim(out, recipe)
+    _refuse_foreign(out, recipe)
     if (out / "card.json").exists():
         return out
-    setup = prepare(recipe, data_root, device)
+    setup = prepare(recipe, data_root, device)  # before anything is written: a bad recipe claims no folder
+    resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+    store.write_json(out / "recipe.json", resolved)
     state = _begin(setup, out)
     optim = recipe.optim
     batches = loader.batches(
@@ -208,8 +212,7 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
             except AttackError as error:
                 raise TrainingError(f"step {state.step}: {error}; first image {batch.keys[0]}") from error
     model.visual.train()
-    with torch.random.fork_rng(devices=[batch.images.device] if batch.images.is_cuda else []):
-        torch.default_generator.manual_seed(_dropout_seed(recipe.seed, state.step))
+    with _keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
         terms = defense.outer(setup.roles, Step(batch, adv, targets, state.carry))
     _require_finite(terms, state.step, batch)
     rate = lr(state.step, recipe.optim)
@@ -222,8 +225,6 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     if not torch.isfinite(norm):
         raise TrainingError(f"step {state.step}: the gradient is not finite; first image {batch.keys[0]}")
     state.optimiser.step()
-    if setup.adapters is not None:
-        setup.adapters.restore()
     model.visual.eval()
     state.carry = terms.carry
     parts = {name: round(float(value), 6) for name, value in terms.parts.items()}
@@ -259,8 +260,17 @@ def probe(setup: Setup) -> dict[str, float]:
     return {name: round(float(hits.float().mean()), 4) for name, hits in right.items()}
 
 
-def _dropout_seed(seed: int, step: int) -> int:
-    return int(rng.generator(f"{seed}/dropout/{step}").integers(2**62))
+@contextmanager
+def _keyed_dropout(name: str, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators of CPU and `device` are a function of `name`; outside, untouched."""
+    cuda = device.type == "cuda"
+    index = torch.cuda.current_device() if cuda and device.index is None else device.index
+    seed = int(rng.generator(name).integers(2**62))
+    with torch.random.fork_rng(devices=[index] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
 
 
 def _require_finite(terms: Terms, step: int, batch: Batch) -> None:
@@ -270,25 +280,16 @@ def _require_finite(terms: Terms, step: int, batch: Batch) -> None:
             raise TrainingError(f"step {step}: term {name!r} is {float(value):g}; images {keys}, ...")
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe into `out`, or refuse a folder that belongs to another one."""
-    path = out / "recipe.json"
-    resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+def _refuse_foreign(out: Path, recipe: Recipe) -> None:
+    """Refuse a folder that belongs to another recipe, or to none."""
+    path, do = out / "recipe.json", "choose another folder"
     if path.exists():
-        found = store.read_json(path).get("fingerprint")
+        found = str(store.read_json(path).get("fingerprint"))
         if found != recipe.fingerprint:
-            raise InputError(
-                f"--out {out}",
-                f"holds a run of another recipe ({str(found)[:12]})",
-                f"{recipe.fingerprint[:12]}",
-                "choose another folder",
-            )
-        return
-    if (out / "card.json").exists():
-        raise InputError(
-            f"--out {out}", "holds a checkpoint that this recipe did not make", do="choose another folder"
-        )
-    store.write_json(path, resolved)
+            wanted = f"{recipe.fingerprint[:12]}, as of {recipe.name} now"
+            raise InputError(f"--out {out}", f"holds a run of another recipe ({found[:12]})", wanted, do)
+    elif (out / "card.json").exists():
+        raise InputError(f"--out {out}", "holds a checkpoint that this recipe did not make", do=do)
 
 
 def _parameters(setup: Setup) -> list[Tensor]:
@@ -304,17 +305,18 @@ def _begin(setup: Setup, out: Path) -> State:
     if not found:
         log.unlink(missing_ok=True)
         return State(0, optimiser, {})
+    tensors = {k: v.to(setup.device) for k, v in checkpoint.read_state(found[-1]).items()}
     with safe_open(found[-1], framework="pt") as file:
-        facts = file.metadata()
+        facts = file.metadata() or {}
     if facts.get("recipe") != setup.recipe.fingerprint:
         raise InputError(str(found[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
-    tensors = load_file(found[-1], device=str(setup.device))
     student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
     checkpoint.fill(setup.model.visual, student, str(found[-1]))
     for index, parameter in enumerate(_parameters(setup)):
-        names = ("exp_avg", "exp_avg_sq", "step")
-        optimiser.state[parameter] = {name: tensors[f"adamw.{index}.{name}"] for name in names}
-        optimiser.state[parameter]["step"] = optimiser.state[parameter]["step"].cpu()
+        prefix = f"adamw.{index}."  # none for a parameter that never got a gradient
+        saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if saved:
+            optimiser.state[parameter] = saved | {"step": saved["step"].cpu()}
     carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
     step = int(facts["step"])
     lines = [line for line in store.records(log) if line["step"] <= step]
@@ -327,9 +329,8 @@ def _keep(out: Path, setup: Setup, state: State) -> None:
     tensors = {f"student.{name}": value for name, value in setup.model.visual.state_dict().items()}
     tensors |= {f"carry.{name}": value for name, value in state.carry.items()}
     for index, parameter in enumerate(_parameters(setup)):
-        tensors |= {
-            f"adamw.{index}.{name}": value for name, value in state.optimiser.state[parameter].items()
-        }
+        moments = state.optimiser.state.get(parameter, {})
+        tensors |= {f"adamw.{index}.{name}": value for name, value in moments.items()}
     facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
     content = save(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=facts

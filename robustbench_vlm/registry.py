@@ -39,7 +39,7 @@ def get(kind: str, name: str) -> type:
         module, _, attribute = name.partition(":")
         try:
             found: type = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise CardError(f"{kind} {name!r}", str(error), "module:Name of an importable class") from None
         return found
     for point in entry_points(group=f"robustbench_vlm.{kind}", name=name):
@@ -62,6 +62,8 @@ def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  
         CardError: unknown plug-in, unknown field, or a value of the wrong kind.
     """
     plugin = get(kind, name)
+    if not dataclasses.is_dataclass(plugin):
+        raise CardError(where, f"{name} is a {type(plugin).__name__}", "a frozen dataclass")
     known = [field.name for field in dataclasses.fields(plugin) if field.init]
     for key in fields:
         if key not in known:

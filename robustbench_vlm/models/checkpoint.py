@@ -161,9 +161,9 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
         WeightsError: a missing or unexpected tensor, or one of another shape.
     """
     own = module.state_dict()
-    for name in own.keys() - state.keys():
+    for name in sorted(own.keys() - state.keys()):
         raise WeightsError(where, f"tensor {name!r} is missing", "the architecture that its card names")
-    for name in state.keys() - own.keys():
+    for name in sorted(state.keys() - own.keys()):
         raise WeightsError(
             where, f"tensor {name!r} is not of this architecture", "the one that its card names"
         )
@@ -197,7 +197,9 @@ def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
     if "token_ids" not in state or TOKENS not in state:
         raise WeightsError(str(path), "no token table with ids", "a text tower that vlmrob wrote")
     ids, rows = state.pop("token_ids"), state[TOKENS]
-    width = dict(module.named_parameters())[TOKENS].shape[1]
+    vocabulary, width = dict(module.named_parameters())[TOKENS].shape
+    if ids.dtype != torch.int64 or not ((ids >= 0) & (ids < vocabulary)).all():
+        raise WeightsError(str(path), "a token id outside the vocabulary", f"ids from 0 to {vocabulary - 1}")
     if rows.shape != (len(ids), width):
         raise WeightsError(str(path), f"token rows of shape {tuple(rows.shape)}", f"({len(ids)}, {width})")
     state[TOKENS] = spread_rows(rows, ids, module)

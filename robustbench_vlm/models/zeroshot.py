@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def text_bank(model: Clip, sentences: Sequence[Sequence[str]]) -> Tensor:
         embeddings = model.text(flat).cpu()
         sizes = [len(group) for group in sentences]
         bank = torch.stack([F.normalize(part.mean(0), dim=0) for part in torch.split(embeddings, sizes)])
-        write(path, save({"bank": bank.contiguous()}))
+        with suppress(OSError):  # a folder that cannot be written costs time, never the run
+            write(path, save({"bank": bank.contiguous()}))
     return bank.to(model.mean.device)
 
 

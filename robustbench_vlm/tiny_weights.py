@@ -19,8 +19,8 @@ from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.pretrain import Plan, Pretrained, pretrain
 
 WORK = Path("runs/tiny-weights")  # recipes of the teachers start from a folder below it
-STUDENT = Plan(config="vlmrob-tiny")
-TEACHER = Plan(config="vlmrob-tiny-teacher")
+STUDENT = Plan(config="vlmrob-tiny", steps=2000, lr=2e-3)
+TEACHER = Plan(config="vlmrob-tiny-teacher", steps=1400, lr=1.5e-3)
 START = "tiny-teacher-start"  # the teacher before it is taught; not shipped
 TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
 

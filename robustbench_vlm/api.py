@@ -15,7 +15,7 @@ from robustbench_vlm import cards, verdicts
 from robustbench_vlm.attacks import engine, losses
 from robustbench_vlm.cards import AttackCard
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluate import ledger_line, plugin
+from robustbench_vlm.evaluate import plugin
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
 
@@ -74,6 +74,9 @@ def attack(
         hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for image in images
     ]
     names = list(keys) if keys is not None else _names(shas, labels)
+    if len(names) != len(images) or len(set(names)) != len(names):
+        found = f"{len(names)} keys, {len(set(names))} of them distinct"
+        raise InputError("keys", found, f"{len(images)} distinct names, one an image")
     clean = engine.logits(model, images, card.rows)
     if int(labels.max()) >= clean.shape[1]:
         raise InputError(
@@ -81,7 +84,7 @@ def attack(
         )
     margins, predictions = losses.judge(clean, labels), clean.argmax(1)
     table = verdicts.begin(
-        names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy(), {}
+        names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
     )
     adversarial = images.detach().cpu().clone()
     place = {name: i for i, name in enumerate(names)}
@@ -92,7 +95,7 @@ def attack(
         def take(finding: Finding, name: str = stage.name) -> None:
             i = place[finding.key]
             adversarial[i] = finding.adv
-            line = ledger_line(finding, images[i].detach().cpu(), shas[i], ball)
+            line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
             verdicts.enter(table, i, line, name, eps)
 
         chosen = alive.to(images.device)
@@ -112,7 +115,8 @@ def attack(
             clean=clean[chosen],
             on_finding=take,
         )
-    return Attacked(table, adversarial, verdicts.robust_after(table, [stage.name for stage in card.stage]))
+    after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)
+    return Attacked(table, adversarial, after)
 
 
 def _require_pixels(images: Tensor, labels: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -25,6 +25,7 @@ from robustbench_vlm import provenance, registry, store, verdicts
 from robustbench_vlm.attacks import engine, losses
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
+from robustbench_vlm.data import miniature
 from robustbench_vlm.data.dataset import Split, majority
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
@@ -92,9 +93,17 @@ class Subject:
         return torch.from_numpy(self.split.labels)
 
     @property
-    def shas(self) -> dict[str, str]:
-        """SHA-256 of each image's file, by key."""
-        return dict(zip(self.split.keys, self.image_shas, strict=True))
+    def identities(self) -> dict[str, tuple[str, int]]:
+        """SHA-256 of each image's file and its label, by key."""
+        facts = zip(self.image_shas, self.split.labels.tolist(), strict=True)
+        return dict(zip(self.split.keys, facts, strict=True))
+
+    @cached_property
+    def untrained(self) -> list[str]:
+        """Class names with a word that the text tower never met in training."""
+        sentences = {name: self.card.templates[0].replace("{c}", name) for name in self.card.names}
+        found = set(self.loaded.model.untrained_words(list(sentences.values())))
+        return [name for name, sentence in sentences.items() if sentence in found]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -166,8 +175,8 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        images = self.path.with_suffix(".safetensors")
-        return self.path.exists() and (not self.request.keep_images or images.exists())
+        suffixes = [".json", ".parquet", *([".safetensors"] if self.request.keep_images else [])]
+        return all(self.path.with_suffix(suffix).exists() for suffix in suffixes)
 
     def ledger(self, number: int) -> Path:
         """Where the findings of stage `number` are kept.
@@ -211,19 +220,20 @@ def evaluate(what: Subject, request: Request, report: Report) -> Iterator[Path]:
         AttackError: an attack left the ball or the box.
     """
     for card in request.attacks:
-        inherited: dict[str, str] = {}
+        smaller: Cell | None = None
         for rung in range(len(request.ladder)):
             cell = Cell(what, card, request, request.ladder[: rung + 1])
             if not cell.finished:
-                _fill(cell, inherited, report)
-            table = pd.read_parquet(cell.path.with_suffix(".parquet"))
-            lost = table[table.broken_at_eps != ""]
-            inherited = dict(zip(lost.key, lost.broken_at_eps, strict=True))
+                _fill(cell, smaller, report)
+            smaller = cell
             yield cell.path
 
 
-def _fill(cell: Cell, inherited: Mapping[str, str], report: Report) -> None:
-    """Clean pass, every stage over the survivors, then Parquet and JSON (last: a cell with JSON is whole)."""
+def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
+    """Clean pass, every stage over the survivors, then Parquet and JSON (last: a cell with JSON is whole).
+
+    What the cell of the next smaller radius broke is lost here too, with the same image as evidence.
+    """
     started = time.perf_counter()
     what, request = cell.what, cell.request
     classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
@@ -231,31 +241,30 @@ def _fill(cell: Cell, inherited: Mapping[str, str], report: Report) -> None:
     clean = engine.logits(classify, images, cell.attack.rows)
     margins = losses.judge(clean, what.labels.to(clean.device)).cpu().numpy()
     predictions = clean.argmax(1).cpu().numpy()
-    table = verdicts.begin(
-        what.split.keys, what.split.labels, what.image_shas, predictions, margins, inherited
-    )
+    lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
+    lost = None if lost is None else lost[lost.broken_at_eps != ""]
+    table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
     arena = _Arena(cell, classify, images, clean)
+    eps = eps_text(request.norm, cell.threat.eps)
     for number, stage in enumerate(cell.attack.stage):
         alive = [int(i) for i in table.index[verdicts.standing(table)]]
         lines = arena.attack(number, alive, report)
         for i in alive:
-            verdicts.enter(
-                table, i, lines[what.split.keys[i]], stage.name, eps_text(request.norm, cell.threat.eps)
-            )
+            verdicts.enter(table, i, lines[what.split.keys[i]], stage.name, eps)
     store.write(cell.path.with_suffix(".parquet"), table.to_parquet(index=False))
     if request.keep_images:
-        store.write(cell.path.with_suffix(".safetensors"), save(arena.broken_images(table)))
+        kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
+        store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images(table, eps)))
     outcome = tally(cell, table)
     content = {
-        "schema": SCHEMA,
-        "sha256": store.fingerprint({"config": cell.config, "outcome": outcome}),
         "config": cell.config,
         "outcome": outcome,
         "model": provenance.of_model(what.loaded),
         "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
-        "run": provenance.of_run(request.device, time.perf_counter() - started, request.live),
     }
-    store.write_json(cell.path, content)
+    run = provenance.of_run(request.device, time.perf_counter() - started, request.live)
+    whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, "run": run}
+    store.write_json(cell.path, whole)
 
 
 @dataclass(frozen=True)
@@ -278,16 +287,18 @@ class _Arena:
         if not todo:
             return lines
         store.mend(ledger)
-        done, shas = len(alive) - len(todo), cell.what.shas
+        done = len(alive) - len(todo)
+        what, labels = cell.what, cell.what.labels
         rows = {keys[i]: i for i in todo}
 
         def take(finding: Finding) -> None:
             nonlocal done
+            i = rows[finding.key]
+            line = verdicts.line(finding, what.images[i], what.image_shas[i], int(labels[i]), cell.threat)
             if request.keep_images:
-                store.write(_image_path(ledger, finding.key), save({"adv": finding.adv.contiguous()}))
-            image = cell.what.images[rows[finding.key]]
-            lines[finding.key] = line = ledger_line(finding, image, shas[finding.key], cell.threat)
+                store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
             store.append(ledger, line)
+            lines[finding.key] = line
             done += 1
             report(name, done, len(alive))
 
@@ -296,7 +307,7 @@ class _Arena:
         engine.run(
             self.classify,
             self.images[chosen],
-            cell.what.labels[index].to(self.images.device),
+            labels[index].to(self.images.device),
             [keys[i] for i in todo],
             plugin(cell.attack, stage),
             cell.threat,
@@ -312,47 +323,30 @@ class _Arena:
         return lines
 
     def known(self, ledger: Path) -> dict[str, Line]:
-        """The lines of a ledger about this subset's own images, byte for byte the same files."""
-        shas, keep = self.cell.what.shas, self.cell.request.keep_images
+        """The lines of a ledger about this subset's own images: the same files, with the same labels."""
+        facts, keep = self.cell.what.identities, self.cell.request.keep_images
         return {
             line["key"]: line
             for line in store.records(ledger)
-            if shas.get(line["key"]) == line["image"]
-            and (not keep or _image_path(ledger, line["key"]).exists())
+            if facts.get(line["key"]) == (line["image"], line["label"])
+            and (not keep or _image_path(ledger, line).exists())
         }
 
-    def broken_images(self, table: pd.DataFrame) -> dict[str, Tensor]:
-        """Key -> (3, H, W) adversarial image of every image that this cell broke."""
+    def broken_images(self, table: pd.DataFrame, eps: str) -> dict[str, Tensor]:
+        """Key -> (3, H, W) adversarial image of every image that was broken at this cell's own radius."""
         found: dict[str, Tensor] = {}
+        own = table[table.broken_at_eps == eps]
         for number, stage in enumerate(self.cell.attack.stage):
-            for key in table.key[table.broken_by == stage.name]:
-                found[key] = load_file(_image_path(self.cell.ledger(number), key))["adv"]
+            ledger = self.cell.ledger(number)
+            lines = self.known(ledger)
+            for key in own.key[own.broken_by == stage.name]:
+                found[key] = load_file(_image_path(ledger, lines[key]))["adv"]
         return found
 
 
-def ledger_line(finding: Finding, image: Tensor, image_sha: str, threat: Threat) -> Line:
-    """A finding as one ledger line; the adversarial image by its hash and its distance in float64."""
-    delta = (finding.adv.double() - image.double()).flatten()
-    return {
-        "key": finding.key,
-        "image": image_sha,
-        "broken": finding.broken,
-        "target": finding.target,
-        "restart": finding.restart,
-        "iteration": finding.iteration,
-        "forwards": finding.forwards,
-        "backwards": finding.backwards,
-        "prediction": finding.prediction,
-        "margin": finding.margin,
-        "zero_gradients": finding.zero_gradients,
-        "error": finding.error,
-        "distance": float(delta.abs().max() if threat.norm == "linf" else delta.norm()),
-        "adv_sha256": hashlib.sha256(finding.adv.contiguous().numpy().tobytes()).hexdigest(),
-    }
-
-
-def _image_path(ledger: Path, key: str) -> Path:
-    return ledger.with_suffix("") / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+def _image_path(ledger: Path, line: Line) -> Path:
+    identity = store.fingerprint([line["key"], line["image"], line["label"]])
+    return ledger.with_suffix("") / f"{identity[:24]}.safetensors"
 
 
 def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
@@ -361,12 +355,12 @@ def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
     n_classes = what.card.n_classes
     share = verdicts.largest_prediction_share(table)
     errors = int((table.error != "").sum())
-    sentences = [s for group in render(what.card.names, what.card.templates) for s in group]
     flags = {
         "constant-predictor": share >= CONSTANT and n_classes > 1,
         "zero-gradient": verdicts.zero_gradient_share(table) > ZERO_GRADIENT,
         "error-rows": errors > 0,
-        "untrained-words": bool(what.loaded.model.untrained_words(sentences)),
+        "untrained-words": bool(what.untrained),
+        "generated-images": (what.split.folder / miniature.MARK).exists(),
     }
     trained_on = what.loaded.card.trained_on
     exposure = "unknown" if trained_on is None else "seen" if what.card.name in trained_on else "unseen"
@@ -377,7 +371,9 @@ def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
         "n": len(table),
         "n_classes": n_classes,
         "clean_correct": int(table.clean_correct.sum()),
-        "robust": verdicts.robust_after(table, [stage.name for stage in stages]),
+        "robust": verdicts.robust_after(
+            table, [stage.name for stage in stages], eps_text(cell.request.norm, cell.threat.eps)
+        ),
         "errors": errors,
         "majority": round(majority(what.split.labels, n_classes), 6),
         "largest_prediction_share": round(share, 6),

@@ -5,13 +5,21 @@ The table is what a result rests on. Everything else (cells, leaderboards) is co
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from robustbench_vlm.store import fingerprint
+from robustbench_vlm.threat import Threat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robustbench_vlm.types import Finding
 
 EVIDENCE = (
     "key",
@@ -26,6 +34,11 @@ EVIDENCE = (
 """Columns whose values make the fingerprint of a table."""
 
 SPENT = ("forwards", "backwards", "zero_gradients")
+FOUND = (
+    *("broken_by", "broken_at_eps", "target", "restart", "iteration"),
+    *("adv_prediction", "adv_margin", "distance", "adv_sha256"),
+)
+"""Columns about the adversarial image; an image lost at a smaller radius keeps them at a larger one."""
 
 
 def begin(
@@ -34,7 +47,7 @@ def begin(
     image_shas: Sequence[str],
     predictions: np.ndarray,
     margins: np.ndarray,
-    inherited: Mapping[str, str],
+    lost: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The table before any attack.
 
@@ -43,21 +56,22 @@ def begin(
         labels: (N,) int64.
         image_shas: SHA-256 of each image's file.
         predictions: (N,) int64 clean predictions of the canonical pass.
-        margins: (N,) float32, true logit minus the largest other.
-        inherited: images broken at a smaller radius, by that radius as text.
+        margins: (N,) float32, true logit minus the largest other; not finite where a logit is not.
+        lost: rows of the same table at a smaller radius whose images were broken there.
     """
     n = len(keys)
+    finite = np.isfinite(margins)
     zeros = {column: np.zeros(n, dtype=np.int64) for column in SPENT}
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "key": list(keys),
             "label": labels,
             "image_sha256": list(image_shas),
             "clean_prediction": predictions,
             "clean_margin": margins.astype(np.float32),
-            "clean_correct": predictions == labels,
+            "clean_correct": (predictions == labels) & finite,
             "broken_by": [""] * n,
-            "broken_at_eps": [inherited.get(key, "") for key in keys],
+            "broken_at_eps": [""] * n,
             "target": np.full(n, -1),
             "restart": np.full(n, -1),
             "iteration": np.full(n, -1),
@@ -66,14 +80,42 @@ def begin(
             "distance": np.zeros(n, dtype=np.float32),
             "adv_sha256": [""] * n,
             **zeros,
-            "error": [""] * n,
+            "error": ["" if ok else "a logit of the clean image is not finite" for ok in finite],
         }
     )
+    if lost is not None and len(lost):
+        place = table.index[table.key.isin(lost.key)]
+        kept = lost.set_index("key").loc[table.key[place], list(FOUND)]
+        for column in FOUND:
+            table.loc[place, column] = kept[column].to_numpy()
+    return table
 
 
 def standing(table: pd.DataFrame) -> pd.Series:
     """(N,) bool: classified correctly, not broken at this radius or a smaller one, and without error."""
     return table.clean_correct & (table.broken_at_eps == "") & (table.error == "")
+
+
+def line(finding: Finding, image: Tensor, image_sha: str, label: int, threat: Threat) -> dict[str, Any]:
+    """A finding as one ledger line; the adversarial image by its hash and its distance in float64."""
+    delta = (finding.adv.double() - image.double()).flatten()
+    return {
+        "key": finding.key,
+        "image": image_sha,
+        "label": label,
+        "broken": finding.broken,
+        "target": finding.target,
+        "restart": finding.restart,
+        "iteration": finding.iteration,
+        "forwards": finding.forwards,
+        "backwards": finding.backwards,
+        "prediction": finding.prediction,
+        "margin": finding.margin if math.isfinite(finding.margin) else None,
+        "zero_gradients": finding.zero_gradients,
+        "error": finding.error,
+        "distance": float(delta.abs().max() if threat.norm == "linf" else delta.norm()),
+        "adv_sha256": hashlib.sha256(finding.adv.contiguous().numpy().tobytes()).hexdigest(),
+    }
 
 
 def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:
@@ -89,7 +131,7 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
     for column in SPENT:
         table.loc[i, column] += line[column]
     table.loc[i, "adv_prediction"] = line["prediction"]
-    table.loc[i, "adv_margin"] = np.float32(line["margin"])
+    table.loc[i, "adv_margin"] = np.float32("nan" if line["margin"] is None else line["margin"])
     table.loc[i, "distance"] = np.float32(line["distance"])
     table.loc[i, "adv_sha256"] = line["adv_sha256"]
     table.loc[i, "error"] = line["error"]
@@ -100,10 +142,12 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
             table.loc[i, column] = line[column]
 
 
-def robust_after(table: pd.DataFrame, stages: Iterable[str]) -> dict[str, int]:
-    """Images still standing after each stage, in chain order; a row with an error counts as not robust."""
-    alive = table.clean_correct & (table.error == "")
-    alive &= ~((table.broken_at_eps != "") & (table.broken_by == ""))  # lost at a smaller radius
+def robust_after(table: pd.DataFrame, stages: Iterable[str], eps: str) -> dict[str, int]:
+    """Images still standing after each stage at radius `eps` (as text), in chain order.
+
+    A row with an error counts as not robust; one lost at a smaller radius is lost before the first stage.
+    """
+    alive = table.clean_correct & (table.error == "") & table.broken_at_eps.isin(["", eps])
     counts = {}
     for stage in stages:
         alive &= table.broken_by != stage

@@ -137,7 +137,8 @@ class Suite(Card):
 
     Attributes:
         n: images a dataset (the n smallest hashes of seed and key); 0 means all.
-        means: further averages beside the one over all datasets, by name.
+        means: further averages beside the one over all datasets, by name; never `unseen`, which is averaged
+            over what the model and its parents were not trained on.
     """
 
     name: str
@@ -150,6 +151,14 @@ class Suite(Card):
     n: int = Field(default=1000, ge=0)
     seed: int = 0
     means: dict[str, tuple[str, ...]] = {}
+
+    @model_validator(mode="after")
+    def _means(self) -> Suite:
+        for name, members in self.means.items():
+            foreign = sorted(set(members) - set(self.datasets))
+            if name == "unseen" or foreign or not members:
+                raise ValueError(f"means.{name} must be another name than unseen, over datasets of the suite")
+        return self
 
 
 class DataChoice(Card):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pandas as pd
 
-from robustbench_vlm import stats
-from robustbench_vlm.errors import InputError
+from robustbench_vlm import stats, verdicts
+from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.leaderboard import Cell
 from robustbench_vlm.stats import Paired
+from robustbench_vlm.threat import eps_text
 
 
 @dataclass(frozen=True)
@@ -44,43 +46,47 @@ def compare(cells: Sequence[Cell], a: str, b: str) -> list[Comparison]:
     if not shared:
         raise InputError(f"compare {a} {b}", "no dataset and attack in common", do="evaluate both alike")
     lines: list[Comparison] = []
-    pooled: dict[str, list[pd.DataFrame]] = {}
-    for place in shared:
-        merged = _joined(mine[place], theirs[place])
-        config = mine[place].config
-        attack = f"{config['attack']} {config['norm']} {config['eps']} n={config['n_requested']}"
-        lines.append(_test(attack, config["dataset"], merged))
-        pooled.setdefault(attack, []).append(merged)
-    return lines + [
-        _test(attack, "all", pd.concat(parts)) for attack, parts in pooled.items() if len(parts) > 1
-    ]
+    for contest in dict.fromkeys(cell.contest for cell in (mine[place] for place in shared)):
+        parts = []
+        for place in shared:
+            if mine[place].contest == contest:
+                merged = _joined(mine[place], theirs[place])
+                attack = _title(mine[place])
+                lines.append(_test(attack, mine[place].config["dataset"], merged))
+                parts.append(merged)
+        if len(parts) > 1:
+            lines.append(_test(attack, "all", pd.concat(parts)))
+    return lines
+
+
+def _title(cell: Cell) -> str:
+    """Chain and threat; a ladder of radii is named, since its rows are a contest of their own."""
+    config = cell.config
+    smaller = [eps_text(config["norm"], Fraction(eps)) for eps in config["eps_ladder"][:-1]]
+    after = f" after {', '.join(smaller)}" if smaller else ""
+    return f"{config['attack']} {cell.threat}{after} n={config['n_requested'] or 'all'}"
 
 
 def _of(cells: Sequence[Cell], name: str) -> dict[tuple[object, ...], Cell]:
-    own = [cell for cell in cells if name == cell.model[0] or cell.model[1].startswith(name)]
+    own = [cell for cell in cells if name == cell.model[0]]
+    own = own or [cell for cell in cells if name and cell.model[1].startswith(name)]
     shas = {cell.model[1] for cell in own}
     if not own:
-        known = ", ".join(sorted({cell.model[0] for cell in cells})) or "none"
-        raise InputError(f"model {name!r}", "no results", f"one of: {known}", "run vlmrob eval first")
+        hint = nearest(name, {cell.model[0] for cell in cells})
+        raise InputError(f"model {name!r}", "no results of it", do=f"{hint}; or run vlmrob eval first")
     if len(shas) > 1:
-        raise InputError(
-            f"model {name!r}", f"{len(shas)} models of that name", "the first digits of its sha256"
-        )
+        prints = ", ".join(sorted(sha[:8] for sha in shas))
+        raise InputError(f"model {name!r}", f"{len(shas)} models of that name", f"one of: {prints}")
     return {(cell.contest, cell.config["dataset"]): cell for cell in own}
 
 
 def _joined(a: Cell, b: Cell) -> pd.DataFrame:
     columns = ["key", "image_sha256", "clean_correct", "robust"]
-    left, right = (_verdicts(cell)[columns] for cell in (a, b))
+    left, right = (cell.verdicts().assign(robust=verdicts.standing)[columns] for cell in (a, b))
     merged = left.merge(right, on=["key", "image_sha256"], suffixes=("_a", "_b"), validate="one_to_one")
     if len(merged) != len(left) or len(merged) != len(right):
         raise InputError(str(b.path), "other images", f"those of {a.path}", "evaluate both on the same data")
     return merged
-
-
-def _verdicts(cell: Cell) -> pd.DataFrame:
-    table = pd.read_parquet(cell.path.with_suffix(".parquet"))
-    return table.assign(robust=table.clean_correct & (table.broken_at_eps == "") & (table.error == ""))
 
 
 def _test(attack: str, dataset: str, merged: pd.DataFrame) -> Comparison:

@@ -7,15 +7,16 @@ is in the row, and cells that disagree about a dataset's images are refused by n
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
-from robustbench_vlm import stats, store
+from robustbench_vlm import stats, store, verdicts
 from robustbench_vlm.cards import Suite
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.threat import Threat
@@ -24,6 +25,8 @@ SCHEMA = "vlmrob-leaderboard/1"
 CELL = "vlmrob-cell/1"
 MISSED = 0.002  # share of images that PGD broke and a stronger chain did not, from which a row is flagged
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+
+HASHED = frozenset({"config", "outcome", "model", "stages"})  # what the fingerprint of a cell is taken of
 
 Row = dict[str, Any]
 
@@ -74,6 +77,27 @@ class Cell:
         """Names of the chain's stages, in order."""
         return [stage["name"] for stage in self.content["stages"]]
 
+    @property
+    def threat(self) -> Threat:
+        """The ball."""
+        return Threat(self.config["norm"], Fraction(self.config["eps"]))
+
+    def verdicts(self) -> pd.DataFrame:
+        """The verdict table beside the cell, held to the fingerprint in it.
+
+        Raises:
+            DataError: the file is missing, or is not the one that the cell was counted from.
+        """
+        path = self.path.with_suffix(".parquet")
+        do = f"delete {self.path} and run the same eval again"
+        try:
+            found = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise DataError(str(path), f"unreadable ({error})", "the verdicts of the cell", do) from None
+        if verdicts.sha256(found) != self.outcome["verdicts_sha256"]:
+            raise DataError(str(path), "other verdicts than the cell was counted from", do=do)
+        return found
+
 
 def read(results: Path) -> list[Cell]:
     """Every cell below `results`, in order of path.
@@ -81,16 +105,17 @@ def read(results: Path) -> list[Cell]:
     Raises:
         DataError: a JSON file there is no cell, or its content is not what its fingerprint says.
     """
-    found = []
-    for path in sorted((results / "cells").rglob("*.json")):
-        content = store.read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != CELL:
-            raise DataError(str(path), "not a result cell", CELL, "move it out of the results folder")
-        stated = store.fingerprint({"config": content["config"], "outcome": content["outcome"]})
-        if stated != content["sha256"]:
-            raise DataError(str(path), "its content does not match its fingerprint", do="evaluate it again")
-        found.append(Cell(path, content))
-    return found
+    return [_read(path) for path in sorted((results / "cells").rglob("*.json"))]
+
+
+def _read(path: Path) -> Cell:
+    content = store.read_json(path)
+    if not isinstance(content, dict) or content.get("schema") != CELL or not content.keys() >= HASHED:
+        raise DataError(str(path), "not a result cell", CELL, "move it out of the results folder")
+    if content.get("sha256") != store.fingerprint({name: content[name] for name in HASHED}):
+        do = "delete it and run the same eval again"
+        raise DataError(str(path), "its content does not match its fingerprint", "it as it was written", do)
+    return Cell(path, content)
 
 
 def of_suite(cells: Iterable[Cell], suite: Suite) -> list[Cell]:
@@ -197,7 +222,6 @@ def _row(cell: Cell, suite: Suite, stages: Sequence[str], pgd_only: int | None) 
 def _shared(cell: Cell, suite: Suite) -> Row:
     """The fields that a cell's row and the mean over its group have in common."""
     config, model = cell.config, cell.content["model"]
-    threat = Threat(config["norm"], Fraction(config["eps"]))
     ladder = [Threat(config["norm"], Fraction(eps)).column for eps in config["eps_ladder"]]
     return {
         "schema_version": SCHEMA,
@@ -217,7 +241,7 @@ def _shared(cell: Cell, suite: Suite) -> Row:
         "attack_config_sha256": config["attack_sha256"],
         "engine": config["engine"],
         "norm": config["norm"],
-        "eps": threat.column,
+        "eps": cell.threat.column,
         "eps_ladder": " ".join(ladder),
         "precision": config["precision"],
         "seed": config["seed"],
@@ -230,7 +254,7 @@ def _means(group: Sequence[Cell], suite: Suite, stages: Sequence[str]) -> Iterab
     """Unweighted means, only over whole sets: all of the suite, its named parts, the unseen datasets."""
     by_dataset = {cell.config["dataset"]: cell for cell in group}
     parts: dict[str, Sequence[str]] = {"mean": suite.datasets}
-    parts |= {f"mean:{name}": members for name, members in suite.means.items()}
+    parts |= {f"mean:{name}": members for name, members in suite.means.items() if name != "unseen"}
     if all(name in by_dataset for name in suite.datasets):
         unseen = [name for name in suite.datasets if by_dataset[name].outcome["exposure"] == "unseen"]
         if unseen and len(unseen) < len(suite.datasets):
@@ -276,16 +300,15 @@ def _pgd_only(cells: Sequence[Cell]) -> dict[Path, int]:
     for cell in cells:
         if cell.config["attack"].startswith("pgd"):
             place = (cell.model, *(cell.config[f] for f in fields))
-            verdicts = pd.read_parquet(cell.path.with_suffix(".parquet"), columns=["key", "broken_by"])
-            pgd.setdefault(place, set()).update(verdicts.key[verdicts.broken_by != ""])
-    found = {}
+            found = cell.verdicts()
+            pgd.setdefault(place, set()).update(found.key[found.broken_at_eps != ""])
+    missed = {}
     for cell in cells:
         place = (cell.model, *(cell.config[f] for f in fields))
         if not cell.config["attack"].startswith("pgd") and place in pgd:
-            verdicts = pd.read_parquet(cell.path.with_suffix(".parquet"))
-            stands = verdicts.clean_correct & (verdicts.broken_at_eps == "")
-            found[cell.path] = int(verdicts.key[stands].isin(pgd[place]).sum())
-    return found
+            found = cell.verdicts()
+            missed[cell.path] = int(found.key[verdicts.standing(found)].isin(pgd[place]).sum())
+    return missed
 
 
 def _percent(share: float) -> str:
@@ -317,7 +340,13 @@ def grids(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     """(title, models x datasets grid of `clean / robust`) of each contest, most robust model first."""
     if rows.empty:
         return
-    for (norm, eps, attack, n), part in rows.groupby(["norm", "eps", "attack", "n_requested"], sort=False):
+    names = ["norm", "eps", "attack", "n_requested"]
+    exact = ["split", "seed", "precision", "engine", "attack_config_sha256", "eps_ladder"]
+    kinds = rows[[*names, *exact]].drop_duplicates().itertuples(index=False, name=None)
+    alike = Counter(kind[: len(names)] for kind in kinds)
+    for kind, part in rows.groupby([*names, *exact], sort=False):
+        norm, eps, attack, n, *_, sha, ladder = cast("tuple[str, ...]", kind)
+        remark = f" · chain {sha[:6]}, radii {ladder}" if alike[norm, eps, attack, n] > 1 else ""
         entries = part.assign(
             entry=part.clean + " / " + part.robust + part.flag.map(lambda flag: " !" if flag else ""),
             row=part.model_id + part.checkpoint_sha256.map(lambda sha: f" ({sha[:6]})"),
@@ -328,7 +357,7 @@ def grids(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
         strength = part.assign(row=entries.row, value=part.robust.astype(float)).groupby("row").value.mean()
         grid = grid.loc[strength.sort_values(ascending=False, kind="stable").index].fillna("")
         radius = f"{eps}/255" if norm == "linf" else eps
-        yield f"{attack} · {norm} {radius} · n = {n or 'all'}", grid
+        yield f"{attack} · {norm} {radius} · n = {n or 'all'}{remark}", grid
 
 
 def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,6 +23,7 @@ data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 CHECK_FLAG = 3
+INTERRUPTED = 130  # how typer leaves after Ctrl-C
 
 DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
@@ -96,11 +98,13 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     ] = None,
     eps: Annotated[str, typer.Option(help="Radii, e.g. 4 or 1,2,4; default: the suite's.")] = "",
     norm: Annotated[str, typer.Option(help="linf or l2; default: the suite's.")] = "",
-    n: Annotated[int, typer.Option(help="Images a dataset, 0 for all; default: the suite's.")] = -1,
+    n: Annotated[
+        int | None, typer.Option(min=0, help="Images a dataset, 0 for all; default: the suite's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
     batch_size: Annotated[
-        int, typer.Option(help="Images under attack at once; never changes a verdict.")
-    ] = 0,
+        int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
+    ] = None,
     save_adversarial: Annotated[bool, typer.Option(help="Keep the adversarial images.")] = False,
     skip_missing: Annotated[bool, typer.Option(help="Leave out datasets that are not on disk.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print what it would cost, and stop.")] = False,
@@ -119,22 +123,27 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         datasets=tuple(dataset or []),
         eps=eps,
         norm=norm,
-        n=None if n < 0 else n,
+        n=n,
         results=out,
         data_root=data_root,
-        live=batch_size or None,
+        live=batch_size,
         keep_images=save_adversarial,
         skip_missing=skip_missing,
     )
     plan = session.plan(order, _device(device))
+    if dry_run:  # writes nothing, so what would be rendered counts as there
+        for line in session.price(plan):
+            console.result(line)
+        return
     _tiny_data([card.name for card in plan.datasets], data_root)
-    plan = session.require_data(plan)
+    whole, plan = plan, session.require_data(plan)
+    for card in whole.datasets:
+        if card not in plan.datasets:
+            console.remark(f"left out: {card.name} is not below {data_root}")
     for line in session.price(plan):
         console.remark(line)
-    if dry_run:
-        return
     with console.meter() as meter:
-        paths = session.perform(plan, meter)
+        paths = session.perform(plan, meter, console.remark)
     rows = session.rows(plan, paths)
     if as_json:
         console.result_json(rows.to_dict("records"))
@@ -143,7 +152,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.remark(
             f"results in {out}; next: vlmrob leaderboard --results {out} --suite {plan.suite.name}"
         )
-    marked = rows[rows.flag != ""]
+    marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
     flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
     for line in flagged:
         console.remark(f"flag: {line}")
@@ -191,11 +200,11 @@ def compare(
         ]
         for line in hall.compare(cells, a, b)
     ]
-    columns = ["attack", "dataset", "n", "clean A-B", "p", "robust A-B", "p (exact McNemar)"]
+    columns = ["attack", "dataset", "n", "clean A-B", "clean p", "robust A-B", "robust p"]
     if as_json:
         console.result_json([dict(zip(columns, line, strict=True)) for line in lines])
     else:
-        console.show(f"A = {a}, B = {b}; differences in points", columns, lines)
+        console.show(f"A = {a}, B = {b}; differences in points, p of the exact McNemar test", columns, lines)
 
 
 @app.command()
@@ -264,8 +273,10 @@ def doctor(as_json: AsJson = False) -> None:
 def data_make(
     suite: Annotated[str, typer.Argument(help="tiny, or a suite to make a generated miniature of.")],
     root: DataRoot = Path("data"),
-    per_class: Annotated[int, typer.Option(help="Images a class, for a miniature.")] = 2,
-    n: Annotated[int, typer.Option(help="Images a dataset at most, for a miniature.")] = 16,
+    n: Annotated[int, typer.Option(min=1, help="Images a dataset, for a miniature.")] = 16,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="Images of every class instead, for a miniature.")
+    ] = None,
     label_with: Annotated[
         str, typer.Option(help="Model whose own predictions become the labels of a miniature.")
     ] = "",
@@ -273,11 +284,11 @@ def data_make(
     """Make the tiny world, or a miniature of a suite with generated images in the real layout."""
     from robustbench_vlm import session
 
-    if suite == "tiny":
-        with console.meter() as meter:
+    with console.meter() as meter:
+        if suite == "tiny":
             session.make_tiny(root, meter)
-    else:
-        session.make_miniature(suite, root, per_class, n, label_with)
+        else:
+            session.make_miniature(suite, root, n, label_with, meter, per_class)
     console.result(str(root))
 
 
@@ -331,12 +342,12 @@ def _device(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}", "not a device", "cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}", "no CUDA device here", "cpu", "see vlmrob doctor")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise InputError(f"--device {name}", "not a device", "auto, cpu, cuda or cuda:N")
+    place, here = torch.device(name), torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= here:
+        found = f"{here} CUDA devices here" if here else "no CUDA device here"
+        raise InputError(f"--device {name}", found, "cpu" if not here else "", "see vlmrob doctor")
     return place
 
 
@@ -356,9 +367,11 @@ def _tiny_data(names: list[str], root: Path) -> None:
 def _print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
     from robustbench_vlm import leaderboard as hall
 
-    for title, grid in hall.grids(rows):
-        body = [[str(name), *[str(entry) for entry in grid.loc[name]]] for name in grid.index]
-        console.show(f"{title}: clean / robust, %", ["model", *map(str, grid.columns)], body)
+    for title, grid in hall.grids(rows):  # datasets go down: there are many of them, and few models
+        body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
+        console.show(f"{title}: clean / robust, %", ["dataset", *map(str, grid.index)], body)
+    if (rows.flag != "").any():
+        console.remark("! marks a number with a flag: read it in the table file before believing it")
 
 
 def _exit(error: VlmrobError) -> NoReturn:
@@ -372,8 +385,12 @@ def main() -> None:
         app()
     except VlmrobError as error:
         _exit(error)
-    except KeyboardInterrupt:
-        _exit(Incomplete("stopped; the same command goes on where it was"))
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            _exit(Incomplete("stopped; the same command goes on where it was"))
+        raise
+    except OSError as error:
+        _exit(VlmrobError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
 
 
 if __name__ == "__main__":

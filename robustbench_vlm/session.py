@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import pandas as pd
 import torch
 
 from robustbench_vlm import cards, evaluate, leaderboard
+from robustbench_vlm.attacks import engine
 from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
 from robustbench_vlm.errors import DataError, InputError, nearest
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.zeroshot import ZeroShot
 from robustbench_vlm.threat import Norm, Threat, parse_eps
 
 LONG = 3600.0  # seconds of worst case from which the smaller command is printed too
+SHOWN = 5  # names that a remark lists before it only counts
 TIMED = 3  # repetitions when one batch is timed
+ROWS = 32  # shape of the model calls that label a miniature
 BACKWARD = 1.3  # an image gradient in forward passes, where only the forward was timed
 
 Meter = Callable[[str, int, int], None]
@@ -107,7 +111,8 @@ def require_data(plan: Plan) -> Plan:
         raise DataError(
             f"suite {plan.suite.name}",
             f"{len(lacking)} of {len(plan.datasets)} datasets are missing below {root}",
-            do="or leave them out with --skip-missing\n  " + "\n  ".join(lacking),
+            "all of them",
+            "get them as follows, or leave them out with --skip-missing\n  " + "\n  ".join(lacking),
         )
     there = tuple(card for card in plan.datasets if not dataset.missing([card], root, split))
     if not there:
@@ -115,28 +120,54 @@ def require_data(plan: Plan) -> Plan:
     return replace(plan, datasets=there)
 
 
+def open_data(plan: Plan) -> list[dataset.Split]:
+    """The images that every dataset is judged by; all are opened before the first is attacked.
+
+    Raises:
+        DataError: shards, class names or labels that are not as the card says.
+    """
+    opened = (dataset.open_split(card, plan.order.data_root, plan.suite.split) for card in plan.datasets)
+    return [split.subset(plan.request.n, plan.request.seed) for split in opened]
+
+
 def price(plan: Plan) -> list[str]:
     """What the evaluation costs at most, from one timed batch of each model; lines for the log."""
     request = plan.request
     threats = [str(Threat(request.norm, eps)) for eps in request.ladder]
     count = len(plan.models) * len(plan.datasets) * len(request.attacks) * len(request.ladder)
-    images = sum(request.n or card.size.get(plan.suite.split, 0) for card in plan.datasets)
+    sizes = [_size(plan, card) for card in plan.datasets]
     seconds = 0.0
     for loaded in plan.models:
         for card in request.attacks:
             forward = _seconds_per_image(loaded, plan.datasets[0], card.rows, request.device)
-            for data in plan.datasets:
-                n = request.n or data.size.get(plan.suite.split, 0)
+            for data, n in zip(plan.datasets, sizes, strict=True):
                 forwards, backwards = worst_case(card, data.n_classes)
                 seconds += n * len(request.ladder) * forward * (forwards + BACKWARD * backwards)
     lines = [
-        f"{count} cells: {len(plan.models)} models x {len(plan.datasets)} datasets ({images} images) x "
-        f"{len(request.attacks)} attacks x {', '.join(threats)} (canvas: each dataset's own)",
+        f"{_count(count, 'cell')}: {_count(len(plan.models), 'model')} x "
+        f"{_count(len(plan.datasets), 'dataset')} ({_count(sum(sizes), 'image')}) x "
+        f"{_count(len(request.attacks), 'attack')} x {', '.join(threats)}",
         f"at most {_duration(seconds)} on {request.device}, if every image survived every attack",
     ]
+    root, split = plan.order.data_root, plan.suite.split
+    lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
+    if lacking:
+        lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if seconds > LONG:
-        lines.append(f"for a first look: vlmrob eval --suite {plan.order.suite} --attack aa2 --n 100")
+        models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
+        where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}"
+        lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(plan: Plan, card: DatasetCard) -> int:
+    """Images of a dataset that are drawn, as far as its card knows."""
+    there, n = card.size.get(plan.suite.split, 0), plan.request.n
+    return min(n, there) if n and there else n or there
 
 
 def worst_case(card: AttackCard, n_classes: int) -> tuple[int, int]:
@@ -159,19 +190,32 @@ def _seconds_per_image(loaded: zoo.Loaded, card: DatasetCard, rows: int, device:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def perform(plan: Plan, report: evaluate.Report) -> list[Path]:
+def perform(
+    plan: Plan, report: evaluate.Report, remark: Callable[[str], None] = lambda _: None
+) -> list[Path]:
     """Evaluate every cell of the plan; returns the cells' files, finished ones included."""
     paths: list[Path] = []
+    splits = open_data(plan)
+    for split in splits:
+        for note in split.notes:
+            remark(f"note: {split.card.name}: {note}")
     for loaded in plan.models:
-        for card in plan.datasets:
-            split = dataset.open_split(card, plan.order.data_root, plan.suite.split)
-            chosen = split.subset(plan.request.n, plan.request.seed)
-            paths += evaluate.evaluate(evaluate.subject(loaded, card, chosen), plan.request, report)
+        for card, split in zip(plan.datasets, splits, strict=True):
+            what = evaluate.subject(loaded, card, split)
+            if what.untrained:
+                words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
+                remark(f"note: {card.name}: {words}")
+            paths += evaluate.evaluate(what, plan.request, report)
     return paths
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:
@@ -192,7 +236,9 @@ def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> l
     return made
 
 
-def make_miniature(suite: str, root: Path, per_class: int, n: int, label_with: str) -> None:
+def make_miniature(
+    suite: str, root: Path, n: int, label_with: str, report: Meter, per_class: int | None = None
+) -> None:
     """Write a miniature of every dataset of a suite, labelled by a model's own predictions when one is named.
 
     A small or random model is wrong on nearly every generated image of a thousand classes, and an image that
@@ -200,23 +246,19 @@ def make_miniature(suite: str, root: Path, per_class: int, n: int, label_with: s
     """
     chosen = cards.read("suites", suite, Suite)
     loaded = zoo.load(label_with) if label_with else None
-    for name in chosen.datasets:
+    for done, name in enumerate(chosen.datasets):
+        report(f"miniatures of {suite}", done, len(chosen.datasets))
         card = cards.read("datasets", name, DatasetCard)
-        if loaded is None:
-            miniature.make(card, root, per_class=per_class, n=n)
-        else:
-            miniature.make(card, root, n=n, labels=predictions(loaded, card, n))
+        count = per_class * card.n_classes if per_class else n
+        labels = predictions(loaded, card, chosen.split, count) if loaded else None
+        miniature.make(card, root, n=count, split=chosen.split, labels=labels)
 
 
-@torch.no_grad()
-def predictions(loaded: zoo.Loaded, card: DatasetCard, n: int) -> dict[str, int]:
+def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> dict[str, int]:
     """Member name -> predicted class of the `n` images that a miniature of `card` consists of."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        miniature.make(card, Path(folder), n=n)
-        split = dataset.open_split(card, Path(folder), "test")
-        what = evaluate.subject(loaded, card, split)
-        classify = ZeroShot(loaded.model, text_bank(loaded.model, render(card.names, card.templates)))
-        found: Any = classify(what.images).argmax(1).tolist()
-        return {key.rsplit("/", 1)[-1]: int(label) for key, label in zip(split.keys, found, strict=True)}
+        miniature.make(card, Path(folder), n=n, split=split)
+        what = evaluate.subject(loaded, card, dataset.open_split(card, Path(folder), split))
+        logits = engine.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
+        found = zip(what.split.keys, logits.argmax(1).tolist(), strict=True)
+        return {key.rsplit("/", 1)[-1]: label for key, label in found}

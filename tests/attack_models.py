@@ -1,0 +1,63 @@
+"""Small real classifiers for the attack tests: trained on generated blobs in a second, at a fixed seed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_vlm.attacks import engine
+from robustbench_vlm.types import Finding
+
+SIDE = 12
+
+
+def blobs(n: int, n_classes: int, seed: int, side: int = SIDE) -> tuple[Tensor, Tensor]:
+    """Noisy images of class-wise patterns, in [0, 1]."""
+    make = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(n_classes, 3, side, side, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(n) % n_classes
+    images = 0.5 + 0.25 * (patterns[labels] - 0.5) + 0.2 * torch.randn(n, 3, side, side, generator=make)
+    return images.clamp(0, 1), labels
+
+
+@cache
+def classifier(n_classes: int = 10, side: int = SIDE) -> nn.Module:
+    """A two-layer CNN that gets nearly all blobs right; `side` is a multiple of 4."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(side * side, n_classes),
+        )  # fmt: skip
+        optim = torch.optim.Adam(model.parameters(), 5e-3)
+        for step in range(80):
+            images, labels = blobs(100, n_classes, seed=step + 100, side=side)
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+        optim.zero_grad()
+    return model.eval().requires_grad_(False)
+
+
+def findings(model, images, labels, attack, threat, *, order=None, keys=None, **more) -> list[Finding]:
+    """`engine.run` with findings in the order of the images."""
+    keys = [f"blobs/test/{i}" for i in range(len(images))] if keys is None else keys
+    order = range(len(images)) if order is None else order
+    order = list(order)
+    found: dict[str, Finding] = {}
+    more = {"stage": "s", "seed": 0, "rows": 16, **more}
+    more.setdefault("n_classes", int(model(images[:1]).shape[1]))
+    engine.run(
+        model,
+        images[order],
+        labels[order],
+        [keys[i] for i in order],
+        attack,
+        threat,
+        on_finding=lambda finding: found.__setitem__(finding.key, finding),
+        **more,
+    )
+    return [found[keys[i]] for i in range(len(images)) if i in set(order)]

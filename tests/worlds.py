@@ -137,3 +137,40 @@ def make(root: Path) -> World:
         known = describe(teacher, name, text_from=str(start), trained_on=("captions", f"{name}-images"))
         checkpoint.save_folder(root / name, teacher, known)
     return World(root, root / "data", root / "cards", str(start), str(root / "robust"), str(root / "clean"))
+
+
+class Linear(torch.nn.Module):
+    """A real encoder small enough for a hand calculation: images (B, 3, 1, 1) times a (3, D) matrix."""
+
+    image_size = 1
+
+    def __init__(self, seed: int, logit_scale: float, width: int = 3) -> None:
+        super().__init__()
+        self.logit_scale = logit_scale
+        numbers = np.random.default_rng(seed).normal(size=(3, width))
+        self.weight = torch.nn.Parameter(torch.tensor(numbers, dtype=torch.float64))
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight
+
+    def text(self, sentences):
+        raise NotImplementedError
+
+
+def unit_rows(seed: int, rows: int, width: int) -> torch.Tensor:
+    numbers = np.random.default_rng(seed).normal(size=(rows, width))
+    return torch.tensor(numbers / np.linalg.norm(numbers, axis=1, keepdims=True))
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cosines_by_hand(encoder: Linear, bank: torch.Tensor, images: torch.Tensor) -> np.ndarray:
+    z = images.numpy().reshape(len(images), -1) @ encoder.weight.detach().numpy()
+    return (z / np.sqrt((z**2).sum(-1, keepdims=True))) @ bank.numpy().T
+
+
+def kl_by_hand(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return p * (np.log(p) - np.log(q))

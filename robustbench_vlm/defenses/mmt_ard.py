@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
@@ -55,13 +56,13 @@ class MmtArd:
     """
 
     weighting: Literal["paper", "released", "static"] = "paper"
-    robust_weight: float = 50.0
-    clean_weight: float = 5.0
+    robust_weight: Annotated[float, Field(gt=0)] = 50.0
+    clean_weight: Annotated[float, Field(gt=0)] = 5.0
     gap: Literal["standardised", "log"] = "standardised"
     kappa: float = 1.0
     focus: Literal["hard", "confident", "none"] = "hard"
-    gamma: float = 1.0
-    momentum: float = 0.99
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
     teachers: ClassVar[tuple[str, ...]] = ("robust", "clean")
     needs_text: ClassVar[bool] = True

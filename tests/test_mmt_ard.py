@@ -1,0 +1,251 @@
+"""MMT-ARD against hand calculations: numpy, from the formulas, in float64, without our losses."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
+
+from robustbench_vlm import registry
+from robustbench_vlm.defenses.mmt_ard import MmtArd
+from robustbench_vlm.errors import CardError
+from robustbench_vlm.types import Batch, Roles, Step
+
+B, C = 6, 5
+
+
+@dataclass
+class Scene:
+    """Three linear encoders of different width and scale, their text, and one batch with its x'."""
+
+    roles: Roles
+    batch: Batch
+    adv: torch.Tensor
+
+    def loss(self, defense, carry=None):
+        targets = defense.targets(self.roles, self.batch)
+        return defense.outer(self.roles, Step(self.batch, self.adv, targets, carry or {}))
+
+    def part(self, i):
+        """The batch of image i alone."""
+        batch = Batch(self.batch.images[i : i + 1], self.batch.labels[i : i + 1], self.batch.keys[i : i + 1])
+        return Scene(self.roles, batch, self.adv[i : i + 1])
+
+    def numbers(self):
+        """(A_ic, B_ic, c_R, c_K, q_R): summands of both divergences, both confidences, softmax of R."""
+        student, robust, clean = (
+            self.roles.student,
+            self.roles.teachers["robust"],
+            self.roles.teachers["clean"],
+        )
+        text, i, y = self.roles.text, np.arange(len(self.adv)), self.batch.labels.numpy()
+        cos_r = cosines_by_hand(robust, text["robust"], self.adv)
+        cos_k = cosines_by_hand(clean, text["clean"], self.batch.images)
+        p_s_adv = softmax(student.logit_scale * cosines_by_hand(student, text["student"], self.adv))
+        p_s = softmax(student.logit_scale * cosines_by_hand(student, text["student"], self.batch.images))
+        p_r, p_k = softmax(robust.logit_scale * cos_r), softmax(clean.logit_scale * cos_k)
+        return kl_by_hand(p_r, p_s_adv), kl_by_hand(p_k, p_s), cos_r[i, y], cos_k[i, y], p_r[i, y]
+
+
+def scene(seed=0, positive=False):
+    student, robust, clean = Linear(seed + 1, 4.0), Linear(seed + 2, 3.0, 4), Linear(seed + 3, 5.0, 2)
+    for teacher in (robust, clean):
+        teacher.requires_grad_(False)
+    text = {
+        role: unit_rows(seed + n, C, width)
+        for n, (role, width) in enumerate({"student": 3, "robust": 4, "clean": 2}.items())
+    }
+    make = np.random.default_rng(seed)
+    images = torch.tensor(make.random((B, 3, 1, 1)))
+    adv = (images + torch.tensor(make.normal(0, 0.1, (B, 3, 1, 1)))).clamp(0, 1)
+    if positive:  # label each image with a class that both teachers like, so no confidence is negative
+        both = np.minimum(
+            cosines_by_hand(robust, text["robust"], adv), cosines_by_hand(clean, text["clean"], images)
+        )
+        labels = torch.tensor(both.argmax(1))
+    else:
+        labels = torch.arange(B) % C
+    roles = Roles(student, {"robust": robust, "clean": clean}, text)
+    return Scene(roles, Batch(images, labels, tuple(f"toy/train/{i}" for i in range(B))), adv)
+
+
+def test_released_is_the_element_mean_of_50_and_5_with_raw_cosines():
+    found = scene()
+    a, b, c_r, c_k, _ = found.numbers()
+    assert (c_r < 0).any()
+    assert (c_r > 0).any()
+    expected = (50 * c_r[:, None] * a + 5 * c_k[:, None] * b).sum() / (B * C)
+    terms = found.loss(MmtArd(weighting="released"))
+    assert terms.total.item() == pytest.approx(expected, abs=1e-12)
+    share = ((c_r < 0) | (c_k < 0)).mean()
+    assert 0 < share < 1
+    assert terms.parts["negative_cosines"].item() == pytest.approx(share)
+    assert terms.parts["kl_adv"].item() == pytest.approx(a.sum() / B)
+    assert terms.parts["kl_clean"].item() == pytest.approx(b.sum() / B)
+
+
+def test_released_turns_a_divergence_round_where_the_cosine_is_negative():
+    found = scene()
+    a, _, c_r, _, _ = found.numbers()
+    negative = int(c_r.argmin())
+    alone = found.part(negative).loss(MmtArd(weighting="released", clean_weight=1e-9))
+    assert c_r[negative] < 0
+    assert alone.total.item() == pytest.approx(50 * c_r[negative] * a[negative].sum() / C, abs=1e-7)
+    assert alone.total.item() < 0
+
+
+def test_static_is_the_ten_to_one_mix():
+    found = scene()
+    a, b, *_ = found.numbers()
+    expected = (10 / 11 * a.sum(1) + 1 / 11 * b.sum(1)).mean()
+    assert found.loss(MmtArd(weighting="static")).total.item() == pytest.approx(expected, abs=1e-12)
+    flat = MmtArd(kappa=0, focus="none")
+    assert found.loss(flat).total.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_paper_with_log_gap_is_the_released_loss_sample_by_sample():
+    found = scene(positive=True)
+    _, _, c_r, c_k, _ = found.numbers()
+    assert (c_r > 0.01).all()
+    assert (c_k > 0.01).all()
+    gate = MmtArd(gap="log", focus="none")
+    single = [found.part(i).loss(gate).total.item() for i in range(B)]
+    h = 50 * c_r + 5 * c_k
+    released = found.loss(MmtArd(weighting="released")).total.item()
+    assert (h * single).sum() / (B * C) == pytest.approx(released, rel=1e-9)
+
+
+def test_paper_with_log_gap_and_confident_focus_is_released_up_to_one_factor():
+    found = scene(positive=True)
+    _, _, c_r, c_k, _ = found.numbers()
+    factor = C / (50 * (c_r + 0.1 * c_k).mean())
+    paper = found.loss(MmtArd(gap="log", focus="confident")).total.item()
+    released = found.loss(MmtArd(weighting="released")).total.item()
+    assert paper == pytest.approx(factor * released, rel=1e-9)
+
+
+POSITIVE = st.floats(0.011, 1)
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE, st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=8))
+def test_the_identity_between_released_weights_and_a_sigmoid_gate(rows):
+    c_r, c_k, a, b = torch.tensor(rows, dtype=torch.float64).T
+    defense = MmtArd(gap="log")
+    gap, carry = defense._gap(c_r, c_k, {})
+    w, h = torch.sigmoid(math.log(10) + gap), 50 * c_r + 5 * c_k
+    np.testing.assert_allclose(h * (w * a + (1 - w) * b), 50 * c_r * a + 5 * c_k * b, rtol=1e-6, atol=1e-6)
+    assert not carry
+
+
+def by_hand(numbers, running):
+    """The default `paper` loss, and the running (mean, deviation) of both teachers after this batch."""
+    a, b, c_r, c_k, q = numbers
+    after, scores = {}, {}
+    for role, c in (("robust", c_r), ("clean", c_k)):
+        now = np.array([c.mean(), math.sqrt(((c - c.mean()) ** 2).mean())])
+        after[role] = now if running is None else 0.99 * running[role] + 0.01 * now
+        scores[role] = (c - after[role][0]) / after[role][1]
+    w = 1 / (1 + np.exp(-(math.log(10) + scores["robust"] - scores["clean"])))
+    h = (1 - q) / (1 - q).mean()
+    return (h * (w * a.sum(1) + (1 - w) * b.sum(1))).mean(), after
+
+
+def test_paper_by_default_over_three_steps_with_its_running_statistics():
+    carry, running, seen = {}, None, []
+    for step in range(3):
+        here = scene(10)
+        here.batch = scene(20 + step).batch
+        here.adv = scene(20 + step).adv
+        terms = here.loss(MmtArd(), carry)
+        expected, running = by_hand(here.numbers(), running)
+        carry = terms.carry
+        assert terms.total.item() == pytest.approx(expected, rel=1e-9)
+        assert set(carry) == {"robust", "clean"}
+        for role in carry:
+            np.testing.assert_allclose(carry[role], running[role], rtol=1e-12)
+            assert not carry[role].requires_grad
+        seen.append(expected)
+    assert len(set(seen)) == 3
+    fresh = here.loss(MmtArd(), {}).total.item()
+    assert fresh != pytest.approx(seen[-1], rel=1e-6)  # the carry matters
+
+
+@pytest.mark.parametrize("focus", ["hard", "confident", "none"])
+@given(
+    data=st.lists(st.tuples(*[st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1)]), min_size=1, max_size=9)
+)
+def test_the_focus_has_mean_one_and_is_never_negative(focus, data):
+    c_r, c_k, q = torch.tensor(data, dtype=torch.float64).T
+    h = MmtArd(focus=focus, gamma=2.0)._focus(c_r, c_k, q)
+    assert h.mean().item() == pytest.approx(1, abs=1e-9)
+    assert (h >= 0).all()
+
+
+def test_the_hard_focus_favours_images_of_which_the_robust_teacher_is_unsure():
+    c = torch.full((3,), 0.3)
+    h = MmtArd()._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
+    assert h.tolist() == pytest.approx([0.1 / 0.5, 0.5 / 0.5, 0.9 / 0.5], rel=1e-6)
+
+
+def test_the_gate_turns_to_the_teacher_that_is_surer_than_usual():
+    gap, _ = MmtArd()._gap(torch.tensor([0.3, 0.1]), torch.tensor([0.2, 0.2001]), {})
+    assert gap[0] > 0 > gap[1]
+    biased, _ = MmtArd()._gap(torch.tensor([0.8, 0.6]), torch.tensor([0.2, 0.2001]), {})
+    assert biased.tolist() == pytest.approx(gap.tolist(), abs=1e-3)  # a constant offset of a teacher is gone
+
+
+def test_equal_confidences_leave_a_finite_gate():
+    same = torch.full((4,), 0.25)
+    gap, carry = MmtArd()._gap(same, same, {})
+    assert gap.tolist() == [0, 0, 0, 0]
+    assert carry["robust"].tolist() == pytest.approx([0.25, 0.0])
+
+
+@pytest.mark.parametrize("weighting", ["paper", "released", "static"])
+def test_the_weights_are_constants_to_the_gradient(weighting):
+    """The gradient with respect to x' runs through the student alone, as if the weights were numbers."""
+    here = scene(positive=True)
+    defense = MmtArd(weighting=weighting)
+    adv = here.adv.clone().requires_grad_()
+    targets = defense.targets(here.roles, here.batch)
+    terms = defense.outer(here.roles, Step(here.batch, adv, targets, {}))
+    (found,) = torch.autograd.grad(terms.total, adv)
+
+    _, _, c_r, c_k, q = here.numbers()
+    if weighting == "released":
+        factor = 50 * c_r / C
+    elif weighting == "static":
+        factor = np.full(B, 10 / 11)
+    else:
+        score = [(c - c.mean()) / c.std() for c in (c_r, c_k)]
+        factor = 1 / (1 + np.exp(-(math.log(10) + score[0] - score[1]))) * (1 - q) / (1 - q).mean()
+    other = here.adv.clone().requires_grad_()
+    robust = here.roles.teachers["robust"]
+    p = torch.tensor(
+        softmax(robust.logit_scale * cosines_by_hand(robust, here.roles.text["robust"], here.adv))
+    )
+    cross = -(p * here.roles.logits("student", other).log_softmax(-1)).sum(-1)
+    (expected,) = torch.autograd.grad((torch.tensor(factor) * cross).mean(), other)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weighting", "relased"), ("gap", "g1"), ("kappa", "steep"), ("robust_weight", 0.0),
+        ("clean_weight", -5.0), ("momentum", 1.5), ("gamma", -1.0),
+    ],
+)  # fmt: skip
+def test_a_hyper_parameter_that_makes_no_sense_is_one_line(field, value):
+    with pytest.raises(CardError, match=rf"mmt-ard\.{field}") as caught:
+        registry.build("defenses", "mmt-ard", {field: value}, "recipe x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_hyper_parameter_is_given_its_near_name():
+    with pytest.raises(CardError, match="unknown key 'weightning' for mmt-ard; did you mean 'weighting'"):
+        registry.build("defenses", "mmt-ard", {"weightning": "paper"}, "recipe x")

@@ -52,7 +52,7 @@ def ascend(
         if not values.requires_grad:
             raise AttackError("the objective gives no gradient with respect to the images")
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        worst = torch.maximum(worst, torch.linalg.vector_norm(gradient.flatten(), ord=torch.inf))
+        worst = torch.maximum(worst, gradient.abs().amax())
         move = geometry.direction(gradient, threat).mul_(step_size).add_(leaf.detach())
         linf = threat.norm == "linf"
         x = move.clamp_(lower, upper) if linf else geometry.project(move, images.detach(), threat)

@@ -82,6 +82,11 @@ class Fab:
         """Targets are capped where classes are few."""
         return losses.few_classes("targeted-margin", self.targets, n_classes)
 
+    def cost(self, n_classes: int) -> tuple[int, int]:
+        """Two forwards and one gradient a step, for every target and restart."""
+        steps = max(1, self.ranks(n_classes)) * self.restarts * self.steps
+        return 2 * steps, steps
+
     def start(self, rows: Rows, threat: Threat) -> FabState:
         """The image; for a later restart a point half a radius away in a random direction."""
         images = rows.images
@@ -142,8 +147,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(delta: Tensor, norm: str) -> Tensor:
-    size: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=torch.inf if norm == "linf" else 2, dim=1)
-    return size
+    flat = delta.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else geometry.length(flat)
 
 
 def to_hyperplane(points: Tensor, normals: Tensor, falls: Tensor, norm: str) -> Tensor:
@@ -162,9 +167,9 @@ def to_hyperplane(points: Tensor, normals: Tensor, falls: Tensor, norm: str) -> 
     Returns:
         (N, d) the moves.
     """
-    w = torch.where(falls[:, None] < 0, -normals, normals)
+    w = normals * torch.where(falls < 0, -1.0, 1.0)[:, None]
     size = w.abs()
-    way = torch.where(w > 0, points, 1 - points)
+    way = torch.lt(w, 0, out=torch.empty_like(w)).sub_(points).abs_()  # to 1 where w < 0, else to 0
     if norm == "linf":
         reach = torch.minimum(way, multiplier(size, way, falls.abs())[:, None])
         return -(reach.mul_(w.sign()))
@@ -189,10 +194,13 @@ def multiplier(weights: Tensor, breaks: Tensor, total: Tensor) -> Tensor:
     """
     m = torch.zeros_like(total)
     filled = weights * breaks
+    # comparisons written as 0 and 1 into memory at hand: selecting by a random mask costs several times more
+    side, part = torch.empty_like(weights), torch.empty_like(weights)
     for _ in range(NEWTON):
-        open_ = breaks > m[:, None]
-        slope = torch.where(open_, weights, 0).sum(1)
-        rest = total - torch.where(open_, 0, filled).sum(1)
+        torch.gt(breaks, m[:, None], out=side)
+        slope = torch.mul(side, weights, out=part).sum(1)
+        torch.le(breaks, m[:, None], out=side)
+        rest = total - torch.mul(side, filled, out=part).sum(1)
         better = torch.where(slope > 0, rest / slope, torch.where(rest > 0, torch.inf, m))
         grown = torch.maximum(m, better)
         if m.device.type == "cpu" and torch.equal(grown, m):

@@ -84,6 +84,10 @@ class Square:
         """None."""
         return []
 
+    def cost(self, n_classes: int) -> tuple[int, int]:  # noqa: ARG002 - the same for every number of classes
+        """One forward a query and one at the start point; no gradient."""
+        return (self.queries + 1) * self.restarts, 0
+
     def start(self, rows: Rows, threat: Threat) -> SquareState:
         """Vertical stripes (Linf) or a tiling with pyramids (L2), and all proposals of each row."""
         images, shape = rows.images, tuple(rows.images.shape[1:])

@@ -1,0 +1,86 @@
+"""A killed evaluation goes on where it was, and ends with the bytes of one that was never killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import toys
+
+from robustbench_vlm import verdicts
+
+PATIENCE = 240.0  # seconds; a subprocess imports torch first
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, cards and a model, and the command that evaluates them."""
+    root = tmp_path_factory.mktemp("killed")
+    card = toys.dataset_card()
+    toys.write(card, root / "data")
+    toys.save_model(root / "model")
+    chain = toys.chain("aa", "ce", "square")
+    queries = chain.stage[1].model_copy(update={"queries": 150})
+    chain = chain.model_copy(update={"stage": (chain.stage[0], queries)})
+    toys.write_include(root / "cards", [card], [chain], eps=["2/255", "4/255"])
+    return root
+
+
+def command(root, out):
+    typed = f"--include {root / 'cards'} eval --model {root / 'model'} --attack aa --suite toys"
+    options = f"--data-root {root / 'data'} --out {out} --device cpu"
+    return [sys.executable, "-m", "robustbench_vlm", *typed.split(), *options.split()]
+
+
+def lines(out):
+    return sum(path.read_bytes().count(b"\n") for path in (out / "ledger").rglob("*.jsonl"))
+
+
+def kill_at(root, out, least):
+    """Start the evaluation, and kill it as soon as the ledgers have `least` lines; how many they had then."""
+    process = subprocess.Popen(command(root, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    while lines(out) < least:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return lines(out)
+
+
+def cells(out):
+    found = {}
+    for path in sorted((out / "cells").rglob("*.json")):
+        content = json.loads(path.read_text())
+        del content["run"]
+        table = pd.read_parquet(path.with_suffix(".parquet"))
+        found[path.relative_to(out).as_posix()] = (content, verdicts.sha256(table), table)
+    return found
+
+
+def test_two_kills_and_a_third_start_end_like_an_undisturbed_run(place, tmp_path):
+    whole = tmp_path / "whole"
+    done = subprocess.run(command(place, whole), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    total = lines(whole)
+    first = kill_at(place, tmp_path / "torn", 2)
+    second = kill_at(place, tmp_path / "torn", first + 2)
+    assert 2 <= first < second < total
+    assert len(cells(tmp_path / "torn")) < 2
+    done = subprocess.run(command(place, tmp_path / "torn"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "torn") == total  # what was found before was not found again
+    expected, found = cells(whole), cells(tmp_path / "torn")
+    assert len(expected) == 2
+    assert expected.keys() == found.keys()
+    for name, (content, sha, table) in expected.items():
+        assert found[name][0] == content
+        assert found[name][1] == sha == content["outcome"]["verdicts_sha256"]
+        pd.testing.assert_frame_equal(found[name][2], table, check_exact=True)
+    last = list(expected.values())[-1][2]
+    assert 0 < (last.broken_at_eps != "").sum() < last.clean_correct.sum()

@@ -1,0 +1,417 @@
+"""Evaluation: verdict tables, ledgers that are never run twice, nested radii, what changes no verdict."""
+
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file
+
+from robustbench_vlm import evaluate, store, verdicts
+from robustbench_vlm.attacks import engine
+from robustbench_vlm.data.dataset import open_split
+from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.threat import Threat
+
+FULL = ("ce", "t", "fab", "square")
+
+
+@pytest.fixture(scope="module")
+def card():
+    return toys.dataset_card()
+
+
+@pytest.fixture(scope="module")
+def root(card, tmp_path_factory):
+    return toys.write(card, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def what(card, root):
+    return toys.subject(card, root)
+
+
+def table(path):
+    return pd.read_parquet(path.with_suffix(".parquet"))
+
+
+def ledgers(results):
+    """Lines of every ledger, by file name."""
+    return {path.name: path.read_bytes().count(b"\n") for path in (results / "ledger").rglob("*.jsonl")}
+
+
+def without_run(content):
+    return {name: value for name, value in content.items() if name != "run"}
+
+
+def both_kinds(found):
+    """Ruling 19: something was attacked, something broke and something stood."""
+    attacked = found[found.clean_correct]
+    broken = int((attacked.broken_at_eps != "").sum())
+    assert 0 < broken < len(attacked), f"{broken} of {len(attacked)} broken"
+
+
+# --- the verdict table -------------------------------------------------------------------------------------
+
+
+def line(**changes):
+    fields = {
+        **{"broken": False, "target": -1, "restart": 0, "iteration": -1, "forwards": 5, "backwards": 4},
+        **{"prediction": 0, "margin": 0.5, "zero_gradients": 0, "error": "", "distance": 0.01},
+        **{"adv_sha256": "aa"},
+    }
+    return fields | changes
+
+
+def by_hand():
+    """Five images: wrong when clean, robust, broken first, broken second, and without verdict."""
+    labels = np.array([1, 0, 0, 0, 0])
+    margins = np.array([-1, 1, 1, 1, 1], dtype=np.float32)
+    found = verdicts.begin(list("abcde"), labels, ["s"] * 5, np.zeros(5, dtype=np.int64), margins)
+    for i in (1, 3):
+        verdicts.enter(found, i, line(), "one", "4/255")
+    verdicts.enter(found, 2, line(broken=True, prediction=1, margin=-0.5, iteration=3), "one", "4/255")
+    verdicts.enter(found, 4, line(error="one: not finite", margin=None, zero_gradients=1), "one", "4/255")
+    verdicts.enter(found, 1, line(), "two", "4/255")
+    verdicts.enter(found, 3, line(broken=True, prediction=2, target=2, restart=1), "two", "4/255")
+    return found
+
+
+def test_the_counts_of_a_table_made_by_hand():
+    found = by_hand()
+    assert found.clean_correct.tolist() == [False, True, True, True, True]
+    assert verdicts.standing(found).tolist() == [False, True, False, False, False]
+    assert verdicts.robust_after(found, ["one", "two"], "4/255") == {"one": 2, "two": 1}
+    assert found.broken_by.tolist() == ["", "", "one", "two", ""]
+    assert found.forwards.tolist() == [0, 10, 5, 10, 5]
+    assert (found.target[3], found.restart[3], found.iteration[2]) == (2, 1, 3)
+    assert verdicts.zero_gradient_share(found) == 1 / 4
+    assert verdicts.largest_prediction_share(found) == 1.0
+    assert np.isnan(found.adv_margin[4])
+
+
+def test_an_image_lost_at_a_smaller_radius_stays_lost_with_its_evidence():
+    small = by_hand()
+    lost = small[small.broken_at_eps != ""]
+    again = verdicts.begin(
+        list("abcde"), np.array([1, 0, 0, 0, 0]), ["s"] * 5, np.zeros(5, dtype=np.int64), np.ones(5), lost
+    )
+    assert again.broken_at_eps.tolist() == ["", "", "4/255", "4/255", ""]
+    assert again.adv_sha256[2] == "aa"
+    assert again.adv_prediction.tolist() == [0, 0, 1, 2, 0]
+    assert again.forwards.sum() == 0
+    assert verdicts.robust_after(again, ["one", "two"], "8/255") == {"one": 2, "two": 2}
+
+
+def test_logits_that_are_not_finite_are_errors_before_any_attack():
+    margins = np.array([1, np.nan, np.inf], dtype=np.float32)
+    found = verdicts.begin(list("abc"), np.zeros(3, dtype=np.int64), ["s"] * 3, np.zeros(3), margins)
+    assert found.clean_correct.tolist() == [True, False, False]
+    assert (found.error != "").tolist() == [False, True, True]
+    assert verdicts.robust_after(found, ["x"], "4/255") == {"x": 1}
+
+
+def test_the_fingerprint_changes_with_evidence_and_not_with_the_way_through_parquet(tmp_path):
+    found = by_hand()
+    found.to_parquet(tmp_path / "t.parquet", index=False)
+    assert verdicts.sha256(pd.read_parquet(tmp_path / "t.parquet")) == verdicts.sha256(found)
+    for column, value in (("adv_sha256", "bb"), ("error", "x"), ("broken_by", ""), ("label", 5)):
+        other = found.copy()
+        other.loc[2, column] = value
+        assert verdicts.sha256(other) != verdicts.sha256(found), column
+    slower = found.copy()
+    slower.loc[2, "forwards"] = 999  # cost is told, but is no evidence
+    assert verdicts.sha256(slower) == verdicts.sha256(found)
+
+
+# --- a cell ------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_counts_what_its_table_says(what, tmp_path):
+    ((path, content),) = toys.run(what, toys.request(tmp_path, toys.chain("aa", *FULL)))
+    found, outcome = table(path), content["outcome"]
+    both_kinds(found)
+    assert outcome["n"] == outcome["clean_correct"] == len(found) == 12
+    assert list(outcome["robust"]) == list(FULL)
+    assert outcome["robust"]["square"] == int((found.clean_correct & (found.broken_by == "")).sum())
+    assert outcome["forwards"] == int(found.forwards.sum())
+    assert outcome["verdicts_sha256"] == verdicts.sha256(found)
+    hashed = {name: content[name] for name in ("config", "outcome", "model", "stages")}
+    assert content["sha256"] == store.fingerprint(hashed)
+    assert outcome["flags"] == []
+    assert path.parent.parent.name == f"random0-{what.loaded.card.sha256[:8]}"
+
+
+def test_two_classes_run_with_the_stand_ins_written_down(tmp_path):
+    card = toys.dataset_card("pair", ("cat", "dog"))
+    what = toys.subject(card, toys.write(card, tmp_path))
+    ((path, content),) = toys.run(what, toys.request(tmp_path, toys.chain("aa", *FULL), eps=("1/255",)))
+    assert content["outcome"]["robust"].keys() == set(FULL)
+    assert content["outcome"]["substitutions"] == [
+        "t: targeted-dlr -> targeted-margin (undefined for 2 classes)",
+        "t: targets 2 -> 1 (2 classes)",
+        "fab: targets 2 -> 1 (2 classes)",
+    ]
+    assert len(table(path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "exposure"),
+    [(("toy", "x"), "seen"), (("x",), "unseen"), ((), "unseen"), (None, "unknown")],
+)
+def test_exposure_comes_from_the_training_list(trained_on, exposure, card, root, tmp_path):
+    what = toys.subject(card, root, n=2, trained_on=trained_on)
+    ((_, content),) = toys.run(what, toys.request(tmp_path, toys.pgd()))
+    assert content["outcome"]["exposure"] == exposure
+
+
+def test_a_constant_predictor_is_flagged(card, tmp_path):
+    what = toys.subject(card, toys.write(card, tmp_path, n=4))
+    bank = what.bank.clone()
+    bank[1:] = -bank[0]  # every other class is opposite to the first
+    flat = evaluate.Subject(what.loaded, card, what.split, what.images, what.image_shas, bank)
+    sign = torch.sign(ZeroShot(what.loaded.model, bank)(what.images)[:, 0])
+    assert (sign == sign[0]).all()  # so one class is predicted for all of them
+    ((_, content),) = toys.run(flat, toys.request(tmp_path, toys.pgd()))
+    assert content["outcome"]["flags"] == ["constant-predictor"]
+    assert content["outcome"]["largest_prediction_share"] == 1.0
+
+
+def test_generated_images_are_flagged(card, root, tmp_path):
+    toys.write(card, tmp_path, n=3)
+    (tmp_path / card.folder / "miniature.txt").write_text("generated\n")
+    ((_, content),) = toys.run(toys.subject(card, tmp_path), toys.request(tmp_path, toys.pgd()))
+    assert content["outcome"]["flags"] == ["generated-images"]
+
+
+def test_a_model_that_gives_nan_is_neither_robust_nor_broken(what, tmp_path):
+    class Nan(torch.nn.Module):
+        """A real model whose embeddings of dark images are not numbers."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
+            self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
+            self.language = inner.language
+
+        def forward(self, images):
+            found = self.inner(images)
+            dark = images.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] < self.limit
+            return torch.where(dark, torch.full_like(found, torch.nan), found)
+
+    broken = Nan(toys.model())
+    means = what.images.mean(dim=(1, 2, 3)).sort().values
+    broken.limit = float(means[4:6].mean())  # five images of twelve, and what drifts there under attack
+    holder = type(what.loaded)("nan", broken, what.loaded.card)
+    sick = evaluate.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
+    sick.__dict__["untrained"] = []
+    order = toys.request(tmp_path, toys.chain("aa", *FULL))
+    ((path, content),) = toys.run(sick, order)
+    found, outcome = table(path), content["outcome"]
+    wrong = found[found.error != ""]
+    assert 5 <= len(wrong) < 12
+    assert not wrong.broken_by.any()
+    assert outcome["errors"] == len(wrong)
+    assert outcome["robust"]["square"] + len(wrong) + int((found.broken_at_eps != "").sum()) == 12
+    assert "error-rows" in outcome["flags"]
+    path.unlink()
+    assert without_run(toys.run(sick, order)[0][1]) == without_run(content)  # from the ledger alone
+
+
+# --- ledgers -----------------------------------------------------------------------------------------------
+
+
+def test_a_longer_chain_starts_from_what_a_shorter_one_found(what, tmp_path):
+    short = toys.chain("two", "ce", "t")
+    toys.run(what, toys.request(tmp_path, short))
+    first = ledgers(tmp_path)
+    assert len(first) == 2
+    seen = []
+    ((path, _),) = toys.run(what, toys.request(tmp_path, toys.chain("four", *FULL)), seen)
+    then = ledgers(tmp_path)
+    assert {name: then[name] for name in first} == first  # not a line was added: nothing was run again
+    assert len(then) == 4
+    fresh, _ = toys.run(what, toys.request(tmp_path / "fresh", toys.chain("four", *FULL)))[0]
+    assert table(path).equals(table(fresh))
+    assert [done for name, done, total in seen if "· t ·" in name] == [
+        total for name, done, total in seen if "· t ·" in name
+    ]  # reported as done from the start
+
+
+def test_more_images_start_from_fewer(card, root, tmp_path):
+    chain = toys.chain("one", "ce")
+    toys.run(toys.subject(card, root, n=4), toys.request(tmp_path, chain, n=4))
+    assert list(ledgers(tmp_path).values()) == [4]
+    ((path, content),) = toys.run(toys.subject(card, root, n=8), toys.request(tmp_path, chain, n=8))
+    assert list(ledgers(tmp_path).values()) == [8]  # four lines more, in the same file
+    assert (content["outcome"]["n"], len(table(path))) == (8, 8)
+    assert len(list((tmp_path / "cells").rglob("*.json"))) == 2
+
+
+def test_a_finished_cell_is_left_alone(what, tmp_path):
+    order = toys.request(tmp_path, toys.chain("one", "ce"))
+    ((path, _),) = toys.run(what, order)
+    before = (path.stat().st_mtime_ns, ledgers(tmp_path))
+    seen = []
+    toys.run(what, order, seen)
+    assert (path.stat().st_mtime_ns, ledgers(tmp_path)) == before
+    assert seen == []
+
+
+def test_a_cell_without_its_verdicts_is_not_finished(what, tmp_path):
+    order = toys.request(tmp_path, toys.chain("one", "ce"))
+    ((path, content),) = toys.run(what, order)
+    path.with_suffix(".parquet").unlink()
+    assert without_run(toys.run(what, order)[0][1]) == without_run(content)
+    assert len(table(path)) == 12
+
+
+def test_relabelled_data_make_another_cell(card, tmp_path):
+    order = toys.request(tmp_path / "results", toys.chain("one", "ce"))
+    ((first, _),) = toys.run(toys.subject(card, toys.write(card, tmp_path / "a", n=4)), order)
+    labels = toys.predicted(card, toys.pictures(card, 4))
+    labels[2] = (labels[2] + 1) % 6
+    ((path, content),) = toys.run(
+        toys.subject(card, toys.write(card, tmp_path / "b", n=4, labels=labels)), order
+    )
+    assert path != first
+    assert content["outcome"]["clean_correct"] == 3
+    assert not table(path).clean_correct[2]
+
+
+def test_a_half_written_ledger_line_is_run_again(what, tmp_path):
+    order = toys.request(tmp_path, toys.chain("one", "ce"))
+    ((path, content),) = toys.run(what, order)
+    (ledger,) = (tmp_path / "ledger").rglob("*.jsonl")
+    ledger.write_bytes(ledger.read_bytes()[:-40])
+    path.unlink()
+    ((_, again),) = toys.run(what, order)
+    assert without_run(again) == without_run(content)
+    assert len(list(store.records(ledger))) == 12
+
+
+# --- nested radii ------------------------------------------------------------------------------------------
+
+
+def test_a_ladder_is_monotone_and_names_the_smaller_radius(what, tmp_path):
+    eps = ("1/255", "2/255", "4/255", "8/255")
+    order = toys.request(tmp_path, toys.chain("aa", "ce", "square"), eps=eps, keep_images=True)
+    cells = toys.run(what, order)
+    assert [content["config"]["eps_ladder"][-1] for _, content in cells] == list(eps)
+    finals = [content["outcome"]["robust"]["square"] for _, content in cells]
+    assert finals == sorted(finals, reverse=True)
+    assert len(set(finals)) >= 3  # it falls on the way, so that being monotone says something
+    small, large = table(cells[1][0]), table(cells[3][0])
+    inherited = small[small.broken_at_eps != ""]
+    assert len(inherited) >= 1
+    kept = large.loc[inherited.index]
+    assert kept.broken_at_eps.tolist() == inherited.broken_at_eps.tolist()
+    assert "8/255" in set(large.broken_at_eps)
+    assert kept.adv_sha256.tolist() == inherited.adv_sha256.tolist()
+    assert kept.forwards.sum() == 0  # nothing was spent on them again
+    images = load_file(cells[3][0].with_suffix(".safetensors"))
+    assert set(images) == set(large.key[large.broken_at_eps != ""])
+
+
+def test_the_ladder_is_part_of_the_cell(what, tmp_path):
+    chain = toys.chain("one", "ce")
+    alone = toys.run(what, toys.request(tmp_path, chain, eps=("4/255",)))[-1]
+    after = toys.run(what, toys.request(tmp_path, chain, eps=("2/255", "4/255")))[-1]
+    assert alone[0] != after[0]
+    assert alone[1]["config"] | {"eps_ladder": 0} == after[1]["config"] | {"eps_ladder": 0}
+
+
+# --- what changes nothing ----------------------------------------------------------------------------------
+
+
+def evidence(path):
+    images = {
+        key: value.numpy().tobytes() for key, value in load_file(path.with_suffix(".safetensors")).items()
+    }
+    return table(path), images
+
+
+def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
+    n = 12
+    chain = toys.chain("aa", *FULL, rows=64)
+    root = toys.write(card, tmp_path / "straight", n=n)
+    what = toys.subject(card, root)
+    found = {}
+    for live in (1, 7, 64):
+        order = toys.request(tmp_path / f"live{live}", chain, keep_images=True, live=live)
+        ((path, content),) = toys.run(what, order)
+        found[live] = evidence(path), content["sha256"]
+    shuffled = np.random.default_rng(0).permutation(n).tolist()
+    other = toys.subject(card, toys.write(card, tmp_path / "shuffled", n=n, order=shuffled))
+    ((path, content),) = toys.run(other, toys.request(tmp_path / "order", chain, keep_images=True))
+    found["order"] = evidence(path), content["sha256"]
+    (reference, images), sha = found[64]
+    both_kinds(reference)
+    broken = int((reference.broken_at_eps != "").sum())
+    assert 0.3 * n <= broken <= 0.7 * n, f"{broken} of {n} are broken: choose another radius"
+    for name, ((verdict, adversarial), fingerprint) in found.items():
+        pd.testing.assert_frame_equal(verdict, reference, check_exact=True, obj=str(name))
+        assert adversarial == images, name
+        assert fingerprint == sha, name
+
+
+def test_logits_of_an_image_do_not_depend_on_its_company(what):
+    classify = ZeroShot(what.loaded.model, what.bank)
+    together = engine.logits(classify, what.images, 64)
+    alone = torch.cat([engine.logits(classify, image[None], 64) for image in what.images])
+    turned = engine.logits(classify, what.images.flip(0), 64).flip(0)
+    assert torch.equal(together, alone)
+    assert torch.equal(together, turned)
+
+
+# --- evidence ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "4/255"), ("l2", "0.3")])
+def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_path, norm, eps):
+    from robustbench_vlm.threat import parse_eps
+
+    chain = toys.chain("aa", *FULL)
+    order = toys.request(tmp_path, chain, eps=(str(parse_eps(eps, norm)),), norm=norm, keep_images=True)
+    ((path, _),) = toys.run(what, order)
+    found = table(path).set_index("key")
+    both_kinds(found)
+    kept = load_file(path.with_suffix(".safetensors"))
+    assert set(kept) == set(found.index[found.broken_at_eps != ""])
+    radius = float(Threat(norm, parse_eps(eps, norm)).eps)
+    place = {key: i for i, key in enumerate(what.split.keys)}
+    keys = list(kept)
+    adversarial = torch.stack([kept[key] for key in keys])
+    logits = engine.logits(ZeroShot(what.loaded.model, what.bank), adversarial, chain.rows)
+    for key, image, row in zip(keys, adversarial, logits, strict=True):
+        assert 0 <= float(image.min()) <= float(image.max()) <= 1
+        delta = (image.double() - what.images[place[key]].double()).flatten()
+        length = float(delta.abs().max() if norm == "linf" else delta.norm())
+        assert length <= radius + 1e-6
+        assert length == pytest.approx(found.distance[key], abs=1e-7)
+        assert int(row.argmax()) == found.adv_prediction[key] != found.label[key]
+        assert hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() == found.adv_sha256[key]
+
+
+def test_images_can_be_asked_for_later(what, tmp_path):
+    chain = toys.chain("one", "ce")
+    ((path, content),) = toys.run(what, toys.request(tmp_path, chain))
+    assert not path.with_suffix(".safetensors").exists()
+    ((again, kept),) = toys.run(what, toys.request(tmp_path, chain, keep_images=True))
+    assert again == path
+    assert without_run(kept) == without_run(content)
+    assert load_file(path.with_suffix(".safetensors"))
+
+
+def test_a_subset_is_named_in_the_cell(card, root, tmp_path):
+    split = open_split(card, root, "test").subset(3, 0)
+    ((path, content),) = toys.run(
+        toys.subject(card, root, n=3), toys.request(tmp_path, toys.chain("one", "ce"), n=3)
+    )
+    assert content["config"]["subset_sha256"] == split.sha256
+    assert (content["config"]["n_requested"], content["outcome"]["n"]) == (3, 3)
+    assert json.loads(path.read_text())["config"] == content["config"]

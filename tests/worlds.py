@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,14 @@ def tilted(arch: str, seed: int, scale: float = 20.0) -> Clip:
             parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
     model = Clip(base.visual, base.language, base.tokenize, base.preprocess, scale, base.facts)
     return model.eval()
+
+
+def twin(model: Clip) -> Clip:
+    """A copy with an image tower of its own; the text tower is shared."""
+    visual = copy.deepcopy(model.visual)
+    return Clip(
+        visual, model.language, model.tokenize, model.preprocess, model.logit_scale, model.facts
+    ).eval()
 
 
 def tokens_of(model: Clip) -> frozenset[int]:

@@ -122,7 +122,8 @@ def state_sha256(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        flat = tensor.reshape(-1)  # counters of batch norms have no dimension, and could not be viewed
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
 
 

@@ -141,7 +141,10 @@ def _require_used(model: Clip, where: str, advice: str) -> None:
     trained = {n: p for n, p in model.visual.named_parameters() if p.requires_grad}
     image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device)
     with torch.enable_grad():
-        reached = torch.autograd.grad(model(image).sum(), list(trained.values()), allow_unused=True)
+        total = model(image).sum()
+    reached: tuple[Tensor | None, ...] = (None,) * len(trained)
+    if total.requires_grad:
+        reached = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     for name, gradient in zip(trained, reached, strict=True):
         if gradient is None:
             found = f"{name.split('.lora_')[0]} is never run as a layer by {model.facts['arch']}"

@@ -113,7 +113,7 @@ def _create(name: str, tag: str | None, *, quick_gelu: bool, weights: bool) -> n
                 require_pretrained=weights,
                 weights_only=True,
             )
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # it loads many formats, whose errors share no base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"model {name}{':' + tag if tag else ''}", reason, do="see `vlmrob doctor`"

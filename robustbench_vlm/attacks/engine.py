@@ -30,7 +30,7 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
     found = []
     with torch.no_grad():
         for chunk in torch.split(images, rows):
-            found.append(classify(_padded(chunk, rows))[: len(chunk)].float())
+            found.append(classify(padded(chunk, rows))[: len(chunk)].float())
     return torch.cat(found)
 
 
@@ -40,13 +40,14 @@ def position_dependence(classify: Classify, images: Tensor, rows: int) -> float:
     Anything but 0 means that the numbers of a row depend on which row it is, and then findings may differ in
     their last bits with scheduling. For integrity checks and self-tests.
     """
-    batch = _padded(images[:rows], rows)
+    batch = padded(images[:rows], rows)
     straight = logits(classify, batch, rows)
     turned = logits(classify, batch.roll(rows // 2 + 1, 0), rows).roll(-(rows // 2 + 1), 0)
     return float((straight - turned).abs().max())
 
 
-def _padded(images: Tensor, rows: int) -> Tensor:
+def padded(images: Tensor, rows: int) -> Tensor:
+    """(n, 3, H, W), n <= rows -> (rows, 3, H, W), filled with copies of the first row."""
     missing = rows - len(images)
     return images if missing == 0 else torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
 

@@ -11,6 +11,7 @@ import torch
 from attack_models import blobs, classifier, findings
 
 from robustbench_vlm import rng
+from robustbench_vlm.attacks import external
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
@@ -150,3 +151,14 @@ def test_aa2_agrees_whatever_the_noise():
     dlr = findings(model, images, labels, Apgd("targeted-dlr", 20, 0.75, 1, 9), threat, rows=ROWS)
     ours = [a.broken or b.broken for a, b in zip(ce, dlr, strict=True)]
     assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1
+
+
+def test_the_package_is_an_engine_of_ours():
+    """Its standard chain on images that its first attack breaks, through the same findings."""
+    threat = Threat("linf", Fraction(24, 255))
+    model, images, labels = _data(4)
+    found, keys = [], list("abcd")
+    more = {"version": "standard", "seed": 0, "rows": ROWS, "on_finding": found.append}
+    external.run(model, images, labels, keys, threat, **more)
+    assert [f.key for f in found] == keys
+    assert all(f.broken and f.margin < 0 for f in found)

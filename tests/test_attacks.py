@@ -90,6 +90,16 @@ def test_every_image_stays_in_ball_and_box_and_the_verdict_is_the_canonical_one(
     assert all(0 <= f.iteration <= f.forwards for f in attacked)
 
 
+@every
+def test_looking_at_the_flags_less_often_changes_nothing(name, monkeypatch):
+    attack, stop = PLUGINS[name]
+    model, images, labels = _data()
+    often = findings(model, images, labels, attack, LINF, stop=stop)
+    monkeypatch.setitem(engine.POLL, "cpu", 5)
+    for a, b in zip(often, findings(model, images, labels, attack, LINF, stop=stop, live=9), strict=True):
+        _same(a, b)
+
+
 def test_stopping_at_the_first_success_and_at_the_end_agree():
     model, images, labels = _data(40)
     for attack in (Apgd("ce", 20, 0.75, 1, 0), Apgd("targeted-margin", 10, 0.75, 1, 3), Square(40, 0.8, 1)):

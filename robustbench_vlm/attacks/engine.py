@@ -22,7 +22,7 @@ from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
 
-POLL_DEVICE = 8  # iterations between two looks at the flags on an accelerator; the CPU looks every time
+POLL = {"cpu": 1, "cuda": 8}  # iterations between two looks at the flags: a look waits for the device
 
 
 def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
@@ -265,7 +265,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         Oracle(classify), images, labels, keys, attack, threat, stage, seed, rows, live, stop, on_finding
     )
     state_of.queue.extend(_plan(state_of, clean))
-    poll = 1 if images.device.type == "cpu" else POLL_DEVICE
+    poll = POLL.get(images.device.type, 1)
     slots: dict[int, _Job] = {}
     state: State | None = None
     while state_of.queue or slots or state_of.jury:

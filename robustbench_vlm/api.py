@@ -110,7 +110,7 @@ def attack(
             seed=seed,
             n_classes=clean.shape[1],
             rows=card.rows,
-            live=min(live or card.rows, card.rows),
+            live=card.rows if live is None else min(live, card.rows),
             stop=card.stop,
             clean=clean[chosen],
             on_finding=take,

@@ -315,7 +315,7 @@ class _Arena:
             seed=request.seed,
             n_classes=cell.what.card.n_classes,
             rows=cell.attack.rows,
-            live=min(request.live or cell.attack.rows, cell.attack.rows),
+            live=cell.attack.rows if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
             clean=self.clean[chosen],
             on_finding=take,

@@ -42,25 +42,26 @@ class MmtArd:
     """Two teachers, each on the input it is good at, weighed per sample by their confidence.
 
     Attributes:
-        weighting: `paper` (gate and focus below), `released` or `static`.
+        weighting: `released`, `paper` (gate and focus below) or `static`.
         robust_weight: factor of the robust teacher's term; 50 in the released code.
         clean_weight: factor of the clean teacher's term; 5 in the released code.
         gap: what the gate compares, for `paper`: `standardised`, each teacher's cosine confidence minus its
             running mean, over its running deviation (removes a teacher's constant bias); `log`, the
             difference of log-cosines, which is the released gate exactly.
         kappa: slope of the gate; 0 leaves the constant mix robust_weight : clean_weight.
-        focus: per-sample factor of mean 1, for `paper`: `hard`, (1 - q_R)^gamma, the abstract's "focus on
-            harder samples"; `confident`, the released direction; `none`.
+        focus: per-sample factor of mean 1, for `paper`: `none`; `hard`, (1 - q_R)^gamma, the abstract's "focus
+            on harder samples", which on the tiny world costs most of the robustness: the samples that the
+            robust teacher gets wrong then lead; `confident`, the released direction.
         gamma: exponent of the `hard` focus.
         momentum: decay of the running mean and deviation of the confidences.
     """
 
-    weighting: Literal["paper", "released", "static"] = "paper"
+    weighting: Literal["paper", "released", "static"] = "released"
     robust_weight: Annotated[float, Field(gt=0)] = 50.0
     clean_weight: Annotated[float, Field(gt=0)] = 5.0
     gap: Literal["standardised", "log"] = "standardised"
     kappa: float = 1.0
-    focus: Literal["hard", "confident", "none"] = "hard"
+    focus: Literal["hard", "confident", "none"] = "none"
     gamma: Annotated[float, Field(ge=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
 

@@ -103,7 +103,7 @@ def test_static_is_the_ten_to_one_mix():
     a, b, *_ = found.numbers()
     expected = (10 / 11 * a.sum(1) + 1 / 11 * b.sum(1)).mean()
     assert found.loss(MmtArd(weighting="static")).total.item() == pytest.approx(expected, abs=1e-12)
-    flat = MmtArd(kappa=0, focus="none")
+    flat = MmtArd("paper", kappa=0)
     assert found.loss(flat).total.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -112,7 +112,7 @@ def test_paper_with_log_gap_is_the_released_loss_sample_by_sample():
     _, _, c_r, c_k, _ = found.numbers()
     assert (c_r > 0.01).all()
     assert (c_k > 0.01).all()
-    gate = MmtArd(gap="log", focus="none")
+    gate = MmtArd("paper", gap="log")
     single = [found.part(i).loss(gate).total.item() for i in range(B)]
     h = 50 * c_r + 5 * c_k
     released = found.loss(MmtArd(weighting="released")).total.item()
@@ -123,7 +123,7 @@ def test_paper_with_log_gap_and_confident_focus_is_released_up_to_one_factor():
     found = scene(positive=True)
     _, _, c_r, c_k, _ = found.numbers()
     factor = C / (50 * (c_r + 0.1 * c_k).mean())
-    paper = found.loss(MmtArd(gap="log", focus="confident")).total.item()
+    paper = found.loss(MmtArd("paper", gap="log", focus="confident")).total.item()
     released = found.loss(MmtArd(weighting="released")).total.item()
     assert paper == pytest.approx(factor * released, rel=1e-9)
 
@@ -134,7 +134,7 @@ POSITIVE = st.floats(0.011, 1)
 @given(st.lists(st.tuples(POSITIVE, POSITIVE, st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=8))
 def test_the_identity_between_released_weights_and_a_sigmoid_gate(rows):
     c_r, c_k, a, b = torch.tensor(rows, dtype=torch.float64).T
-    defense = MmtArd(gap="log")
+    defense = MmtArd("paper", gap="log")
     gap, carry = defense._gap(c_r, c_k, {})
     w, h = torch.sigmoid(math.log(10) + gap), 50 * c_r + 5 * c_k
     np.testing.assert_allclose(h * (w * a + (1 - w) * b), 50 * c_r * a + 5 * c_k * b, rtol=1e-6, atol=1e-6)
@@ -160,7 +160,7 @@ def test_paper_by_default_over_three_steps_with_its_running_statistics():
         here = scene(10)
         here.batch = scene(20 + step).batch
         here.adv = scene(20 + step).adv
-        terms = here.loss(MmtArd(), carry)
+        terms = here.loss(MmtArd("paper", focus="hard"), carry)
         expected, running = by_hand(here.numbers(), running)
         carry = terms.carry
         assert terms.total.item() == pytest.approx(expected, rel=1e-9)
@@ -170,7 +170,7 @@ def test_paper_by_default_over_three_steps_with_its_running_statistics():
             assert not carry[role].requires_grad
         seen.append(expected)
     assert len(set(seen)) == 3
-    fresh = here.loss(MmtArd(), {}).total.item()
+    fresh = here.loss(MmtArd("paper", focus="hard"), {}).total.item()
     assert fresh != pytest.approx(seen[-1], rel=1e-6)  # the carry matters
 
 
@@ -187,7 +187,7 @@ def test_the_focus_has_mean_one_and_is_never_negative(focus, data):
 
 def test_the_hard_focus_favours_images_of_which_the_robust_teacher_is_unsure():
     c = torch.full((3,), 0.3)
-    h = MmtArd()._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
+    h = MmtArd(focus="hard")._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
     assert h.tolist() == pytest.approx([0.1 / 0.5, 0.5 / 0.5, 0.9 / 0.5], rel=1e-6)
 
 
@@ -215,14 +215,14 @@ def test_the_weights_are_constants_to_the_gradient(weighting):
     terms = defense.outer(here.roles, Step(here.batch, adv, targets, {}))
     (found,) = torch.autograd.grad(terms.total, adv)
 
-    _, _, c_r, c_k, q = here.numbers()
+    _, _, c_r, c_k, _ = here.numbers()
     if weighting == "released":
         factor = 50 * c_r / C
     elif weighting == "static":
         factor = np.full(B, 10 / 11)
     else:
         score = [(c - c.mean()) / c.std() for c in (c_r, c_k)]
-        factor = 1 / (1 + np.exp(-(math.log(10) + score[0] - score[1]))) * (1 - q) / (1 - q).mean()
+        factor = 1 / (1 + np.exp(-(math.log(10) + score[0] - score[1])))
     other = here.adv.clone().requires_grad_()
     robust = here.roles.teachers["robust"]
     p = torch.tensor(

@@ -6,7 +6,6 @@ is in the row, and cells that disagree about a dataset's images are refused by n
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from robustbench_vlm.threat import Threat
 SCHEMA = "vlmrob-leaderboard/1"
 CELL = "vlmrob-cell/1"
 MISSED = 0.002  # share of images that PGD broke and a stronger chain did not, from which a row is flagged
-Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 HASHED = frozenset({"config", "outcome", "model", "stages"})  # what the fingerprint of a cell is taken of
 
@@ -266,31 +264,23 @@ def _means(group: Sequence[Cell], suite: Suite, stages: Sequence[str]) -> Iterab
         outcomes = [cell.outcome for cell in chosen]
         clean = [o["clean_correct"] / o["n"] for o in outcomes]
         after = {s: [o["robust"][s] / o["n"] for o in outcomes] for s in chosen[0].stages}
-        final = after[chosen[0].stages[-1]]
-        low, high = _mean_interval(final, [o["n"] for o in outcomes])
-        clean_low, clean_high = _mean_interval(clean, [o["n"] for o in outcomes])
+        last = chosen[0].stages[-1]
+        interval = stats.wilson_mean([(o["robust"][last], o["n"]) for o in outcomes])
+        clean_interval = stats.wilson_mean([(o["clean_correct"], o["n"]) for o in outcomes])
         yield {
             **_shared(chosen[0], suite),
             "dataset": name,
             "n": sum(o["n"] for o in outcomes),
             "clean": _percent(sum(clean) / len(clean)),
-            "clean_ci_low": _percent(clean_low),
-            "clean_ci_high": _percent(clean_high),
+            "clean_ci_low": _percent(clean_interval.low),
+            "clean_ci_high": _percent(clean_interval.high),
             **{f"robust_{s}": _percent(sum(after[s]) / len(after[s])) if s in after else "" for s in stages},
-            "robust": _percent(sum(final) / len(final)),
-            "ci_low": _percent(low),
-            "ci_high": _percent(high),
+            "robust": _percent(sum(after[last]) / len(after[last])),
+            "ci_low": _percent(interval.low),
+            "ci_high": _percent(interval.high),
             "chance": _percent(sum(o["majority"] for o in outcomes) / len(outcomes)),
             "flag": ";".join(sorted({flag for o in outcomes for flag in o["flags"]})),
         }
-
-
-def _mean_interval(shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """95 % interval of an unweighted mean of independent proportions (stratified normal approximation)."""
-    mean = sum(shares) / len(shares)
-    variance = sum(p * (1 - p) / n for p, n in zip(shares, sizes, strict=True)) / len(shares) ** 2
-    half = Z95 * math.sqrt(variance)
-    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _pgd_only(cells: Sequence[Cell]) -> dict[Path, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -23,6 +25,24 @@ def wilson(hits: int, n: int) -> Interval:
     """
     interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
     return Interval(float(interval.low), float(interval.high))
+
+
+def wilson_mean(counts: Sequence[tuple[int, int]]) -> Interval:
+    """95 % interval of the unweighted mean of independent proportions, each (hits, n).
+
+    The limits of the single Wilson intervals are combined as a sum of squares (MOVER: Zou & Donner, Stat.
+    Med. 2008). For one proportion it is the Wilson interval; no hits at all do not give width zero.
+
+    Raises:
+        ValueError: no proportions, or counts that cannot be.
+    """
+    if not counts:
+        raise ValueError("a mean of no proportions")
+    singles = [(hits / max(n, 1), wilson(hits, n)) for hits, n in counts]
+    mean = sum(share for share, _ in singles) / len(singles)
+    below = math.hypot(*(share - one.low for share, one in singles)) / len(singles)
+    above = math.hypot(*(one.high - share for share, one in singles)) / len(singles)
+    return Interval(max(0.0, mean - below), min(1.0, mean + above))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""The leaderboard is a view of cells: same cells, same bytes; what is not comparable shares no table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robustbench_vlm import compare, leaderboard, store, verdicts
+from robustbench_vlm.cards import Suite
+from robustbench_vlm.errors import DataError, InputError
+
+GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
+SUITE = Suite(
+    name="pair",
+    title="A pair of datasets",
+    version=3,
+    datasets=("one", "two"),
+    eps=("4/255",),
+    n=10,
+    means={"first": ("one",)},
+)
+STAGES = {"aa": ("apgd-ce", "square"), "pgd20": ("pgd20",)}
+
+
+def sha(text):
+    return store.fingerprint(text)
+
+
+def table(dataset, clean, broken, eps="4/255", n=10):
+    """Verdicts of `n` images: the first `clean` are right; `broken` gives the stage that broke an image."""
+    labels = np.zeros(n, dtype=np.int64)
+    predictions = np.array([0] * clean + [1] * (n - clean), dtype=np.int64)
+    keys = [f"{dataset}/test/s{i:07d}" for i in range(n)]
+    margins = np.where(predictions == 0, 1, -1).astype(np.float32)
+    found = verdicts.begin(keys, labels, [sha(key) for key in keys], predictions, margins)
+    fields = {"target": -1, "restart": 0, "iteration": 2, "forwards": 3, "backwards": 3}
+    fields |= {"prediction": 1, "margin": -0.1, "zero_gradients": 0, "error": "", "distance": 4 / 255}
+    for i, stage in broken.items():
+        verdicts.enter(found, i, {**fields, "broken": True, "adv_sha256": sha([dataset, i])}, stage, eps)
+    return found
+
+
+def cell(results, model, dataset, clean, broken, **changes):
+    """A result written by hand; `changes` go to its config, `outcome` and `model_facts` to theirs."""
+    outcome, facts = changes.pop("outcome", {}), changes.pop("model_facts", {})
+    config = {
+        **{"model": model, "model_sha256": sha(model), "bank_sha256": sha("bank"), "dataset": dataset},
+        **{"dataset_version": 1, "split": "test", "n_requested": 10, "seed": 0, "canvas": "native"},
+        **{"canvas_px": 32, "precision": "fp32", "engine": "native/1", "norm": "linf", "eps": "4/255"},
+        **{"eps_ladder": ["4/255"], "attack": "aa", "attack_version": 1, "subset_sha256": sha(dataset)},
+        **{"images_sha256": sha(["images", dataset]), "names_sha256": sha("n"), "templates_sha256": sha("t")},
+    } | changes
+    config["attack_sha256"] = changes.get("attack_sha256", sha(config["attack"]))
+    stages = STAGES[config["attack"]]
+    found = table(dataset, clean, broken)
+    content = {
+        "config": config,
+        "outcome": {
+            **{"n": len(found), "n_classes": 4, "clean_correct": clean},
+            **{"robust": verdicts.robust_after(found, stages, "4/255"), "errors": 0, "majority": 0.4},
+            **{"exposure": "unseen", "flags": [], "verdicts_sha256": verdicts.sha256(found)},
+        }
+        | outcome,
+        "model": {
+            **{"id": model, "arch": "vlmrob-tiny", "defense": "none", "parameters": 178_480},
+            **{"train_eps": "", "train_norm": "", "trained_on": []},
+        }
+        | facts,
+        "stages": [{"name": stage, "attack": "apgd"} for stage in stages],
+    }
+    path = results / "cells" / model / dataset / f"{config['attack']}-{sha(config)[:8]}.json"
+    store.write(path.with_suffix(".parquet"), found.to_parquet(index=False))
+    whole = {"schema": leaderboard.CELL, "sha256": store.fingerprint(content), **content}
+    store.write_json(path, whole | {"run": {"seconds": 1.5, "date": "today"}})
+    return path
+
+
+def two_models(results):
+    cell(results, "clean", "one", 9, dict.fromkeys(range(9), "apgd-ce"))
+    cell(results, "clean", "two", 8, dict.fromkeys(range(7), "apgd-ce"), outcome={"flags": ["zero-gradient"]})
+    cell(results, "defended", "one", 8, {0: "apgd-ce", 1: "square"}, outcome={"exposure": "seen"},
+         model_facts={"defense": "mmt-ard", "train_eps": "4/255", "train_norm": "linf"})  # fmt: skip
+    cell(results, "defended", "two", 7, {0: "apgd-ce", 1: "apgd-ce", 2: "square"},
+         model_facts={"defense": "mmt-ard", "train_eps": "4/255", "train_norm": "linf"})  # fmt: skip
+
+
+def rows(results, suite=SUITE):
+    return leaderboard.table(leaderboard.of_suite(leaderboard.read(results), suite), suite)
+
+
+def row(found, model, dataset, **more):
+    chosen = found[(found.model_id == model) & (found.dataset == dataset)]
+    for name, value in more.items():
+        chosen = chosen[chosen[name] == value]
+    assert len(chosen) == 1
+    return chosen.iloc[0]
+
+
+# --- bytes -------------------------------------------------------------------------------------------------
+
+
+def test_the_csv_has_the_golden_bytes_and_has_them_twice(tmp_path):
+    two_models(tmp_path / "results")
+    _, files = leaderboard.render(tmp_path / "results", SUITE, tmp_path / "a")
+    _, again = leaderboard.render(tmp_path / "results", SUITE, tmp_path / "b")
+    assert [path.name for path in files] == ["pair.csv", "pair.md"]
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+    assert files[0].read_bytes() == GOLDEN.read_bytes()
+
+
+def test_when_and_where_it_ran_changes_no_byte(tmp_path):
+    two_models(tmp_path)
+    before = leaderboard.csv(rows(tmp_path))
+    for path in tmp_path.rglob("*.json"):
+        content = json.loads(path.read_text())
+        store.write_json(path, content | {"run": {"seconds": 99, "device": "another", "date": "later"}})
+    assert leaderboard.csv(rows(tmp_path)) == before
+
+
+def test_the_table_for_people_has_every_model_and_dataset(tmp_path):
+    two_models(tmp_path)
+    text = leaderboard.markdown(rows(tmp_path), SUITE).decode()
+    assert "## aa · linf 4/255 · n = 10" in text
+    lines = [line for line in text.split("\n") if line.startswith("| ")]
+    assert lines[0] == "| model | one | two | mean | mean:first | mean:unseen |"
+    assert [line.split(" (")[0] for line in lines[1:]] == ["| defended", "| clean"]  # most robust first
+    assert "| 90.00 / 0.00 | 80.00 / 10.00 ! |" in lines[2]
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def test_a_row_counts_by_hand(tmp_path):
+    two_models(tmp_path)
+    found = row(rows(tmp_path), "defended", "one")
+    assert (found.clean, found["robust_apgd-ce"], found.robust_square, found.robust) == (
+        *("80.00", "70.00", "60.00", "60.00"),
+    )
+    assert (found.ci_low, found.ci_high) == ("31.27", "83.18")  # Wilson, 6 of 10
+    assert (found.eps, found.eps_ladder, found.params_m) == ("4", "4", "0.178")
+    assert (found.status, found.metric, found.pgd_only) == ("measured", "top1", "")
+
+
+def test_means_are_unweighted_and_unseen_ones_follow_the_model(tmp_path):
+    two_models(tmp_path)
+    found = rows(tmp_path)
+    assert row(found, "defended", "mean").robust == "50.00"
+    assert row(found, "defended", "mean:first").robust == "60.00"
+    assert row(found, "defended", "mean:unseen").robust == "40.00"  # it was trained on dataset one
+    assert row(found, "clean", "mean").flag == "zero-gradient"
+    assert not ((found.model_id == "clean") & (found.dataset == "mean:unseen")).any()  # all of it is unseen
+
+
+def test_an_unknown_training_list_has_no_unseen_mean(tmp_path):
+    for dataset in SUITE.datasets:
+        cell(tmp_path, "stranger", dataset, 9, {}, outcome={"exposure": "unknown"})
+    assert "mean:unseen" not in set(rows(tmp_path).dataset)
+    with pytest.raises(ValueError, match="unseen"):
+        Suite(name="x", title="x", datasets=("one",), eps=("1",), means={"unseen": ("one",)})
+
+
+def test_no_mean_over_a_hole(tmp_path):
+    cell(tmp_path, "clean", "one", 9, {})
+    assert set(rows(tmp_path).dataset) == {"one", "mean:first"}
+
+
+def test_the_interval_of_a_mean_combines_those_of_its_rows(tmp_path):
+    two_models(tmp_path)
+    found = rows(tmp_path)
+    mean, one, two = (row(found, "defended", name) for name in ("mean", "one", "two"))
+    below = np.hypot(60.0 - float(one.ci_low), 40.0 - float(two.ci_low)) / 2
+    assert float(mean.ci_low) == pytest.approx(50.0 - below, abs=0.01)
+    assert float(row(found, "clean", "mean:first").ci_high) > 25  # none of ten is not a certainty
+
+
+def test_what_pgd_alone_broke_is_counted_and_flagged(tmp_path):
+    cell(tmp_path, "m", "one", 9, {0: "apgd-ce", 1: "square"})
+    cell(tmp_path, "m", "one", 9, {0: "pgd20", 5: "pgd20", 6: "pgd20"}, attack="pgd20")
+    found = row(rows(tmp_path), "m", "one", attack="aa")
+    assert (found.pgd_only, found.flag) == (2, "pgd-beats-chain")
+    assert found.robust == "70.00"  # counted, never merged
+    assert row(rows(tmp_path), "m", "one", attack="pgd20").pgd_only == ""
+
+
+def test_a_chain_that_covers_pgd_is_not_flagged(tmp_path):
+    cell(tmp_path, "m", "one", 9, {0: "apgd-ce", 1: "square"})
+    cell(tmp_path, "m", "one", 9, {1: "pgd20"}, attack="pgd20")
+    found = row(rows(tmp_path), "m", "one", attack="aa")
+    assert (found.pgd_only, found.flag) == (0, "")
+
+
+# --- what must not share a table ---------------------------------------------------------------------------
+
+
+def test_other_images_of_one_dataset_are_refused_by_name(tmp_path):
+    two_models(tmp_path)
+    other = cell(tmp_path, "zebra", "two", 9, {}, subset_sha256=sha("other"))
+    with pytest.raises(DataError, match="subset_sha256") as caught:
+        rows(tmp_path)
+    assert str(other) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("what", ["seed", "split"])
+def test_cells_of_another_draw_do_not_belong_to_the_suite(tmp_path, what):
+    two_models(tmp_path)
+    before = rows(tmp_path)
+    cell(tmp_path, "other", "one", 9, {}, **{what: {"seed": 7, "split": "train"}[what]})
+    pd.testing.assert_frame_equal(rows(tmp_path), before)
+
+
+def test_another_ladder_is_another_row_and_another_table(tmp_path):
+    two_models(tmp_path)
+    cell(tmp_path, "clean", "one", 9, {0: "apgd-ce"}, eps_ladder=["2/255", "4/255"])
+    found = rows(tmp_path)
+    assert row(found, "clean", "one", eps_ladder="4").robust == "0.00"
+    assert row(found, "clean", "one", eps_ladder="2 4").robust == "80.00"
+    titles = [title for title, _ in leaderboard.grids(found)]
+    assert len(titles) == len(set(titles)) == 2
+    assert any(title.endswith("radii 2 4") for title in titles)
+
+
+@pytest.mark.parametrize("block", ["config", "outcome", "model", "stages"])
+def test_a_changed_file_is_refused(tmp_path, block):
+    path = cell(tmp_path, "m", "one", 9, {})
+    content = json.loads(path.read_text())
+    changes = {
+        **{"config": {"eps": "1/255"}, "outcome": {"clean_correct": 10}, "model": {"defense": "mmt-ard"}},
+    }
+    content[block] = [] if block == "stages" else content[block] | changes[block]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="does not match its fingerprint") as caught:
+        leaderboard.read(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"schema": "vlmrob-cell/1"}', "not json"])
+def test_a_file_that_is_no_cell_is_refused(tmp_path, content):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "x.json").write_text(content)
+    with pytest.raises(InputError, match=r"x\.json"):
+        leaderboard.read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "torn"])
+def test_other_verdicts_than_were_counted_are_refused(tmp_path, damage):
+    cell(tmp_path, "m", "one", 9, {}, attack="pgd20")
+    path = cell(tmp_path, "m", "one", 9, {}).with_suffix(".parquet")
+    if damage == "changed":
+        path.write_bytes(table("one", 9, {0: "square"}).to_parquet(index=False))
+    elif damage == "torn":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"\.parquet"):
+        rows(tmp_path)
+
+
+def test_nothing_to_render_says_what_to_type(tmp_path):
+    with pytest.raises(DataError, match="vlmrob eval --suite pair"):
+        leaderboard.render(tmp_path, SUITE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- compare -----------------------------------------------------------------------------------------------
+
+
+def cells(results):
+    return leaderboard.of_suite(leaderboard.read(results), SUITE)
+
+
+def test_the_paired_test_by_hand(tmp_path):
+    two_models(tmp_path)
+    lines = compare.compare(cells(tmp_path), "defended", "clean")
+    assert [line.dataset for line in lines] == ["one", "two", "all"]
+    assert {line.attack for line in lines} == {"aa linf 4/255 n=10"}
+    one = lines[0]
+    # one: defended stands on images 2 to 7, clean on none: 6 against 0
+    assert (one.robust.only_a, one.robust.only_b, one.robust.n) == (6, 0, 10)
+    assert one.robust.p == pytest.approx(2 / 2**6)
+    assert (one.clean.only_a, one.clean.only_b) == (0, 1)
+    # two: defended on 3 to 6, clean on 7: 4 against 1; together 10 against 1
+    assert (lines[1].robust.only_a, lines[1].robust.only_b) == (4, 1)
+    assert (lines[2].robust.only_a, lines[2].robust.only_b, lines[2].robust.n) == (10, 1, 20)
+    assert lines[2].robust.p == pytest.approx(2 * (1 + 11) / 2**11)
+    mirrored = compare.compare(cells(tmp_path), "clean", "defended")
+    assert mirrored[2].robust.p == lines[2].robust.p
+    assert mirrored[2].robust.difference == -lines[2].robust.difference
+
+
+def test_ladders_are_not_pooled(tmp_path):
+    two_models(tmp_path)
+    for model in ("clean", "defended"):
+        cell(tmp_path, model, "one", 9, {0: "apgd-ce"}, eps_ladder=["2/255", "4/255"])
+    lines = compare.compare(cells(tmp_path), "defended", "clean")
+    pooled = [line for line in lines if line.dataset == "all"]
+    assert [line.robust.n for line in pooled] == [20]
+    assert "aa linf 4/255 after 2/255 n=10" in {line.attack for line in lines}
+
+
+def test_models_may_be_named_by_fingerprint(tmp_path):
+    two_models(tmp_path)
+    by_name = compare.compare(cells(tmp_path), "defended", "clean")
+    assert compare.compare(cells(tmp_path), sha("defended")[:9], sha("clean")[:9]) == by_name
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path):
+    two_models(tmp_path)
+    with pytest.raises(InputError, match=r"did you mean 'defended'.*known: clean, defended"):
+        compare.compare(cells(tmp_path), "defnded", "clean")
+
+
+def test_one_name_of_two_models_is_refused_with_their_fingerprints(tmp_path):
+    two_models(tmp_path)
+    cell(tmp_path / "more", "clean", "one", 9, {}, model_sha256=sha("retrained"))
+    found = [*cells(tmp_path), *cells(tmp_path / "more")]
+    with pytest.raises(InputError, match=sha("retrained")[:8]):
+        compare.compare(found, "defended", "clean")
+
+
+def test_models_without_a_contest_in_common_are_refused(tmp_path):
+    cell(tmp_path, "a", "one", 9, {})
+    cell(tmp_path, "b", "two", 9, {})
+    with pytest.raises(InputError, match="in common"):
+        compare.compare(cells(tmp_path), "a", "b")

@@ -3,7 +3,9 @@
 Every model call has exactly `rows` rows; rows without work hold copies. So a row's numbers do not depend on
 how many rows are alive, and neither do verdicts, adversarial images or margins. An image walks its
 trajectories (target, restart) one after another in one row; when it is broken or done, the next image takes
-the row. What ends a row is judged in the canonical pass: without gradient, in the same fixed shape.
+the row, and when no image is left, later trajectories of images still walking do. What ends a row is judged
+in the canonical pass: without gradient, in the same fixed shape. The finding is that of the first success in
+the order of trajectories, and counts what a walk up to there spends, so it does not show what ran beside.
 """
 
 from __future__ import annotations
@@ -52,21 +54,58 @@ def padded(images: Tensor, rows: int) -> Tensor:
     return images if missing == 0 else torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
 
 
-@dataclass
-class _Job:
-    """One image on its way through its trajectories."""
+@dataclass(eq=False)
+class _Walk:
+    """One image and its trajectories.
+
+    Attributes:
+        index: position of the image.
+        path: (target class, restart) of each trajectory, in order.
+        given: trajectories handed out so far.
+        spent: (forwards, backwards, zero gradients) of each trajectory that ended.
+        verdicts: what the canonical pass said where a trajectory was decisive: a success, an error, the end.
+    """
 
     index: int
-    walk: list[tuple[int, int]]  # (target class, restart) of each trajectory, in order
-    at: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    zero_gradients: int = 0
+    path: list[tuple[int, int]]
+    given: int = 0
+    spent: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    verdicts: dict[int, Finding] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> int:
+        """The first decisive trajectory known; later ones no longer matter."""
+        return min(self.verdicts, default=len(self.path))
+
+    @property
+    def finding(self) -> Finding | None:
+        """The finding, once nothing that still runs can come before it."""
+        cut = self.cut
+        if cut == len(self.path) or any(number not in self.spent for number in range(cut + 1)):
+            return None
+        columns = zip(*(self.spent[number] for number in range(cut + 1)), strict=True)
+        forwards, backwards, zero_gradients = (sum(column) for column in columns)
+        return dataclasses.replace(
+            self.verdicts[cut], forwards=forwards, backwards=backwards, zero_gradients=zero_gradients
+        )
+
+
+@dataclass
+class _Leg:
+    """One trajectory of one image, in a row or about to be."""
+
+    walk: _Walk
+    number: int
     held: State | None = None  # one row, to go on after a success that the canonical pass did not confirm
 
     @property
     def final(self) -> bool:
-        return self.at == len(self.walk) - 1
+        return self.number == len(self.walk.path) - 1
+
+    @property
+    def void(self) -> bool:
+        """An earlier trajectory of the same image has decided."""
+        return self.number > self.walk.cut
 
 
 @dataclass
@@ -85,129 +124,158 @@ class _Run:
     live: int
     stop: Stop
     on_finding: Callable[[Finding], None]
-    queue: deque[_Job] = field(default_factory=deque)
-    jury: list[tuple[_Job, State]] = field(default_factory=list)
+    waiting: deque[_Walk] = field(default_factory=deque)
+    walking: list[_Walk] = field(default_factory=list)
+    held: deque[_Leg] = field(default_factory=deque)
+    jury: list[tuple[_Leg, State]] = field(default_factory=list)
 
-    def names(self, job: _Job) -> str:
-        target, restart = job.walk[job.at]
-        return f"{self.seed}/{self.keys[job.index]}/{self.stage}/{target}/{restart}"
-
-    def begin(self, jobs: list[_Job]) -> State:
-        """Fresh rows for jobs at the begin of a trajectory."""
-        index = torch.tensor([job.index for job in jobs], device=self.images.device)
-        targets = [job.walk[job.at][0] for job in jobs]
+    def begin(self, legs: list[_Leg]) -> State:
+        """Fresh rows for trajectories."""
+        index = torch.tensor([leg.walk.index for leg in legs], device=self.images.device)
+        paths = [leg.walk.path[leg.number] for leg in legs]
+        names = [f"{self.seed}/{self.keys[leg.walk.index]}/{self.stage}" for leg in legs]
         rows = Rows(
             images=self.images.index_select(0, index),
             labels=self.labels.index_select(0, index),
-            targets=torch.tensor(targets, device=self.images.device),
-            names=tuple(self.names(job) for job in jobs),
-            restarts=tuple(job.walk[job.at][1] for job in jobs),
+            targets=torch.tensor([target for target, _ in paths], device=self.images.device),
+            names=tuple(f"{name}/{t}/{r}" for name, (t, r) in zip(names, paths, strict=True)),
+            restarts=tuple(restart for _, restart in paths),
             stop=self.stop,
         )
         return self.attack.start(rows, self.threat)
 
-    def fill(self, state: State | None, slots: dict[int, _Job]) -> State | None:
-        """Give rows without a job to the next images; `slots` is changed."""
-        free = [slot for slot in range(self.live) if slot not in slots]
-        given = [(slot, self.queue.popleft()) for slot in free[: len(self.queue)]]
-        fresh = [(slot, job) for slot, job in given if job.held is None]
+    def next_leg(self) -> _Leg | None:
+        """What a free row does next: go on, begin an image, or run ahead on one that is still walking."""
+        while self.held:
+            leg = self.held.popleft()
+            if not leg.void:
+                return leg
+        if self.waiting:
+            walk = self.waiting.popleft()
+            self.walking.append(walk)
+            return self.lead(walk)
+        ahead = [walk for walk in self.walking if walk.given < walk.cut and self.stop == "first"]
+        return self.lead(min(ahead, key=lambda walk: walk.given)) if ahead else None
+
+    @staticmethod
+    def lead(walk: _Walk) -> _Leg:
+        """The next trajectory of an image."""
+        walk.given += 1
+        return _Leg(walk, walk.given - 1)
+
+    def fill(self, state: State | None, slots: dict[int, _Leg]) -> State | None:
+        """Give rows without a trajectory to the next one; `slots` is changed."""
+        given: list[tuple[int, _Leg]] = []
+        for slot in range(self.live):
+            leg = self.next_leg() if slot not in slots else None
+            if leg is not None:
+                given.append((slot, leg))
+        fresh = [(slot, leg) for slot, leg in given if leg.held is None]
         if fresh:
-            begun = self.begin([job for _, job in fresh])
+            begun = self.begin([leg for _, leg in fresh])
             if state is None:
                 state = take(begun, [min(row, len(fresh) - 1) for row in range(self.rows)])
             state = scatter(state, [slot for slot, _ in fresh], begun)
-        for slot, job in given:
-            slots[slot] = job
-            if job.held is not None and state is not None:
-                state, job.held = scatter(state, [slot], job.held), None
+        for slot, leg in given:
+            slots[slot] = leg
+            if leg.held is not None and state is not None:
+                state, leg.held = scatter(state, [slot], leg.held), None
         return state
 
-    def collect(self, state: State, slots: dict[int, _Job]) -> State:
-        """Take rows that have ended out of `slots`: to the jury, to their next trajectory, or as an error."""
+    def collect(self, state: State, slots: dict[int, _Leg]) -> None:
+        """Take rows that have ended out of `slots`: to the jury if they may decide, else they are lost."""
         flags = torch.stack([state.broken, state.done, state.nonfinite]).tolist()
-        judged: list[int] = []
-        again: list[int] = []
+        ended: list[int] = []
         for slot in sorted(slots):
             broken, done, nonfinite = (column[slot] for column in flags)
-            success = broken and self.stop == "first"
-            if not (success or done or nonfinite):
-                continue
-            walked_on = done and not broken and not nonfinite and self.stop == "first"
-            (again if walked_on and not slots[slot].final else judged).append(slot)
-        if judged:
-            rows = take(state, judged)
-            self.jury += [(slots.pop(slot), take(rows, [i])) for i, slot in enumerate(judged)]
-        if again:
-            rows = take(state, again)
-            for i, slot in enumerate(again):
-                _count(slots[slot], take(rows, [i]))
-                slots[slot].at += 1
-            state = scatter(state, again, self.begin([slots[slot] for slot in again]))
-        return state
+            if slots[slot].void:
+                del slots[slot]
+            elif done or nonfinite or (broken and self.stop == "first"):
+                ended.append(slot)
+        if not ended:
+            return
+        rows = take(state, ended)
+        for i, slot in enumerate(ended):
+            leg, row = slots.pop(slot), take(rows, [i])
+            lost = self.stop == "first" and not flags[0][slot] and not flags[2][slot]
+            if lost and not leg.final:
+                self.lose(leg, row)
+            else:
+                self.jury.append((leg, row))
+
+    def lose(self, leg: _Leg, row: State) -> None:
+        """A trajectory that ended without success: the image walks on at once, if nobody ran ahead of it."""
+        leg.walk.spent[leg.number] = _spent(row)
+        self.report(leg.walk)
+        if leg.number + 1 == leg.walk.given < leg.walk.cut:
+            self.held.append(self.lead(leg.walk))
 
     def judge(self) -> None:
-        """The canonical pass over waiting rows: findings, or back to the queue."""
-        waiting, self.jury = self.jury[: self.rows], self.jury[self.rows :]
-        adv = torch.cat([row.adv for _, row in waiting])
-        labels = torch.cat([row.labels for _, row in waiting])
-        clean = torch.cat([row.images for _, row in waiting])
+        """The canonical pass over rows that may be decisive: verdicts, or back to the rows."""
+        called, self.jury = self.jury[: self.rows], self.jury[self.rows :]
+        adv = torch.cat([row.adv for _, row in called])
+        labels = torch.cat([row.labels for _, row in called])
+        clean = torch.cat([row.images for _, row in called])
         found = logits(self.oracle.classify, adv, self.rows)
         outside = geometry.excess(adv, clean, self.threat).tolist()
         margins, predictions = losses.judge(found, labels).tolist(), found.argmax(1).tolist()
         finite, copies = found.isfinite().all(1).tolist(), adv.cpu()
-        for i, (job, row) in enumerate(waiting):
-            error = "" if finite[i] and not bool(row.nonfinite) else self.trouble(job, row)
+        for i, (leg, row) in enumerate(called):
+            if leg.void:
+                continue  # an earlier trajectory of the image was judged a moment ago
+            key = self.keys[leg.walk.index]
+            error = "" if finite[i] and not bool(row.nonfinite) else self.trouble(leg, row)
             if not error and outside[i] > geometry.slack(self.threat):
-                key = self.keys[job.index]
                 raise AttackError(f"{self.stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
             wrong = not error and predictions[i] != int(row.labels)
             unconfirmed = bool(row.broken) and self.stop == "first"
-            if not error and not wrong and (unconfirmed or not row.done or not job.final):
-                self.go_on(job, dataclasses.replace(row, broken=torch.zeros_like(row.broken)))
+            if not error and not wrong and (unconfirmed or not row.done or not leg.final):
+                self.go_on(leg, dataclasses.replace(row, broken=torch.zeros_like(row.broken)))
                 continue
-            _count(job, row)
-            target, restart = job.walk[job.at]
+            target, restart = leg.walk.path[leg.number]
             first = int(row.first) if int(row.first) >= 0 else int(row.iteration)
-            self.on_finding(
-                Finding(
-                    key=self.keys[job.index],
-                    broken=wrong,
-                    adv=copies[i].clone(),
-                    target=target,
-                    restart=restart,
-                    iteration=first if wrong else -1,
-                    forwards=job.forwards,
-                    backwards=job.backwards,
-                    prediction=predictions[i],
-                    margin=margins[i],
-                    zero_gradients=job.zero_gradients,
-                    error=error,
-                )
+            leg.walk.spent[leg.number] = _spent(row)
+            leg.walk.verdicts[leg.number] = Finding(
+                key=key,
+                broken=wrong,
+                adv=copies[i].clone(),
+                target=target,
+                restart=restart,
+                iteration=first if wrong else -1,
+                forwards=0,
+                backwards=0,
+                prediction=predictions[i],
+                margin=margins[i],
+                error=error,
             )
+            self.report(leg.walk)
 
-    def go_on(self, job: _Job, row: State) -> None:
+    def go_on(self, leg: _Leg, row: State) -> None:
         """A row whose success was not confirmed, or whose trajectory ended without one."""
-        if bool(row.done) and job.final:
-            self.jury.append((job, row))  # judged once more, by the image it ends with
-            return
-        if bool(row.done):
-            _count(job, row)
-            job.at += 1
+        if bool(row.done) and leg.final:
+            self.jury.append((leg, row))  # judged once more, by the image it ends with
+        elif bool(row.done):
+            self.lose(leg, row)
         else:
-            job.held = row
-        self.queue.appendleft(job)
+            leg.held = row
+            self.held.append(leg)
 
-    def trouble(self, job: _Job, row: State) -> str:
-        target, restart = job.walk[job.at]
+    def report(self, walk: _Walk) -> None:
+        """Hand out the finding of an image as soon as there is one."""
+        finding = walk.finding
+        if finding is not None:
+            self.walking.remove(walk)
+            self.on_finding(finding)
+
+    def trouble(self, leg: _Leg, row: State) -> str:
+        target, restart = leg.walk.path[leg.number]
         where = f"iteration {int(row.iteration) - 1}, target {target}, restart {restart}"
         return f"{self.stage}: a logit or gradient is not finite ({where})"
 
 
-def _count(job: _Job, row: State) -> None:
-    """Add what a finished trajectory has spent."""
-    job.forwards += int(row.forwards)
-    job.backwards += int(row.backwards)
-    job.zero_gradients += int(row.zero_gradients)
+def _spent(row: State) -> tuple[int, int, int]:
+    """What a trajectory has spent: forwards, backwards, zero gradients."""
+    return int(row.forwards), int(row.backwards), int(row.zero_gradients)
 
 
 def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
@@ -264,19 +332,20 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
     state_of = _Run(
         Oracle(classify), images, labels, keys, attack, threat, stage, seed, rows, live, stop, on_finding
     )
-    state_of.queue.extend(_plan(state_of, clean))
+    state_of.waiting.extend(_plan(state_of, clean))
     poll = POLL.get(images.device.type, 1)
-    slots: dict[int, _Job] = {}
+    slots: dict[int, _Leg] = {}
     state: State | None = None
-    while state_of.queue or slots or state_of.jury:
+    while state_of.waiting or state_of.walking:
         state = state_of.fill(state, slots)
         if slots and state is not None:
             for _ in range(poll):
                 stepped = attack.step(state, state_of.oracle)
                 state = stepped if poll == 1 else hold(_active(state), state, stepped)
-            state = state_of.collect(state, slots)
-        idle = not slots and not state_of.queue
-        while len(state_of.jury) >= rows or (state_of.jury and idle):
+            state_of.collect(state, slots)
+        state_of.jury = [(leg, row) for leg, row in state_of.jury if not leg.void]
+        # while images wait, full juries are cheapest; afterwards a verdict at once frees rows that run ahead
+        while state_of.jury and (len(state_of.jury) >= rows or not state_of.waiting):
             state_of.judge()
 
 
@@ -286,37 +355,22 @@ def _active(state: State) -> Tensor:
     return ~(ended | state.broken) if state.stop == "first" else ~ended
 
 
-def _plan(what: _Run, clean: Tensor) -> list[_Job]:
-    """A job for every image that is attackable; the others are reported at once."""
+def _plan(what: _Run, clean: Tensor) -> list[_Walk]:
+    """A walk for every image that is attackable; the others are reported at once."""
     ranking = clean.argsort(dim=1, descending=True, stable=True).tolist()
     margins, finite = losses.judge(clean, what.labels).tolist(), clean.isfinite().all(1).tolist()
     predictions, labels = clean.argmax(1).tolist(), what.labels.tolist()
-    jobs = []
+    walks = []
     for index, label in enumerate(labels):
         if finite[index] and predictions[index] == label:
             wrong = [k for k in ranking[index] if k != label][: what.attack.ranks(clean.shape[1])]
-            walk = [(target, restart) for target in wrong or [-1] for restart in range(what.attack.restarts)]
-            jobs.append(_Job(index, walk))
+            path = [(target, restart) for target in wrong or [-1] for restart in range(what.attack.restarts)]
+            walks.append(_Walk(index, path))
             continue
         error = "" if finite[index] else f"{what.stage}: a logit of the clean image is not finite"
-        adv = what.images[index].detach().cpu().clone()
-        what.on_finding(
-            Finding(
-                what.keys[index],
-                not error,
-                adv,
-                -1,
-                0,
-                -1,
-                0,
-                0,
-                predictions[index],
-                margins[index],
-                0,
-                error,
-            )
-        )
-    return jobs
+        adv, key, said = what.images[index].detach().cpu().clone(), what.keys[index], predictions[index]
+        what.on_finding(Finding(key, not error, adv, -1, 0, -1, 0, 0, said, margins[index], 0, error))
+    return walks
 
 
 def _check(

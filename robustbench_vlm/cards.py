@@ -347,9 +347,11 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
     try:
         return record.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        unknown = [e for e in errors if e["type"] == "extra_forbidden"]  # a mistyped key is missing, too
+        first = (unknown or errors)[0]
         place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
+        if unknown:
             known = _known_keys(record, first["loc"][:-1])
             raise CardError(
                 where, f"unknown key {place!r}", do=nearest(str(first["loc"][-1]), known)

@@ -274,8 +274,8 @@ def _keyed_dropout(name: str, device: torch.device) -> Iterator[None]:
 
 
 def _require_finite(terms: Terms, step: int, batch: Batch) -> None:
-    for name, value in {**terms.parts, "total": terms.total}.items():
-        if not torch.isfinite(value.detach()).all():
+    for name, value in {**terms.parts, "total": terms.total.detach()}.items():
+        if not torch.isfinite(value).all():
             keys = ", ".join(batch.keys[:3])
             raise TrainingError(f"step {step}: term {name!r} is {float(value):g}; images {keys}, ...")
 

@@ -68,14 +68,14 @@ class World:
         folders = {"robust": self.robust, "clean": self.clean, "anchor": self.student}
         return {role: folders[role] for role in roles}
 
-    def table(self, defense: str, *roles: str, **changes) -> dict:
+    def table(self, named: str, *roles: str, **changes) -> dict:
         """A recipe as the table of a TOML file; `changes` replace whole entries, None removes one."""
         table = RECIPE | {"student": self.student, "teachers": self.teachers(*roles), "inner": INNER}
-        table = table | {"defense": {"name": defense}} | changes
+        table = table | {"defense": {"name": named}} | changes
         return {key: value for key, value in table.items() if value is not None}
 
-    def recipe(self, defense: str, *roles: str, **changes) -> cards.Recipe:
-        return cards.parse(self.table(defense, *roles, **changes), cards.Recipe, "recipe of a test")
+    def recipe(self, named: str, *roles: str, **changes) -> cards.Recipe:
+        return cards.parse(self.table(named, *roles, **changes), cards.Recipe, "recipe of a test")
 
 
 def encoded(label: int, seed: int) -> bytes:

@@ -123,6 +123,12 @@ def _create(name: str, tag: str | None, *, quick_gelu: bool, weights: bool) -> n
     return net.eval()
 
 
+@cache
+def _tokenizer(arch: str) -> Any:  # noqa: ANN401 - open_clip's, of several classes
+    """The tokenizer of an architecture; parsing its merges takes longer than building a small model."""
+    return open_clip.get_tokenizer(arch)
+
+
 def _wrap(net: nn.Module, arch: str) -> Clip:
     visual: Any = net.visual
     config = visual.preprocess_cfg
@@ -134,7 +140,7 @@ def _wrap(net: nn.Module, arch: str) -> Clip:
     return Clip(
         visual=visual,
         language=language,
-        tokenize=open_clip.get_tokenizer(arch),
+        tokenize=_tokenizer(arch),
         preprocess=Preprocess(side, tuple(config["mean"]), tuple(config["std"])),
         logit_scale=scale,
         facts={"arch": arch, "quick_gelu": quick_gelu},

@@ -138,7 +138,7 @@ def test_the_suite_holds_the_whole_world():
     assert set(suite.datasets) == set(worlds.WORLDS)
     assert suite.eps == ("4/255",)
     assert suite.n == 100
-    assert not suite.means
+    assert suite.means == {"zeroshot": suite.datasets[1:]}
 
 
 def _digest(folder):

@@ -49,9 +49,9 @@ class MmtArd:
             running mean, over its running deviation (removes a teacher's constant bias); `log`, the
             difference of log-cosines, which is the released gate exactly.
         kappa: slope of the gate; 0 leaves the constant mix robust_weight : clean_weight.
-        focus: per-sample factor of mean 1, for `paper`: `none`; `hard`, (1 - q_R)^gamma, the abstract's "focus
-            on harder samples", which on the tiny world costs most of the robustness: the samples that the
-            robust teacher gets wrong then lead; `confident`, the released direction.
+        focus: per-sample factor of mean 1, for `paper`: `none`; `hard`, (1 - q_R)^gamma, the "focus on harder
+            samples" of the abstract, which on the tiny world costs most of the robustness: the samples that
+            the robust teacher gets wrong then lead; `confident`, the released direction.
         gamma: exponent of the `hard` focus.
         momentum: decay of the running mean and deviation of the confidences.
     """

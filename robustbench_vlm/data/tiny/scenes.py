@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from robustbench_vlm import rng
@@ -181,13 +183,14 @@ def _ink(attributes: Attributes, rows: Index, digit: np.ndarray, tint: Array, dr
     )
 
 
-def draw_block(attributes: Attributes, u: Array, noise: Array) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 of N scenes from their numbers, in pieces that fit the cache."""
+def draw_block(attributes: Attributes, u: Array, noise: Array, boost: float = 1.0) -> np.ndarray:
+    """(N, 32, 32, 3) uint8 of N scenes from their numbers, with `boost` times their contrast."""
     parts = []
     for start in range(0, len(u), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(u)))
-        laid = scenes(attributes.rows(rows), u[rows, LAYOUT:])
-        parts.append(render(laid, noise[rows]))
+        laid = scenes(attributes.rows(rows), u[rows, LAYOUT:])  # in pieces that fit the cache
+        strong = np.minimum(laid.contrast * np.float32(boost), 1)
+        parts.append(render(replace(laid, contrast=strong), noise[rows]))
     return np.concatenate(parts)
 
 

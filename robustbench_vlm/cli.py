@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,15 +31,20 @@ Include = Annotated[list[Path] | None, typer.Option(help="Folder of further TOML
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     include: Include = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[  # noqa: ARG001 - it acts when it is read
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     """Train defenses, attack models, read the leaderboard."""
-    if version:
-        console.result(__version__)
-        raise typer.Exit
     if include:
         cards.include(include)
 
@@ -68,8 +72,8 @@ def train(
         )
     if (folder / "card.json").exists() and (folder / "recipe.json").exists():
         console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
-    _tiny_data([chosen.data.dataset], data_root)
     place = _device(device)
+    _tiny_data([chosen.data.dataset], data_root)
     threat = chosen.inner.threat if chosen.inner else "no adversary"
     console.remark(f"training {chosen.name}: {chosen.optim.steps} steps, {threat}, on {place}, into {folder}")
     total = chosen.optim.steps
@@ -89,9 +93,14 @@ def train(
 @app.command("eval")
 def evaluate(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
-        list[str] | None, typer.Option(help="Packaged name, checkpoint folder or ARCH:TAG; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Name, checkpoint folder or ARCH:TAG; repeatable; default: the newest under runs/."
+        ),
     ] = None,
-    attack: Annotated[list[str] | None, typer.Option(help="Attack chain; repeatable.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
+    ] = None,
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     dataset: Annotated[
         list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
@@ -105,10 +114,14 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
     ] = None,
-    save_adversarial: Annotated[bool, typer.Option(help="Keep the adversarial images.")] = False,
-    skip_missing: Annotated[bool, typer.Option(help="Leave out datasets that are not on disk.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print what it would cost, and stop.")] = False,
-    strict: Annotated[bool, typer.Option(help="Exit 3 when a result carries a flag.")] = False,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep the adversarial images.")
+    ] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out datasets that are not on disk.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when a result carries a flag.")] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     as_json: AsJson = False,
@@ -192,19 +205,12 @@ def compare(
     from robustbench_vlm import leaderboard as board
 
     cells = board.of_suite(board.read(results), cards.read("suites", suite, cards.Suite))
-    lines = [
-        [
-            *(line.attack, line.dataset, str(line.robust.n)),
-            *(f"{100 * line.clean.difference:+.2f}", f"{line.clean.p:.3g}"),
-            *(f"{100 * line.robust.difference:+.2f}", f"{line.robust.p:.3g}"),
-        ]
-        for line in hall.compare(cells, a, b)
-    ]
-    columns = ["attack", "dataset", "n", "clean A-B", "clean p", "robust A-B", "robust p"]
+    lines = [line.texts for line in hall.compare(cells, a, b)]
     if as_json:
-        console.result_json([dict(zip(columns, line, strict=True)) for line in lines])
+        console.result_json([dict(zip(hall.COLUMNS, line, strict=True)) for line in lines])
     else:
-        console.show(f"A = {a}, B = {b}; differences in points, p of the exact McNemar test", columns, lines)
+        title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
+        console.show(title, [*hall.COLUMNS], lines)
 
 
 @app.command()
@@ -219,13 +225,14 @@ def demo(
 ) -> None:
     """The whole job on the built-in tiny world: train two defenses, attack three models, read the table."""
     from robustbench_vlm import demo as hall
+    from robustbench_vlm.compare import COLUMNS
 
     folder = out or Path("runs") / ("demo-full" if full else "demo")
     with console.meter() as meter:
         shown = hall.run(folder, data_root, _device("cpu"), meter, console.remark, full=full)
     _print_grids(shown.rows)
-    columns = ["attack", "dataset", "n", "robust A-B", "p (exact McNemar)"]
-    console.show(f"paired: A = {hall.OURS}, B = {hall.BASELINE}", columns, shown.paired)
+    title = f"A = {hall.OURS}, B = {hall.BASELINE}; differences in points, p of the exact McNemar test"
+    console.show(title, [*COLUMNS], shown.paired)
     console.show("seconds", ["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in shown.seconds.items()])
     for path in shown.files:
         console.result(str(path))
@@ -272,7 +279,9 @@ def doctor(as_json: AsJson = False) -> None:
 @data_app.command("make")
 def data_make(
     suite: Annotated[str, typer.Argument(help="tiny, or a suite to make a generated miniature of.")],
-    root: DataRoot = Path("data"),
+    root: Annotated[
+        Path, typer.Option("--root", "--data-root", envvar="VLMROB_DATA", help="Folder of the datasets.")
+    ] = Path("data"),
     n: Annotated[int, typer.Option(min=1, help="Images a dataset, for a miniature.")] = 16,
     per_class: Annotated[
         int | None, typer.Option(min=1, help="Images of every class instead, for a miniature.")
@@ -338,17 +347,9 @@ def _newest_checkpoint() -> str:
 
 
 def _device(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
-    import torch
+    from robustbench_vlm import session
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise InputError(f"--device {name}", "not a device", "auto, cpu, cuda or cuda:N")
-    place, here = torch.device(name), torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= here:
-        found = f"{here} CUDA devices here" if here else "no CUDA device here"
-        raise InputError(f"--device {name}", found, "cpu" if not here else "", "see vlmrob doctor")
-    return place
+    return session.device(name)
 
 
 def _tiny_data(names: list[str], root: Path) -> None:

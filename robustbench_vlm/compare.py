@@ -14,6 +14,8 @@ from robustbench_vlm.leaderboard import Cell
 from robustbench_vlm.stats import Paired
 from robustbench_vlm.threat import eps_text
 
+COLUMNS = ("attack", "dataset", "n", "clean A-B", "clean p", "robust A-B", "robust p")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -30,6 +32,13 @@ class Comparison:
     dataset: str
     clean: Paired
     robust: Paired
+
+    @property
+    def texts(self) -> list[str]:
+        """The line as `COLUMNS` has it; differences in points."""
+        tests = (self.clean, self.robust)
+        numbers = [text for test in tests for text in (f"{100 * test.difference:+.2f}", f"{test.p:.3g}")]
+        return [self.attack, self.dataset, str(self.robust.n), *numbers]
 
 
 def compare(cells: Sequence[Cell], a: str, b: str) -> list[Comparison]:

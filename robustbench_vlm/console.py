@@ -42,7 +42,8 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         for row in [columns, *rows]:
             sys.stdout.write("\t".join(row) + "\n")
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
+    out.print(Text(title, style="bold"))  # above the table: a title inside would be cut to its width
+    table = Table(header_style="bold")
     for column in columns:
         table.add_column(column)
     for row in rows:

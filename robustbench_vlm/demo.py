@@ -98,15 +98,6 @@ def run(
     with phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         cells = leaderboard.of_suite(leaderboard.read(results), suite)
-        paired = [
-            [
-                line.attack,
-                line.dataset,
-                str(line.robust.n),
-                f"{100 * line.robust.difference:+.2f}",
-                f"{line.robust.p:.3g}",
-            ]
-            for line in compare.compare(cells, OURS, BASELINE)
-        ]
+        paired = [line.texts for line in compare.compare(cells, OURS, BASELINE)]
     seconds["together"] = sum(seconds.values())
     return Shown(rows, paired, seconds, files)

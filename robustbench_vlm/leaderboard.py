@@ -117,7 +117,7 @@ def _read(path: Path) -> Cell:
 
 
 def of_suite(cells: Iterable[Cell], suite: Suite) -> list[Cell]:
-    """The cells that belong to `suite`: its datasets, split, norm and seed.
+    """The cells that belong to `suite`, by its datasets, split and seed; in the order of its datasets.
 
     Raises:
         DataError: two cells of one contest saw different images of a dataset.
@@ -128,6 +128,7 @@ def of_suite(cells: Iterable[Cell], suite: Suite) -> list[Cell]:
         if cell.config["dataset"] in suite.datasets
         and (cell.config["split"], cell.config["seed"]) == (suite.split, suite.seed)
     ]
+    chosen.sort(key=lambda cell: suite.datasets.index(cell.config["dataset"]))
     drawn: dict[tuple[Any, ...], Cell] = {}
     for cell in chosen:
         same = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256")

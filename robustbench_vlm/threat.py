@@ -66,8 +66,9 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
     where, text = f"eps {text!r}", text.strip()
     if not NUMBER.fullmatch(text):
         raise InputError(where, "not a number", "4/255, 4 or 0.0157")
+    above, _, below = text.partition("/")
     try:
-        value = Fraction(text)
+        value = Fraction(above) / Fraction(below or 1)
     except ZeroDivisionError:
         raise InputError(where, "not a number", "4/255, 4 or 0.0157") from None
     if value <= 0:
@@ -92,7 +93,10 @@ def _of_255(where: str, text: str, value: Fraction) -> Fraction:
     if "/" not in text:
         if value.denominator != 1:
             raise InputError(
-                where, "a decimal above 1 is ambiguous", "an integer N, which means N/255", "type N/255"
+                where,
+                "a decimal above 1 is ambiguous",
+                "an integer N, which means N/255",
+                f"type {text}/255 if that is meant",
             )
         value /= 255
     if value > 1:

@@ -1,0 +1,423 @@
+"""The door: every verb, what goes to stdout, exit codes, and one line for every mistake."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import toys
+
+from robustbench_vlm import cards, cli
+
+VERBS = ("train", "eval", "leaderboard", "compare", "demo", "list", "show", "doctor", "data")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data, cards and two models; nothing in it is written again."""
+    root = tmp_path_factory.mktemp("home")
+    datasets = [toys.dataset_card("toy"), toys.dataset_card("pair", ("cat", "dog"))]
+    for card in datasets:
+        toys.write(card, root / "data")
+    for seed in (0, 1):
+        toys.save_model(root / "models" / f"m{seed}", seed)
+    attacks = [toys.chain("aa", "ce", "square"), toys.pgd("pgd5")]
+    toys.write_include(root / "cards", datasets, attacks)
+    return root
+
+
+@pytest.fixture
+def vlmrob(home, tmp_path, monkeypatch, capsys):
+    """Type a command line in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def typed(line, *more):
+        argv = ["vlmrob", "--include", str(home / "cards"), *line.format(home=home).split(), *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            cards.include([])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return typed
+
+
+EVAL = "eval --model {home}/models/m0 --attack aa --suite toys --data-root {home}/data --device cpu"
+
+
+def one_line(code, out, err, *words):
+    """A mistake: exit 2, nothing on stdout, one line that has these words."""
+    assert code == 2, err
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in err
+    for word in words:
+        assert word in errors[0]
+
+
+# --- opening it --------------------------------------------------------------------------------------------
+
+
+def test_help_does_not_import_torch_and_names_every_verb():
+    code = "import sys; sys.argv = ['vlmrob', '--help']\nfrom robustbench_vlm import cli\n"
+    code += "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+    code += "print([m for m in ('torch', 'pandas', 'numpy', 'scipy', 'open_clip') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_answers_in_under_a_second():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "robustbench_vlm", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # seconds of the processor: those on the wall depend on who else is using it
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_version(vlmrob):
+    code, out, _ = vlmrob("--version")
+    assert (code, re.fullmatch(r"\d+\.\d+\.\d+\n", out) is not None) == (0, True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(vlmrob, verb):
+    code, out, _ = vlmrob(f"{verb} --help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_an_unknown_option_or_verb_is_wrong_input(vlmrob):
+    assert vlmrob("eval --foo")[0] == 2
+    assert vlmrob("evla")[0] == 2
+
+
+# --- eval, leaderboard, compare ----------------------------------------------------------------------------
+
+
+def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
+    code, out, err = vlmrob(EVAL + " --model {home}/models/m1 --attack pgd5 --eps 2,4")
+    assert code == 0, err
+    titles = [line for line in out.splitlines() if line.startswith("# ")]
+    assert titles == [
+        f"# {attack} · linf {eps}/255 · n = 12: clean / robust, %"
+        for attack in ("aa", "pgd5")
+        for eps in (2, 4)
+    ]
+    assert out.splitlines()[1].startswith("dataset\trandom")
+    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["toy", "pair", "mean"]
+    assert "16 cells: 2 models x 2 datasets (24 images) x 2 attacks x linf 2/255, linf 4/255" in err
+    assert "next: vlmrob leaderboard --results results --suite toys" in err
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    code, again, _ = vlmrob(EVAL + " --model {home}/models/m1 --attack pgd5 --eps 2,4")
+    assert (code, again) == (0, out)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")} == before
+
+    code, out, err = vlmrob("leaderboard --suite toys")
+    assert code == 0
+    assert "written: leaderboards/toys.csv" in err
+    first = (tmp_path / "leaderboards" / "toys.csv").read_bytes()
+    assert first.count(b"\n") == 1 + 8 * 3  # header; eight contests and models, two datasets and a mean each
+    code, out, _ = vlmrob("leaderboard --suite toys --json")
+    assert len(json.loads(out)) == 24
+    assert (tmp_path / "leaderboards" / "toys.csv").read_bytes() == first
+
+    code, out, _ = vlmrob("compare random0 random1 --suite toys --json")
+    found = json.loads(out)
+    assert code == 0
+    assert [line["dataset"] for line in found[:3]] == ["toy", "pair", "all"]
+    assert len(found) == 12
+    one_line(*vlmrob("compare random0 rondom1 --suite toys"), "did you mean 'random1'", "known: random0")
+
+
+def test_json_is_all_of_stdout(vlmrob):
+    code, out, err = vlmrob(EVAL + " --json --dataset toy --n 4 --batch-size 3")
+    assert code == 0
+    (row, *_) = json.loads(out)
+    assert (row["dataset"], row["n"], row["robust_ce"] != "") == ("toy", 4, True)
+    assert "1 cell: 1 model x 1 dataset (4 images)" in err
+
+
+def test_adversarial_images_are_kept_on_request(vlmrob, tmp_path):
+    assert vlmrob(EVAL + " --dataset toy --save-adversarial")[0] == 0
+    assert len(list((tmp_path / "results" / "cells").rglob("*.safetensors"))) == 1
+
+
+def test_a_dry_run_writes_nothing(vlmrob, tmp_path):
+    code, out, _ = vlmrob(EVAL + " --dry-run")
+    assert code == 0
+    assert "2 cells" in out
+    assert "at most" in out
+    code, out, _ = vlmrob("eval --model {home}/models/m0 --dry-run")  # suite tiny, which is not there yet
+    assert code == 0
+    assert "not below data yet: tiny-seen" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_is_told_and_strict_makes_it_exit_3(vlmrob, home, tmp_path):
+    shutil.copytree(home / "data", tmp_path / "marked")
+    (tmp_path / "marked" / "wds_toy" / "miniature.txt").write_text("generated\n")
+    line = EVAL.replace("{home}/data", str(tmp_path / "marked")) + " --dataset toy"
+    code, out, err = vlmrob(line)
+    assert code == 0
+    assert "flag: random0 on toy: generated-images" in err
+    assert " !" in out
+    code, again, _ = vlmrob(line + " --strict")
+    assert (code, again) == (3, out)
+    assert vlmrob(EVAL + " --dataset pair --strict")[0] == 0
+
+
+def test_without_a_model_the_newest_checkpoint_is_taken_and_named(vlmrob, home, tmp_path):
+    line = EVAL.replace("--model {home}/models/m0 ", "") + " --dry-run"
+    for name, age in (("m0", 100), ("m1", 0)):
+        shutil.copytree(home / "models" / name, tmp_path / "runs" / "deep" / name)
+        stamp = time.time() - age
+        os.utime(tmp_path / "runs" / "deep" / name / "card.json", (stamp, stamp))
+    code, _, err = vlmrob(line)
+    assert code == 0
+    assert "no --model: taking the newest checkpoint, runs/deep/m1" in err
+
+
+def test_notes_of_a_careful_reader_are_told(vlmrob, home, tmp_path):
+    shutil.copytree(home / "data", tmp_path / "data")
+    (tmp_path / "data" / "wds_toy" / "zeroshot_classification_templates.txt").unlink()
+    _, _, err = vlmrob(EVAL.replace("{home}/data", str(tmp_path / "data")) + " --dataset toy")
+    assert "note: toy: no templates file" in err
+
+
+# --- missing data ------------------------------------------------------------------------------------------
+
+
+def test_missing_data_stop_everything_unless_told(vlmrob, home, tmp_path):
+    shutil.copytree(home / "data" / "wds_toy", tmp_path / "data" / "wds_toy")
+    line = EVAL.replace("{home}/data", str(tmp_path / "data"))
+    code, out, err = vlmrob(line)
+    assert (code, out) == (2, "")
+    assert "1 of 2 datasets are missing" in err
+    assert "--skip-missing" in err
+    assert "pair: no " in err
+    assert not (tmp_path / "results").exists()
+    code, out, err = vlmrob(line + " --skip-missing")
+    assert code == 0
+    assert "left out: pair" in err
+    assert [row.split("\t")[0] for row in out.splitlines()[2:]] == ["toy"]  # and no mean over a hole
+
+
+def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tmp_path):
+    code, _, err = vlmrob("eval --model {home}/models/m0 --suite zeroshot --data-root nowhere")
+    assert code == 2
+    assert "15 of 15 datasets are missing" in err
+    assert "hf download clip-benchmark/wds_food101" in err
+    assert not (tmp_path / "results").exists()
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train mmt-adr", ["'mmt-adr'", "did you mean 'mmt-ard'"]),
+        ("train mmt-ard --recipe nowhere.toml", ["nowhere.toml", "no such file"]),
+        ("train mmt-ard --recipe tiny-tecoa", ["a recipe of 'tecoa'"]),
+        ("train mmt-ard --set optim.setps=3", ["optim.setps", "did you mean 'steps'"]),
+        ("train mmt-ard --set optim.steps", ["key=value"]),
+        ("train mmt-ard --device gpu", ["--device gpu", "cpu, cuda"]),
+        (EVAL + " --eps 1.5", ["'1.5'", "1.5/255", "N/255"]),
+        (EVAL + " --eps zero", ["'zero'", "not a number"]),
+        (EVAL + " --eps 4,,2", ["not a number"]),
+        (EVAL + " --eps -1", ["not positive"]),
+        (EVAL + " --attack autoatack", ["did you mean 'autoattack'"]),
+        (EVAL.replace("toys", "zeroshoot"), ["did you mean 'zeroshot'"]),
+        (EVAL + " --dataset tyo", ["not in suite toys", "did you mean 'toy'"]),
+        (EVAL + " --norm l3", ["--norm l3", "did you mean 'l2'"]),
+        (EVAL.replace("--device cpu", "--device tpu"), ["--device tpu", "auto, cpu"]),
+        (EVAL.replace("--device cpu", "--device cuda:99"), ["--device cuda:99", "vlmrob doctor"]),
+        (EVAL.replace("{home}/models/m0", "{home}/models/m7"), ["m7", "no such model or folder"]),
+        (EVAL.replace("{home}/models/m0", "{home}/data"), ["no card.json"]),
+        (EVAL.replace("{home}/models/m0", "ViT-B-23:openai"), ["no such architecture", "did you mean"]),
+        (EVAL.replace("{home}/models/m0", "ViT-B-32:opnai"), ["no weights tagged", "did you mean 'openai'"]),
+        ("--include nowhere list attacks", ["--include nowhere", "no such folder"]),
+        ("list atacks", ["did you mean 'attacks'"]),
+        ("show suite zeroshoot", ["did you mean 'zeroshot'"]),
+        ("show defense mmt-adr", ["did you mean 'mmt-ard'"]),
+        ("show model nobody", ["'nobody'"]),
+        ("data make zeroshoot", ["did you mean 'zeroshot'"]),
+        ("leaderboard --results nowhere --suite toys", ["no results of suite toys", "vlmrob eval"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(vlmrob, tmp_path, line, words):
+    one_line(*vlmrob(line), *words)
+    assert [path.name for path in tmp_path.iterdir()] == []  # nothing was begun
+
+
+@pytest.mark.parametrize("line", [EVAL + " --n -5", EVAL + " --batch-size 0", EVAL + " --n some"])
+def test_numbers_out_of_range_are_wrong_input(vlmrob, line):
+    code, out, err = vlmrob(line)
+    assert (code, out) == (2, "")
+    assert "Invalid value" in err
+
+
+def test_a_recipe_with_an_unknown_key(vlmrob, tmp_path):
+    text = (cards.home() / "recipes" / "tiny-tecoa.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("weight_decay", "wieght_decay"))
+    one_line(*vlmrob("train mine.toml"), "mine.toml", "optim.wieght_decay", "did you mean 'weight_decay'")
+
+
+def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(vlmrob, tmp_path):
+    text = (cards.home() / "attacks" / "pgd20.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("random_start", "random_strat"))
+    line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
+    one_line(*vlmrob(line), "random_strat", "did you mean 'random_start'")
+
+
+@pytest.fixture
+def damaged(home, tmp_path):
+    """A copy of the data whose second dataset is to be damaged, and the line that evaluates both."""
+    shutil.copytree(home / "data", tmp_path / "damaged")
+    return tmp_path / "damaged" / "wds_pair", EVAL.replace("{home}/data", str(tmp_path / "damaged"))
+
+
+def test_a_truncated_shard_is_found_before_the_first_attack(vlmrob, damaged, tmp_path):
+    folder, line = damaged
+    shard = folder / "test" / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:1500])
+    one_line(*vlmrob(line), "1.tar")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_label_outside_the_class_list_is_found_before_the_first_attack(vlmrob, damaged, tmp_path):
+    folder, line = damaged
+    shutil.rmtree(folder)
+    toys.write(toys.dataset_card("pair", ("cat", "dog")), folder.parent, labels=[0, 1] * 5 + [2, 0])
+    one_line(*vlmrob(line), "label", "2")
+    assert not (tmp_path / "results").exists()
+
+
+def test_another_class_list_is_refused(vlmrob, damaged):
+    folder, line = damaged
+    (folder / "classnames.txt").write_text("cat\nhorse\n")
+    one_line(*vlmrob(line), "classnames.txt", "'horse'")
+
+
+def changed_card(home, tmp_path, **changes):
+    shutil.copytree(home / "models" / "m0", tmp_path / "changed")
+    path = tmp_path / "changed" / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return EVAL.replace("{home}/models/m0", str(tmp_path / "changed"))
+
+
+def test_a_checkpoint_of_another_architecture(vlmrob, home, tmp_path):
+    line = changed_card(home, tmp_path, arch="vlmrob-tiny-teacher")
+    one_line(*vlmrob(line), "image.safetensors", "architecture")
+
+
+def test_a_checkpoint_whose_bytes_were_changed(vlmrob, home, tmp_path):
+    line = changed_card(home, tmp_path)
+    shutil.copy(home / "models" / "m1" / "image.safetensors", tmp_path / "changed" / "image.safetensors")
+    one_line(*vlmrob(line), "fingerprint")
+
+
+def test_results_that_were_tampered_with(vlmrob, tmp_path):
+    assert vlmrob(EVAL)[0] == 0
+    path = next((tmp_path / "results" / "cells").rglob("*.json"))
+    path.write_text(path.read_text().replace('"errors": 0', '"errors": 1'))
+    one_line(*vlmrob("leaderboard --suite toys"), path.name, "fingerprint")
+    one_line(*vlmrob("compare random0 random0 --suite toys"), path.name, "fingerprint")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(vlmrob, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = vlmrob(EVAL + " --out file/results")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "file" in err.splitlines()[-1]
+
+
+# --- the other verbs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["attacks", "datasets", "defenses", "models", "recipes", "suites"])
+def test_list_and_show_agree(vlmrob, kind):
+    code, out, _ = vlmrob(f"list {kind} --json")
+    names = [row["name"] for row in json.loads(out)]
+    assert code == 0
+    assert names
+    assert vlmrob(f"list {kind}")[1].splitlines()[:2] == [f"# {kind}", "name\twhat it is"]
+    for name in [name for name in names if name not in ("ARCH:TAG", "DIR")]:
+        code, out, _ = vlmrob(f"show {kind.removesuffix('s')} {name}")
+        assert code == 0
+        assert json.loads(out)["name"] == name
+
+
+def test_included_cards_are_listed(vlmrob):
+    assert "\ntoy\tToy\n" in vlmrob("list datasets")[1]
+
+
+def test_doctor_says_what_is_missing(vlmrob):
+    code, out, _ = vlmrob("doctor --json")
+    found = {row["what"]: row for row in json.loads(out)}
+    assert code == 0
+    assert {"python", "torch", "cores", "packaged models"} <= found.keys()
+    assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
+
+
+def test_train_a_defense_and_evaluate_it_bare(vlmrob, home, tmp_path):
+    recipe = {"name": "short", "title": "Short", "student": f"{home}/models/m0", "seed": 1}
+    text = toys.toml(recipe) + '[defense]\nname = "tecoa"\n[data]\ndataset = "toy"\nsplit = "test"\n'
+    text += '[inner]\neps = "4/255"\nsteps = 1\nstep_size = "2/255"\n'
+    text += "[optim]\nlr = 1e-3\nsteps = 2\nbatch_size = 4\n"
+    (tmp_path / "short.toml").write_text(text)
+    code, out, err = vlmrob("train short.toml --data-root {home}/data --device cpu")
+    assert code == 0, err
+    folder = out.strip()
+    assert re.fullmatch(r"runs/short-[0-9a-f]{8}", folder)
+    assert (tmp_path / folder / "card.json").exists()
+    assert f"next: vlmrob eval --model {folder}" in err
+    assert vlmrob("train short.toml --data-root {home}/data --device cpu")[:2] == (0, out)
+    one_line(*vlmrob("train short.toml --no-resume --data-root {home}/data --device cpu"), "not empty")
+    line = EVAL.replace("--model {home}/models/m0 ", "") + " --dataset toy --json"
+    code, out, err = vlmrob(line)
+    assert code == 0, err
+    assert f"taking the newest checkpoint, {folder}" in err
+    row = json.loads(out)[0]
+    assert (row["defense"], row["train_eps"], row["exposure"]) == ("tecoa", "4/255", "seen")
+
+
+def test_data_make_writes_a_miniature_of_every_dataset(vlmrob, tmp_path):
+    code, out, _ = vlmrob("data make toys --root made --n 3")
+    assert (code, out) == (0, "made\n")
+    for name in ("toy", "pair"):
+        assert (tmp_path / "made" / f"wds_{name}" / "test" / "nshards.txt").exists()
+        assert (tmp_path / "made" / f"wds_{name}" / "miniature.txt").exists()
+    assert vlmrob("data make toys --root made --n 3")[:2] == (0, "made\n")  # and again, without harm
+
+
+def test_ctrl_c_exits_75_and_says_how_to_go_on(home, tmp_path):
+    line = EVAL.format(home=home).replace("--attack aa", "--attack autoattack")
+    argv = [sys.executable, "-m", "robustbench_vlm", "--include", str(home / "cards"), *line.split()]
+    process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    while not list(tmp_path.rglob("*.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() - began < 240
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 75, err
+    assert out == ""
+    assert err.splitlines()[-1] == "error: stopped; the same command goes on where it was"

@@ -18,8 +18,9 @@ NAMES = registry.names("defenses")
 ROLES = ("robust", "clean", "anchor")
 VARIANTS = [
     *((name, {}) for name in NAMES),
-    *(("mmt-ard", {"weighting": weighting}) for weighting in ("released", "static")),
-    *(("mmt-ard", {"gap": "log", "focus": focus}) for focus in ("confident", "none")),
+    *(("mmt-ard", {"weighting": weighting}) for weighting in ("released", "static", "paper")),
+    ("mmt-ard", {"weighting": "paper", "gap": "log", "focus": "confident"}),
+    ("mmt-ard", {"weighting": "paper", "focus": "hard"}),
 ]
 B = 4
 

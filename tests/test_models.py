@@ -90,6 +90,14 @@ def test_text_rows_are_unit_and_do_not_depend_on_their_neighbours(model):
     assert not rows.requires_grad
 
 
+def test_the_text_tower_is_called_with_one_shape_only(model):
+    shapes = set()
+    with model.language.register_forward_hook(lambda _, inputs, __: shapes.add(tuple(inputs[0].shape))):
+        for n in (1, 63, 64, 65):
+            assert model.text(["a photo"] * n).shape == (n, 64)
+    assert shapes == {(64, 20)}
+
+
 def test_a_text_bank_is_read_from_disk_the_second_time(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VLMROB_CACHE", str(tmp_path))
     sentences = render(NAMES, ["a {c}"])

@@ -26,9 +26,10 @@ from robustbench_vlm.types import Terms
 CPU = torch.device("cpu")
 LORA = {"r": 4, "alpha": 8, "dropout": 0.25}
 PROBE = {"every": 3, "n": 9, "steps": 2}
+PAPER = {"name": "mmt-ard", "weighting": "paper"}  # the one that carries statistics from step to step
 KINDS = {
     "tecoa": ("tecoa", (), {}),
-    "mmt-ard": ("mmt-ard", ("robust", "clean"), {"probe": PROBE}),
+    "mmt-ard": ("mmt-ard", ("robust", "clean"), {"probe": PROBE, "defense": PAPER}),
     "lora": ("mmt-ard", ("robust", "clean"), {"lora": LORA}),
 }
 
@@ -139,7 +140,7 @@ def test_a_run_stopped_twice_ends_with_the_bytes_of_one_that_was_not(toy, whole,
 def test_a_killed_process_goes_on_with_the_same_command_and_ends_with_the_same_bytes(world, tmp_path):
     steps = 20  # long enough that the signal comes long before the end
     optim = {"lr": 1e-3, "steps": steps, "warmup": 2, "batch_size": 8}
-    table = world.table("mmt-ard", "robust", "clean", optim=optim)
+    table = world.table("mmt-ard", "robust", "clean", optim=optim, defense=PAPER)
     recipe, out, undisturbed = write_recipe(tmp_path, table), tmp_path / "out", tmp_path / "undisturbed"
     cards.include([world.cards])
     train.run(cards.parse(table, cards.Recipe, "a test"), undisturbed, world.data, CPU, quiet)
@@ -329,7 +330,7 @@ def test_parents_are_recorded_with_role_and_fingerprint(world, whole):
     assert card.defense == "mmt-ard"
     assert card.text_from == world.student
     assert card.training["images"] == 48
-    assert card.recipe["defense"] == {"name": "mmt-ard"}
+    assert card.recipe["defense"] == PAPER
 
 
 def test_exposure_is_unknown_when_that_of_a_parent_is(toy, tmp_path):

@@ -65,9 +65,9 @@ class Attention(nn.Module):
         whole = nn.MultiheadAttention(
             width, self.heads, bias=biased, batch_first=self.batch_first, device="meta"
         )
-        whole.register_parameter("in_proj_weight", self.qkv.weight)
-        whole.register_parameter("in_proj_bias", self.qkv.bias)
-        whole.out_proj.weight, whole.out_proj.bias = self.proj.weight, self.proj.bias
+        for owner, prefix, linear in ((whole, "in_proj_", self.qkv), (whole.out_proj, "", self.proj)):
+            setattr(owner, f"{prefix}weight", linear.weight)
+            setattr(owner, f"{prefix}bias", linear.bias)
         return whole.train(self.training)
 
 

@@ -1,0 +1,109 @@
+"""The fifteen zero-shot datasets, as miniatures in the real layout, from one command each to one table."""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import toys
+
+from robustbench_vlm import cards, cli
+from robustbench_vlm.data.dataset import open_split
+
+N = 8
+EPS = "1,4"  # radii at which the random model loses some images of every dataset, and keeps some
+LONG = ("imagenet-r", "imagenet-sketch")  # 96,000 of the suite's 104,680 sentences
+STAGES = ("ce", "t", "fab", "square")
+
+
+def vlmrob(monkeypatch, *argv):
+    """Type a command line; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        cards.include([])
+    return 0
+
+
+def write_cards(folder, *, whole):
+    """AutoAttack with few steps under its own name; for the fast edition, few templates for the long ones."""
+    changed = []
+    for name in () if whole else LONG:
+        card = cards.read("datasets", name, cards.DatasetCard)
+        short = {"templates": card.templates[:3], "templates_sha256": ""}
+        changed.append(cards.DatasetCard.model_validate(card.model_dump() | short))
+    return toys.write_include(folder, changed, [toys.chain("autoattack", *STAGES, rows=N)])
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "whole"])
+def test_the_line_of_the_readme_over_all_fifteen(tmp_path, monkeypatch, capsys, whole):
+    monkeypatch.chdir(tmp_path)
+    model, root = toys.save_model(tmp_path / "model"), tmp_path / "data"
+    include = ["--include", write_cards(tmp_path / "cards", whole=whole)]
+    make = ["data", "make", "zeroshot", "--root", root, "--n", N, "--label-with", model]
+    assert vlmrob(monkeypatch, *include, *make) == 0
+    capsys.readouterr()
+
+    suite = cards.read("suites", "zeroshot", cards.Suite)
+    assert len(suite.datasets) == 15
+    cards.include([tmp_path / "cards"])
+    for name in suite.datasets:  # the reader holds class names and their number to the card
+        card = cards.read("datasets", name, cards.DatasetCard)
+        assert len(open_split(card, root, "test")) == N
+        assert card.n_classes == len((root / card.folder / "classnames.txt").read_text().splitlines())
+
+    line = ["eval", "--attack", "autoattack", "--suite", "zeroshot", "--data-root", root]
+    more = ["--model", model, "--eps", EPS, "--device", "cpu"]
+    assert vlmrob(monkeypatch, *include, *line, *more) == 0
+    assert vlmrob(monkeypatch, *include, "leaderboard", "--suite", "zeroshot") == 0
+    said = capsys.readouterr()
+    assert "generated-images" in said.err  # nobody takes these numbers for real ones
+
+    rows = read(Path("leaderboards/zeroshot.csv"))
+    for eps in EPS.split(","):
+        names = [row["dataset"] for row in rows if row["eps"] == eps]
+        assert names == [*suite.datasets, "mean", "mean:fare-13", "mean:without-pcam"]
+    attackable(rows, suite.datasets)
+    mean = next(row for row in rows if row["dataset"] == "mean" and row["eps"] == "4")
+    finals = [float(r["robust"]) for r in rows if r["eps"] == "4" and r["dataset"] in suite.datasets]
+    assert float(mean["robust"]) == pytest.approx(sum(finals) / 15, abs=0.01)
+    pair = next(row for row in rows if row["dataset"] == "pcam")
+    assert pair["n_classes"] == "2"
+
+
+def attackable(rows, datasets):
+    """Ruling 19: of every dataset images are attacked, and at one radius one breaks while one stands."""
+    for name in datasets:
+        own = [row for row in rows if row["dataset"] == name]
+        right = [round(float(row["clean"]) * N / 100) for row in own]
+        left = [round(float(row["robust"]) * N / 100) for row in own]
+        assert min(right) >= 2
+        assert any(0 < standing < clean for clean, standing in zip(right, left, strict=True)), (name, left)
+        assert left == sorted(left, reverse=True)
+
+
+def test_with_one_dataset_missing_nothing_is_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, root = toys.save_model(tmp_path / "model"), tmp_path / "data"
+    include = ["--include", write_cards(tmp_path / "cards", whole=False)]
+    assert vlmrob(monkeypatch, "data", "make", "zeroshot", "--root", root, "--n", 2) == 0
+    shutil.rmtree(root / "wds_food101")
+    capsys.readouterr()
+    line = ["eval", "--attack", "autoattack", "--suite", "zeroshot", "--data-root", root, "--model", model]
+    assert vlmrob(monkeypatch, *include, *line) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "1 of 15 datasets are missing" in said.err
+    assert "food101" in said.err
+    assert "hf download clip-benchmark/wds_food101 --repo-type dataset" in said.err
+    assert "--skip-missing" in said.err
+    assert not Path("results").exists()

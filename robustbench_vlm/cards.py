@@ -30,7 +30,7 @@ def home() -> Path:
 class Card(BaseModel):
     """Base of every record read from TOML: frozen, and no key goes unread."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Source(Card):
@@ -136,7 +136,9 @@ class Suite(Card):
     """A named list of datasets under one threat: what makes two rows comparable.
 
     Attributes:
-        n: images a dataset (the n smallest hashes of seed and key); 0 means all.
+        n: images a dataset; 0 means all.
+        sample: how they are drawn, by the smallest hashes of seed and key: `hash`, over the whole split;
+            `stratified`, class by class in turn, so that few images still hold every class equally.
         means: further averages beside the one over all datasets, by name; never `unseen`, which is averaged
             over what the model and its parents were not trained on.
     """
@@ -149,6 +151,7 @@ class Suite(Card):
     norm: Norm = "linf"
     eps: tuple[str, ...]
     n: int = Field(default=1000, ge=0)
+    sample: Literal["hash", "stratified"] = "hash"
     seed: int = 0
     means: dict[str, tuple[str, ...]] = {}
 
@@ -311,6 +314,10 @@ def path(kind: str, name: str) -> Path:
     return found
 
 
+def _float(text: str) -> float | str:
+    return text if text.lstrip("+-") in ("inf", "nan") else float(text)  # JSON has no spelling for those
+
+
 def toml(path: Path) -> dict[str, Any]:
     """The table of a TOML file, with `@file` strings replaced by that file's lines.
 
@@ -318,7 +325,7 @@ def toml(path: Path) -> dict[str, Any]:
     list of a thousand names is written once and shared.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_float)
     except FileNotFoundError:
         raise CardError(str(path), "no such file", "a TOML card") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -347,9 +354,8 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
     try:
         return record.model_validate(table)
     except ValidationError as error:
-        errors = error.errors()
-        unknown = [e for e in errors if e["type"] == "extra_forbidden"]  # a mistyped key is missing, too
-        first = (unknown or errors)[0]
+        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
+        first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
         place = ".".join(str(part) for part in first["loc"])
         if unknown:
             known = _known_keys(record, first["loc"][:-1])
@@ -384,7 +390,7 @@ def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
         try:
-            value = tomllib.loads(f"v = {text}")["v"]
+            value = tomllib.loads(f"v = {text}", parse_float=_float)["v"]
         except tomllib.TOMLDecodeError:
             value = text
         *parents, last = key.split(".")

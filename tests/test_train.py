@@ -401,6 +401,11 @@ REFUSED = {
     "inner for clean": (("clean",), {}, "an [inner] table that would go unread"),
     "no inner": (("tecoa",), {"inner": None}, "no [inner] table"),
     "eps": (("tecoa",), {"inner": {**INNER, "eps": "1.5"}}, "eps '1.5'"),
+    "infinity": (
+        ("tecoa",), {"optim": {"lr": 1.0, "steps": 1, "batch_size": 1, "grad_clip": math.inf}},
+        "optim.grad_clip: Input should be a finite number",
+    ),
+    "nan": (("tecoa",), {"optim": {"lr": "nan", "steps": 1, "batch_size": 1}}, "finite number"),
     "unknown dataset": (("tecoa",), {"data": {"dataset": "toys"}}, "did you mean 'toy'"),
     "unknown split": (("tecoa",), {"data": {"dataset": "toy", "split": "trian"}}, "no split 'trian'"),
     "unknown model": (("tecoa",), {"student": "tinny"}, "model 'tinny'"),
@@ -426,6 +431,11 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
     )
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_infinity_in_a_defense_leaves_the_recipe_a_fingerprint(toy, tmp_path):
+    path = write_recipe(tmp_path, toy.table("tecoa", defense={"name": "tecoa", "x": math.inf}))
+    assert len(cards.read("recipes", str(path), cards.Recipe).fingerprint) == 64
 
 
 def test_an_unknown_defense_on_the_command_line_is_given_its_near_name(toy, tmp_path, monkeypatch, capsys):

@@ -216,7 +216,7 @@ def compare(
 @app.command()
 def demo(
     full: Annotated[
-        bool, typer.Option("--full", help="500 images a dataset, full AutoAttack everywhere.")
+        bool, typer.Option("--full", help="500 images a dataset, and the teachers and a TeCoA student too.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of everything it makes; default runs/demo.")

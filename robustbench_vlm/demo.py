@@ -1,7 +1,7 @@
 """The whole job on the tiny world: make the data, train two defenses, attack, tabulate, compare.
 
-`full` adds the models that make the comparison fair (both teachers and a TeCoA student), draws 500 images a
-dataset and runs all of AutoAttack everywhere; its table is the committed `leaderboards/tiny.csv`.
+`full` draws 500 images a dataset and adds the models that make the comparison fair, a TeCoA student and both
+teachers; its table is the committed `leaderboards/tiny.csv`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from robustbench_vlm.cards import Recipe, Suite
 OURS = "tiny-mmt-ard"
 BASELINE = "tiny-single-teacher"
 UNDEFENDED = "tiny"
+TECOA = "tiny-tecoa"
 TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
 SHORT = (("pgd20", "aa2"), ())  # chains, on which datasets (none named: all)
 DEEP = (("autoattack",), ("tiny-seen", "tiny-digits"))
@@ -68,36 +69,31 @@ def run(
     suite = cards.read("suites", "tiny", Suite)
     with phase("render the tiny world"):
         session.make_tiny(data_root, meter)
-    students = [BASELINE, OURS, *(["tiny-tecoa"] if full else [])]
-    for name in students:
+    for name in (BASELINE, OURS, *((TECOA,) if full else ())):
         recipe = cards.read("recipes", name, Recipe)
         with phase(f"train {name}"):
-            steps = recipe.optim.steps
-
-            def report(line: dict[str, object], name: str = name, steps: int = steps) -> None:
-                if "probe" in line:
-                    remark(f"{name}, step {line['step']}: probe {line['probe']}")
-                else:
-                    meter(name, line["step"], steps)
-
-            train.run(recipe, out / "models" / name, data_root, device, report)  # type: ignore[arg-type]
-    models = (UNDEFENDED, *(TEACHERS if full else ()), *(str(out / "models" / name) for name in students))
-    results = out / "results"
-    for attacks, datasets in (SHORT, (DEEP[0], () if full else DEEP[1])):
-        order = session.Order(
-            models=models,
-            attacks=attacks,
-            suite="tiny",
-            results=results,
-            data_root=data_root,
-            datasets=datasets,
-            n=FULL_N if full else None,
-        )
-        with phase(f"attack with {' and '.join(attacks)}"):
-            session.perform(session.require_data(session.plan(order, device)), meter)
+            train.run(recipe, out / "models" / name, data_root, device, _report(recipe, meter, remark))
+    results, n = out / "results", FULL_N if full else None
+    main = (UNDEFENDED, str(out / "models" / BASELINE), str(out / "models" / OURS))
+    further = (str(out / "models" / TECOA), *TEACHERS)
+    for who, models in (("", main), *((("further models, ", further),) if full else ())):
+        for attacks, datasets in (SHORT, DEEP):
+            order = session.Order(models, attacks, "tiny", results, data_root, datasets=datasets, n=n)
+            with phase(f"{who}attack with {' and '.join(attacks)}"):
+                session.perform(session.require_data(session.plan(order, device)), meter)
     with phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         cells = leaderboard.of_suite(leaderboard.read(results), suite)
         paired = [line.texts for line in compare.compare(cells, OURS, BASELINE)]
     seconds["together"] = sum(seconds.values())
     return Shown(rows, paired, seconds, files)
+
+
+def _report(recipe: Recipe, meter: Callable[..., None], remark: Callable[[str], None]) -> train.Report:
+    def report(line: train.Line) -> None:
+        if "probe" in line:
+            remark(f"{recipe.name}, step {line['step']}: probe {line['probe']}")
+        else:
+            meter(recipe.name, line["step"], recipe.optim.steps)
+
+    return report

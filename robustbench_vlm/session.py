@@ -144,7 +144,8 @@ def open_data(plan: Plan) -> list[dataset.Split]:
         DataError: shards, class names or labels that are not as the card says.
     """
     opened = (dataset.open_split(card, plan.order.data_root, plan.suite.split) for card in plan.datasets)
-    return [split.subset(plan.request.n, plan.request.seed) for split in opened]
+    stratified = plan.suite.sample == "stratified"
+    return [split.subset(plan.request.n, plan.request.seed, stratified=stratified) for split in opened]
 
 
 def price(plan: Plan) -> list[str]:

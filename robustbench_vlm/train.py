@@ -122,8 +122,7 @@ def _probe_batch(recipe: Recipe, card: DatasetCard, root: Path, model: Clip) -> 
     """A fixed hashed subset that holds every class equally, as far as the split does."""
     assert recipe.probe is not None
     split = open_split(card, root, recipe.probe.split)
-    per_class = max(1, recipe.probe.n // card.n_classes)
-    subset = split.stratified(per_class, recipe.seed)
+    subset = split.subset(recipe.probe.n, recipe.seed, stratified=True)
     images = subset.images(model.image_size)
     return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys)
 

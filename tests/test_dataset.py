@@ -101,6 +101,17 @@ def test_subsets_nest_and_ignore_order(keys, seed, n, m, mix):
         assert all(rng.rank(seed, key) > worst for key in set(split.keys) - set(other.keys))
 
 
+@given(n=st.integers(1, 40), seed=st.integers(0, 3))
+def test_stratified_subsets_nest_and_hold_every_class_as_equally_as_they_can(n, seed):
+    entries = tuple(Entry(f"toy/test/{i:03d}", i % 3, Sample(str(i), i % 3, None)) for i in range(40))
+    split = Split(card(), "test", None, entries)
+    drawn = split.subset(n, seed, stratified=True)
+    counts = np.bincount(drawn.labels, minlength=3)
+    assert len(drawn) == n
+    assert counts.max() - counts.min() <= 1
+    assert set(split.subset(n - 1, seed, stratified=True).keys if n > 1 else ()) <= set(drawn.keys)
+
+
 def test_subset_edges():
     split = named({"a", "b", "c"})
     assert split.subset(0) is split

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -103,26 +104,26 @@ class Split:
         """Identity of the selection: SHA-256 over the ordered keys and labels."""
         return fingerprint([[entry.key, entry.label] for entry in self.entries])
 
-    def subset(self, n: int, seed: int = 0) -> Split:
+    def subset(self, n: int, seed: int = 0, *, stratified: bool = False) -> Split:
         """The `n` images with the smallest `rng.rank(seed, key)`; all of them for n = 0 or n >= N.
 
-        Subsets of one seed are nested, and independent of the order of shards and members.
+        Stratified, the smallest of every class come first, then the second smallest, and so on. Subsets of
+        one seed and kind are nested, and independent of the order of shards and members.
         """
         if n < 0:
             raise ValueError(f"n = {n}, expected 0 (all) or a positive number")
         if n == 0 or n >= len(self):
             return self
-        drawn = sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key))[:n]
-        return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
-
-    def stratified(self, per_class: int, seed: int = 0) -> Split:
-        """Up to `per_class` images of every class, those with the smallest `rng.rank(seed, key)`."""
-        taken: dict[int, int] = {}
-        drawn = []
-        for entry in sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key)):
-            if taken.get(entry.label, 0) < per_class:
-                taken[entry.label] = taken.get(entry.label, 0) + 1
-                drawn.append(entry)
+        ranked = sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key))
+        if stratified:
+            before: Counter[int] = Counter()
+            turns = []
+            for entry in ranked:
+                turns.append(before[entry.label])
+                before[entry.label] += 1
+            order = sorted(range(len(ranked)), key=turns.__getitem__)  # stable: by rank within a turn
+            ranked = [ranked[i] for i in order]
+        drawn = ranked[:n]
         return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
 
     def side(self, px: int) -> int:

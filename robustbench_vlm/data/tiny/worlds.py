@@ -112,7 +112,7 @@ def _worlds() -> tuple[World, ...]:
             "tiny-textures",
             {name: _fixed("pattern", texture=i) for i, name in enumerate(TEXTURES) if i},
             ("a pattern of {c}", "a background with {c}"),
-            boost=2.0,
+            boost=1.3,
         ),
         World(
             "tiny-counts",

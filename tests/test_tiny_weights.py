@@ -1,0 +1,63 @@
+"""The packaged checkpoints: their size, their cards, and that the program that makes them runs from nothing."""
+
+import dataclasses
+
+import torch
+
+from robustbench_vlm import cards, tiny_weights
+from robustbench_vlm.models import zoo
+
+LIMIT = 8 * 2**20  # bytes that a wheel may spend on weights
+
+
+def test_packaged_weights_fit_the_wheel_and_load():
+    names = zoo.packaged()
+    assert names == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
+    assert sum(path.stat().st_size for path in zoo.PACKAGED.rglob("*") if path.is_file()) < LIMIT
+    student, clean, robust = (zoo.load(name) for name in names)
+    assert student.card.trained_on == ()
+    assert clean.card.trained_on == robust.card.trained_on == ("tiny-seen",)
+    assert robust.card.parameters > student.card.parameters
+    assert student.card.text_sha256 == clean.card.text_sha256 == robust.card.text_sha256
+
+
+def test_teachers_were_made_by_the_recipes_that_stand_in_the_suites():
+    for name in tiny_weights.TEACHERS:
+        made = zoo.load(name).card.recipe
+        assert made == cards.read("recipes", name, cards.Recipe).model_dump(mode="json")
+
+
+def test_every_packaged_checkpoint_is_made_from_nothing(tmp_path, monkeypatch):
+    """The real program with two steps of everything, in an empty folder."""
+    short = {"steps": 2, "batch_size": 8, "warmup": 1}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny_weights, "STUDENT", dataclasses.replace(tiny_weights.STUDENT, **short))
+    monkeypatch.setattr(tiny_weights, "TEACHER", dataclasses.replace(tiny_weights.TEACHER, **short))
+    monkeypatch.setattr(zoo, "PACKAGED", tmp_path / "packaged")
+    (tmp_path / "include" / "recipes").mkdir(parents=True)
+    for name in tiny_weights.TEACHERS:
+        text = cards.path("recipes", name).read_text().replace("\nsteps = 400\n", "\nsteps = 2\n")
+        text = text.replace("\nsteps = 800\n", "\nsteps = 2\n").replace("batch_size = 128", "batch_size = 8")
+        (tmp_path / "include" / "recipes" / f"{name}.toml").write_text(text.replace("n = 240", "n = 40"))
+    cards.include([tmp_path / "include"])
+    monkeypatch.setattr(tiny_weights.session, "make_tiny", small_world)
+    try:
+        tiny_weights.make(tmp_path / "data", torch.device("cpu"))
+    finally:
+        cards.include([])
+    assert zoo.packaged() == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
+    start = zoo.load(str(tiny_weights.WORK / tiny_weights.START)).card
+    assert zoo.load("tiny-robust-teacher").card.parents[0].sha256 == start.sha256
+
+
+def small_world(root, meter, only):
+    """`tiny-seen` with few images; rendering all 16,000 is another test's business."""
+    from robustbench_vlm.data import layout
+    from robustbench_vlm.data.tiny import write
+    from robustbench_vlm.data.tiny.worlds import WORLDS
+
+    world = WORLDS[only[0]]
+    layout.write_texts(root / world.folder, list(world.classes), world.templates)
+    for split in ("train", "val"):
+        layout.write_split(root / world.folder, split, write.samples(world.name, split, 80), 100)
+    return [root / world.folder]

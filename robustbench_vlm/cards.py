@@ -339,8 +339,7 @@ def toml(path: Path) -> dict[str, Any]:
 
 def _lines(card: Path, name: str) -> list[str]:
     for root in (card.parent.parent, home()):
-        path = root / name
-        if path.is_file():
+        if (path := root / name).is_file():
             return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
 
@@ -358,10 +357,8 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
         place = ".".join(str(part) for part in first["loc"])
         if unknown:
-            known = _known_keys(record, first["loc"][:-1])
-            raise CardError(
-                where, f"unknown key {place!r}", do=nearest(str(first["loc"][-1]), known)
-            ) from None
+            do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
+            raise CardError(where, f"unknown key {place!r}", do=do) from None
         found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
         raise CardError(where, f"{place or 'card'}: {first['msg']}{found}") from None
 

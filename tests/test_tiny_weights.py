@@ -1,4 +1,4 @@
-"""The packaged checkpoints: their size, their cards, and that the program that makes them runs from nothing."""
+"""The packaged checkpoints: their size, their cards, and that their program runs from nothing."""
 
 import dataclasses
 

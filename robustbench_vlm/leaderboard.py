@@ -253,7 +253,7 @@ def _means(group: Sequence[Cell], suite: Suite, stages: Sequence[str]) -> Iterab
     """Unweighted means, only over whole sets: all of the suite, its named parts, the unseen datasets."""
     by_dataset = {cell.config["dataset"]: cell for cell in group}
     parts: dict[str, Sequence[str]] = {"mean": suite.datasets}
-    parts |= {f"mean:{name}": members for name, members in suite.means.items() if name != "unseen"}
+    parts |= {f"mean:{name}": members for name, members in suite.means.items()}
     if all(name in by_dataset for name in suite.datasets):
         unseen = [name for name in suite.datasets if by_dataset[name].outcome["exposure"] == "unseen"]
         if unseen and len(unseen) < len(suite.datasets):

@@ -357,7 +357,7 @@ def _finish(out: Path, setup: Setup) -> None:
         recipe.name,
         defense=str(recipe.defense["name"]),
         trained_on=seen,
-        text_from=setup.student.card.text_from or setup.student.id,
+        text_from=setup.student.card.text_from or zoo.address(setup.student.id),
         parents=parents,
         recipe=recipe.model_dump(mode="json"),
         training={

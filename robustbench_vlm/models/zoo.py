@@ -42,6 +42,12 @@ def folder_of(name: str) -> Path | None:
     return PACKAGED / name if name in packaged() else None
 
 
+def address(name: str) -> str:
+    """`name` so that it means the same from any working directory: a user's folder by its full path."""
+    folder = folder_of(name)
+    return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
+
+
 def load(name: str, device: torch.device | str = "cpu") -> Loaded:
     """The model called `name`: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:` or `local-dir:`.
 

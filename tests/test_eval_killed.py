@@ -84,3 +84,18 @@ def test_two_kills_and_a_third_start_end_like_an_undisturbed_run(place, tmp_path
         pd.testing.assert_frame_equal(found[name][2], table, check_exact=True)
     last = list(expected.values())[-1][2]
     assert 0 < (last.broken_at_eps != "").sum() < last.clean_correct.sum()
+
+
+def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
+    argv = command(place, tmp_path / "stopped")
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    while not lines(tmp_path / "stopped"):
+        assert process.poll() is None
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, err
+    assert out == ""
+    assert err.splitlines()[-1] == "error: stopped; the same command goes on where it was"

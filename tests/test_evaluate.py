@@ -1,4 +1,4 @@
-"""Evaluation: verdict tables, ledgers that are never run twice, nested radii, what changes no verdict."""
+"""Evaluation: cells, ledgers that are never run twice, nested radii, and what changes no verdict."""
 
 import hashlib
 import json
@@ -52,79 +52,6 @@ def both_kinds(found):
     attacked = found[found.clean_correct]
     broken = int((attacked.broken_at_eps != "").sum())
     assert 0 < broken < len(attacked), f"{broken} of {len(attacked)} broken"
-
-
-# --- the verdict table -------------------------------------------------------------------------------------
-
-
-def line(**changes):
-    fields = {
-        **{"broken": False, "target": -1, "restart": 0, "iteration": -1, "forwards": 5, "backwards": 4},
-        **{"prediction": 0, "margin": 0.5, "zero_gradients": 0, "error": "", "distance": 0.01},
-        **{"adv_sha256": "aa"},
-    }
-    return fields | changes
-
-
-def by_hand():
-    """Five images: wrong when clean, robust, broken first, broken second, and without verdict."""
-    labels = np.array([1, 0, 0, 0, 0])
-    margins = np.array([-1, 1, 1, 1, 1], dtype=np.float32)
-    found = verdicts.begin(list("abcde"), labels, ["s"] * 5, np.zeros(5, dtype=np.int64), margins)
-    for i in (1, 3):
-        verdicts.enter(found, i, line(), "one", "4/255")
-    verdicts.enter(found, 2, line(broken=True, prediction=1, margin=-0.5, iteration=3), "one", "4/255")
-    verdicts.enter(found, 4, line(error="one: not finite", margin=None, zero_gradients=1), "one", "4/255")
-    verdicts.enter(found, 1, line(), "two", "4/255")
-    verdicts.enter(found, 3, line(broken=True, prediction=2, target=2, restart=1), "two", "4/255")
-    return found
-
-
-def test_the_counts_of_a_table_made_by_hand():
-    found = by_hand()
-    assert found.clean_correct.tolist() == [False, True, True, True, True]
-    assert verdicts.standing(found).tolist() == [False, True, False, False, False]
-    assert verdicts.robust_after(found, ["one", "two"], "4/255") == {"one": 2, "two": 1}
-    assert found.broken_by.tolist() == ["", "", "one", "two", ""]
-    assert found.forwards.tolist() == [0, 10, 5, 10, 5]
-    assert (found.target[3], found.restart[3], found.iteration[2]) == (2, 1, 3)
-    assert verdicts.zero_gradient_share(found) == 1 / 4
-    assert verdicts.largest_prediction_share(found) == 1.0
-    assert np.isnan(found.adv_margin[4])
-
-
-def test_an_image_lost_at_a_smaller_radius_stays_lost_with_its_evidence():
-    small = by_hand()
-    lost = small[small.broken_at_eps != ""]
-    again = verdicts.begin(
-        list("abcde"), np.array([1, 0, 0, 0, 0]), ["s"] * 5, np.zeros(5, dtype=np.int64), np.ones(5), lost
-    )
-    assert again.broken_at_eps.tolist() == ["", "", "4/255", "4/255", ""]
-    assert again.adv_sha256[2] == "aa"
-    assert again.adv_prediction.tolist() == [0, 0, 1, 2, 0]
-    assert again.forwards.sum() == 0
-    assert verdicts.robust_after(again, ["one", "two"], "8/255") == {"one": 2, "two": 2}
-
-
-def test_logits_that_are_not_finite_are_errors_before_any_attack():
-    margins = np.array([1, np.nan, np.inf], dtype=np.float32)
-    found = verdicts.begin(list("abc"), np.zeros(3, dtype=np.int64), ["s"] * 3, np.zeros(3), margins)
-    assert found.clean_correct.tolist() == [True, False, False]
-    assert (found.error != "").tolist() == [False, True, True]
-    assert verdicts.robust_after(found, ["x"], "4/255") == {"x": 1}
-
-
-def test_the_fingerprint_changes_with_evidence_and_not_with_the_way_through_parquet(tmp_path):
-    found = by_hand()
-    found.to_parquet(tmp_path / "t.parquet", index=False)
-    assert verdicts.sha256(pd.read_parquet(tmp_path / "t.parquet")) == verdicts.sha256(found)
-    for column, value in (("adv_sha256", "bb"), ("error", "x"), ("broken_by", ""), ("label", 5)):
-        other = found.copy()
-        other.loc[2, column] = value
-        assert verdicts.sha256(other) != verdicts.sha256(found), column
-    slower = found.copy()
-    slower.loc[2, "forwards"] = 999  # cost is told, but is no evidence
-    assert verdicts.sha256(slower) == verdicts.sha256(found)
 
 
 # --- a cell ------------------------------------------------------------------------------------------------

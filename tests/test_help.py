@@ -1,0 +1,24 @@
+"""`vlmrob --help` is there at once."""
+
+import resource
+import subprocess
+import sys
+
+VERBS = ("train", "eval", "leaderboard", "compare", "demo", "list", "show", "doctor", "data")
+
+
+def test_help_does_not_import_torch_and_names_every_verb():
+    code = "import sys; sys.argv = ['vlmrob', '--help']\nfrom robustbench_vlm import cli\n"
+    code += "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+    code += "print([m for m in ('torch', 'pandas', 'numpy', 'scipy', 'open_clip') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_answers_in_under_a_second():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "robustbench_vlm", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # seconds of the processor: those on the wall depend on who else is using it
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

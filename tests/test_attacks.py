@@ -316,7 +316,7 @@ def test_chains_are_read_and_autoattack_begins_with_aa2():
     assert chain["autoattack"].stage[:2] == chain["aa2"].stage
     assert chain["pgd20"].stop == "last"
     for card in chain.values():
-        assert card.rows == 32
+        assert card.rows == 64
         for stage in card.stage:
             plugin = registry.build("attacks", stage.attack, stage.fields, card.name)
             assert set(vars(plugin)) == set(stage.fields), "every number is written out"

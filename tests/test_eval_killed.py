@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -88,7 +89,10 @@ def test_two_kills_and_a_third_start_end_like_an_undisturbed_run(place, tmp_path
 
 def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
     argv = command(place, tmp_path / "stopped")
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # a shell starts background jobs with Ctrl-C ignored, and children inherit it; a person's shell does not
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(argv, **pipes, text=True, preexec_fn=heeding)
     began = time.monotonic()
     while not lines(tmp_path / "stopped"):
         assert process.poll() is None

@@ -277,9 +277,9 @@ def test_the_student_trains_in_train_mode_and_is_attacked_in_eval_mode(toy, tmp_
     assert not setup.model.visual.training
 
 
-def test_the_probe_holds_every_class_equally(toy):
+def test_the_probe_holds_every_class_as_equally_as_it_can(toy):
     setup = train.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU)
-    assert Counter(setup.probe.labels.tolist()) == dict.fromkeys(range(4), 2)  # 9 // 4 of each
+    assert sorted(Counter(setup.probe.labels.tolist()).values()) == [2, 2, 2, 3]  # 9 images of 4 classes
     assert all(key.startswith("toy/test/") for key in setup.probe.keys)
     assert setup.probe.keys == train.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU).probe.keys
     found = train.probe(setup)

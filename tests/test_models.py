@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 
 from robustbench_vlm import store

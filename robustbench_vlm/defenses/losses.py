@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - the customary name
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:

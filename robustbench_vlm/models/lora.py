@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models.clip import Clip

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.models.clip import Clip, state_sha256
 from robustbench_vlm.store import fingerprint, write

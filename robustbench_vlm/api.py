@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm import cards, verdicts
-from robustbench_vlm.attacks import engine, losses
+from robustbench_vlm.attacks import canonical, engine, losses, walks
 from robustbench_vlm.cards import AttackCard
+from robustbench_vlm.cells import plugin
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluate import plugin
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
 
@@ -77,7 +77,7 @@ def attack(
     if len(names) != len(images) or len(set(names)) != len(names):
         found = f"{len(names)} keys, {len(set(names))} of them distinct"
         raise InputError("keys", found, f"{len(images)} distinct names, one an image")
-    clean = engine.logits(model, images, card.rows)
+    clean = canonical.logits(model, images, card.rows)
     if int(labels.max()) >= clean.shape[1]:
         raise InputError(
             "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
@@ -89,24 +89,23 @@ def attack(
     adversarial = images.detach().cpu().clone()
     place = {name: i for i, name in enumerate(names)}
     eps = eps_text(ball.norm, ball.eps)
-    for stage in card.stage:
+
+    def take(finding: Finding) -> None:
+        i = place[finding.key]
+        adversarial[i] = finding.adv
+        line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
+        verdicts.enter(table, i, line, finding.stage, eps)
+
+    for stages in walks.tables([(stage.name, plugin(card, stage)) for stage in card.stage]):
         alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
-
-        def take(finding: Finding, name: str = stage.name) -> None:
-            i = place[finding.key]
-            adversarial[i] = finding.adv
-            line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
-            verdicts.enter(table, i, line, name, eps)
-
         chosen = alive.to(images.device)
         engine.run(
             model,
             images[chosen],
             labels[chosen],
             [names[i] for i in alive.tolist()],
-            plugin(card, stage),
+            stages,
             ball,
-            stage=stage.name,
             seed=seed,
             n_classes=clean.shape[1],
             rows=card.rows,

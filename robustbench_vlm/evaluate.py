@@ -1,18 +1,10 @@
-"""Attack models over datasets: verdicts per image, kept in ledgers, summed into one JSON and Parquet a cell.
-
-A cell is model x dataset x attack x eps x subset. What an attack found out about an image is a property of
-(model, image, threat, attack, seed) alone, so it is kept in a *ledger* that every cell shares: `autoattack`
-starts from what `aa2` found, n = 500 from n = 100, and a killed run from its last image.
-"""
+"""Attack models over datasets: verdicts per image in ledgers, summed into one JSON and Parquet a cell."""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,196 +13,23 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustbench_vlm import provenance, registry, store, verdicts
-from robustbench_vlm.attacks import engine, losses
+from robustbench_vlm import provenance, store, verdicts
+from robustbench_vlm.attacks import canonical, engine, losses, walks
 from robustbench_vlm.attacks.interface import Attack
-from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
+from robustbench_vlm.cells import Cell, Request, Subject, plugin
 from robustbench_vlm.data import miniature
-from robustbench_vlm.data.dataset import Split, majority
-from robustbench_vlm.data.loader import as_float
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
-from robustbench_vlm.models.zoo import Loaded
-from robustbench_vlm.threat import Norm, Threat, eps_text
+from robustbench_vlm.data.dataset import majority
+from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.threat import eps_text
 from robustbench_vlm.types import Finding
 
 SCHEMA = "vlmrob-cell/1"
-ENGINE = "native/1"  # to be raised whenever the engine may reach another verdict
 CONSTANT = 0.95  # share of one class among the clean predictions from which a model counts as constant
 ZERO_GRADIENT = 0.01  # share of attacked images with an exactly zero gradient from which CE is unreliable
 
 Line = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total) as images finish."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to evaluate, apart from the model and the data.
-
-    Attributes:
-        attacks: chains, each run on the images as they are.
-        norm: of the ball.
-        ladder: radii, ascending; an image broken at one counts as broken at the larger ones.
-        n: images a dataset, 0 for all.
-        seed: of subset and attacks.
-        results: folder of cells and ledgers.
-        device: where to attack.
-        live: rows in use, at most `rows` of the chain; changes speed and memory, never a verdict.
-        keep_images: store the adversarial images too.
-    """
-
-    attacks: tuple[AttackCard, ...]
-    norm: Norm
-    ladder: tuple[Fraction, ...]
-    n: int
-    seed: int
-    results: Path
-    device: torch.device
-    live: int | None = None
-    keep_images: bool = False
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model on one dataset, ready to be attacked.
-
-    Attributes:
-        images: (N, 3, H, W) float32 in [0, 1] on the canvas, on the CPU.
-        image_shas: SHA-256 of each image's file.
-        bank: (C, D) unit text rows.
-    """
-
-    loaded: Loaded
-    card: DatasetCard
-    split: Split
-    images: Tensor
-    image_shas: tuple[str, ...]
-    bank: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        """(N,) int64."""
-        return torch.from_numpy(self.split.labels)
-
-    @property
-    def identities(self) -> dict[str, tuple[str, int]]:
-        """SHA-256 of each image's file and its label, by key."""
-        facts = zip(self.image_shas, self.split.labels.tolist(), strict=True)
-        return dict(zip(self.split.keys, facts, strict=True))
-
-    @cached_property
-    def untrained(self) -> list[str]:
-        """Class names with a word that the text tower never met in training."""
-        sentences = {name: self.card.templates[0].replace("{c}", name) for name in self.card.names}
-        found = set(self.loaded.model.untrained_words(list(sentences.values())))
-        return [name for name, sentence in sentences.items() if sentence in found]
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the model computes on which canvas, apart from the attack: part of every fingerprint."""
-        return {
-            "model_sha256": self.loaded.card.sha256,
-            "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
-            "canvas": self.card.canvas,
-            "canvas_px": int(self.images.shape[-1]),
-            "precision": "fp32",
-            "engine": ENGINE,
-        }
-
-
-def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
-    """Decode the images of `split` and encode the sentences of `card` for one model."""
-    decoded = split.images(loaded.model.image_size)
-    bank = text_bank(loaded.model, render(card.names, card.templates))
-    return Subject(loaded, card, split, as_float(decoded.pixels), tuple(decoded.sha256), bank)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One result to be: a subject, a chain, and the radii up to its own."""
-
-    what: Subject
-    attack: AttackCard
-    request: Request
-    ladder: tuple[Fraction, ...]
-
-    @property
-    def threat(self) -> Threat:
-        """The ball of this cell: the last rung of its ladder."""
-        return Threat(self.request.norm, self.ladder[-1])
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """Everything that decides the outcome, as plain values; its hash names the cell."""
-        what, card = self.what, self.what.card
-        return {
-            **what.facts,
-            "model": what.loaded.card.name,
-            "dataset": card.name,
-            "dataset_version": card.version,
-            "split": what.split.split,
-            "n_requested": self.request.n,
-            "seed": self.request.seed,
-            "subset_sha256": what.split.sha256,
-            "images_sha256": store.fingerprint(list(what.image_shas)),
-            "names_sha256": store.fingerprint(list(card.names)),
-            "templates_sha256": store.fingerprint(list(card.templates)),
-            "norm": self.request.norm,
-            "eps": str(self.ladder[-1]),
-            "eps_ladder": [str(eps) for eps in self.ladder],
-            "attack": self.attack.name,
-            "attack_version": self.attack.version,
-            "attack_sha256": attack_sha256(self.attack),
-        }
-
-    @property
-    def path(self) -> Path:
-        """The cell's JSON file; Parquet and images stand beside it."""
-        card = self.what.loaded.card
-        folder = self.request.results / "cells" / f"{card.name}-{card.sha256[:8]}" / self.what.card.name
-        eps = self.threat.column
-        hashed = store.fingerprint(self.config)[:10]
-        return folder / f"{self.attack.name}-{self.request.norm}-{eps}-n{len(self.what.split)}-{hashed}.json"
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        suffixes = [".json", ".parquet", *([".safetensors"] if self.request.keep_images else [])]
-        return all(self.path.with_suffix(suffix).exists() for suffix in suffixes)
-
-    def ledger(self, number: int) -> Path:
-        """Where the findings of stage `number` are kept.
-
-        Named by all that decides them: the chain up to this stage, and not the subset.
-        """
-        config = {
-            **self.what.facts,
-            "norm": self.request.norm,
-            "ladder": [str(eps) for eps in self.ladder],
-            "seed": self.request.seed,
-            "rows": self.attack.rows,
-            "stop": self.attack.stop,
-            "stages": [stage.model_dump(mode="json") for stage in self.attack.stage[: number + 1]],
-        }
-        folder = self.request.results / "ledger" / self.what.card.name
-        return folder / f"{store.fingerprint(config)[:32]}.jsonl"
-
-
-def attack_sha256(card: AttackCard) -> str:
-    """Fingerprint of a chain: its stages with every number, the padded shape and the stopping rule."""
-    return store.fingerprint(card.model_dump(mode="json", include={"rows", "stop", "stage"}))
-
-
-def plugin(card: AttackCard, stage: Stage) -> Attack:
-    """The attack of one stage, with its fields.
-
-    Raises:
-        CardError: an unknown attack or field.
-    """
-    attack: Attack = registry.build(
-        "attacks", stage.attack, stage.fields, f"attack {card.name}, stage {stage.name}"
-    )
-    return attack
 
 
 def evaluate(what: Subject, request: Request, report: Report) -> Iterator[Path]:
@@ -238,7 +57,7 @@ def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
     what, request = cell.what, cell.request
     classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
     images = what.images.to(request.device)
-    clean = engine.logits(classify, images, cell.attack.rows)
+    clean = canonical.logits(classify, images, cell.attack.rows)
     margins = losses.judge(clean, what.labels.to(clean.device)).cpu().numpy()
     predictions = clean.argmax(1).cpu().numpy()
     lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
@@ -246,11 +65,15 @@ def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
     table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
     arena = _Arena(cell, classify, images, clean)
     eps = eps_text(request.norm, cell.threat.eps)
-    for number, stage in enumerate(cell.attack.stage):
+    stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
+    number = 0
+    for group in walks.tables(stages):
         alive = [int(i) for i in table.index[verdicts.standing(table)]]
-        lines = arena.attack(number, alive, report)
+        lines = arena.attack(number, group, alive, report)
         for i in alive:
-            verdicts.enter(table, i, lines[what.split.keys[i]], stage.name, eps)
+            for name, line in lines[what.split.keys[i]].items():
+                verdicts.enter(table, i, line, name, eps)
+        number += len(group)
     store.write(cell.path.with_suffix(".parquet"), table.to_parquet(index=False))
     if request.keep_images:
         kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
@@ -276,51 +99,88 @@ class _Arena:
     images: Tensor  # (N, 3, H, W)
     clean: Tensor  # (N, C) logits of the canonical clean pass
 
-    def attack(self, number: int, alive: Sequence[int], report: Report) -> dict[str, Line]:
-        """The findings of one stage on the images at `alive`, by key; only what the ledger lacks is run."""
-        cell, request = self.cell, self.cell.request
-        stage, ledger, keys = cell.attack.stage[number], cell.ledger(number), cell.what.split.keys
-        lines = self.known(ledger)
-        todo = [i for i in alive if keys[i] not in lines]
-        name = f"{cell.what.loaded.card.name} · {cell.what.card.name} · {stage.name} · {cell.threat}"
-        report(name, len(alive) - len(todo), len(alive))
-        if not todo:
+    def attack(
+        self, number: int, stages: Sequence[tuple[str, Attack]], alive: Sequence[int], report: Report
+    ) -> dict[str, dict[str, Line]]:
+        """The findings of stages that share rows on the images at `alive`: by key, then by stage.
+
+        Args:
+            number: position of the first of these stages in the chain.
+            stages: name and attack of each.
+            alive: positions of the images.
+            report: told as images finish.
+
+        Only what the ledgers lack is run.
+        """
+        cell, request, what = self.cell, self.cell.request, self.cell.what
+        names = [name for name, _ in stages]
+        ledgers = {name: cell.ledger(number + i) for i, name in enumerate(names)}
+        lines, begin = self.resumed(ledgers, alive)
+        name = f"{what.loaded.card.name} · {what.card.name} · {' + '.join(names)} · {cell.threat}"
+        done = len(alive) - len(begin)
+        report(name, done, len(alive))
+        if not begin:
             return lines
-        store.mend(ledger)
-        done = len(alive) - len(todo)
-        what, labels = cell.what, cell.what.labels
-        rows = {keys[i]: i for i in todo}
+        for ledger in ledgers.values():
+            store.mend(ledger)
+        rows = {what.split.keys[i]: i for i in begin}
 
         def take(finding: Finding) -> None:
             nonlocal done
             i = rows[finding.key]
-            line = verdicts.line(finding, what.images[i], what.image_shas[i], int(labels[i]), cell.threat)
+            line = verdicts.line(
+                finding, what.images[i], what.image_shas[i], int(what.labels[i]), cell.threat
+            )
+            ledger = ledgers[finding.stage]
             if request.keep_images:
                 store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
             store.append(ledger, line)
-            lines[finding.key] = line
-            done += 1
+            lines[finding.key][finding.stage] = line
+            done += _ended(line) or finding.stage == names[-1]
             report(name, done, len(alive))
 
-        index = torch.tensor(todo)
+        index = torch.tensor(list(begin))
         chosen = index.to(self.images.device)
         engine.run(
             self.classify,
             self.images[chosen],
-            labels[index].to(self.images.device),
-            [keys[i] for i in todo],
-            plugin(cell.attack, stage),
+            what.labels[index].to(self.images.device),
+            [what.split.keys[i] for i in begin],
+            stages,
             cell.threat,
-            stage=stage.name,
             seed=request.seed,
-            n_classes=cell.what.card.n_classes,
+            n_classes=what.card.n_classes,
             rows=cell.attack.rows,
             live=cell.attack.rows if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
             clean=self.clean[chosen],
+            begin=list(begin.values()),
             on_finding=take,
         )
         return lines
+
+    def resumed(
+        self, ledgers: Mapping[str, Path], alive: Sequence[int]
+    ) -> tuple[dict[str, dict[str, Line]], dict[int, int]]:
+        """What the ledgers say about the images at `alive`, and where each of the others begins.
+
+        Returns:
+            Lines by key and stage, and the stage in which each unfinished image goes on, by its position.
+        """
+        known = {name: self.known(ledger) for name, ledger in ledgers.items()}
+        lines: dict[str, dict[str, Line]] = {}
+        begin: dict[int, int] = {}
+        for i in alive:
+            key = self.cell.what.split.keys[i]
+            met = lines[key] = {}
+            for stage, (name, found) in enumerate(known.items()):
+                if key not in found:
+                    begin[i] = stage
+                    break
+                met[name] = found[key]
+                if _ended(found[key]):
+                    break
+        return lines, begin
 
     def known(self, ledger: Path) -> dict[str, Line]:
         """The lines of a ledger about this subset's own images: the same files, with the same labels."""
@@ -342,6 +202,11 @@ class _Arena:
             for key in own.key[own.broken_by == stage.name]:
                 found[key] = load_file(_image_path(ledger, lines[key]))["adv"]
         return found
+
+
+def _ended(line: Line) -> bool:
+    """Whether no later stage is given this image."""
+    return bool(line["broken"] or line["error"])
 
 
 def _image_path(ledger: Path, line: Line) -> Path:

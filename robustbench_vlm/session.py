@@ -13,8 +13,8 @@ from typing import cast, get_args
 import pandas as pd
 import torch
 
-from robustbench_vlm import cards, evaluate, leaderboard
-from robustbench_vlm.attacks import engine
+from robustbench_vlm import cards, cells, evaluate, leaderboard
+from robustbench_vlm.attacks import canonical
 from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
@@ -58,7 +58,7 @@ class Plan:
     suite: Suite
     datasets: tuple[DatasetCard, ...]
     models: tuple[zoo.Loaded, ...]
-    request: evaluate.Request
+    request: cells.Request
 
 
 def device(name: str) -> torch.device:
@@ -95,7 +95,7 @@ def plan(order: Order, device: torch.device) -> Plan:
         raise InputError(f"--norm {norm}", "not a norm", do=nearest(norm, get_args(Norm)))
     texts = order.eps.split(",") if order.eps else list(suite.eps)
     ladder = tuple(sorted({parse_eps(text, norm) for text in texts}))
-    request = evaluate.Request(
+    request = cells.Request(
         attacks=tuple(cards.read("attacks", name, AttackCard) for name in order.attacks),
         norm=cast("Norm", norm),
         ladder=ladder,
@@ -108,7 +108,7 @@ def plan(order: Order, device: torch.device) -> Plan:
     )
     for card in request.attacks:
         for stage in card.stage:
-            evaluate.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
+            cells.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
     models = tuple(zoo.load(name, device) for name in order.models)
     return Plan(order, suite, datasets, models, request)
@@ -190,7 +190,7 @@ def _size(plan: Plan, card: DatasetCard) -> int:
 
 def worst_case(card: AttackCard, n_classes: int) -> tuple[int, int]:
     """(forward passes, image gradients) of one image that survives every stage of a chain."""
-    costs = [evaluate.plugin(card, stage).cost(n_classes) for stage in card.stage]
+    costs = [cells.plugin(card, stage).cost(n_classes) for stage in card.stage]
     return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
 
@@ -223,7 +223,7 @@ def perform(
             remark(f"note: {split.card.name}: {note}")
     for loaded in plan.models:
         for card, split in zip(plan.datasets, splits, strict=True):
-            what = evaluate.subject(loaded, card, split)
+            what = cells.subject(loaded, card, split)
             if what.untrained:
                 words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
                 remark(f"note: {card.name}: {words}")
@@ -239,8 +239,8 @@ def _some(names: Sequence[str]) -> str:
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:
     """The leaderboard rows of these cells alone."""
     wanted = {path.resolve() for path in paths}
-    cells = [cell for cell in leaderboard.read(plan.request.results) if cell.path.resolve() in wanted]
-    return leaderboard.table(cells, plan.suite)
+    found = [cell for cell in leaderboard.read(plan.request.results) if cell.path.resolve() in wanted]
+    return leaderboard.table(found, plan.suite)
 
 
 def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> list[Path]:
@@ -276,7 +276,7 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
     """Member name -> predicted class of the `n` images that a miniature of `card` consists of."""
     with tempfile.TemporaryDirectory() as folder:
         miniature.make(card, Path(folder), n=n, split=split)
-        what = evaluate.subject(loaded, card, dataset.open_split(card, Path(folder), split))
-        logits = engine.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
+        what = cells.subject(loaded, card, dataset.open_split(card, Path(folder), split))
+        logits = canonical.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
         found = zip(what.split.keys, logits.argmax(1).tolist(), strict=True)
         return {key.rsplit("/", 1)[-1]: label for key, label in found}

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from robustbench_vlm.errors import InputError, nearest
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
 LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
@@ -46,7 +46,7 @@ class Threat:
 
 
 def eps_text(norm: str, eps: Fraction) -> str:
-    """`4/255` for Linf, a plain decimal for L2."""
+    """`4/255` for Linf, a plain decimal for L2 and L1."""
     if norm != "linf":
         return f"{float(eps):.6g}"
     scaled = eps * 255

@@ -22,6 +22,7 @@ from torch import Tensor
 from robustbench_vlm import cards, registry, rng, store
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.attacks.geometry import uniform_start
+from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.cards import DatasetCard, Optim, Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.data.dataset import Split, open_split
@@ -196,7 +197,7 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
         if recipe.inner is not None:
             threat = recipe.inner.threat
             names = [f"{recipe.seed}/train/{state.step}/{key}" for key in batch.keys]
-            start = uniform_start(batch.images, threat, names)
+            start = uniform_start(batch.images, threat, Keyed(tuple(names)))
             objective = defense.inner(setup.roles, batch, targets)
             step_size = float(recipe.inner.step)
             try:
@@ -244,7 +245,7 @@ def probe(setup: Setup) -> dict[str, float]:
         inner = setup.recipe.inner
         if inner is not None:
             names = [f"{setup.recipe.seed}/probe/{key}" for key in batch.keys]
-            start = uniform_start(adv, inner.threat, names)
+            start = uniform_start(adv, inner.threat, Keyed(tuple(names)))
             adv = ascend(
                 lambda images: ce(roles.logits("student", images), batch.labels),
                 batch.images,

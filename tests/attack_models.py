@@ -48,14 +48,15 @@ def findings(model, images, labels, attack, threat, *, order=None, keys=None, **
     order = range(len(images)) if order is None else order
     order = list(order)
     found: dict[str, Finding] = {}
-    more = {"stage": "s", "seed": 0, "rows": 16, **more}
+    more = {"seed": 0, "rows": 16, **more}
+    stages = [(more.pop("stage", "s"), attack)]
     more.setdefault("n_classes", int(model(images[:1]).shape[1]))
     engine.run(
         model,
         images[order],
         labels[order],
         [keys[i] for i in order],
-        attack,
+        stages,
         threat,
         on_finding=lambda finding: found.__setitem__(finding.key, finding),
         **more,

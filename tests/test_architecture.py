@@ -19,7 +19,7 @@ LAYERS = (
     {"store"},
     {"registry", "cards", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
-    {"provenance"},
+    {"provenance", "cells"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
     {"api", "compare"},
     {"session", "catalogue"},  # what a command needs from several halls

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from robustbench_vlm.attacks import apgd, fab, geometry, losses, pgd, square, windows
 from robustbench_vlm.attacks.interface import Oracle, Rows
+from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.threat import Threat
 
 LINF, L2 = Threat("linf", Fraction(8, 255)), Threat("l2", Fraction(1, 2))
@@ -44,7 +45,9 @@ def test_checkpoints_are_those_of_the_released_code():
 
 def _walk(values, steps):
     """APGD on one pixel row whose loss follows `values`; the step size after each iteration."""
-    rows = Rows(torch.full((1, 3, 2, 2), 0.5), torch.tensor([0]), torch.tensor([-1]), ("n",), (0,), "last")
+    rows = Rows(
+        torch.full((1, 3, 2, 2), 0.5), torch.tensor([0]), torch.tensor([-1]), Keyed(("n",)), (0,), "last"
+    )
     attack = apgd.Apgd("margin", steps, 0.75, 1, 0)
     state, sizes = attack.start(rows, LINF), []
     for value in values:
@@ -77,7 +80,7 @@ def test_restart_from_best_leaves_the_previous_iterate():
     state, _ = _walk([1, 2, 3, 2.5], 10)
     assert bool(state.pending)
     assert not torch.equal(state.best, state.x) or torch.equal(state.previous, state.x)
-    assert float(state.best_loss) == 3
+    assert float(state.best_value) == 3
 
 
 def test_square_windows_at_32_pixels():
@@ -101,8 +104,8 @@ def test_square_patterns_have_unit_length_and_opposite_halves():
 
 def test_square_changes_one_window_and_touches_the_radius():
     images = torch.full((3, 3, 16, 16), 0.5)
-    rows = Rows(images, torch.zeros(3, dtype=torch.int64), -torch.ones(3, dtype=torch.int64), ("a", "b", "c"),
-                (0, 0, 0))  # fmt: skip
+    labels, names = torch.zeros(3, dtype=torch.int64), Keyed(("a", "b", "c"))
+    rows = Rows(images, labels, labels - 1, names, (0, 0, 0))
     for threat in (LINF, L2):
         attack = square.Square(50, 0.8, 1)
         state = attack.start(rows, threat)
@@ -188,11 +191,11 @@ def test_starts_are_inside_and_named(seed, linf):
     threat = LINF if linf else L2
     images = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     for start in (geometry.uniform_start, geometry.surface_start):
-        whole = start(images, threat, ["a", "b", f"c{seed}"])
+        whole = start(images, threat, Keyed(("a", "b", f"c{seed}")))
         assert geometry.excess(whole, images, threat).max() <= geometry.slack(threat)
-        assert torch.equal(start(images[1:2], threat, ["b"])[0], whole[1])
+        assert torch.equal(start(images[1:2], threat, Keyed(("b",)))[0], whole[1])
     grey = torch.full((1, 3, 5, 5), 0.5)
-    surface = geometry.surface_start(grey, threat, [f"{seed}"])
+    surface = geometry.surface_start(grey, threat, Keyed((f"{seed}",)))
     assert abs(float(geometry.excess(surface, grey, threat))) < 1e-6
 
 

@@ -9,10 +9,11 @@ import torch
 from attack_models import blobs, classifier, findings
 
 from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import engine, external, geometry
+from robustbench_vlm.attacks import canonical, engine, external, geometry
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.errors import AttackError, InputError
@@ -63,7 +64,7 @@ def test_findings_do_not_depend_on_scheduling(name, threat):
 def test_findings_are_equal_for_1_7_and_64_live_rows_near_the_boundary():
     model, images, labels = _data(40)
     attack = Apgd("ce", 10, 0.75, 1, 0)
-    assert engine.position_dependence(model, images, 64) == 0
+    assert canonical.position_dependence(model, images, 64) == 0
     runs = [findings(model, images, labels, attack, LINF, rows=64, live=live) for live in (1, 7, 64)]
     assert 0.3 <= sum(f.broken for f in runs[0]) / 40 <= 0.7
     for others in runs[1:]:
@@ -81,7 +82,7 @@ def test_every_image_stays_in_ball_and_box_and_the_verdict_is_the_canonical_one(
     assert geometry.excess(adv, images, threat).max() <= geometry.slack(threat)
     assert adv.min() >= 0
     assert adv.max() <= 1
-    logits = engine.logits(model, adv, 16)
+    logits = canonical.logits(model, adv, 16)
     assert [f.prediction for f in found] == logits.argmax(1).tolist()
     assert [f.broken for f in found] == (logits.argmax(1) != labels).tolist()
     assert any(f.broken for f in found)
@@ -295,7 +296,7 @@ def test_ascent_stays_inside_raises_the_objective_and_is_the_attacks_kernel(thre
         return torch.nn.functional.cross_entropy(model(x), labels, reduction="none")
 
     names = [f"0/blobs/test/{i}/s/-1/0" for i in range(8)]
-    start = geometry.uniform_start(images, threat, names)
+    start = geometry.uniform_start(images, threat, Keyed(tuple(names)))
     size = float(threat.eps) / 4
     adv = ascend(objective, images, threat, steps=5, step_size=size, start=start)
     assert geometry.excess(adv, images, threat).max() <= geometry.slack(threat)

@@ -10,8 +10,8 @@ import torch
 import toys
 from safetensors.torch import load_file
 
-from robustbench_vlm import evaluate, store, verdicts
-from robustbench_vlm.attacks import engine
+from robustbench_vlm import cells, store, verdicts
+from robustbench_vlm.attacks import canonical
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.models.zeroshot import ZeroShot
 from robustbench_vlm.threat import Threat
@@ -99,7 +99,7 @@ def test_a_constant_predictor_is_flagged(card, tmp_path):
     what = toys.subject(card, toys.write(card, tmp_path, n=4))
     bank = what.bank.clone()
     bank[1:] = -bank[0]  # every other class is opposite to the first
-    flat = evaluate.Subject(what.loaded, card, what.split, what.images, what.image_shas, bank)
+    flat = cells.Subject(what.loaded, card, what.split, what.images, what.image_shas, bank)
     sign = torch.sign(ZeroShot(what.loaded.model, bank)(what.images)[:, 0])
     assert (sign == sign[0]).all()  # so one class is predicted for all of them
     ((_, content),) = toys.run(flat, toys.request(tmp_path, toys.pgd()))
@@ -134,7 +134,7 @@ def test_a_model_that_gives_nan_is_neither_robust_nor_broken(what, tmp_path):
     means = what.images.mean(dim=(1, 2, 3)).sort().values
     broken.limit = float(means[4:6].mean())  # five images of twelve, and what drifts there under attack
     holder = type(what.loaded)("nan", broken, what.loaded.card)
-    sick = evaluate.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
+    sick = cells.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
     sick.__dict__["untrained"] = []
     order = toys.request(tmp_path, toys.chain("aa", *FULL))
     ((path, content),) = toys.run(sick, order)
@@ -288,9 +288,9 @@ def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
 
 def test_logits_of_an_image_do_not_depend_on_its_company(what):
     classify = ZeroShot(what.loaded.model, what.bank)
-    together = engine.logits(classify, what.images, 64)
-    alone = torch.cat([engine.logits(classify, image[None], 64) for image in what.images])
-    turned = engine.logits(classify, what.images.flip(0), 64).flip(0)
+    together = canonical.logits(classify, what.images, 64)
+    alone = torch.cat([canonical.logits(classify, image[None], 64) for image in what.images])
+    turned = canonical.logits(classify, what.images.flip(0), 64).flip(0)
     assert torch.equal(together, alone)
     assert torch.equal(together, turned)
 
@@ -313,7 +313,7 @@ def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_pa
     place = {key: i for i, key in enumerate(what.split.keys)}
     keys = list(kept)
     adversarial = torch.stack([kept[key] for key in keys])
-    logits = engine.logits(ZeroShot(what.loaded.model, what.bank), adversarial, chain.rows)
+    logits = canonical.logits(ZeroShot(what.loaded.model, what.bank), adversarial, chain.rows)
     for key, image, row in zip(keys, adversarial, logits, strict=True):
         assert 0 <= float(image.min()) <= float(image.max()) <= 1
         delta = (image.double() - what.images[place[key]].double()).flatten()

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustbench_vlm import cards, evaluate
-from robustbench_vlm.attacks import engine
+from robustbench_vlm import cards, cells, evaluate
+from robustbench_vlm.attacks import canonical
 from robustbench_vlm.cards import AttackCard, DatasetCard
 from robustbench_vlm.data import layout, miniature
 from robustbench_vlm.data.dataset import open_split
@@ -102,7 +102,7 @@ def pictures(card, n):
 def predicted(card, images, seed=0):
     """The model's own classes of some pictures."""
     classify = ZeroShot(model(seed), text_bank(model(seed), render(card.names, card.templates)))
-    return engine.logits(classify, as_float(np.stack(images)), 16).argmax(1).tolist()
+    return canonical.logits(classify, as_float(np.stack(images)), 16).argmax(1).tolist()
 
 
 def write(card, root, n=12, seed=0, order=None, labels=None):
@@ -121,12 +121,12 @@ def write(card, root, n=12, seed=0, order=None, labels=None):
 def request(results, *attacks, eps=("4/255",), n=0, **more):
     ladder = tuple(Fraction(text) for text in eps)
     fields = {"norm": "linf", "seed": 0, "device": torch.device("cpu"), **more}
-    return evaluate.Request(attacks=attacks, ladder=ladder, n=n, results=Path(results), **fields)
+    return cells.Request(attacks=attacks, ladder=ladder, n=n, results=Path(results), **fields)
 
 
 def subject(card, root, n=0, seed=0, trained_on=("elsewhere",)):
     split = open_split(card, root, "test").subset(n, 0)
-    return evaluate.subject(loaded(seed, trained_on), card, split)
+    return cells.subject(loaded(seed, trained_on), card, split)
 
 
 def run(what, order, seen=None):

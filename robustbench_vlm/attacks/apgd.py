@@ -16,11 +16,23 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import Oracle, Rows, Seen, State, common, misclassified, pick, spread
+from robustbench_vlm.attacks.interface import (
+    Alone,
+    Attack,
+    Oracle,
+    Rows,
+    Seen,
+    State,
+    common,
+    misclassified,
+    pick,
+    spread,
+)
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
 MOMENTUM = 0.75  # weight of the projected step; the rest goes to the previous move
+NAMES = tuple(losses.LOSSES)
 FIRST, LEAST, SHRINK = 0.22, 0.06, 0.03  # window lengths as shares of the steps: first, shortest, decrement
 
 
@@ -32,7 +44,8 @@ class ApgdState(State):
         lower, upper: (S, 3, H, W) limits of each pixel.
         previous: the iterate before `x`.
         gradient: at `x`.
-        best, best_gradient, best_loss: the evaluation of largest loss.
+        loss: (S,) int64, index of each row's loss in `losses.LOSSES`.
+        best, best_gradient: the evaluation of largest loss, `best_value`.
         check_loss: (S,) best loss at the last checkpoint.
         last_loss: (S,) loss of the evaluation before, 0 before the first move.
         size: (S,) step length.
@@ -48,9 +61,9 @@ class ApgdState(State):
     upper: Tensor
     previous: Tensor
     gradient: Tensor
+    loss: Tensor
     best: Tensor
     best_gradient: Tensor
-    best_loss: Tensor
     check_loss: Tensor
     last_loss: Tensor
     size: Tensor
@@ -68,7 +81,7 @@ class ApgdState(State):
 
 
 @dataclass(frozen=True)
-class Apgd:
+class Apgd(Alone):
     """Auto-PGD, untargeted or over the most likely wrong classes.
 
     Attributes:
@@ -110,10 +123,39 @@ class Apgd:
         runs = max(1, self.ranks(n_classes)) * self.restarts * (self.steps + 1)
         return runs, runs
 
+    @property
+    def beside(self) -> tuple[losses.Name, ...]:
+        """Losses of other stages whose rows stand in the same table."""
+        return ()
+
+    def join(self, other: Attack) -> Attack | None:
+        """With another loss of equal budget: each row keeps its own loss, and one gradient serves all."""
+        if not isinstance(other, Apgd) or self._budget != other._budget:
+            return None
+        names = {*self.beside, *other.beside, other.loss} - {self.loss}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Apgd)}
+        return _Joint(**own, others=tuple(sorted(names)))
+
+    @property
+    def _budget(self) -> tuple[object, ...]:
+        return self.steps, self.rho
+
+    def _objective(self, state: ApgdState, logits: Tensor) -> Tensor:
+        """(S,) each row's own loss."""
+
+        def value(name: losses.Name) -> Tensor:
+            stands_in = losses.effective(name, logits.shape[1])
+            return losses.LOSSES[stands_in](logits, state.labels, state.targets.clamp(min=0))
+
+        values = value(self.loss)
+        for name in self.beside:
+            values = torch.where(state.loss == NAMES.index(name), value(name), values)
+        return values
+
     def start(self, rows: Rows, threat: Threat) -> ApgdState:
         """A random point that touches the ball's surface."""
         images = rows.images
-        x = geometry.surface_start(images, threat, rows.names)
+        x = geometry.surface_start(images, threat, rows.noise)
         lower, upper = geometry.bounds(images, threat)
         zero = torch.zeros_like(rows.labels)
         number = torch.zeros(len(rows.labels), dtype=images.dtype, device=images.device)
@@ -124,9 +166,9 @@ class Apgd:
             upper=upper,
             previous=x,
             gradient=torch.zeros_like(x),
+            loss=zero + NAMES.index(self.loss),
             best=x,
             best_gradient=torch.zeros_like(x),
-            best_loss=number - torch.inf,
             check_loss=number,
             last_loss=number,
             size=number + 2 * geometry.radius(threat),
@@ -144,12 +186,7 @@ class Apgd:
         gradient = pick(state.pending, state.best_gradient, state.gradient)
         size = torch.where(state.pending, state.size / 2, state.size)
         x = _move(state, at, gradient, size)
-
-        def objective(logits: Tensor) -> Tensor:
-            name = losses.effective(self.loss, logits.shape[1])
-            return losses.LOSSES[name](logits, state.labels, state.targets)
-
-        seen = oracle.gradient(x, objective)
+        seen = oracle.gradient(x, lambda logits: self._objective(state, logits))
         wrong = misclassified(seen.logits, state.labels)
         broken, last = wrong, state.last
         if state.stop == "last":
@@ -168,29 +205,30 @@ class Apgd:
             done=state.iteration >= self.steps,
             nonfinite=~seen.finite,
             zero_gradients=state.zero_gradients + seen.zero,
+            start_value=torch.where(state.iteration == 0, seen.values, state.start_value),
         )
         return self._books(moved, seen)
 
     def _books(self, state: ApgdState, seen: Seen) -> ApgdState:
         """Best point, windows and checkpoints after an evaluation."""
         begun = state.iteration > 1  # the evaluation of x_0 is no move: it opens the first window
-        better = seen.values > state.best_loss
-        best_loss = torch.where(better, seen.values, state.best_loss)
-        check_loss = torch.where(begun, state.check_loss, best_loss)
+        better = seen.values > state.best_value
+        best_value = torch.where(better, seen.values, state.best_value)
+        check_loss = torch.where(begun, state.check_loss, best_value)
         count = state.count + begun
         rises = state.rises + (begun & (seen.values > state.last_loss))
 
         ends = begun & (count == state.window)
         oscillates = rises <= self.rho * state.window
-        stale = ~state.reduced & (check_loss >= best_loss)
+        stale = ~state.reduced & (check_loss >= best_value)
         reduce = ends & (oscillates | stale)
         _, least, shrink = windows(self.steps)
         return dataclasses.replace(
             state,
             best=pick(better, state.x, state.best),
             best_gradient=pick(better, seen.gradient, state.best_gradient),
-            best_loss=best_loss,
-            check_loss=torch.where(ends, best_loss, check_loss),
+            best_value=best_value,
+            check_loss=torch.where(ends, best_value, check_loss),
             last_loss=torch.where(begun, seen.values, state.last_loss),
             window=torch.where(ends, (state.window - shrink).clamp(min=least), state.window),
             count=torch.where(ends, 0, count),
@@ -198,6 +236,18 @@ class Apgd:
             reduced=torch.where(ends, reduce, state.reduced),
             pending=reduce,
         )
+
+
+@dataclass(frozen=True)
+class _Joint(Apgd):
+    """Several stages in one table."""
+
+    others: tuple[losses.Name, ...]
+
+    @property
+    def beside(self) -> tuple[losses.Name, ...]:
+        """Losses of other stages whose rows stand in the same table."""
+        return self.others
 
 
 def windows(steps: int) -> tuple[int, int, int]:

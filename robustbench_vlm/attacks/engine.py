@@ -2,10 +2,9 @@
 
 Every model call has exactly `rows` rows; rows without work hold copies. So a row's numbers do not depend on
 how many rows are alive, and neither do verdicts, adversarial images or margins. An image walks its
-trajectories (target, restart) one after another in one row; when it is broken or done, the next image takes
-the row, and when no image is left, later trajectories of images still walking do. What ends a row is judged
-in the canonical pass: without gradient, in the same fixed shape. The finding is that of the first success in
-the order of trajectories, and counts what a walk up to there spends, so it does not show what ran beside.
+trajectories (stage, target, restart) one after another in one row; when it is broken or done, the next image
+takes the row, and when no image is left, later trajectories of images still walking do, or the rows of a crew
+help one. What ends a row is judged in the canonical pass: fp32, without gradient, in the same fixed shape.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import geometry, losses
+from robustbench_vlm.attacks import canonical, geometry, losses, walks
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, take
+from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.attacks.walks import Leg, Spent, Walk
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
@@ -27,85 +28,21 @@ from robustbench_vlm.types import Classify, Finding
 POLL = {"cpu": 1, "cuda": 8}  # iterations between two looks at the flags: a look waits for the device
 
 
-def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
-    """The canonical clean pass: (N, 3, H, W) -> (N, C) float32, every call padded to `rows` rows."""
-    found = []
-    with torch.no_grad():
-        for chunk in torch.split(images, rows):
-            found.append(classify(padded(chunk, rows))[: len(chunk)].float())
-    return torch.cat(found)
-
-
-def position_dependence(classify: Classify, images: Tensor, rows: int) -> float:
-    """Largest change of a logit when the same images stand in other rows of the same shape.
-
-    Anything but 0 means that the numbers of a row depend on which row it is, and then findings may differ in
-    their last bits with scheduling. For integrity checks and self-tests.
-    """
-    batch = padded(images[:rows], rows)
-    straight = logits(classify, batch, rows)
-    turned = logits(classify, batch.roll(rows // 2 + 1, 0), rows).roll(-(rows // 2 + 1), 0)
-    return float((straight - turned).abs().max())
-
-
-def padded(images: Tensor, rows: int) -> Tensor:
-    """(n, 3, H, W), n <= rows -> (rows, 3, H, W), filled with copies of the first row."""
-    missing = rows - len(images)
-    return images if missing == 0 else torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
-
-
-@dataclass(eq=False)
-class _Walk:
-    """One image and its trajectories.
+@dataclass(frozen=True)
+class Cost:
+    """What a run really took; unlike findings it depends on scheduling.
 
     Attributes:
-        index: position of the image.
-        path: (target class, restart) of each trajectory, in order.
-        given: trajectories handed out so far.
-        spent: (forwards, backwards, zero gradients) of each trajectory that ended.
-        verdicts: what the canonical pass said where a trajectory was decisive: a success, an error, the end.
+        forwards: model calls without gradient, each of the fixed shape.
+        gradients: model calls with an image gradient, likewise.
+        canonical: calls of the canonical pass, the clean pass included.
+        unconfirmed: successes that the canonical pass did not confirm; their rows went on.
     """
 
-    index: int
-    path: list[tuple[int, int]]
-    given: int = 0
-    spent: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    verdicts: dict[int, Finding] = field(default_factory=dict)
-
-    @property
-    def cut(self) -> int:
-        """The first decisive trajectory known; later ones no longer matter."""
-        return min(self.verdicts, default=len(self.path))
-
-    @property
-    def finding(self) -> Finding | None:
-        """The finding, once nothing that still runs can come before it."""
-        cut = self.cut
-        if cut == len(self.path) or any(number not in self.spent for number in range(cut + 1)):
-            return None
-        columns = zip(*(self.spent[number] for number in range(cut + 1)), strict=True)
-        forwards, backwards, zero_gradients = (sum(column) for column in columns)
-        return dataclasses.replace(
-            self.verdicts[cut], forwards=forwards, backwards=backwards, zero_gradients=zero_gradients
-        )
-
-
-@dataclass
-class _Leg:
-    """One trajectory of one image, in a row or about to be."""
-
-    walk: _Walk
-    number: int
-    held: State | None = None  # one row, to go on after a success that the canonical pass did not confirm
-
-    @property
-    def final(self) -> bool:
-        return self.number == len(self.walk.path) - 1
-
-    @property
-    def void(self) -> bool:
-        """An earlier trajectory of the same image has decided."""
-        return self.number > self.walk.cut
+    forwards: int
+    gradients: int
+    canonical: int
+    unconfirmed: int
 
 
 @dataclass
@@ -113,38 +50,51 @@ class _Run:
     """The arguments of `run`, and what is under way."""
 
     oracle: Oracle
+    classify: Classify
     images: Tensor
     labels: Tensor
     keys: Sequence[str]
-    attack: Attack
+    stages: Sequence[tuple[str, Attack]]
+    attack: Attack  # steps the rows of all stages
     threat: Threat
-    stage: str
     seed: int
     rows: int
     live: int
     stop: Stop
     on_finding: Callable[[Finding], None]
-    waiting: deque[_Walk] = field(default_factory=deque)
-    walking: list[_Walk] = field(default_factory=list)
-    held: deque[_Leg] = field(default_factory=deque)
-    jury: list[tuple[_Leg, State]] = field(default_factory=list)
+    wrong: list[list[int]] = field(default_factory=list)  # other classes of each image, most likely first
+    waiting: deque[Walk] = field(default_factory=deque)
+    walking: list[Walk] = field(default_factory=list)
+    held: deque[Leg] = field(default_factory=deque)
+    jury: list[tuple[Leg, State]] = field(default_factory=list)
+    crews: list[int] = field(default_factory=list)  # the lead of each row
+    judged: int = 0
+    unconfirmed: int = 0
 
-    def begin(self, legs: list[_Leg]) -> State:
-        """Fresh rows for trajectories."""
+    def walk(self, index: int, stage: int) -> Walk:
+        """The trajectories of an image in a stage."""
+        _, attack = self.stages[stage]
+        wrong = self.wrong[index]
+        targets = wrong[: attack.ranks(len(wrong) + 1)] or [-1]
+        return Walk(index, stage, [(t, restart) for t in targets for restart in range(attack.restarts)])
+
+    def begin(self, legs: list[Leg]) -> State:
+        """Fresh rows for trajectories of one stage."""
         index = torch.tensor([leg.walk.index for leg in legs], device=self.images.device)
         paths = [leg.walk.path[leg.number] for leg in legs]
-        names = [f"{self.seed}/{self.keys[leg.walk.index]}/{self.stage}" for leg in legs]
+        stage, attack = self.stages[legs[0].walk.stage]
+        names = [f"{self.seed}/{self.keys[leg.walk.index]}/{stage}" for leg in legs]
         rows = Rows(
             images=self.images.index_select(0, index),
             labels=self.labels.index_select(0, index),
             targets=torch.tensor([target for target, _ in paths], device=self.images.device),
-            names=tuple(f"{name}/{t}/{r}" for name, (t, r) in zip(names, paths, strict=True)),
+            noise=Keyed(tuple(f"{name}/{t}/{r}" for name, (t, r) in zip(names, paths, strict=True))),
             restarts=tuple(restart for _, restart in paths),
             stop=self.stop,
         )
-        return self.attack.start(rows, self.threat)
+        return attack.start(rows, self.threat)
 
-    def next_leg(self) -> _Leg | None:
+    def next_leg(self) -> Leg | None:
         """What a free row does next: go on, begin an image, or run ahead on one that is still walking."""
         while self.held:
             leg = self.held.popleft()
@@ -153,25 +103,19 @@ class _Run:
         if self.waiting:
             walk = self.waiting.popleft()
             self.walking.append(walk)
-            return self.lead(walk)
+            return walk.lead()
         ahead = [walk for walk in self.walking if walk.given < walk.cut and self.stop == "first"]
-        return self.lead(min(ahead, key=lambda walk: walk.given)) if ahead else None
+        return min(ahead, key=lambda walk: walk.given).lead() if ahead else None
 
-    @staticmethod
-    def lead(walk: _Walk) -> _Leg:
-        """The next trajectory of an image."""
-        walk.given += 1
-        return _Leg(walk, walk.given - 1)
-
-    def fill(self, state: State | None, slots: dict[int, _Leg]) -> State | None:
+    def fill(self, state: State | None, slots: dict[int, Leg]) -> State | None:
         """Give rows without a trajectory to the next one; `slots` is changed."""
-        given: list[tuple[int, _Leg]] = []
+        given: list[tuple[int, Leg]] = []
         for slot in range(self.live):
             leg = self.next_leg() if slot not in slots else None
             if leg is not None:
                 given.append((slot, leg))
-        fresh = [(slot, leg) for slot, leg in given if leg.held is None]
-        if fresh:
+        for stage in sorted({leg.walk.stage for _, leg in given if leg.held is None}):
+            fresh = [(slot, leg) for slot, leg in given if leg.held is None and leg.walk.stage == stage]
             begun = self.begin([leg for _, leg in fresh])
             if state is None:
                 state = take(begun, [min(row, len(fresh) - 1) for row in range(self.rows)])
@@ -182,19 +126,38 @@ class _Run:
                 state, leg.held = scatter(state, [slot], leg.held), None
         return state
 
-    def collect(self, state: State, slots: dict[int, _Leg]) -> None:
+    def muster(self, state: State, slots: dict[int, Leg]) -> State:
+        """Rows that nobody needs, to the help of those that walk, as evenly as it goes."""
+        alone = list(range(self.rows))
+        leads = list(alone)
+        if not self.waiting and not self.held and slots:
+            busy, idle = sorted(slots), [slot for slot in range(self.live) if slot not in slots]
+            for i, slot in enumerate(idle):
+                leads[slot] = busy[i % len(busy)]
+        if leads == alone == (self.crews or alone):
+            return state
+        self.crews = leads
+        met: dict[int, int] = {}
+        place = [0] * self.rows
+        for slot in sorted(alone, key=lambda slot: (leads[slot] != slot, slot)):
+            place[slot] = met.get(leads[slot], 0)
+            met[leads[slot]] = place[slot] + 1
+        device = state.labels.device
+        return self.attack.muster(
+            state, torch.tensor(leads, device=device), torch.tensor(place, device=device)
+        )
+
+    def collect(self, state: State, slots: dict[int, Leg]) -> bool:
         """Take rows that have ended out of `slots`: to the jury if they may decide, else they are lost."""
         flags = torch.stack([state.broken, state.done, state.nonfinite]).tolist()
-        ended: list[int] = []
+        ended, before = [], len(slots)
         for slot in sorted(slots):
             broken, done, nonfinite = (column[slot] for column in flags)
             if slots[slot].void:
                 del slots[slot]
             elif done or nonfinite or (broken and self.stop == "first"):
                 ended.append(slot)
-        if not ended:
-            return
-        rows = take(state, ended)
+        rows = take(state, ended) if ended else state
         for i, slot in enumerate(ended):
             leg, row = slots.pop(slot), take(rows, [i])
             lost = self.stop == "first" and not flags[0][slot] and not flags[2][slot]
@@ -202,13 +165,14 @@ class _Run:
                 self.lose(leg, row)
             else:
                 self.jury.append((leg, row))
+        return len(slots) < before
 
-    def lose(self, leg: _Leg, row: State) -> None:
+    def lose(self, leg: Leg, row: State) -> None:
         """A trajectory that ended without success: the image walks on at once, if nobody ran ahead of it."""
-        leg.walk.spent[leg.number] = _spent(row)
+        leg.walk.spent[leg.number] = Spent.of(row)
         self.report(leg.walk)
         if leg.number + 1 == leg.walk.given < leg.walk.cut:
-            self.held.append(self.lead(leg.walk))
+            self.held.append(leg.walk.lead())
 
     def judge(self) -> None:
         """The canonical pass over rows that may be decisive: verdicts, or back to the rows."""
@@ -216,25 +180,28 @@ class _Run:
         adv = torch.cat([row.adv for _, row in called])
         labels = torch.cat([row.labels for _, row in called])
         clean = torch.cat([row.images for _, row in called])
-        found = logits(self.oracle.classify, adv, self.rows)
+        found = canonical.logits(self.classify, adv, self.rows)
+        self.judged += 1
         outside = geometry.excess(adv, clean, self.threat).tolist()
         margins, predictions = losses.judge(found, labels).tolist(), found.argmax(1).tolist()
         finite, copies = found.isfinite().all(1).tolist(), adv.cpu()
         for i, (leg, row) in enumerate(called):
             if leg.void:
                 continue  # an earlier trajectory of the image was judged a moment ago
-            key = self.keys[leg.walk.index]
+            key, stage = self.keys[leg.walk.index], self.stages[leg.walk.stage][0]
             error = "" if finite[i] and not bool(row.nonfinite) else self.trouble(leg, row)
             if not error and outside[i] > geometry.slack(self.threat):
-                raise AttackError(f"{self.stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
+                raise AttackError(f"{stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
             wrong = not error and predictions[i] != int(row.labels)
-            unconfirmed = bool(row.broken) and self.stop == "first"
-            if not error and not wrong and (unconfirmed or not row.done or not leg.final):
+            unconfirmed = bool(row.broken) and not error and not wrong
+            self.unconfirmed += unconfirmed
+            again = unconfirmed and self.stop == "first"
+            if not error and not wrong and (again or not row.done or not leg.final):
                 self.go_on(leg, dataclasses.replace(row, broken=torch.zeros_like(row.broken)))
                 continue
             target, restart = leg.walk.path[leg.number]
             first = int(row.first) if int(row.first) >= 0 else int(row.iteration)
-            leg.walk.spent[leg.number] = _spent(row)
+            leg.walk.spent[leg.number] = Spent.of(row)
             leg.walk.verdicts[leg.number] = Finding(
                 key=key,
                 broken=wrong,
@@ -247,10 +214,11 @@ class _Run:
                 prediction=predictions[i],
                 margin=margins[i],
                 error=error,
+                stage=stage,
             )
             self.report(leg.walk)
 
-    def go_on(self, leg: _Leg, row: State) -> None:
+    def go_on(self, leg: Leg, row: State) -> None:
         """A row whose success was not confirmed, or whose trajectory ended without one."""
         if bool(row.done) and leg.final:
             self.jury.append((leg, row))  # judged once more, by the image it ends with
@@ -260,22 +228,20 @@ class _Run:
             leg.held = row
             self.held.append(leg)
 
-    def report(self, walk: _Walk) -> None:
-        """Hand out the finding of an image as soon as there is one."""
+    def report(self, walk: Walk) -> None:
+        """Hand out the finding of a walk as soon as there is one; a survivor enters the next stage."""
         finding = walk.finding
-        if finding is not None:
-            self.walking.remove(walk)
-            self.on_finding(finding)
+        if finding is None:
+            return
+        self.walking.remove(walk)
+        if not finding.broken and not finding.error and walk.stage + 1 < len(self.stages):
+            self.waiting.append(self.walk(walk.index, walk.stage + 1))
+        self.on_finding(finding)
 
-    def trouble(self, leg: _Leg, row: State) -> str:
+    def trouble(self, leg: Leg, row: State) -> str:
         target, restart = leg.walk.path[leg.number]
         where = f"iteration {int(row.iteration) - 1}, target {target}, restart {restart}"
-        return f"{self.stage}: a logit or gradient is not finite ({where})"
-
-
-def _spent(row: State) -> tuple[int, int, int]:
-    """What a trajectory has spent: forwards, backwards, zero gradients."""
-    return int(row.forwards), int(row.backwards), int(row.zero_gradients)
+        return f"{self.stages[leg.walk.stage][0]}: a logit or gradient is not finite ({where})"
 
 
 def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
@@ -283,70 +249,82 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
     images: Tensor,
     labels: Tensor,
     keys: Sequence[str],
-    attack: Attack,
+    stages: Sequence[tuple[str, Attack]],
     threat: Threat,
     *,
-    stage: str,
     seed: int,
     n_classes: int,
     rows: int,
     live: int | None = None,
     stop: Stop = "first",
     clean: Tensor | None = None,
+    begin: Sequence[int] | None = None,
+    find: Classify | None = None,
     on_finding: Callable[[Finding], None],
-) -> None:
-    """Attack every image and report one finding each, in whatever order they end.
+) -> Cost:
+    """Attack every image and report one finding for each stage that it enters, in whatever order they end.
 
     A finding depends on the model, the image, its label and key, the attack, threat, stage name, seed and
-    `rows`; not on the other images, their order, or `live`. So a run is resumed by leaving out the keys
-    that are found.
+    `rows`; not on the other images, their order, or `live`. So a run is resumed by leaving out what is found.
 
     Args:
         classify: (B, 3, H, W) in [0, 1] -> logits (B, n_classes); in eval mode, parameters best frozen.
         images: (N, 3, H, W) float32 in [0, 1], on the model's device.
         labels: (N,) int64.
         keys: N distinct names.
-        attack: the plug-in.
+        stages: (name, attack) in order, attacks that `join`; each is given the survivors of the one before.
+            The name is part of the noise's name.
         threat: ball and radius.
-        stage: name of the attack in its chain; part of the noise's name.
         seed: part of the noise's name.
         n_classes: classes that `classify` tells apart.
         rows: fixed shape of every model call.
         live: rows in use, at most `rows` (and that by default).
-        stop: `first`, an image ends at its first confirmed success; `last`, trajectories are walked to
-            their end and judged there.
-        clean: (N, n_classes) logits of `logits(classify, images, rows)`, when already known.
-        on_finding: called once per image. A misclassified clean image is reported as broken without attack.
+        stop: see `interface.Rows`.
+        clean: (N, n_classes) logits of `canonical.logits(classify, images, rows)`, when already known.
+        begin: the stage in which each image begins; the first by default.
+        find: the model as attacks see it, when that is not `classify`: in lower precision, compiled. Verdicts
+            are `classify`'s in any case.
+        on_finding: called once per image and stage. A misclassified clean image is reported as broken without
+            attack.
 
     Raises:
-        InputError: a norm that the attack does not know, pixels outside [0, 1], or arguments that disagree.
+        InputError: a norm that an attack does not know, pixels outside [0, 1], or arguments that disagree.
         AttackError: the attack left the ball or the box, or the model gives no gradient.
     """
     live = rows if live is None else live
-    _check(images, labels, keys, attack, threat, rows, live)
+    _check(images, labels, keys, stages, threat, rows, live, n_classes)
     if not len(images):
-        return
-    clean = logits(classify, images, rows) if clean is None else clean
+        return Cost(0, 0, 0, 0)
+    judged = 0
+    if clean is None:
+        clean, judged = canonical.logits(classify, images, rows), -(-len(images) // rows)
     if tuple(clean.shape) != (len(images), n_classes):
         raise InputError("clean logits", str(tuple(clean.shape)), str((len(images), n_classes)))
-    state_of = _Run(
-        Oracle(classify), images, labels, keys, attack, threat, stage, seed, rows, live, stop, on_finding
+    oracle, attack = Oracle(find or classify), walks.joined(stages)
+    what = _Run(
+        oracle, classify, images, labels, keys, stages, attack, threat, seed, rows, live, stop, on_finding
     )
-    state_of.waiting.extend(_plan(state_of, clean))
+    what.judged = judged
+    _plan(what, clean, begin or [0] * len(images))
     poll = POLL.get(images.device.type, 1)
-    slots: dict[int, _Leg] = {}
+    slots: dict[int, Leg] = {}
     state: State | None = None
-    while state_of.waiting or state_of.walking:
-        state = state_of.fill(state, slots)
+    changed = True
+    while what.waiting or what.walking:
+        if changed:
+            state = what.fill(state, slots)
+            state = what.muster(state, slots) if attack.crews and state is not None else state
         if slots and state is not None:
             for _ in range(poll):
-                stepped = attack.step(state, state_of.oracle)
+                stepped = attack.step(state, oracle)
                 state = stepped if poll == 1 else hold(_active(state), state, stepped)
-            state_of.collect(state, slots)
-        state_of.jury = [(leg, row) for leg, row in state_of.jury if not leg.void]
+            changed = what.collect(state, slots)
+        what.jury = [(leg, row) for leg, row in what.jury if not leg.void]
         # while images wait, full juries are cheapest; afterwards a verdict at once frees rows that run ahead
-        while state_of.jury and (len(state_of.jury) >= rows or not state_of.waiting):
-            state_of.judge()
+        while what.jury and (len(what.jury) >= rows or not what.waiting):
+            what.judge()
+            changed = True
+    return Cost(oracle.calls.forwards, oracle.calls.gradients, what.judged, what.unconfirmed)
 
 
 def _active(state: State) -> Tensor:
@@ -355,35 +333,50 @@ def _active(state: State) -> Tensor:
     return ~(ended | state.broken) if state.stop == "first" else ~ended
 
 
-def _plan(what: _Run, clean: Tensor) -> list[_Walk]:
+def _plan(what: _Run, clean: Tensor, begin: Sequence[int]) -> None:
     """A walk for every image that is attackable; the others are reported at once."""
     ranking = clean.argsort(dim=1, descending=True, stable=True).tolist()
     margins, finite = losses.judge(clean, what.labels).tolist(), clean.isfinite().all(1).tolist()
     predictions, labels = clean.argmax(1).tolist(), what.labels.tolist()
-    walks = []
+    what.wrong = [[k for k in ranked if k != label] for ranked, label in zip(ranking, labels, strict=True)]
     for index, label in enumerate(labels):
         if finite[index] and predictions[index] == label:
-            wrong = [k for k in ranking[index] if k != label][: what.attack.ranks(clean.shape[1])]
-            path = [(target, restart) for target in wrong or [-1] for restart in range(what.attack.restarts)]
-            walks.append(_Walk(index, path))
+            what.waiting.append(what.walk(index, begin[index]))
             continue
-        error = "" if finite[index] else f"{what.stage}: a logit of the clean image is not finite"
+        stage = what.stages[begin[index]][0]
+        error = "" if finite[index] else f"{stage}: a logit of the clean image is not finite"
         adv, key, said = what.images[index].detach().cpu().clone(), what.keys[index], predictions[index]
-        what.on_finding(Finding(key, not error, adv, -1, 0, -1, 0, 0, said, margins[index], 0, error))
-    return walks
+        what.on_finding(
+            Finding(key, not error, adv, -1, 0, -1, 0, 0, said, margins[index], error=error, stage=stage)
+        )
 
 
 def _check(
-    images: Tensor, labels: Tensor, keys: Sequence[str], attack: Attack, threat: Threat, rows: int, live: int
+    images: Tensor,
+    labels: Tensor,
+    keys: Sequence[str],
+    stages: Sequence[tuple[str, Attack]],
+    threat: Threat,
+    rows: int,
+    live: int,
+    n_classes: int,
 ) -> None:
-    name = type(attack).__name__.lower()
-    if threat.norm not in attack.norms:
-        raise InputError(f"attack {name}", f"norm {threat.norm!r}", " or ".join(attack.norms))
+    for name, attack in stages:
+        if threat.norm not in attack.norms:
+            kind = type(attack).__name__.lower()
+            raise InputError(
+                f"stage {name}, attack {kind}", f"norm {threat.norm!r}", " or ".join(attack.norms)
+            )
     if not 1 <= live <= rows:
         raise InputError("live rows", str(live), f"1 to {rows}, the rows of every model call")
     if not len(images) == len(labels) == len(keys) or len(set(keys)) != len(keys):
         found = f"{len(images)} images, {len(labels)} labels, {len(set(keys))} distinct of {len(keys)} keys"
         raise InputError("attack", found, "as many labels and distinct keys as images")
-    if len(images) and (images.dtype != torch.float32 or images.min() < 0 or images.max() > 1):
+    if not len(images):
+        return
+    if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
         low, high = float(images.min()), float(images.max())
         raise InputError("images", f"{images.dtype} in [{low:.4g}, {high:.4g}]", "float32 pixels in [0, 1]")
+    if int(labels.min()) < 0 or int(labels.max()) >= n_classes:
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise InputError("labels", found, f"0 to {n_classes - 1}, the classes of the model")

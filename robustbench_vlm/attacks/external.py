@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm.attacks import engine, geometry, losses
+from robustbench_vlm.attacks import canonical, geometry, losses
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
@@ -48,7 +48,7 @@ class _Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         chunks = torch.split(images, self.rows)
-        return torch.cat([self.classify(engine.padded(c, self.rows))[: len(c)] for c in chunks])
+        return torch.cat([self.classify(canonical.padded(c, self.rows))[: len(c)] for c in chunks])
 
 
 def run(  # noqa: PLR0913 - as `engine.run`
@@ -75,7 +75,7 @@ def run(  # noqa: PLR0913 - as `engine.run`
     chain = _chain(package(), _Model(classify, rows), threat, version, seed, str(images.device))
     returned = chain.run_standard_evaluation(images.clone(), labels)
     adv = returned[0] if isinstance(returned, tuple) else returned  # the fork returns more than the images
-    found = engine.logits(classify, adv, rows)
+    found = canonical.logits(classify, adv, rows)
     outside = geometry.excess(adv, images, threat).tolist()
     predictions, margins = found.argmax(1).tolist(), losses.judge(found, labels).tolist()
     for i, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import Oracle, Rows, State, common, misclassified, pick
+from robustbench_vlm.attacks.interface import (
+    Alone,
+    Oracle,
+    Rows,
+    State,
+    common,
+    misclassified,
+    pick,
+    progress,
+)
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -48,7 +57,7 @@ class FabState(State):
 
 
 @dataclass(frozen=True)
-class Fab:
+class Fab(Alone):
     """Targeted FAB.
 
     Attributes:
@@ -91,7 +100,7 @@ class Fab:
         """The image; for a later restart a point half a radius away in a random direction."""
         images = rows.images
         # a row that is still open has stored nothing within eps, so min(nearest, eps) / 2 is eps / 2
-        away = images + (geometry.surface_start(images, threat, rows.names) - images) / 2
+        away = images + (geometry.surface_start(images, threat, rows.noise) - images) / 2
         again = torch.tensor([restart > 0 for restart in rows.restarts], device=images.device)
         at = pick(again, away.clamp_(0, 1), images.clone())
         nearest = torch.full((len(images),), 1e10, dtype=images.dtype, device=images.device)
@@ -122,6 +131,7 @@ class Fab:
             first=torch.where(success & ((state.first < 0) | ~state.broken), state.iteration, state.first),
             iteration=state.iteration + 1,
             done=state.iteration + 1 >= self.steps,
+            **progress(state, seen.values),
             nonfinite=~(seen.finite & torch.isfinite(logits.sum(1))),
             zero_gradients=state.zero_gradients + seen.zero,
         )

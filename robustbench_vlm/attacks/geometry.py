@@ -6,14 +6,11 @@ box moves an image towards every point of the box, so it cannot leave the ball a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm import rng
 from robustbench_vlm.attacks.interface import spread
+from robustbench_vlm.attacks.noise import Noise
 from robustbench_vlm.threat import Threat
 
 TINY = 1e-12
@@ -74,44 +71,38 @@ def excess(x: Tensor, images: Tensor, threat: Threat) -> Tensor:
     return torch.maximum(size - float(threat.eps), box).nan_to_num(nan=torch.inf)
 
 
-def _noise(rows: list[np.ndarray], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.stack(rows)).to(like.device)
-
-
-def uniform_start(images: Tensor, threat: Threat, names: Sequence[str], *, box: bool = True) -> Tensor:
+def uniform_start(images: Tensor, threat: Threat, noise: Noise, *, box: bool = True) -> Tensor:
     """PGD's start: Linf uniform in the ball; L2 a uniform direction with a uniform length.
 
     Args:
         images: (n, 3, H, W).
         threat: ball to start in.
-        names: noise name of each row; the same name gives the same start in any batch.
+        noise: of the n rows.
         box: clip into [0, 1]; `False` leaves the first forward outside the box, as RobustVLM's training does.
     """
-    shape, eps, rows = tuple(images.shape[1:]), radius(threat), []
-    for name in names:
-        if threat.norm == "linf":
-            rows.append((2 * rng.uniform(name, shape) - 1) * np.float32(eps))
-        else:
-            draw = rng.normal(name, shape)
-            reach = eps * float(rng.uniform(f"{name}/length", (1,))[0])
-            rows.append(draw * np.float32(reach / (_size(draw) + TINY)))
-    start = images + _noise(rows, images)
+    shape, eps = tuple(images.shape[1:]), radius(threat)
+    if threat.norm == "linf":
+        move = noise.uniform(shape).mul_(2).sub_(1).mul_(eps)
+    else:
+        draw = noise.normal(shape)
+        reach = eps * noise.uniform((1,), "length").double()[:, 0] / (_size(draw) + TINY)
+        move = draw.mul_(spread(reach.float(), draw))
+    start = images + move.to(images.device)
     return project(start, images, threat) if box else start
 
 
-def surface_start(images: Tensor, threat: Threat, names: Sequence[str]) -> Tensor:
+def surface_start(images: Tensor, threat: Threat, noise: Noise) -> Tensor:
     """APGD's start: noise scaled so that it touches the ball's surface, then clipped into the box."""
-    shape, rows = tuple(images.shape[1:]), []
-    for name in names:
-        if threat.norm == "linf":
-            draw = 2 * rng.uniform(name, shape) - 1
-            rows.append(draw / (np.abs(draw).max() + np.float32(TINY)))
-        else:
-            draw = rng.normal(name, shape)
-            rows.append(draw / np.float32(_size(draw) + TINY))
-    return (images + radius(threat) * _noise(rows, images)).clamp_(0, 1)
+    shape = tuple(images.shape[1:])
+    if threat.norm == "linf":
+        draw = noise.uniform(shape).mul_(2).sub_(1)
+        size = draw.flatten(1).abs().amax(1) + TINY
+    else:
+        draw = noise.normal(shape)
+        size = (_size(draw) + TINY).float()
+    return (images + radius(threat) * draw.div_(spread(size, draw)).to(images.device)).clamp_(0, 1)
 
 
-def _size(draw: np.ndarray) -> float:
-    """L2 norm summed in float64, one row at a time: independent of batch and thread count."""
-    return float(np.sqrt(np.square(draw, dtype=np.float64).sum()))
+def _size(draw: Tensor) -> Tensor:
+    """(n,) L2 norms summed in float64: independent of batch and thread count to float32 accuracy."""
+    return draw.double().flatten(1).square().sum(1).sqrt()

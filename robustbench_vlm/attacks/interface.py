@@ -6,24 +6,26 @@ reads `broken`, `done` and `nonfinite`, and gives a finished row to the next ima
 over batches, no early exit and no resume of its own, and gets all three.
 
 Rules for `step`: every tensor has leading dimension S; state tensors are never written in place (the engine
-keeps frozen rows by comparing old and new state); no operation mixes rows; no random numbers.
+keeps frozen rows by comparing old and new state); no operation mixes rows, except those of one crew (see
+`Attack.muster`); no random numbers; nothing that waits for the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from robustbench_vlm.attacks.noise import Noise
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify
 
-Stop = Literal["first", "last"]
+Stop = Literal["first", "last", "best"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,17 @@ class Rows:
         images: (n, 3, H, W) float32 in [0, 1].
         labels: (n,) int64.
         targets: (n,) int64 class that the trajectory aims at, -1 if untargeted.
-        names: name of each trajectory's noise, `seed/key/stage/target/restart`.
+        noise: random numbers of each trajectory.
         restarts: index of each trajectory's restart.
-        stop: `first`, a row ends at its first misclassified iterate; `last`, it walks to the end.
+        stop: `first`, a row ends at its first misclassified iterate. The others walk to the end: `last`
+            returns the last misclassified iterate (PGD: the last iterate, whatever it is), `best` the
+            misclassified iterate of largest objective (FAB: the nearest one).
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor
-    names: tuple[str, ...]
+    noise: Noise
     restarts: tuple[int, ...]
     stop: Stop = "first"
 
@@ -56,11 +60,13 @@ class State:
         images, labels, targets: as in `Rows`.
         x: (S, 3, H, W) the iterate last evaluated, always in ball and box for ball attacks.
         iteration: (S,) int64, iterations finished; the evaluation of x_0 is the first.
-        broken: (S,) bool, success: with `stop=first` at this iterate, with `stop=last` at any so far.
+        broken: (S,) bool, success: with `stop=first` at this iterate, otherwise at any so far.
         done: (S,) bool, the trajectory is walked to its end.
         nonfinite: (S,) bool, a logit or gradient was NaN or infinite.
         first: (S,) int64, iteration of the first success, -1 if none.
         zero_gradients: (S,) int64, evaluations whose image gradient was exactly zero.
+        start_value: (S,) what is maximised, at the first evaluation; NaN before it.
+        best_value: (S,) its largest value so far, -inf before the first evaluation.
     """
 
     threat: Threat
@@ -75,6 +81,8 @@ class State:
     nonfinite: Tensor
     first: Tensor
     zero_gradients: Tensor
+    start_value: Tensor
+    best_value: Tensor
 
     @property
     def adv(self) -> Tensor:
@@ -100,6 +108,7 @@ def common(rows: Rows, threat: Threat, x: Tensor) -> dict[str, Any]:
     labels = rows.labels
     zero = torch.zeros_like(labels)
     false = torch.zeros_like(labels, dtype=torch.bool)
+    number = torch.zeros(len(labels), dtype=rows.images.dtype, device=rows.images.device)
     return {
         "threat": threat,
         "stop": rows.stop,
@@ -113,6 +122,16 @@ def common(rows: Rows, threat: Threat, x: Tensor) -> dict[str, Any]:
         "nonfinite": false,
         "first": zero - 1,
         "zero_gradients": zero,
+        "start_value": number + torch.nan,
+        "best_value": number - torch.inf,
+    }
+
+
+def progress(state: State, values: Tensor) -> dict[str, Any]:
+    """`start_value` and `best_value` after an evaluation that gave `values` (S,)."""
+    return {
+        "start_value": torch.where(state.iteration == 0, values, state.start_value),
+        "best_value": torch.maximum(state.best_value, values),
     }
 
 
@@ -121,6 +140,9 @@ class Attack(Protocol):
 
     norms: ClassVar[tuple[str, ...]]
     """Norms that it supports; the engine refuses others by name."""
+
+    crews: ClassVar[bool]
+    """Whether idle rows can help a row that walks, see `muster`."""
 
     @property
     def restarts(self) -> int:
@@ -139,13 +161,49 @@ class Attack(Protocol):
         """(forward passes, image gradients) of an image that survives every trajectory."""
         ...
 
+    def join(self, other: Attack) -> Attack | None:
+        """The attack whose `step` serves rows started by either, or None: then they need tables of their own.
+
+        Stages in a row that join share their model calls, each row with the loss of its own stage.
+        """
+        ...
+
     def start(self, rows: Rows, threat: Threat) -> State:
         """State of trajectories before their first model call. Row by row: independent of n."""
+        ...
+
+    def muster(self, state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
+        """Rows grouped into crews, each working ahead on one trajectory; called only if `crews`.
+
+        Args:
+            state: of S rows.
+            lead: (S,) int64, the row whose trajectory each row works on; its own index for a row alone.
+            place: (S,) int64, position within the crew, 0 for the lead.
+
+        Returns:
+            The state in which every row holds its lead's trajectory. What the rows of a crew find must be
+            what the lead alone would find, and stand in all of its rows.
+        """
         ...
 
     def step(self, state: State, oracle: Oracle) -> State:
         """One iteration of every row."""
         ...
+
+
+class Alone:
+    """What an attack inherits whose rows share a table with no other attack and work alone."""
+
+    crews: ClassVar[bool] = False
+
+    def join(self, other: Attack) -> Attack | None:
+        """Only with its equal."""
+        same: object = self
+        return other if other == same else None
+
+    def muster(self, state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
+        """Never called."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -167,16 +225,29 @@ class Seen:
     zero: Tensor
 
 
+@dataclass
+class Calls:
+    """Model calls so far."""
+
+    forwards: int = 0
+    gradients: int = 0
+
+
 @dataclass(frozen=True)
 class Oracle:
-    """The model as attacks see it: always all S rows, gradients with respect to images only."""
+    """The model as attacks see it: always all S rows, gradients with respect to images only.
+
+    Whatever precision the model works in, attacks are given float32.
+    """
 
     classify: Classify
+    calls: Calls = field(default_factory=Calls)
 
     def logits(self, images: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, C), without gradient."""
+        self.calls.forwards += 1
         with torch.no_grad():
-            return self.classify(images)
+            return self.classify(images).float()
 
     def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Seen:
         """Evaluate and differentiate `objective` (logits (S, C) -> (S,)) at `images`.
@@ -187,9 +258,10 @@ class Oracle:
         Raises:
             AttackError: the logits do not depend on the image through differentiable operations.
         """
+        self.calls.gradients += 1
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self.classify(leaf)
+            logits = self.classify(leaf).float()
             values = objective(logits)
         if not values.requires_grad:
             raise AttackError("the model gives no gradient with respect to the image: is it under no_grad?")

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import Oracle, Rows, State, common, misclassified, pick
+from robustbench_vlm.attacks.interface import (
+    Alone,
+    Oracle,
+    Rows,
+    State,
+    common,
+    misclassified,
+    pick,
+    progress,
+)
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, parse_eps
 
@@ -36,7 +45,7 @@ class PgdState(State):
 
 
 @dataclass(frozen=True)
-class Pgd:
+class Pgd(Alone):
     """Fixed-step ascent; under `stop=last` the last iterate is judged, whatever came before.
 
     Attributes:
@@ -77,7 +86,7 @@ class Pgd:
     def start(self, rows: Rows, threat: Threat) -> PgdState:
         """A random point of the ball, clipped into the box, or the image itself."""
         images = rows.images
-        x = geometry.uniform_start(images, threat, rows.names) if self.random_start else images.clone()
+        x = geometry.uniform_start(images, threat, rows.noise) if self.random_start else images.clone()
         return PgdState(**common(rows, threat, x), ahead=x.clone())
 
     def step(self, state: PgdState, oracle: Oracle) -> PgdState:
@@ -103,6 +112,7 @@ class Pgd:
             broken=broken,
             first=first,
             done=iteration >= self.steps,
+            **progress(state, seen.values),
             nonfinite=~seen.finite,
             zero_gradients=state.zero_gradients + seen.zero,
         )

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm import rng
 from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import Oracle, Rows, State, common, pick, spread
+from robustbench_vlm.attacks.interface import Alone, Oracle, Rows, State, common, pick, progress, spread
 from robustbench_vlm.attacks.windows import centred, inside, pyramids, tiles, window_masks
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
@@ -56,7 +55,7 @@ class SquareState(State):
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(Alone):
     """Square attack.
 
     Attributes:
@@ -92,7 +91,7 @@ class Square:
         """Vertical stripes (Linf) or a tiling with pyramids (L2), and all proposals of each row."""
         images, shape = rows.images, tuple(rows.images.shape[1:])
         sizes = window_sizes(self.queries, self.p, shape[1], shape[2], threat.norm)
-        drawn = [_draw(name, sizes, shape, threat.norm) for name in rows.names]
+        drawn = [_draw(stream, sizes, shape, threat.norm) for stream in rows.noise.streams()]
         begin = torch.from_numpy(np.stack([first for first, _ in drawn])).to(images.device)
         x = (images + geometry.radius(threat) * begin).clamp_(0, 1)
         lower, upper = geometry.bounds(images, threat)
@@ -132,6 +131,7 @@ class Square:
             first=torch.where(wrong & ((state.first < 0) | ~state.broken), state.iteration, state.first),
             iteration=state.iteration + 1,
             done=done,
+            **progress(state, -margin),
             nonfinite=~torch.isfinite(logits.sum(1)),
         )
 
@@ -155,11 +155,10 @@ def _table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _draw(
-    name: str, sizes: tuple[int, ...], shape: tuple[int, ...], norm: str
+    noise: np.random.Generator, sizes: tuple[int, ...], shape: tuple[int, ...], norm: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The start, in units of the radius, and all proposals of one row."""
     channels, height, width = shape
-    noise = rng.generator(name)
     side = np.array(sizes)
     # floor(n u) with n = H - side: the last admissible offset is never drawn, as in the reference
     windows = 1 if norm == "linf" else 2

@@ -1,0 +1,45 @@
+"""The canonical pass: how a model's logits are computed wherever they decide anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm.errors import AttackError
+from robustbench_vlm.types import Classify
+
+
+def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
+    """The canonical pass: (N, 3, H, W) -> (N, C) float32, every call padded to `rows` rows.
+
+    Raises:
+        AttackError: the model returns anything but (rows, C) floats with C of at least 2.
+    """
+    found = []
+    with torch.no_grad():
+        for chunk in torch.split(images, rows):
+            said = classify(padded(chunk, rows))
+            if said.ndim != 2 or len(said) != rows or said.shape[1] < 2 or not said.is_floating_point():
+                what = f"{str(said.dtype).removeprefix('torch.')} of shape {tuple(said.shape)}"
+                wanted = f"logits of shape ({rows}, classes), 2 classes or more (write one score s as (0, s))"
+                raise AttackError(f"the model returns {what} for {rows} images; expected {wanted}")
+            found.append(said[: len(chunk)].float())
+    return torch.cat(found)
+
+
+def position_dependence(classify: Classify, images: Tensor, rows: int) -> float:
+    """Largest change of a logit when the same images stand in other rows of the same shape.
+
+    Anything but 0 means that the numbers of a row depend on which row it is, and then findings may differ in
+    their last bits with scheduling. For integrity checks and self-tests.
+    """
+    batch = padded(images[:rows], rows)
+    straight = logits(classify, batch, rows)
+    turned = logits(classify, batch.roll(rows // 2 + 1, 0), rows).roll(-(rows // 2 + 1), 0)
+    return float((straight - turned).abs().max())
+
+
+def padded(images: Tensor, rows: int) -> Tensor:
+    """(n, 3, H, W), n <= rows -> (rows, 3, H, W), filled with copies of the first row."""
+    missing = rows - len(images)
+    return images if missing == 0 else torch.cat([images, images[:1].expand(missing, *images.shape[1:])])

@@ -1,0 +1,199 @@
+"""What is evaluated, and the name of a result: everything that decides a number, as plain values with a hash.
+
+A cell is model x dataset x attack x eps x subset. What an attack found out about an image is a property of
+(model, image, threat, attack, seed) alone, so it is kept in a *ledger* that every cell shares: `autoattack`
+starts from what `aa2` found, n = 500 from n = 100, and a killed run from its last image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm import registry, store
+from robustbench_vlm.attacks.interface import Attack
+from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
+from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.loader import as_float
+from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.models.zoo import Loaded
+from robustbench_vlm.threat import Norm, Threat
+
+ENGINE = "native/1"  # to be raised whenever the engine may reach another verdict
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, apart from the model and the data.
+
+    Attributes:
+        attacks: chains, each run on the images as they are.
+        norm: of the ball.
+        ladder: radii, ascending; an image broken at one counts as broken at the larger ones.
+        n: images a dataset, 0 for all.
+        seed: of subset and attacks.
+        results: folder of cells and ledgers.
+        device: where to attack.
+        live: rows in use, at most `rows` of the chain; changes speed and memory, never a verdict.
+        keep_images: store the adversarial images too.
+    """
+
+    attacks: tuple[AttackCard, ...]
+    norm: Norm
+    ladder: tuple[Fraction, ...]
+    n: int
+    seed: int
+    results: Path
+    device: torch.device
+    live: int | None = None
+    keep_images: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one dataset, ready to be attacked.
+
+    Attributes:
+        images: (N, 3, H, W) float32 in [0, 1] on the canvas, on the CPU.
+        image_shas: SHA-256 of each image's file.
+        bank: (C, D) unit text rows.
+    """
+
+    loaded: Loaded
+    card: DatasetCard
+    split: Split
+    images: Tensor
+    image_shas: tuple[str, ...]
+    bank: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return torch.from_numpy(self.split.labels)
+
+    @property
+    def identities(self) -> dict[str, tuple[str, int]]:
+        """SHA-256 of each image's file and its label, by key."""
+        facts = zip(self.image_shas, self.split.labels.tolist(), strict=True)
+        return dict(zip(self.split.keys, facts, strict=True))
+
+    @cached_property
+    def untrained(self) -> list[str]:
+        """Class names with a word that the text tower never met in training."""
+        sentences = {name: self.card.templates[0].replace("{c}", name) for name in self.card.names}
+        found = set(self.loaded.model.untrained_words(list(sentences.values())))
+        return [name for name, sentence in sentences.items() if sentence in found]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the model computes on which canvas, apart from the attack: part of every fingerprint."""
+        return {
+            "model_sha256": self.loaded.card.sha256,
+            "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
+            "canvas": self.card.canvas,
+            "canvas_px": int(self.images.shape[-1]),
+            "precision": "fp32",
+            "engine": ENGINE,
+        }
+
+
+def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
+    """Decode the images of `split` and encode the sentences of `card` for one model."""
+    decoded = split.images(loaded.model.image_size)
+    bank = text_bank(loaded.model, render(card.names, card.templates))
+    return Subject(loaded, card, split, as_float(decoded.pixels), tuple(decoded.sha256), bank)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result to be: a subject, a chain, and the radii up to its own."""
+
+    what: Subject
+    attack: AttackCard
+    request: Request
+    ladder: tuple[Fraction, ...]
+
+    @property
+    def threat(self) -> Threat:
+        """The ball of this cell: the last rung of its ladder."""
+        return Threat(self.request.norm, self.ladder[-1])
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the outcome, as plain values; its hash names the cell."""
+        what, card = self.what, self.what.card
+        return {
+            **what.facts,
+            "model": what.loaded.card.name,
+            "dataset": card.name,
+            "dataset_version": card.version,
+            "split": what.split.split,
+            "n_requested": self.request.n,
+            "seed": self.request.seed,
+            "subset_sha256": what.split.sha256,
+            "images_sha256": store.fingerprint(list(what.image_shas)),
+            "names_sha256": store.fingerprint(list(card.names)),
+            "templates_sha256": store.fingerprint(list(card.templates)),
+            "norm": self.request.norm,
+            "eps": str(self.ladder[-1]),
+            "eps_ladder": [str(eps) for eps in self.ladder],
+            "attack": self.attack.name,
+            "attack_version": self.attack.version,
+            "attack_sha256": attack_sha256(self.attack),
+        }
+
+    @property
+    def path(self) -> Path:
+        """The cell's JSON file; Parquet and images stand beside it."""
+        card = self.what.loaded.card
+        folder = self.request.results / "cells" / f"{card.name}-{card.sha256[:8]}" / self.what.card.name
+        eps = self.threat.column
+        hashed = store.fingerprint(self.config)[:10]
+        return folder / f"{self.attack.name}-{self.request.norm}-{eps}-n{len(self.what.split)}-{hashed}.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        suffixes = [".json", ".parquet", *([".safetensors"] if self.request.keep_images else [])]
+        return all(self.path.with_suffix(suffix).exists() for suffix in suffixes)
+
+    def ledger(self, number: int) -> Path:
+        """Where the findings of stage `number` are kept.
+
+        Named by all that decides them: the chain up to this stage, and not the subset.
+        """
+        config = {
+            **self.what.facts,
+            "norm": self.request.norm,
+            "ladder": [str(eps) for eps in self.ladder],
+            "seed": self.request.seed,
+            "rows": self.attack.rows,
+            "stop": self.attack.stop,
+            "stages": [stage.model_dump(mode="json") for stage in self.attack.stage[: number + 1]],
+        }
+        folder = self.request.results / "ledger" / self.what.card.name
+        return folder / f"{store.fingerprint(config)[:32]}.jsonl"
+
+
+def attack_sha256(card: AttackCard) -> str:
+    """Fingerprint of a chain: its stages with every number, the padded shape and the stopping rule."""
+    return store.fingerprint(card.model_dump(mode="json", include={"rows", "stop", "stage"}))
+
+
+def plugin(card: AttackCard, stage: Stage) -> Attack:
+    """The attack of one stage, with its fields.
+
+    Raises:
+        CardError: an unknown attack or field.
+    """
+    attack: Attack = registry.build(
+        "attacks", stage.attack, stage.fields, f"attack {card.name}, stage {stage.name}"
+    )
+    return attack

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm import registry, store
+from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
 from robustbench_vlm.data.dataset import Split
@@ -26,7 +27,11 @@ from robustbench_vlm.models.zeroshot import render, text_bank
 from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.threat import Norm, Threat
 
-ENGINE = "native/1"  # to be raised whenever the engine may reach another verdict
+ENGINES = {
+    ("native", "fast"): "native/1",
+    ("native", "reference"): "native-reference/1",
+}
+"""What results say about their engine, by engine and mode; to be raised whenever one may find otherwise."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Request:
         device: where to attack.
         live: rows in use, at most `rows` of the chain; changes speed and memory, never a verdict.
         keep_images: store the adversarial images too.
+        sight: how attacks see the model; verdicts are in fp32 whatever it is.
+        engine: `native`, or the package that attacks instead.
+        mode: of the native engine: `fast`, or `reference`, in lock-step with the reference's noise.
     """
 
     attacks: tuple[AttackCard, ...]
@@ -54,6 +62,14 @@ class Request:
     device: torch.device
     live: int | None = None
     keep_images: bool = False
+    sight: Sight = PLAIN
+    engine: str = "native"
+    mode: str = "fast"
+
+    @property
+    def means(self) -> dict[str, str]:
+        """How the numbers come about: part of every fingerprint."""
+        return {"precision": self.sight.label, "engine": ENGINES[self.engine, self.mode]}
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,6 @@ class Subject:
             "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
             "canvas": self.card.canvas,
             "canvas_px": int(self.images.shape[-1]),
-            "precision": "fp32",
-            "engine": ENGINE,
         }
 
 
@@ -131,6 +145,7 @@ class Cell:
         what, card = self.what, self.what.card
         return {
             **what.facts,
+            **self.request.means,
             "model": what.loaded.card.name,
             "dataset": card.name,
             "dataset_version": card.version,
@@ -171,6 +186,7 @@ class Cell:
         """
         config = {
             **self.what.facts,
+            **self.request.means,
             "norm": self.request.norm,
             "ladder": [str(eps) for eps in self.ladder],
             "seed": self.request.seed,

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
-from robustbench_vlm.attacks import canonical, engine, losses, walks
+from robustbench_vlm.attacks import canonical, engine, finder, losses, walks
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cells import Cell, Request, Subject, plugin
 from robustbench_vlm.data import miniature
 from robustbench_vlm.data.dataset import majority
 from robustbench_vlm.models.zeroshot import ZeroShot
 from robustbench_vlm.threat import eps_text
-from robustbench_vlm.types import Finding
+from robustbench_vlm.types import Classify, Finding
 
 SCHEMA = "vlmrob-cell/1"
 CONSTANT = 0.95  # share of one class among the clean predictions from which a model counts as constant
@@ -53,6 +53,11 @@ def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
 
     What the cell of the next smaller radius broke is lost here too, with the same image as evidence.
     """
+    with finder.numerics(tf32=cell.request.sight.tf32):
+        _measure(cell, smaller, report)
+
+
+def _measure(cell: Cell, smaller: Cell | None, report: Report) -> None:
     started = time.perf_counter()
     what, request = cell.what, cell.request
     classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
@@ -63,7 +68,9 @@ def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
     lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
     lost = None if lost is None else lost[lost.broken_at_eps != ""]
     table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
-    arena = _Arena(cell, classify, images, clean)
+    lower = ZeroShot(what.loaded.model, what.bank, bf16=True).to(request.device)
+    sample = canonical.padded(images[: cell.attack.rows], cell.attack.rows)
+    arena = _Arena(cell, classify, images, clean, finder.finder(classify, request.sight, sample, lower))
     eps = eps_text(request.norm, cell.threat.eps)
     stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
     number = 0
@@ -98,6 +105,7 @@ class _Arena:
     classify: ZeroShot
     images: Tensor  # (N, 3, H, W)
     clean: Tensor  # (N, C) logits of the canonical clean pass
+    find: Classify  # the model as attacks see it
 
     def attack(
         self, number: int, stages: Sequence[tuple[str, Attack]], alive: Sequence[int], report: Report
@@ -155,6 +163,7 @@ class _Arena:
             stop=cell.attack.stop,
             clean=self.clean[chosen],
             begin=list(begin.values()),
+            find=self.find,
             on_finding=take,
         )
         return lines

@@ -117,7 +117,8 @@ def test_forbidden_words(name, tree):
         elif isinstance(node, ast.Attribute):
             text = dotted(node)
             assert text not in FORBIDDEN, f"{where}: {text}: {FORBIDDEN[text]}"
-            assert node.attr != "cuda" or text == "torch.cuda", f"{where}: .cuda; use .to(device)"
+            settings = text in ("torch.cuda", "torch.backends.cuda")
+            assert node.attr != "cuda" or settings, f"{where}: .cuda; use .to(device)"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not any(home in node.value for home in HOMES), f"{where}: somebody's folder"
         elif isinstance(node, ast.Call):

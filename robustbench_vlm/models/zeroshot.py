@@ -53,16 +53,23 @@ def text_bank(model: Clip, sentences: Sequence[Sequence[str]]) -> Tensor:
 
 
 class ZeroShot(nn.Module):
-    """Pixels (B, 3, H, W) in [0, 1] -> logits s * cos(image, class) of shape (B, C); frozen, eval mode."""
+    """Pixels (B, 3, H, W) in [0, 1] -> logits s * cos(image, class) of shape (B, C); frozen, eval mode.
 
-    def __init__(self, model: Clip, bank: Tensor) -> None:
+    With `bf16` the image tower runs under autocast; the cosines stay in fp32, since logits of about 25 lie
+    0.125 apart in bf16, more than many margins.
+    """
+
+    def __init__(self, model: Clip, bank: Tensor, *, bf16: bool = False) -> None:
         super().__init__()
+        self.bf16 = bf16
         self.model = model.eval().requires_grad_(False)
         self.register_buffer("bank", bank)
         self.bank: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
         """Cosine logits; ties and order follow the class list."""
-        unit = F.normalize(self.model(images), dim=-1)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            embeddings = self.model(images)
+        unit = F.normalize(embeddings.float(), dim=-1)
         logits: Tensor = self.model.logit_scale * unit @ self.bank.T
         return logits

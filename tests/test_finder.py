@@ -1,0 +1,112 @@
+"""The model as attacks see it: it finds, and the plain model decides."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from attack_models import blobs, classifier
+
+from robustbench_vlm.attacks import engine, finder
+from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.threat import Threat
+
+THREAT = Threat("linf", Fraction(5, 255))
+ROWS = 16
+
+
+def run(model, images, labels, find=None):
+    found, stages = {}, [("ce", Apgd("ce", 20, 0.75, 1, 0))]
+    cost = engine.run(
+        model, images, labels, [str(i) for i in range(len(images))], stages, THREAT, seed=0,
+        n_classes=10, rows=ROWS, find=find, on_finding=lambda f: found.__setitem__(f.key, f),
+    )  # fmt: skip
+    return [found[str(i)] for i in range(len(images))], cost
+
+
+def data(n=40):
+    model = classifier(10)
+    images, labels = blobs(n, 10, seed=1)
+    right = model(images).argmax(1) == labels
+    return model, images[right], labels[right]
+
+
+def test_bf16_finds_and_fp32_decides():
+    model, images, labels = data()
+    plain, _ = run(model, images, labels)
+    low = finder.finder(model, finder.Sight("bf16"), images[:ROWS])
+    assert low(images[:ROWS]).dtype == torch.bfloat16
+    found, _ = run(model, images, labels, low)
+    for a, b in zip(plain, found, strict=True):
+        assert b.broken == (int(model(b.adv[None]).argmax()) != int(labels[int(b.key)]))
+        assert a.broken == b.broken or abs(a.margin) < 0.2, "only images at the boundary differ"
+    assert sum(f.broken for f in found) >= 5
+
+
+def test_a_success_that_only_the_finder_sees_does_not_count():
+    model, images, labels = data()
+
+    def liar(x):
+        logits = model(x)
+        return torch.where(logits == logits.amax(1, keepdim=True), logits - 100, logits)
+
+    honest, _ = run(model, images, labels)
+    found, cost = run(model, images, labels, liar)
+    assert cost.unconfirmed >= len(images)
+    for finding in found:
+        assert finding.broken == (int(model(finding.adv[None]).argmax()) != int(labels[int(finding.key)]))
+    assert any(not f.broken for f in honest)
+    assert any(not f.broken for f in found)
+
+
+@pytest.mark.slow
+def test_compiled_finding_gives_the_same_verdicts():
+    model, images, labels = data()
+    seen = finder.finder(model, finder.Sight(compiled=True), images[:ROWS])
+    plain, _ = run(model, images, labels)
+    found, _ = run(model, images, labels, seen)
+    for a, b in zip(plain, found, strict=True):
+        assert a.broken == b.broken or abs(a.margin) < 1e-3
+
+
+def test_graphs_need_a_device_and_precision_a_name():
+    model, images, _ = data()
+    with pytest.raises(InputError, match="CUDA graphs"):
+        finder.finder(model, finder.Sight(graphs=True), images[:ROWS])
+    with pytest.raises(InputError, match="fp32 or bf16"):
+        finder.Sight("fp16")
+
+
+@pytest.mark.gpu
+def test_graphs_replay_the_same_numbers():
+    model, images, labels = data()
+    model, images, labels = model.to("cuda"), images.to("cuda"), labels.to("cuda")
+    plain, _ = run(model, images, labels)
+    found, _ = run(model, images, labels, finder.finder(model, finder.Sight(graphs=True), images[:ROWS]))
+    assert [f.broken for f in plain] == [f.broken for f in found]
+    for a, b in zip(plain, found, strict=True):
+        assert torch.equal(a.adv, b.adv)
+
+
+def test_labels_say_what_may_change_rounding():
+    assert finder.PLAIN.label == "fp32"
+    assert finder.Sight("bf16", tf32=True, compiled=True, graphs=True).label == "bf16-find+tf32+compiled"
+
+
+def test_numerics_are_given_back():
+    def settings():
+        return (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before = settings()
+    with finder.numerics():
+        assert settings()[:3] == ("ieee", "ieee", True)
+    assert settings() == before
+    with finder.numerics(tf32=True):
+        assert settings()[:2] == ("tf32", "tf32")
+    assert settings() == before

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import canonical, geometry, losses, walks
-from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, take
+from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, single, take
 from robustbench_vlm.attacks.noise import Keyed
-from robustbench_vlm.attacks.walks import Leg, Spent, Walk
+from robustbench_vlm.attacks.walks import End, Leg, Walk
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
@@ -66,7 +66,7 @@ class _Run:
     waiting: deque[Walk] = field(default_factory=deque)
     walking: list[Walk] = field(default_factory=list)
     held: deque[Leg] = field(default_factory=deque)
-    jury: list[tuple[Leg, State]] = field(default_factory=list)
+    jury: list[tuple[Leg, State, End]] = field(default_factory=list)
     crews: list[int] = field(default_factory=list)  # the lead of each row
     judged: int = 0
     unconfirmed: int = 0
@@ -149,27 +149,26 @@ class _Run:
 
     def collect(self, state: State, slots: dict[int, Leg]) -> bool:
         """Take rows that have ended out of `slots`: to the jury if they may decide, else they are lost."""
-        flags = torch.stack([state.broken, state.done, state.nonfinite]).tolist()
-        ended, before = [], len(slots)
-        for slot in sorted(slots):
-            broken, done, nonfinite = (column[slot] for column in flags)
-            if slots[slot].void:
-                del slots[slot]
-            elif done or nonfinite or (broken and self.stop == "first"):
-                ended.append(slot)
-        rows = take(state, ended) if ended else state
-        for i, slot in enumerate(ended):
-            leg, row = slots.pop(slot), take(rows, [i])
-            lost = self.stop == "first" and not flags[0][slot] and not flags[2][slot]
-            if lost and not leg.final:
-                self.lose(leg, row)
-            else:
-                self.jury.append((leg, row))
+        before, flags = len(slots), state.done | state.nonfinite
+        if self.stop == "first":
+            flags = flags | state.broken
+        for slot in [slot for slot, leg in slots.items() if leg.void]:
+            del slots[slot]
+        ended = [slot for slot in flags.nonzero().flatten().tolist() if slot in slots]
+        if ended:
+            rows = take(state, ended)
+            for i, (slot, end) in enumerate(zip(ended, walks.ends(rows), strict=True)):
+                leg = slots.pop(slot)
+                lost = self.stop == "first" and not end.broken and not end.nonfinite
+                if lost and not leg.final:
+                    self.lose(leg, end)
+                else:
+                    self.jury.append((leg, single(rows, i), end))
         return len(slots) < before
 
-    def lose(self, leg: Leg, row: State) -> None:
+    def lose(self, leg: Leg, end: End) -> None:
         """A trajectory that ended without success: the image walks on at once, if nobody ran ahead of it."""
-        leg.walk.spent[leg.number] = Spent.of(row)
+        leg.walk.spent[leg.number] = end
         self.report(leg.walk)
         if leg.number + 1 == leg.walk.given < leg.walk.cut:
             self.held.append(leg.walk.lead())
@@ -177,31 +176,31 @@ class _Run:
     def judge(self) -> None:
         """The canonical pass over rows that may be decisive: verdicts, or back to the rows."""
         called, self.jury = self.jury[: self.rows], self.jury[self.rows :]
-        adv = torch.cat([row.adv for _, row in called])
-        labels = torch.cat([row.labels for _, row in called])
-        clean = torch.cat([row.images for _, row in called])
+        adv = torch.cat([row.adv for _, row, _ in called])
+        labels = torch.cat([row.labels for _, row, _ in called])
+        clean = torch.cat([row.images for _, row, _ in called])
         found = canonical.logits(self.classify, adv, self.rows)
         self.judged += 1
         outside = geometry.excess(adv, clean, self.threat).tolist()
         margins, predictions = losses.judge(found, labels).tolist(), found.argmax(1).tolist()
-        finite, copies = found.isfinite().all(1).tolist(), adv.cpu()
-        for i, (leg, row) in enumerate(called):
+        right, finite, copies = labels.tolist(), found.isfinite().all(1).tolist(), adv.cpu()
+        for i, (leg, row, end) in enumerate(called):
             if leg.void:
                 continue  # an earlier trajectory of the image was judged a moment ago
             key, stage = self.keys[leg.walk.index], self.stages[leg.walk.stage][0]
-            error = "" if finite[i] and not bool(row.nonfinite) else self.trouble(leg, row)
+            error = "" if finite[i] and not end.nonfinite else self.trouble(leg, end)
             if not error and outside[i] > geometry.slack(self.threat):
                 raise AttackError(f"{stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
-            wrong = not error and predictions[i] != int(row.labels)
-            unconfirmed = bool(row.broken) and not error and not wrong
+            wrong = not error and predictions[i] != right[i]
+            unconfirmed = end.broken and not error and not wrong
             self.unconfirmed += unconfirmed
             again = unconfirmed and self.stop == "first"
-            if not error and not wrong and (again or not row.done or not leg.final):
-                self.go_on(leg, dataclasses.replace(row, broken=torch.zeros_like(row.broken)))
+            if not error and not wrong and (again or not end.done or not leg.final):
+                self.go_on(leg, row, end)
                 continue
             target, restart = leg.walk.path[leg.number]
-            first = int(row.first) if int(row.first) >= 0 else int(row.iteration)
-            leg.walk.spent[leg.number] = Spent.of(row)
+            first = end.first if end.first >= 0 else end.iteration
+            leg.walk.spent[leg.number] = end
             leg.walk.verdicts[leg.number] = Finding(
                 key=key,
                 broken=wrong,
@@ -218,12 +217,13 @@ class _Run:
             )
             self.report(leg.walk)
 
-    def go_on(self, leg: Leg, row: State) -> None:
+    def go_on(self, leg: Leg, row: State, end: End) -> None:
         """A row whose success was not confirmed, or whose trajectory ended without one."""
-        if bool(row.done) and leg.final:
-            self.jury.append((leg, row))  # judged once more, by the image it ends with
-        elif bool(row.done):
-            self.lose(leg, row)
+        row = dataclasses.replace(row, broken=torch.zeros_like(row.broken))
+        if end.done and leg.final:  # judged once more, by the image it ends with
+            self.jury.append((leg, row, dataclasses.replace(end, broken=False)))
+        elif end.done:
+            self.lose(leg, end)
         else:
             leg.held = row
             self.held.append(leg)
@@ -238,9 +238,9 @@ class _Run:
             self.waiting.append(self.walk(walk.index, walk.stage + 1))
         self.on_finding(finding)
 
-    def trouble(self, leg: Leg, row: State) -> str:
+    def trouble(self, leg: Leg, end: End) -> str:
         target, restart = leg.walk.path[leg.number]
-        where = f"iteration {int(row.iteration) - 1}, target {target}, restart {restart}"
+        where = f"iteration {end.iteration - 1}, target {target}, restart {restart}"
         return f"{self.stages[leg.walk.stage][0]}: a logit or gradient is not finite ({where})"
 
 
@@ -319,7 +319,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
                 stepped = attack.step(state, oracle)
                 state = stepped if poll == 1 else hold(_active(state), state, stepped)
             changed = what.collect(state, slots)
-        what.jury = [(leg, row) for leg, row in what.jury if not leg.void]
+        what.jury = [(leg, row, end) for leg, row, end in what.jury if not leg.void]
         # while images wait, full juries are cheapest; afterwards a verdict at once frees rows that run ahead
         while what.jury and (len(what.jury) >= rows or not what.waiting):
             what.judge()

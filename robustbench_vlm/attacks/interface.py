@@ -310,6 +310,12 @@ def take(state: AnyState, slots: list[int]) -> AnyState:
     return dataclasses.replace(state, **rows)
 
 
+def single(state: AnyState, slot: int) -> AnyState:
+    """One row as a view: state tensors are never written in place."""
+    row: dict[str, Any] = {k: v[slot : slot + 1] for k, v in _tensors(state).items()}
+    return dataclasses.replace(state, **row)
+
+
 def scatter(state: AnyState, slots: list[int], fresh: AnyState) -> AnyState:
     """`state` with row i of `fresh` in slot `slots[i]`."""
     index = torch.tensor(slots, device=state.labels.device)

@@ -10,27 +10,39 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from robustbench_vlm.attacks.interface import Attack, State
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.types import Finding
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one trajectory took: passes, zero gradients, and by how much its objective rose."""
+class End:
+    """How a row stood when it ended, and what its trajectory took; see `interface.State`."""
 
+    broken: bool
+    done: bool
+    nonfinite: bool
+    first: int
+    iteration: int
     forwards: int
     backwards: int
     zero_gradients: int
     progress: float
 
-    @staticmethod
-    def of(row: State) -> Spent:
-        """Of a state of one row."""
-        rise = float(row.best_value - row.start_value)
-        return Spent(
-            int(row.forwards), int(row.backwards), int(row.zero_gradients), rise if rise > 0 else 0.0
-        )
+
+def ends(state: State) -> list[End]:
+    """Of every row of a state, in one look at the device."""
+    counts = [state.broken, state.done, state.nonfinite, state.first, state.iteration]
+    counts += [state.forwards, state.backwards, state.zero_gradients]
+    whole = torch.stack([count.long() for count in counts], dim=1).tolist()
+    # where nothing was evaluated the rise is not a number
+    rises = (state.best_value - state.start_value).nan_to_num(nan=0.0).clamp(min=0).tolist()
+    return [
+        End(bool(row[0]), bool(row[1]), bool(row[2]), *row[3:], rise)
+        for row, rise in zip(whole, rises, strict=True)
+    ]
 
 
 @dataclass(eq=False)
@@ -50,7 +62,7 @@ class Walk:
     stage: int
     path: list[tuple[int, int]]
     given: int = 0
-    spent: dict[int, Spent] = field(default_factory=dict)
+    spent: dict[int, End] = field(default_factory=dict)
     verdicts: dict[int, Finding] = field(default_factory=dict)
 
     @property

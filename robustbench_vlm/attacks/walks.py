@@ -33,16 +33,15 @@ class End:
 
 
 def ends(state: State) -> list[End]:
-    """Of every row of a state, in one look at the device."""
-    counts = [state.broken, state.done, state.nonfinite, state.first, state.iteration]
-    counts += [state.forwards, state.backwards, state.zero_gradients]
-    whole = torch.stack([count.long() for count in counts], dim=1).tolist()
+    """Of every row of a state, read at once."""
+    flags = torch.stack([state.broken, state.done, state.nonfinite], dim=1).tolist()
+    counts = [state.first, state.iteration, state.forwards, state.backwards, state.zero_gradients]
+    whole = torch.stack(counts, dim=1).tolist()
     # where nothing was evaluated the rise is not a number
     rises = (state.best_value - state.start_value).nan_to_num(nan=0.0).clamp(min=0).tolist()
-    return [
-        End(bool(row[0]), bool(row[1]), bool(row[2]), *row[3:], rise)
-        for row, rise in zip(whole, rises, strict=True)
-    ]
+    names = [field.name for field in dataclasses.fields(End)]
+    rows = ((*flag, *count, rise) for flag, count, rise in zip(flags, whole, rises, strict=True))
+    return [End(**dict(zip(names, row, strict=True))) for row in rows]
 
 
 @dataclass(eq=False)

@@ -113,15 +113,15 @@ class AttackCard(Card):
     Attributes:
         rows: the fixed padded shape of every model call (DESIGN ruling 1); part of the fingerprint.
         stage: the attacks, in order.
-        stop: `first`, an image leaves at its first verified success; `last`, only the last iterate is
-            judged, as the PGD literature does.
+        stop: `first`, an image leaves at its first verified success; `last` (the last misclassified iterate;
+            of PGD the last, as its literature does) and `best` walk to the end.
     """
 
     name: str
     title: str
     version: int = 1
     rows: int = Field(default=32, ge=1)
-    stop: Literal["first", "last"] = "first"
+    stop: Literal["first", "last", "best"] = "first"
     stage: tuple[Stage, ...]
 
     @model_validator(mode="after")

@@ -1,0 +1,75 @@
+"""The door: what people type, and the one place that prints errors and exits. Torch waits for its verb."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from robustbench_vlm import __version__, cards, console
+from robustbench_vlm.cli import catalogue, data, experiments
+from robustbench_vlm.errors import Incomplete, VlmrobError
+
+app = typer.Typer(
+    name="vlmrob",
+    help="How robust is a CLIP-like model, compared with every other one, and can that number be trusted?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+INTERRUPTED = 130  # how typer leaves after Ctrl-C
+
+Include = Annotated[list[Path] | None, typer.Option(help="Folder of further TOML cards; repeatable.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    include: Include = None,
+    version: Annotated[  # noqa: ARG001 - it acts when it is read
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train defenses, attack models, read the leaderboard."""
+    if include:
+        cards.include(include)
+
+
+app.command()(experiments.train)
+app.command("eval")(experiments.evaluate)
+app.command()(experiments.leaderboard)
+app.command()(experiments.compare)
+app.command()(experiments.demo)
+app.command("list")(catalogue.list_)
+app.command()(catalogue.show)
+app.command()(catalogue.doctor)
+data_app.command()(data.make)
+
+
+def _exit(error: VlmrobError) -> NoReturn:
+    console.err.print(f"error: {error}", style="bold red", markup=False)
+    sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command line; every known error is one line and an exit code."""
+    try:
+        app()
+    except VlmrobError as error:
+        _exit(error)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            _exit(Incomplete("stopped; the same command goes on where it was"))
+        raise
+    except OSError as error:
+        _exit(VlmrobError(f"{error.filename or 'input or output'}: {error.strerror or error}"))

@@ -1,0 +1,45 @@
+"""The verbs that tell what there is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.cli.options import AsJson
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, datasets, models or recipes.")],
+    as_json: AsJson = False,
+) -> None:
+    """List what can be named on the command line."""
+    from robustbench_vlm import catalogue
+
+    rows = catalogue.names(what)
+    if as_json:
+        console.result_json([{"name": name, "title": title} for name, title in rows])
+    else:
+        console.show(what, ["name", "what it is"], [list(row) for row in rows])
+
+
+def show(
+    what: Annotated[str, typer.Argument(help="defense, attack, suite, dataset, model or recipe.")],
+    name: Annotated[str, typer.Argument(help="Its name.")],
+) -> None:
+    """Print everything that is known about one of them, as JSON."""
+    from robustbench_vlm import catalogue
+
+    console.result_json(catalogue.details(what, name))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do, and what is missing."""
+    from robustbench_vlm import catalogue
+
+    rows = catalogue.doctor()
+    if as_json:
+        console.result_json([{"what": what, "found": found, "do": do} for what, found, do in rows])
+    else:
+        console.show("doctor", ["what", "found", "what to do"], [list(row) for row in rows])

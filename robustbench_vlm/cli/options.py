@@ -1,0 +1,46 @@
+"""What several verbs have in common: options, and what is printed or made on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustbench_vlm import console
+
+DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+
+
+def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
+    """The device of that name."""
+    from robustbench_vlm import session
+
+    return session.device(name)
+
+
+def require_tiny(names: list[str], root: Path) -> None:
+    """Render the datasets of the tiny world that are asked for and not there yet."""
+    wanted = [name for name in names if name.startswith("tiny-")]
+    if not wanted:
+        return
+    from robustbench_vlm import session
+
+    with console.meter() as meter:
+        made = session.make_tiny(root, meter, wanted)
+    if made:
+        console.remark(f"rendered the tiny world into {root}")
+
+
+def print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
+    """The tables of some leaderboard rows."""
+    from robustbench_vlm import leaderboard as hall
+
+    for title, grid in hall.grids(rows):  # datasets go down: there are many of them, and few models
+        body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
+        console.show(f"{title}: clean / robust, %", ["dataset", *map(str, grid.index)], body)
+    if (rows.flag != "").any():
+        console.remark("! marks a number with a flag: read it in the table file before believing it")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import canonical, geometry, losses, walks
+from robustbench_vlm.attacks import canonical, geometry, jury, walks
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, single, take
 from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.walks import End, Leg, Walk
@@ -179,19 +179,17 @@ class _Run:
         adv = torch.cat([row.adv for _, row, _ in called])
         labels = torch.cat([row.labels for _, row, _ in called])
         clean = torch.cat([row.images for _, row, _ in called])
-        found = canonical.logits(self.classify, adv, self.rows)
+        found = jury.opinions(self.classify, adv, clean, labels, self.threat, self.rows)
         self.judged += 1
-        outside = geometry.excess(adv, clean, self.threat).tolist()
-        margins, predictions = losses.judge(found, labels).tolist(), found.argmax(1).tolist()
-        right, finite, copies = labels.tolist(), found.isfinite().all(1).tolist(), adv.cpu()
+        right, copies = labels.tolist(), adv.cpu()
         for i, (leg, row, end) in enumerate(called):
             if leg.void:
                 continue  # an earlier trajectory of the image was judged a moment ago
-            key, stage = self.keys[leg.walk.index], self.stages[leg.walk.stage][0]
-            error = "" if finite[i] and not end.nonfinite else self.trouble(leg, end)
-            if not error and outside[i] > geometry.slack(self.threat):
-                raise AttackError(f"{stage}: {key} is {outside[i]:.3g} outside {self.threat} or [0, 1]")
-            wrong = not error and predictions[i] != right[i]
+            key, stage, said = self.keys[leg.walk.index], self.stages[leg.walk.stage][0], found[i]
+            error = "" if said.finite and not end.nonfinite else self.trouble(leg, end)
+            if not error and said.excess > geometry.slack(self.threat):
+                raise AttackError(f"{stage}: {key} is {said.excess:.3g} outside {self.threat} or [0, 1]")
+            wrong = not error and said.prediction != right[i]
             unconfirmed = end.broken and not error and not wrong
             self.unconfirmed += unconfirmed
             again = unconfirmed and self.stop == "first"
@@ -210,8 +208,8 @@ class _Run:
                 iteration=first if wrong else -1,
                 forwards=0,
                 backwards=0,
-                prediction=predictions[i],
-                margin=margins[i],
+                prediction=said.prediction,
+                margin=said.margin,
                 error=error,
                 stage=stage,
             )
@@ -292,7 +290,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         AttackError: the attack left the ball or the box, or the model gives no gradient.
     """
     live = rows if live is None else live
-    _check(images, labels, keys, stages, threat, rows, live, n_classes)
+    check(images, labels, keys, stages, threat, rows, live, n_classes)
     if not len(images):
         return Cost(0, 0, 0, 0)
     judged = 0
@@ -335,23 +333,13 @@ def _active(state: State) -> Tensor:
 
 def _plan(what: _Run, clean: Tensor, begin: Sequence[int]) -> None:
     """A walk for every image that is attackable; the others are reported at once."""
-    ranking = clean.argsort(dim=1, descending=True, stable=True).tolist()
-    margins, finite = losses.judge(clean, what.labels).tolist(), clean.isfinite().all(1).tolist()
-    predictions, labels = clean.argmax(1).tolist(), what.labels.tolist()
-    what.wrong = [[k for k in ranked if k != label] for ranked, label in zip(ranking, labels, strict=True)]
-    for index, label in enumerate(labels):
-        if finite[index] and predictions[index] == label:
-            what.waiting.append(what.walk(index, begin[index]))
-            continue
-        stage = what.stages[begin[index]][0]
-        error = "" if finite[index] else f"{stage}: a logit of the clean image is not finite"
-        adv, key, said = what.images[index].detach().cpu().clone(), what.keys[index], predictions[index]
-        what.on_finding(
-            Finding(key, not error, adv, -1, 0, -1, 0, 0, said, margins[index], error=error, stage=stage)
-        )
+    what.wrong = jury.wrong_classes(clean, what.labels)
+    names = [what.stages[stage][0] for stage in begin]
+    for index in jury.attackable(clean, what.images, what.labels, what.keys, names, what.on_finding):
+        what.waiting.append(what.walk(index, begin[index]))
 
 
-def _check(
+def check(
     images: Tensor,
     labels: Tensor,
     keys: Sequence[str],
@@ -361,6 +349,11 @@ def _check(
     live: int,
     n_classes: int,
 ) -> None:
+    """Refuse arguments of `run` that disagree.
+
+    Raises:
+        InputError: which, and why.
+    """
     for name, attack in stages:
         if threat.norm not in attack.norms:
             kind = type(attack).__name__.lower()

@@ -1,0 +1,130 @@
+"""One comparison each: an attack of ours and the reference's on the same images, told image by image."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import theirs
+import torch
+from subjects import Subject
+from torch import Tensor
+
+from robustbench_vlm import cards, registry
+from robustbench_vlm.attacks import canonical, losses
+from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.interface import Attack
+from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.threat import Threat
+from robustbench_vlm.types import Finding
+
+VERSIONS = {"autoattack": "standard", "plus": "plus", "rand": "rand"}
+FAB = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+ROWS = theirs.ROWS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Verdicts of both sides.
+
+    Attributes:
+        n: images, all of them right when clean.
+        ours, theirs: how many each side broke.
+        flips: images on which the sides disagree: key, who broke it, and the margin of correctness of the
+            image that each side ended with (at most 0 where it is broken).
+        equal: adversarial images that are equal bit for bit, of those that both sides broke; None where the
+            images are not meant to be equal.
+        both: images that both sides broke.
+        apart: largest difference of a pixel between them.
+    """
+
+    n: int
+    ours: int
+    theirs: int
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    equal: int | None = None
+    both: int = 0
+    apart: float = 0.0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some images broke and some did not, on both sides."""
+        return 0 < self.ours < self.n and 0 < self.theirs < self.n
+
+    def as_record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def outcome(who: Subject, found: list[Finding], adv: Tensor, *, images: bool) -> Outcome:
+    """Ours against what the reference returned; `images` says whether images are compared too."""
+    ours, wrong = [f.broken for f in found], who.wrong(adv)
+    margins = losses.judge(canonical.logits(who.model, adv, ROWS), who.labels).tolist()
+    flips = [
+        {"key": f.key, "broken by": "ours" if f.broken else "theirs", "ours": f.margin, "theirs": margin}
+        for f, theirs_wrong, margin in zip(found, wrong, margins, strict=True)
+        if f.broken != theirs_wrong
+    ]
+    pairs = [(f.adv, adv[i]) for i, f in enumerate(found) if f.broken and wrong[i]]
+    apart = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
+    equal = sum(torch.equal(a, b) for a, b in pairs) if images else None
+    return Outcome(len(found), sum(ours), sum(wrong), flips, equal, len(pairs), apart)
+
+
+def apgd(who: Subject, threat: Threat, loss: str, steps: int, targets: int = 0, **more) -> Outcome:
+    """APGD walked to its end from the same start: verdicts and last misclassified iterates."""
+    name = "targeted-dlr" if targets else loss
+    found = who.attack(Apgd(name, steps, 0.75, more.get("n_restarts", 1), targets), threat, stop="last")
+    model = theirs.Watched(who.model)
+    run = theirs.fed(theirs.apgd(model, threat, loss, steps, targets, **more), who)
+    return outcome(who, found, theirs.run(run, who), images=True)
+
+
+def fab_t(who: Subject, threat: Threat, steps: int, targets: int) -> Outcome:
+    """Targeted FAB, which draws nothing."""
+    found = who.attack(Fab(steps=steps, targets=targets, restarts=1, **FAB), threat)
+    run = theirs.fab(theirs.Watched(who.model), threat, steps, targets)
+    return outcome(who, found, theirs.run(run, who), images=False)
+
+
+def square(who: Subject, threat: Threat, queries: int, seeds: tuple[int, int] = (0, 0)) -> Outcome:
+    """Square with seeds of each side's own."""
+    found = who.attack(Square(queries=queries, p=0.8, restarts=1), threat, seed=seeds[0])
+    run = theirs.squares(theirs.Watched(who.model), threat, queries, seed=seeds[1])
+    return outcome(who, found, theirs.run(run, who), images=False)
+
+
+def chain(
+    who: Subject, threat: Threat, card: str, steps: int, queries: int, seeds: tuple[int, int] = (0, 0)
+) -> Outcome:
+    """A whole chain with seeds of each side's own."""
+    found = ours_chain(who, threat, card, steps, queries, seeds[0])
+    return outcome(who, found, their_chain(who, threat, card, steps, queries, seeds[1]), images=False)
+
+
+def ours_chain(who: Subject, threat: Threat, card: str, steps: int, queries: int, seed: int) -> list[Finding]:
+    """What each image ended with: every stage is given the survivors of the one before."""
+    found: list[Finding] = []
+    left = list(range(len(who.images)))
+    for name, attack in stages(card, steps, queries):
+        met = who.attack(attack, threat, stage=name, seed=seed, order=left)
+        for i, finding in zip(left, met, strict=True):
+            found[i : i + 1] = [finding]
+        left = [i for i in left if not found[i].broken]
+    return found
+
+
+def stages(card: str, steps: int, queries: int) -> list[tuple[str, Attack]]:
+    """The attacks of a chain, with fewer steps and queries."""
+    chosen = []
+    for stage in cards.read("attacks", card, cards.AttackCard).stage:
+        short = {"queries": queries} if "queries" in stage.fields else {"steps": steps}
+        chosen.append((stage.name, registry.build("attacks", stage.attack, {**stage.fields, **short}, card)))
+    return chosen
+
+
+def their_chain(who: Subject, threat: Threat, card: str, steps: int, queries: int, seed: int) -> Tensor:
+    """(n, 3, H, W) what the reference's chain of the same name returns."""
+    whole = theirs.chain(theirs.Watched(who.model), threat, VERSIONS[card], seed, steps, queries)
+    adv: Tensor = whole.run_standard_evaluation(who.images.clone(), who.labels.clone())[0]
+    return adv.detach()

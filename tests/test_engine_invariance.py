@@ -1,0 +1,216 @@
+"""What may not change a finding: rows in use, order of images, kills; and what may never be taken over.
+
+Breakers, iterations, counts and adversarial images are compared, not verdicts alone, on images of which about
+half are broken.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+import toys
+from attack_models import blobs, classifier, findings
+from safetensors.torch import load_file
+
+from robustbench_vlm.attacks import canonical, engine
+from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.threat import Threat, parse_eps
+
+ROWS = 100
+FAB = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+PLUGINS = {
+    "apgd-ce": Apgd("ce", 8, 0.75, 2, 0),
+    "apgd-t": Apgd("targeted-dlr", 6, 0.75, 1, 3),
+    "fab-t": Fab(steps=5, targets=2, restarts=1, **FAB),
+    "square": Square(queries=60, p=0.8, restarts=1),
+}
+THREATS = {"linf": Threat("linf", parse_eps("4/255")), "l2": Threat("l2", parse_eps("0.25", "l2"))}
+
+
+def data(n):
+    return classifier(10), *blobs(n, 10, seed=4)
+
+
+def orders(n):
+    """Three permutations."""
+    return [torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (1, 2, 3)]
+
+
+def same(a, b):
+    assert torch.equal(a.adv, b.adv)
+    assert {**vars(a), "adv": None} == {**vars(b), "adv": None}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("norm", THREATS)
+def test_1_7_32_and_100_rows_in_three_orders_find_the_same(name, norm):
+    model, images, labels = data(40)
+    assert canonical.position_dependence(model, images, ROWS) == 0
+    whole = findings(model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS)
+    assert 0.2 <= sum(f.broken for f in whole) / 40 <= 0.8
+    first, second, third = orders(40)
+    for live, order in ((1, first[:5]), (7, second), (32, third), (100, first)):
+        found = findings(
+            model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS, live=live, order=order
+        )
+        for finding in found:
+            same(finding, whole[int(finding.key.rsplit("/")[-1])])
+
+
+def test_stages_that_share_rows_find_the_same_in_any_order():
+    model, images, labels = data(30)
+    stages = [("ce", Apgd("ce", 6, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 6, 0.75, 1, 3))]
+
+    def run(order, live):
+        found = {}
+        engine.run(
+            model, images[order], labels[order], [f"image/{i}" for i in order], stages, THREATS["linf"],
+            seed=0, n_classes=10, rows=ROWS, live=live,
+            on_finding=lambda finding: found.__setitem__((finding.key, finding.stage), finding),
+        )  # fmt: skip
+        return found
+
+    whole = run(list(range(30)), ROWS)
+    assert {stage for _, stage in whole} == {"ce", "t"}
+    for live, order in zip((7, 32, 100), orders(30), strict=True):
+        found = run(order, live)
+        assert found.keys() == whole.keys()
+        for name, finding in found.items():
+            same(finding, whole[name])
+
+
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on
+
+
+# --- kills -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def what(tmp_path_factory):
+    """Twelve images of a random CLIP that labels them."""
+    card = toys.dataset_card()
+    return toys.subject(card, toys.write(card, tmp_path_factory.mktemp("data")))
+
+
+def order(results, *stages, norm="linf", eps=("4/255",), rows=16, stop="first", **more):
+    ladder = [str(parse_eps(text, norm)) for text in eps]
+    chain = toys.chain("aa", *(stages or ("ce", "t", "fab", "square")), rows=rows, stop=stop)
+    return toys.request(results, chain, norm=norm, eps=ladder, keep_images=True, **more)
+
+
+def evaluate(what, request, calls, counted=None):
+    """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
+    forward, left = ZeroShot.forward, [calls]
+
+    def counting(self, images):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if counted is not None:
+            counted.value += 1
+        return forward(self, images)
+
+    ZeroShot.forward = counting
+    toys.run(what, request)
+
+
+def killed(what, request, calls, counted=None):
+    """Whether the evaluation was killed at that model call; False when it had ended before."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=evaluate, args=(what, request, calls, counted))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def outcome(results):
+    """Everything that was found, by file: ledgers as records (their order is scheduling's), cells, images."""
+    found = {}
+    for path in sorted(results.rglob("*")):
+        name = path.relative_to(results).as_posix()
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert len({line["key"] for line in lines}) == len(lines)
+            found[name] = sorted(lines, key=lambda line: line["key"])
+        elif path.suffix == ".json":
+            found[name] = {key: part for key, part in json.loads(path.read_text()).items() if key != "run"}
+        elif path.suffix == ".safetensors":
+            found[name] = {key: image.tolist() for key, image in load_file(path).items()}
+        elif path.suffix == ".parquet":
+            found[name] = path.read_bytes()
+    return found
+
+
+@forks
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_iterations_leave_no_trace(what, seed, tmp_path):
+    counted = multiprocessing.get_context("fork").Value("i", 0)
+    assert not killed(what, order(tmp_path / "whole", live=5), 0, counted)
+    draw = random.Random(seed)
+    kills = [
+        killed(what, order(tmp_path / "torn", live=live), draw.randint(1, counted.value // 2))
+        for live in (3, 12, 5, 7)
+    ]
+    assert sum(kills) >= 2
+    assert not killed(what, order(tmp_path / "torn"), 0)
+    whole = outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "torn") == whole
+    (cell,) = [content for name, content in whole.items() if name.startswith("cells") and "json" in name]
+    assert 0 < cell["outcome"]["robust"]["square"] < 12
+
+
+CHANGES = {
+    "eps": {"eps": ("5/255",)},
+    "a smaller eps before": {"eps": ("2/255", "4/255")},
+    "norm": {"norm": "l2"},
+    "seed": {"seed": 1},
+    "shape": {"rows": 20},
+    "stop": {"stop": "last"},
+    "another second attack": {"stages": ("ce", "fab", "square")},
+    "other order": {"stages": ("t", "ce", "square")},
+}
+
+
+@pytest.fixture(scope="module")
+def remains(what, tmp_path_factory):
+    """The folder of an evaluation that was killed half way."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert killed(what, order(folder, live=5), 50)
+    assert len(list((folder / "ledger").rglob("*.jsonl"))) >= 2
+    return folder
+
+
+@forks
+@pytest.mark.parametrize("change", [*CHANGES, "model", "labels"])
+def test_what_a_killed_run_found_is_never_taken_for_another_experiment(what, remains, change, tmp_path):
+    """Another experiment, in a folder where this one was killed, finds what it finds in a fresh folder."""
+    shutil.copytree(remains, tmp_path / "used")
+    before = outcome(tmp_path / "used")
+    assert any(before.values())
+    other = what
+    if change == "model":
+        other = toys.subject(what.card, what.split.folder.parent, seed=1)
+    elif change == "labels":
+        wrong = [(label + 1) % 6 for label in what.split.labels]
+        relabelled = toys.write(what.card, tmp_path / "relabelled", labels=wrong)
+        other = toys.subject(what.card, relabelled)
+    settings = dict(CHANGES.get(change, {}))
+    stages = settings.pop("stages", ())
+    for folder in ("used", "fresh"):
+        toys.run(other, order(tmp_path / folder, *stages, **settings))
+    fresh, used = outcome(tmp_path / "fresh"), outcome(tmp_path / "used")
+    if change not in ("another second attack", "labels"):
+        assert {name: used[name] for name in before} == before, "not a line was added to the other's ledgers"
+    assert {name: used[name] for name in fresh} == fresh or change == "another second attack"
+    cells = [name for name in fresh if name.startswith("cells")]
+    assert cells
+    assert {name: used[name] for name in cells} == {name: fresh[name] for name in cells}

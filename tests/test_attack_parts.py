@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_vlm.attacks import apgd, fab, geometry, losses, pgd, square, windows
+from robustbench_vlm.attacks import apgd, geometry, hyperplane, losses, pgd, square, windows
 from robustbench_vlm.attacks.interface import Oracle, Rows
 from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.threat import Threat
@@ -84,11 +84,11 @@ def test_restart_from_best_leaves_the_previous_iterate():
 
 
 def test_square_windows_at_32_pixels():
-    sizes = square.window_sizes(5000, 0.8, 32, 32, "linf")
+    sizes = square.window_sides(5000, 0.8, 32, 32, "linf")
     changes = [(i, s) for i, s in enumerate(sizes) if i == 0 or sizes[i - 1] != s]
     assert changes == [(0, 29), (11, 20), (51, 14), (201, 10), (501, 7), (1001, 5), (2001, 4), (4001, 3)]
-    assert all(s % 2 and s >= 3 for s in square.window_sizes(5000, 0.8, 32, 32, "l2"))
-    assert max(square.window_sizes(20, 0.8, 8, 64, "linf")) == 8
+    assert all(s % 2 and s >= 3 for s in square.window_sides(5000, 0.8, 32, 32, "l2"))
+    assert max(square.window_sides(20, 0.8, 8, 64, "linf")) == 8
 
 
 def test_square_patterns_have_unit_length_and_opposite_halves():
@@ -125,6 +125,8 @@ def _bisect(points, normals, falls, norm):
     """The same projection by bisection in float64."""
     w, t = normals.double() * torch.where(falls < 0, -1, 1)[:, None], points.double()
     way, size, total = torch.where(w > 0, t, 1 - t), w.abs(), falls.abs().double()
+    if norm == "l1":
+        return _greedy(way, size, total) * -w.sign()
     unit = torch.ones_like(size) if norm == "linf" else size
     low, high = torch.zeros_like(total), torch.full_like(total, 1.0 if norm == "linf" else 1e12)
     for _ in range(200):
@@ -134,40 +136,81 @@ def _bisect(points, normals, falls, norm):
     return -torch.minimum(high[:, None] * unit, way) * w.sign()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_projection_onto_the_hyperplane_is_the_bisection_in_float64(norm):
+def _greedy(way, size, total):
+    """L1: the entries of largest |w| go to their bound one after the other, the last one part of its way."""
+    order = size.argsort(dim=1, descending=True)
+    gains = (size * way).gather(1, order)
+    before = gains.cumsum(1) - gains
+    share = ((total[:, None] - before) / gains.clamp(min=1e-300)).clamp(0, 1)
+    return torch.zeros_like(way).scatter(1, order, share) * way
+
+
+def _moves(points, normals, falls, norm, eased=1.0):
+    """(N, d) one move a row, onto a hyperplane of its own."""
+    start = torch.full((1, len(falls)), eased)
+    found = hyperplane.Hyperplanes.of(normals, norm).moves([points], falls[None], start)
+    return found.turn[0][:, None] * normals.sign() * found.reach[0], found.lengths[0]
+
+
+NORMS = pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+
+
+@NORMS
+@pytest.mark.parametrize("eased", [1.0, 7.0])
+def test_projection_onto_the_hyperplane_is_the_bisection_in_float64(norm, eased):
     make = torch.Generator().manual_seed(0)
     points = torch.rand(60, 500, generator=make)
     points[:, :40] = points[:, :40].round()  # pixels at the box
     normals = torch.randn(60, 500, generator=make) * torch.rand(60, 500, generator=make)
     normals[:, 40:50] = 0
     falls = torch.linspace(-30, 30, 60)
-    moves = fab.to_hyperplane(points, normals, falls, norm)
-    assert (moves - _bisect(points, normals, falls, norm)).abs().max() < 3e-7
+    moves, lengths = _moves(points, normals, falls, norm, eased)
+    exact = _bisect(points, normals, falls, norm)
+    assert (moves - exact).abs().max() < (5e-6 if norm == "l1" else 3e-7)
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    assert torch.allclose(lengths.double(), exact.norm(order, dim=1), rtol=1e-5)
     assert (points + moves).min() >= -1e-7
     assert (points + moves).max() <= 1 + 1e-7
     residual = (normals.double() * moves).sum(1) + falls
     assert residual.abs().max() <= 5e-5
 
 
-def test_an_unreachable_hyperplane_moves_everything_to_its_bound():
+@NORMS
+def test_an_unreachable_hyperplane_moves_everything_to_its_bound(norm):
     points, normals = torch.tensor([[0.25, 0.5, 0.75]]), torch.tensor([[1.0, -1.0, 0.5]])
-    for norm in ("linf", "l2"):
-        moves = fab.to_hyperplane(points, normals, torch.tensor([100.0]), norm)
-        assert torch.allclose(points + moves, torch.tensor([[0.0, 1.0, 0.0]]))
+    moves, _ = _moves(points, normals, torch.tensor([100.0]), norm)
+    assert torch.allclose(points + moves, torch.tensor([[0.0, 1.0, 0.0]]))
 
 
-def test_a_projection_does_not_depend_on_the_rows_beside_it():
+@NORMS
+def test_a_projection_does_not_depend_on_the_rows_beside_it(norm):
     make = torch.Generator().manual_seed(1)
     points, normals = torch.rand(32, 300, generator=make), torch.randn(32, 300, generator=make)
     falls = torch.logspace(-4, 2, 32)
-    for norm in ("linf", "l2"):
-        moves = fab.to_hyperplane(points, normals, falls, norm)
-        turned = fab.to_hyperplane(points.flip(0), normals.flip(0), falls.flip(0), norm)
-        assert torch.equal(moves, turned.flip(0))
-        easy = falls.clone()
-        easy[:31] = 0
-        assert torch.equal(moves[31], fab.to_hyperplane(points, normals, easy, norm)[31])
+    moves, _ = _moves(points, normals, falls, norm)
+    turned, _ = _moves(points.flip(0), normals.flip(0), falls.flip(0), norm)
+    assert torch.equal(moves, turned.flip(0))
+    easy = falls.clone()
+    easy[:31] = 0
+    assert torch.equal(moves[31], _moves(points, normals, easy, norm)[0][31])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_corrections_that_must_not_be_asked_for_more_end_short_of_the_hyperplane_never_beyond(norm):
+    """On a device without a look at the numbers, the fixed number of corrections settles ordinary moves."""
+    make = torch.Generator().manual_seed(2)
+    points, normals = torch.rand(40, 300, generator=make), torch.randn(40, 300, generator=make)
+    sizes = normals.abs() if norm == "linf" else normals.square()
+    ways = torch.where(normals > 0, points, 1 - points)
+    breaks = (ways if norm == "linf" else ways / normals.abs())[None]
+    most = (sizes * breaks[0]).sum(1)
+    for share, exact in ((0.5, True), (0.99, False)):
+        total = (share * most)[None]
+        lower = total / sizes.sum(1)
+        m = hyperplane.newton(sizes, breaks, total, lower, lower, hyperplane.CORRECTIONS)
+        reached = (sizes * torch.minimum(breaks, m[..., None])).sum(-1) / total
+        assert reached.max() <= 1 + 1e-6
+        assert not exact or reached.min() >= 1 - 1e-5
 
 
 pixels = st.integers(0, 2**31 - 1)

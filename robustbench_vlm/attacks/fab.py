@@ -1,14 +1,19 @@
-"""FAB-T: the smallest change that crosses the boundary to one class, by repeated exact linearisation.
+"""FAB: the smallest change that crosses the boundary, by repeated exact linearisation.
 
-Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack" (ICML 2020), in
-the targeted form of AutoAttack: one gradient an iteration, of z_t - z_y. The final search of the paper is
-absent there and here. With one restart no random number is drawn. It minimises the norm; a point that is
-stored with norm <= eps decides, and later ones could only be nearer, so the row ends at the first such point.
+Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack" (ICML 2020).
+Aimed at one class (FAB-T of AutoAttack) an iteration takes one gradient, of z_t - z_y; untargeted it takes
+one for every wrong class and turns to the boundary that looks nearest. The final search of the paper is
+absent from the released code and from here. With one restart no random number is drawn.
+
+FAB minimises the norm: a misclassified point is stored when it is nearer than all before. So a row that only
+needs a verdict ends at the first point within the radius, and one that walks on returns the nearest, under
+`stop=last` and `stop=best` alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,34 +21,43 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import geometry, losses
+from robustbench_vlm.attacks.hyperplane import FLAT, Hyperplanes
 from robustbench_vlm.attacks.interface import (
     Alone,
     Oracle,
     Rows,
+    Seen,
     State,
     common,
     misclassified,
     pick,
     progress,
+    spread,
 )
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
-FLAT = 1e-8  # below this an entry of an L2 normal vector is no direction; also the least length of a move
-NEWTON = 64  # more corrections than a float32 multiplier was ever seen to need (about 12)
+FAR = 1e10  # the norm of nothing found
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @dataclass(frozen=True)
 class FabState(State):
-    """FAB's rows; `x` is the point last checked and may lie outside the ball.
+    """FAB's rows.
 
     Attributes:
+        x: (S, 3, H, W) the point last checked, which may lie outside the ball; the nearest success instead,
+            once there is one and the row goes on.
         at: (S, 3, H, W) the point to linearise at next.
         nearest: (S,) norm of the nearest misclassified point so far, 1e10 if none.
+        gradients: (S,) int64, image gradients so far.
+        eased: (S, 2) where the next projections start to search, see `hyperplane.Moves`.
     """
 
     at: Tensor
     nearest: Tensor
+    gradients: Tensor
+    eased: Tensor
 
     @property
     def adv(self) -> Tensor:
@@ -55,14 +69,19 @@ class FabState(State):
         """Two an iteration: linearise, check."""
         return 2 * self.iteration
 
+    @property
+    def backwards(self) -> Tensor:
+        """One an iteration for each class that is aimed at or looked at."""
+        return self.gradients
+
 
 @dataclass(frozen=True)
 class Fab(Alone):
-    """Targeted FAB.
+    """FAB, aimed at one class after the other or untargeted.
 
     Attributes:
         steps: iterations for each target and restart.
-        targets: target classes, most likely wrong class first.
+        targets: target classes, most likely wrong class first; 0 for untargeted.
         restarts: trajectories for each target; the first starts at the image, later ones at random points.
         alpha_max: largest weight of the projection of the image itself.
         eta: overshoot beyond the linearised boundary.
@@ -76,12 +95,19 @@ class Fab(Alone):
     eta: float
     beta: float
 
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.targets, self.restarts) < 1:
-            found = f"steps {self.steps}, targets {self.targets}, restarts {self.restarts}"
-            raise InputError("fab", found, "at least 1 of each")
+        if min(self.steps, self.restarts) < 1 or self.targets < 0:
+            found = f"steps {self.steps}, restarts {self.restarts}, targets {self.targets}"
+            raise InputError(
+                "fab", found, "at least 1 step and 1 restart, and 0 targets (untargeted) or more"
+            )
+        if not (0 < self.alpha_max <= 1 and 0 < self.beta <= 1):
+            found = f"alpha_max {self.alpha_max}, beta {self.beta}"
+            raise InputError("fab", found, "both above 0 and at most 1")
+        if not 0 < self.eta < math.inf:
+            raise InputError("fab.eta", str(self.eta), "a positive number")
 
     def ranks(self, n_classes: int) -> int:
         """At most every wrong class."""
@@ -92,41 +118,48 @@ class Fab(Alone):
         return losses.few_classes("targeted-margin", self.targets, n_classes)
 
     def cost(self, n_classes: int) -> tuple[int, int]:
-        """Two forwards and one gradient a step, for every target and restart."""
+        """Two forwards a step; one gradient for the target, or for each wrong class if untargeted."""
         steps = max(1, self.ranks(n_classes)) * self.restarts * self.steps
-        return 2 * steps, steps
+        return 2 * steps, steps * (1 if self.targets else n_classes - 1)
 
     def start(self, rows: Rows, threat: Threat) -> FabState:
-        """The image; for a later restart a point half a radius away in a random direction."""
+        """The image; for a later restart a point up to half a radius away in a random direction."""
         images = rows.images
         # a row that is still open has stored nothing within eps, so min(nearest, eps) / 2 is eps / 2
-        away = images + (geometry.surface_start(images, threat, rows.noise) - images) / 2
-        again = torch.tensor([restart > 0 for restart in rows.restarts], device=images.device)
-        at = pick(again, away.clamp_(0, 1), images.clone())
-        nearest = torch.full((len(images),), 1e10, dtype=images.dtype, device=images.device)
-        return FabState(**common(rows, threat, at), at=at, nearest=nearest)
+        at = images
+        if any(rows.restarts):
+            again = torch.tensor(rows.restarts, device=images.device) > 0
+            at = pick(again, _around(rows, dataclasses.replace(threat, eps=threat.eps / 2)), images)
+        nearest = torch.full((len(images),), FAR, dtype=images.dtype, device=images.device)
+        return FabState(
+            **common(rows, threat, at),
+            at=at,
+            nearest=nearest,
+            gradients=torch.zeros_like(rows.labels),
+            eased=torch.ones_like(nearest)[:, None].expand(-1, 2).contiguous(),
+        )
 
     def step(self, state: FabState, oracle: Oracle) -> FabState:
         """Linearise, step to the weighted mean of the projections, check it, go back if it is wrong."""
-
-        def objective(logits: Tensor) -> Tensor:
-            return losses.targeted_margin(logits, state.labels, state.targets)
-
-        seen = oracle.gradient(state.at, objective)
-        x = self._advance(state, seen.values, seen.gradient)
+        seen = self._linearise(state, oracle)
+        x, eased = self._advance(state, seen)
         logits = oracle.logits(x)
 
         wrong = misclassified(logits, state.labels)
         norm = _norm(x - state.images, state.threat.norm)
         nearer = wrong & (norm < state.nearest)
         success = nearer & (norm <= geometry.radius(state.threat))
-        back = (x - state.images).mul_(self.beta).add_(state.images)
-        broken = success if state.stop == "first" else state.broken | success
+        share = spread(torch.where(wrong, self.beta, 1.0), x)
+        broken, kept_x = success, x
+        if state.stop != "first":
+            broken, kept_x = state.broken | success, pick(state.broken & ~success, state.x, x)
         return dataclasses.replace(
             state,
-            x=x if state.stop == "first" else pick(state.broken & ~success, state.x, x),
-            at=pick(wrong, back, x),
+            x=kept_x,
+            at=torch.lerp(state.images, x, share),
             nearest=torch.where(nearer, norm, state.nearest),
+            gradients=state.gradients + (1 if self.targets else logits.shape[1] - 1),
+            eased=eased,
             broken=broken,
             first=torch.where(success & ((state.first < 0) | ~state.broken), state.iteration, state.first),
             iteration=state.iteration + 1,
@@ -136,87 +169,75 @@ class Fab(Alone):
             zero_gradients=state.zero_gradients + seen.zero,
         )
 
-    def _advance(self, state: FabState, value: Tensor, gradient: Tensor) -> Tensor:
-        """(S, 3, H, W) the overshot, weighted mean of the two projections onto {linearised margin = 0}."""
+    def _linearise(self, state: FabState, oracle: Oracle) -> Seen:
+        """The logit difference that is driven to zero, with its gradient."""
+        if self.targets:
+            return oracle.gradient(
+                state.at, lambda logits: losses.targeted_margin(logits, state.labels, state.targets)
+            )
+        found: Seen | None = None
+        distance = torch.full_like(state.nearest, torch.inf)
+        for seen in oracle.gradients(state.at, lambda logits: _margins(logits, state.labels)):
+            size = _norm(seen.gradient, DUAL[state.threat.norm])
+            away = seen.values.abs() / (losses.TINY + size)
+            found = seen if found is None else _choose(away < distance, seen, found)
+            distance = torch.minimum(distance, away)
+        assert found is not None, "a classifier has two classes or more"
+        return found
+
+    def _advance(self, state: FabState, seen: Seen) -> tuple[Tensor, Tensor]:
+        """(S, 3, H, W) the overshot, weighted mean of the two projections onto {linearised margin = 0}.
+
+        Also (S, 2) where the next projections start to search.
+        """
         images, at, norm = state.images.flatten(1), state.at.flatten(1), state.threat.norm
-        normal = gradient.flatten(1)
+        normal = seen.gradient.flatten(1)
         # by how much <w, .> must fall, written with differences: <w, t> - b cancels digits otherwise
-        fall = torch.cat([value, value + _dot(normal, images - at)])
-        move = to_hyperplane(torch.cat([at, images]), normal.repeat(2, 1), fall, norm)
-        near, far = move.chunk(2)
-        a, b = (_norm(part, norm).clamp(min=FLAT) for part in (near, far))
-        weight = (a / (a + b)).clamp(0, self.alpha_max)[:, None]
-        near = (at + self.eta * near).mul_(1 - weight)
-        far = (images + self.eta * far).mul_(weight)
-        return near.add_(far).clamp_(0, 1).reshape(state.images.shape)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return product
+        falls = torch.stack([seen.values, seen.values + (images - at).mul_(normal).sum(1)])
+        planes = Hyperplanes.of(normal, norm)
+        moves = planes.moves((at, images), falls, state.eased.T)
+        near, far = moves.lengths.clamp(min=FLAT)
+        weight = (near / (near + far)).clamp(0, self.alpha_max)
+        near, far = self.eta * moves.turn * torch.stack([1 - weight, weight])
+        move = moves.reach[0].mul_(near[:, None]).addcmul_(moves.reach[1], far[:, None])
+        mean = torch.lerp(at, images, weight[:, None])
+        return mean.addcmul_(planes.signs, move).clamp_(0, 1).view_as(state.images), moves.eased.T
 
 
 def _norm(delta: Tensor, norm: str) -> Tensor:
+    """(S,) of (S, ...)."""
     flat = delta.flatten(1)
-    return flat.abs().amax(1) if norm == "linf" else geometry.length(flat)
-
-
-def to_hyperplane(points: Tensor, normals: Tensor, falls: Tensor, norm: str) -> Tensor:
-    """The shortest move within the box that lowers <w, .> by `falls`.
-
-    Both norms are one problem: entry i moves by min(m, r_i) in units of |w_i|^(q-1), where r_i is its way to
-    the box, and the multiplier m solves sum_i c_i min(m, r_i) = fall. Where the box does not reach the
-    hyperplane all entries go to their bound.
-
-    Args:
-        points: (N, d) in [0, 1].
-        normals: (N, d) w.
-        falls: (N,) <w, point> - b; negative means that <w, .> must rise.
-        norm: `linf` or `l2`.
-
-    Returns:
-        (N, d) the moves.
-    """
-    w = normals * torch.where(falls < 0, -1.0, 1.0)[:, None]
-    size = w.abs()
-    way = torch.lt(w, 0, out=torch.empty_like(w)).sub_(points).abs_()  # to 1 where w < 0, else to 0
     if norm == "linf":
-        reach = torch.minimum(way, multiplier(size, way, falls.abs())[:, None])
-        return -(reach.mul_(w.sign()))
-    small = size < FLAT
-    size = size.masked_fill(small, 0)
-    breaks = (way / size).masked_fill_(small, 0)
-    m = multiplier(size.square(), breaks, falls.abs())
-    reach = torch.minimum(breaks, m[:, None]).mul_(size)
-    return -(reach.mul_(w.sign()))
+        return torch.maximum(flat.amax(1), -flat.amin(1))
+    return geometry.length(flat) if norm == "l2" else flat.abs().sum(1)
 
 
-def multiplier(weights: Tensor, breaks: Tensor, total: Tensor) -> Tensor:
-    """(N,) the m >= 0 with sum_i c_i min(m, r_i) = total; infinite where no m is large enough.
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(S, C) -> (S, C - 1) z_k - z_y of the wrong classes k, ascending."""
+    wrong = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    wrong = wrong + (wrong >= labels[:, None])
+    return logits.gather(1, wrong) - logits.gather(1, labels[:, None])
 
-    Newton's method from 0: the sum is concave and piecewise linear, so each correction stops short of the
-    root or lands on it, and the last one is exact. A row at its root stays there, however long others take.
 
-    Args:
-        weights: (N, d) c >= 0.
-        breaks: (N, d) r >= 0.
-        total: (N,) >= 0.
-    """
-    m = torch.zeros_like(total)
-    filled = weights * breaks
-    # comparisons written as 0 and 1 into memory at hand: selecting by a random mask costs several times more
-    side, part = torch.empty_like(weights), torch.empty_like(weights)
-    for _ in range(NEWTON):
-        torch.gt(breaks, m[:, None], out=side)
-        slope = torch.mul(side, weights, out=part).sum(1)
-        torch.le(breaks, m[:, None], out=side)
-        rest = total - torch.mul(side, filled, out=part).sum(1)
-        better = torch.where(slope > 0, rest / slope, torch.where(rest > 0, torch.inf, m))
-        grown = torch.maximum(m, better)
-        if m.device.type == "cpu" and torch.equal(grown, m):
-            break
-        m = grown
-    return m
+def _choose(mask: Tensor, new: Seen, old: Seen) -> Seen:
+    """Row-wise `new` where `mask` (S,), else `old`; finite only where both are."""
+    return Seen(
+        new.logits,
+        pick(mask, new.values, old.values),
+        pick(mask, new.gradient, old.gradient),
+        old.finite & new.finite,
+        pick(mask, new.zero, old.zero),
+    )
+
+
+def _around(rows: Rows, threat: Threat) -> Tensor:
+    """(n, 3, H, W) points on the ball's surface in random directions, clipped into the box."""
+    images = rows.images
+    if threat.norm != "l1":
+        return geometry.surface_start(images, threat, rows.noise)
+    draw = rows.noise.normal(tuple(images.shape[1:]))
+    size = draw.double().abs().flatten(1).sum(1).float()
+    return (images + geometry.radius(threat) * (draw / spread(size, draw)).to(images.device)).clamp_(0, 1)
 
 
 plugin = Fab

@@ -5,15 +5,15 @@ An attack is a frozen dataclass whose fields are its configuration. `start` sets
 reads `broken`, `done` and `nonfinite`, and gives a finished row to the next image. So an attack has no loop
 over batches, no early exit and no resume of its own, and gets all three.
 
-Rules for `step`: every tensor has leading dimension S; state tensors are never written in place (the engine
-keeps frozen rows by comparing old and new state); no operation mixes rows, except those of one crew (see
-`Attack.muster`); no random numbers; nothing that waits for the device.
+Rules for `step`: every tensor has leading dimension S; no operation mixes rows, except those of one crew (see
+`Attack.muster`); no random numbers; nothing that waits for the device. The state that it is given is spent:
+its memory may be written, but not where a row has ended, since the engine keeps such rows as they ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ class Rows:
         restarts: index of each trajectory's restart.
         stop: `first`, a row ends at its first misclassified iterate. The others walk to the end: `last`
             returns the last misclassified iterate (PGD: the last iterate, whatever it is), `best` the
-            misclassified iterate of largest objective (FAB: the nearest one).
+            misclassified iterate of largest objective (FAB: both the nearest one).
     """
 
     images: Tensor
@@ -227,7 +227,7 @@ class Seen:
 
 @dataclass
 class Calls:
-    """Model calls so far."""
+    """Model calls so far: forwards without gradient, and image gradients."""
 
     forwards: int = 0
     gradients: int = 0
@@ -238,10 +238,15 @@ class Oracle:
     """The model as attacks see it: always all S rows, gradients with respect to images only.
 
     Whatever precision the model works in, attacks are given float32.
+
+    Attributes:
+        once: a forward can be differentiated only once (a compiled or replayed model overwrites what further
+            backward passes need), so every gradient has a forward of its own.
     """
 
     classify: Classify
     calls: Calls = field(default_factory=Calls)
+    once: bool = False
 
     def logits(self, images: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, C), without gradient."""
@@ -258,14 +263,36 @@ class Oracle:
         Raises:
             AttackError: the logits do not depend on the image through differentiable operations.
         """
-        self.calls.gradients += 1
+        (seen,) = self.gradients(images, lambda logits: objective(logits)[:, None])
+        return seen
+
+    def gradients(self, images: Tensor, objectives: Callable[[Tensor], Tensor]) -> Iterator[Seen]:
+        """As `gradient`, for M objectives (logits (S, C) -> (S, M)): one forward, M backward passes.
+
+        One after the other, so that no more than one gradient need be held at a time.
+        """
+        leaf, logits, values = self._evaluate(images, objectives)
+        last = values.shape[1] - 1
+        for number in range(last + 1):
+            if number and self.once:
+                leaf, logits, values = self._evaluate(images, objectives)
+            yield self._differentiate(leaf, logits, values[:, number], keep=number < last and not self.once)
+
+    def _evaluate(
+        self, images: Tensor, objectives: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Leaf, logits and values with their graph."""
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.classify(leaf).float()
-            values = objective(logits)
+            return leaf, logits, objectives(logits)
+
+    def _differentiate(self, leaf: Tensor, logits: Tensor, values: Tensor, *, keep: bool) -> Seen:
+        """The gradient of `values` (S,); `keep` spares the graph for further backward passes."""
+        self.calls.gradients += 1
         if not values.requires_grad:
             raise AttackError("the model gives no gradient with respect to the image: is it under no_grad?")
-        (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=keep, allow_unused=True)
         if gradient is None:
             raise AttackError("the model's logits do not depend on the image")
         # one reduction tells zero, finite and neither apart: NaN and infinity pass through a maximum
@@ -305,13 +332,17 @@ def _tensors(state: State) -> dict[str, Any]:
 
 def take(state: AnyState, slots: list[int]) -> AnyState:
     """A copy of the given rows as a state of `len(slots)` rows."""
-    index = torch.tensor(slots, device=state.labels.device)
+    return rows_of(state, torch.tensor(slots, device=state.labels.device))
+
+
+def rows_of(state: AnyState, index: Tensor) -> AnyState:
+    """The same with the rows as (n,) int64."""
     rows: dict[str, Any] = {k: v.index_select(0, index) for k, v in _tensors(state).items()}
     return dataclasses.replace(state, **rows)
 
 
 def single(state: AnyState, slot: int) -> AnyState:
-    """One row as a view: state tensors are never written in place."""
+    """One row as a view of a state that nothing steps any more."""
     row: dict[str, Any] = {k: v[slot : slot + 1] for k, v in _tensors(state).items()}
     return dataclasses.replace(state, **row)
 

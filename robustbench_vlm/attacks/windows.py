@@ -1,4 +1,4 @@
-"""Windows and patterns of the Square attack: masks by comparison, so nothing waits for an offset."""
+"""Windows and patterns of the Square attack, for rows whose windows differ; nothing waits for an offset."""
 
 from __future__ import annotations
 
@@ -7,6 +7,62 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from robustbench_vlm.attacks import geometry
+from robustbench_vlm.attacks.interface import spread
+
+
+def moved_window(
+    best: Tensor, lower: Tensor, upper: Tensor, corner: Tensor, side: Tensor, move: Tensor, out: Tensor | None
+) -> Tensor:
+    """Linf: a window of every row moved up or down a channel, within ball and box.
+
+    Args:
+        best: (S, C, H, W) where it is moved from.
+        lower: (S, C, H, W) limit of each pixel.
+        upper: likewise.
+        corner: (S, 2) integers, top and left.
+        side: (S,) integers.
+        move: (S, C) by how much.
+        out: (S, C, H, W) memory to write.
+    """
+    height, width = best.shape[2:]
+    place = torch.arange(max(height, width), dtype=corner.dtype, device=best.device) - corner[:, :, None]
+    inside = ((place >= 0) & (place < side[:, None, None])).to(best.dtype)
+    down = move[:, :, None, None] * inside[:, 0, None, :height, None]
+    # a product with 0 or 1 is exact, so one fused pass gives what a product and a sum would
+    return torch.addcmul(best, down, inside[:, 1, None, None, :width], out=out).clamp_(lower, upper)
+
+
+def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, eps: float) -> Tensor:
+    """L2: mass of one window moved into another as a pyramid, and the whole rescaled to the radius.
+
+    Args:
+        best: (S, C, H, W) where the mass is moved.
+        images: (S, C, H, W).
+        proposal: (S, 4 + C + 1) int64: top and left of two windows, a sign a channel, turn.
+        side: (S,) of both windows.
+        eps: radius.
+    """
+    channels, shape = images.shape[1], (int(images.shape[2]), int(images.shape[3]))
+    first, second = proposal[:, :2], proposal[:, 2:4]
+    signs, turn = proposal[:, 4 : 4 + channels].to(best.dtype), proposal[:, -1]
+    into, out_of = inside(first, side, shape)[:, None], inside(second, side, shape)[:, None]
+    delta = best - images
+
+    held = delta * into
+    new = centred(pyramids(shape, best.device), first, side, turn, shape)[:, None] * signs[:, :, None, None]
+    new = new + held / (held.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
+    new = new * into
+    new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
+
+    spare = (eps**2 - geometry.length(delta).square()).clamp(min=0) / channels
+    union = torch.maximum(into, out_of)
+    mass = (delta.square() * union).sum((2, 3), keepdim=True)
+    new = new * (spread(spare, mass) + mass).sqrt()
+    delta = torch.where(into > 0, new, delta * (1 - out_of))
+    scale = eps / (geometry.length(delta) + geometry.TINY)
+    return delta.mul_(spread(scale, delta)).add_(images).clamp_(0, 1)
 
 
 def window_masks(corner: Tensor, size: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -34,6 +90,7 @@ def pyramid(height: int, width: int) -> np.ndarray:
     return unit
 
 
+@cache
 def eta(side: int) -> np.ndarray:
     """(side, side) float64 of unit L2 norm: a pyramid in the upper half, its negative below."""
     half = side // 2
@@ -69,11 +126,16 @@ def tiles(noise: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Square's L2 start: 5 x 5 tiles of `eta` with random signs and turns, of unit L2 norm in all."""
     channels, height, width = shape
     side = max(min(height, width) // 5, 1)
+    down = range((height - 5 * side) // 2, height - side + 1, side)
+    along = range((width - 5 * side) // 2, width - side + 1, side)
+    # tile by tile, its turn before its signs: the order is part of the stream
+    drawn = [(noise.integers(0, 2), noise.integers(0, 2, channels)) for _ in range(len(down) * len(along))]
+    turns = np.array([turn for turn, _ in drawn])
+    signs = np.array([sign for _, sign in drawn]) * 2 - 1
+    pattern = eta(side)
+    blocks = signs[:, :, None, None] * np.stack([pattern, pattern.T])[turns][:, None]
+    blocks = blocks.reshape(len(down), len(along), channels, side, side).transpose(2, 0, 3, 1, 4)
     found = np.zeros(shape)
-    for top in range((height - 5 * side) // 2, height - side + 1, side):
-        for left in range((width - 5 * side) // 2, width - side + 1, side):
-            pattern = eta(side)
-            pattern = pattern.T if noise.integers(0, 2) else pattern
-            signs = noise.integers(0, 2, (channels, 1, 1)) * 2 - 1
-            found[:, top : top + side, left : left + side] += pattern * signs
+    inner = blocks.reshape(channels, len(down) * side, len(along) * side)
+    found[:, down[0] : down[0] + inner.shape[1], along[0] : along[0] + inner.shape[2]] = inner
     return (found / np.linalg.norm(found)).astype(np.float32)

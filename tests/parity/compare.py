@@ -96,24 +96,21 @@ def square(who: Subject, threat: Threat, queries: int, seeds: tuple[int, int] = 
     return outcome(who, found, theirs.run(run, who), images=False)
 
 
-def square_fed(who: Subject, threat: Threat, queries: int) -> tuple[Outcome, list[str]]:
-    """Square with the same proposals; also the images whose end or number of queries is not the same.
+def square_fed(who: Subject, threat: Threat, queries: int) -> tuple[Outcome, list[str], list[str]]:
+    """Square with the same proposals; also the images with another number of queries, and with another end.
 
-    Ours passes over proposals that change nothing without a query for Linf, and only there.
+    Ours passes over proposals that change nothing without a query for Linf, and only there. For L2 the sides
+    add up in another order, so a proposal may be better by a rounding error to one of them alone.
     """
-    theirs_ends = shared.search(who, threat, queries)
+    search = shared.search(who, threat, queries)
     found = who.attack(shared.ours(who, queries), threat)
-    assert theirs_ends.ends is not None
-    told = outcome(who, found, theirs_ends.ends, images=True)
-    spent = theirs_ends.queries - (theirs_ends.idle if threat.norm == "linf" else 0)
+    assert search.ends is not None
+    told = outcome(who, found, search.ends, images=True)
+    spent = search.queries - (search.idle if threat.norm == "linf" else 0)
+    counted = [f.key for f, queried in zip(found, spent.tolist(), strict=True) if f.forwards != queried]
     close = 0 if threat.norm == "linf" else 1e-3
-    ends = ((f.adv - end).abs().max().item() for f, end in zip(found, theirs_ends.ends, strict=True))
-    unlike = [
-        f.key
-        for f, queried, apart in zip(found, spent.tolist(), ends, strict=True)
-        if f.forwards != queried or apart > close
-    ]
-    return told, unlike
+    apart = ((f.adv - end).abs().max() > close for f, end in zip(found, search.ends, strict=True))
+    return told, counted, [f.key for f, other in zip(found, apart, strict=True) if other]
 
 
 def chain(
@@ -123,6 +120,36 @@ def chain(
     found = ours_chain(who, threat, card, steps, queries, seeds[0])
     adv, _ = their_chain(who, threat, card, steps, queries, seeds[1])
     return outcome(who, found, adv, images=False)
+
+
+def fed_chain(who: Subject, threat: Threat, steps: int, queries: int) -> tuple[list[str], list[str]]:
+    """What broke each image in AutoAttack's chain with the same noise: ours, and theirs ("" if nothing).
+
+    Square meets one image at a time, which is how the reference can be fed with each image's own proposals.
+    """
+    found = ours_chain(who, threat, "autoattack", steps, queries, seed=0)
+    by = [""] * len(who.images)
+    for name, attack in stages("autoattack", steps, queries):
+        left = [i for i, breaker in enumerate(by) if not breaker]
+        groups = [[i] for i in left] if name == "square" or not left else [left]
+        for group in groups:
+            some = who.only(group)
+            for i, wrong in zip(group, some.wrong(_their_stage(some, threat, name, attack)), strict=True):
+                by[i] = name if wrong else ""
+    return [f.stage if f.broken else "" for f in found], by
+
+
+def _their_stage(who: Subject, threat: Threat, name: str, attack: Any) -> Tensor:
+    """What the reference's attack returns, fed with the noise of ours."""
+    model = theirs.Watched(who.model, who.rows)
+    if name == "square":
+        ends = shared.search(who, threat, attack.queries, stage=name).ends
+        assert ends is not None
+        return ends
+    if name == "fab-t":
+        return theirs.run(theirs.fab(model, threat, attack.steps, attack.targets), who)
+    run = theirs.apgd(model, threat, "ce", attack.steps, attack.targets)
+    return theirs.run(theirs.fed(run, who, stage=name), who)
 
 
 def ours_chain(who: Subject, threat: Threat, card: str, steps: int, queries: int, seed: int) -> list[Finding]:

@@ -114,13 +114,13 @@ def names(who: Subject, stage: str = "s", seed: int = 0) -> list[str]:
     return [f"{seed}/{key}/{stage}/-1/0" for key in who.keys]
 
 
-def ours(who: Subject, queries: int) -> Square:
+def ours(who: Subject, queries: int, stage: str = "s") -> Square:
     """The shipped attack for one image; for more, the same with shared proposals."""
     settings = {"queries": queries, "p": P, "restarts": 1}
-    return Square(**settings) if len(who.images) == 1 else Shared(**settings, common=names(who)[0])
+    return Square(**settings) if len(who.images) == 1 else Shared(**settings, common=names(who, stage)[0])
 
 
-def search(who: Subject, threat: Threat, queries: int) -> Search:
+def search(who: Subject, threat: Threat, queries: int, stage: str = "s") -> Search:
     """The reference's search with our proposals."""
     attack = theirs.squares(theirs.Watched(who.model, who.rows), threat, queries, seed=0)
     n = len(who.images)
@@ -129,7 +129,7 @@ def search(who: Subject, threat: Threat, queries: int) -> Search:
     )
     found.alive = list(range(n))
     margins, single = attack.margin_and_loss, attack.attack_single_run
-    answers = _answers(who, threat, queries, found)
+    answers = _answers(who, threat, queries, found, names(who, stage))
 
     def watched(x: Tensor, y: Tensor):
         margin, loss = margins(x, y)
@@ -148,11 +148,13 @@ def search(who: Subject, threat: Threat, queries: int) -> Search:
     return found
 
 
-def _answers(who: Subject, threat: Threat, queries: int, found: Search) -> Callable[[Any], Tensor]:
+def _answers(
+    who: Subject, threat: Threat, queries: int, found: Search, named: list[str]
+) -> Callable[[Any], Tensor]:
     """What to answer to the reference's draws, one after the other."""
     shape = tuple(who.images.shape[1:])
     sides = square.window_sides(queries, P, shape[1], shape[2], threat.norm)
-    streams = [Stream(names(who)[0], name, threat.norm) for name in names(who)]
+    streams = [Stream(named[0], name, threat.norm) for name in named]
     for stream in streams:
         square._draw(stream, sides, shape, threat.norm)
     drawn = [stream.drawn for stream in streams]

@@ -1,7 +1,7 @@
-"""The full grid against the reference: full budgets, three models, two norms, three radii; hours of one core.
+"""The full grid against the reference: full budgets, three models, two norms, three radii; hours of a core.
 
-Every comparison is appended to `benchmarks/parity.jsonl` as soon as it is made, so a run that is killed goes on
-where it was, and `benchmarks/parity.md` is written from what is there. Cheap and telling parts come first.
+Every comparison is appended to `benchmarks/parity.jsonl` as soon as it is made, so a killed run goes on where
+it was, and `benchmarks/parity.md` is written from what is there. Cheap and telling parts come first.
 Exit code 1 if a promise is broken. Type `make parity-full`.
 """
 
@@ -93,7 +93,7 @@ def compared(unit: Unit, who: Subject, threat: Threat) -> dict[str, Any]:
 
 
 def chained(who: Subject, threat: Threat, seed: int) -> dict[str, Any]:
-    """Both chains with seeds of their own: verdicts and breakers of every image, flips with their boundary."""
+    """Both chains with seeds of their own: what broke each image, and flips with their boundary."""
     found = compare.ours_chain(who, threat, "autoattack", STEPS, QUERIES, seed)
     adv, by = compare.their_chain(who, threat, "autoattack", STEPS, QUERIES, seed)
     told = compare.outcome(who, found, adv, images=False).as_record()

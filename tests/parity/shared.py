@@ -1,9 +1,9 @@
 """Square with the same proposals on both sides.
 
-The reference draws one window for all images of a batch (and Linf one sign a channel), where every image of
-ours has a stream of its own. So our rows are given what the reference would share: windows and turns are those
-of one stream, starts and L2's signs each row's own. For one image alone that is what the attack draws itself,
-and nothing is replaced on our side.
+The reference draws one window for all images of a batch (and for Linf one sign a channel), where every image
+of ours has a stream of its own. So our rows are given what the reference shares: windows and turns are those
+of one stream, starts and L2's signs each row's own. For one image alone that is what the attack draws by
+itself, and nothing is replaced on our side.
 """
 
 from __future__ import annotations

@@ -17,7 +17,14 @@ N, STEPS, QUERIES = 16, 8, 60
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("plain", "linf"), ("plain", "l2"), ("trained", "linf"), ("trained", "l2"), ("clip", "linf"), ("clip", "l2")],
+    [
+        ("plain", "linf"),
+        ("plain", "l2"),
+        ("trained", "linf"),
+        ("trained", "l2"),
+        ("clip", "linf"),
+        ("clip", "l2"),
+    ],
 )
 def test_the_chain_agrees_whatever_the_noise(name, norm):
     found = compare.chain(

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ N = 144
 ROWS = 48  # of every model call
 CLIP_SQUARE = 48  # images of the CLIP in Square alone: the reference takes 5000 calls for each 48 rows
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
-PERCENT = (94, 97, 98, 99, 100, 101, 102, 103, 106)  # of the radius, to look for the boundary
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,23 @@ class Unit:
 def units() -> Iterator[Unit]:
     """All comparisons, in the order in which they are made."""
     small = [name for name in NAMES if name != "clip"]
-    for share in SHARES:
-        for norm in ("linf", "l2"):
-            for model in small:
-                yield from (Unit(model, norm, share, attack) for attack in ATTACKS)
-                yield from (Unit(model, norm, share, "chain", seed) for seed in SEEDS)
-        if share == SHARES[0]:
-            yield from (Unit("clip", "linf", share, attack) for attack in ("apgd-ce", "apgd-t", "fab-t"))
-    for norm, share in (("l2", 0.3), ("linf", 0.6), ("linf", 0.0), ("l2", 0.6), ("l2", 0.0)):
-        yield from (Unit("clip", norm, share, attack) for attack in ("apgd-ce", "apgd-t", "fab-t"))
-    yield from (Unit("clip", "linf", 0.3, "chain", seed) for seed in SEEDS)
-    for norm in ("linf", "l2"):
-        yield from (Unit("clip", norm, 0.3, attack) for attack in ("apgd-dlr", "square"))
+    short = ("apgd-ce", "apgd-t", "fab-t")
+    first, *others = SHARES
+
+    def cells(shares: Sequence[float]) -> list[tuple[str, str, float]]:
+        return [(model, norm, share) for share in shares for norm in ("linf", "l2") for model in small]
+
+    yield from (Unit(*cell, attack) for cell in cells([first]) for attack in ATTACKS)
+    yield from (Unit("clip", "linf", first, attack) for attack in short)
+    yield from (Unit(*cell, "chain", seed) for cell in cells([first]) for seed in SEEDS)
+    yield from (Unit("clip", "l2", first, attack) for attack in short)
+    yield from (Unit(*cell, attack) for cell in cells(others) for attack in ATTACKS)
+    yield from (Unit("clip", "linf", first, "chain", seed) for seed in SEEDS)
+    yield from (
+        Unit("clip", n, share, attack) for share in others for n in ("linf", "l2") for attack in short
+    )
+    yield from (Unit("clip", norm, first, a) for norm in ("linf", "l2") for a in ("apgd-dlr", "square"))
+    yield from (Unit(*cell, "chain", seed) for cell in cells(others) for seed in SEEDS)
 
 
 def compared(unit: Unit, who: Subject, threat: Threat) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def chained(who: Subject, threat: Threat, seed: int) -> dict[str, Any]:
 def boundary(one: Subject, threat: Threat) -> int | None:
     """The smallest of some shares of the radius, in percent, at which a gradient attack breaks an image."""
     attacks = (Apgd("ce", STEPS, 0.75, 3, 0), Apgd("targeted-dlr", STEPS, 0.75, 1, TARGETS))
-    for percent in PERCENT:
+    for percent in page.PERCENT:
         ball = Threat(threat.norm, threat.eps * percent / 100)
         if any(one.attack(attack, ball)[0].broken for attack in attacks):
             return percent

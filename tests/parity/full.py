@@ -64,11 +64,16 @@ def units() -> Iterator[Unit]:
     def cells(shares: Sequence[float]) -> list[tuple[str, str, float]]:
         return [(model, norm, share) for share in shares for norm in ("linf", "l2") for model in small]
 
-    yield from (Unit(*cell, attack) for cell in cells([first]) for attack in ATTACKS)
-    yield from (Unit("clip", "linf", first, attack) for attack in short)
+    walks, searches = ATTACKS[:3], ATTACKS[3:]
+    yield from (Unit(*cell, attack) for cell in cells([first]) for attack in walks)
+    yield Unit("clip", "linf", first, "apgd-ce")
+    yield from (Unit(*cell, attack) for attack in reversed(searches) for cell in cells([first]))
+    yield from (Unit(*cell, attack) for cell in cells(others) for attack in walks)
+    yield Unit("clip", "linf", first, "apgd-t")
     yield from (Unit(*cell, "chain", seed) for cell in cells([first]) for seed in SEEDS)
+    yield Unit("clip", "linf", first, "fab-t")
     yield from (Unit("clip", "l2", first, attack) for attack in short)
-    yield from (Unit(*cell, attack) for cell in cells(others) for attack in ATTACKS)
+    yield from (Unit(*cell, attack) for cell in cells(others) for attack in searches)
     yield from (Unit("clip", "linf", first, "chain", seed) for seed in SEEDS)
     yield from (
         Unit("clip", n, share, attack) for share in others for n in ("linf", "l2") for attack in short

@@ -187,10 +187,11 @@ def _l2(single: list[Record]) -> str:
     told = (
         "For Linf every operation of APGD and Square is on single pixels, so bits are equal. L2 takes norms: "
         "sums over another shape round differently in the last bits, and many steps may carry that apart. "
-        f"Of the {_total(walks, 'both')} images that both sides broke by L2 APGD {_total(walks, 'equal')} are "
-        f"equal bit for bit and the others differ by at most {largest:.1g} in a pixel; verdicts that differ: "
-        f"{_total(walks, 'flips')}. L2 Square: {_total(squares, 'other ends')} of {_total(squares, 'n')} images "
-        "end more than 0.001 apart, where a proposal was better by a rounding error to one side alone; "
+        f"Of the {_total(walks, 'both')} images that both sides broke by L2 APGD {_total(walks, 'equal')} "
+        f"are equal bit for bit and the others differ by at most {largest:.1g} in a pixel; verdicts that "
+        f"differ: {_total(walks, 'flips')}. L2 Square: {_total(squares, 'other ends')} of "
+        f"{_total(squares, 'n')} images end more than 0.001 apart, where a proposal was better "
+        "by a rounding error to one side alone; "
         f"verdicts that differ: {_total(squares, 'flips')}. FAB projects exactly on both sides, by another "
         "algorithm, so its points differ in the last bits from the first iteration on."
     )
@@ -204,9 +205,9 @@ def _source(records: list[Record], names: list[str]) -> str:
     last = records[-1]["from"]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     told = (
-        f"`make parity-full`; {versions}; {last['machine']}; commit {', '.join(commits)}, SHA-256 of the attack "
-        f"files {', '.join(attacks)}. Square of the CLIP: 48 images, since the reference takes 5000 calls for "
-        "each 48 rows. Chains of the CLIP: Linf at the radius where about 30 % survive."
+        f"`make parity-full`; {versions}; {last['machine']}; commit {', '.join(commits)}, SHA-256 of the "
+        f"attack files {', '.join(attacks)}. Square of the CLIP: 48 images, since the reference takes 5000 "
+        "calls for each 48 rows. Chains of the CLIP: Linf at the radius where about 30 % survive."
     )
     lines = ["## How it was made\n", textwrap.fill(told, WIDTH)]
     missing: dict[str, list[str]] = {}

@@ -116,6 +116,29 @@ def test_apgd_is_the_algorithm_written_down_plainly(norm, loss, steps):
                 assert torch.allclose(point, ours[i], atol=2e-4), f"image {i}, evaluation {number}"
 
 
+def sizes_of(values, steps):
+    """APGD on one row whose loss takes these values: the step after each evaluation, in radii."""
+    image, label = torch.full((1, 3, 2, 2), 0.5), torch.tensor([0])
+    attack, sizes = Apgd("margin", steps, 0.75, 1, 0), []
+    state = attack.start(Rows(image, label, label - 1, Keyed(("n",)), (0,), "last"), THREATS["linf"])
+    for value in values:
+
+        def classify(x, value=value):
+            score = x.flatten(1).sum(1) - x.detach().flatten(1).sum(1) + value
+            return torch.stack([torch.zeros_like(score), score], dim=1)
+
+        state = attack.step(state, Oracle(classify))
+        sizes.append(round(float(state.size / float(THREATS["linf"].eps)), 3))
+    return sizes
+
+
+def test_the_first_checkpoint_never_halves_for_want_of_progress():
+    """Ten steps: windows of 2, 1, 1, ... moves. Nothing comes near x_0, but every move is a rise (from 0)."""
+    assert sizes_of([5, 1, 2, 3, 4, 4.5], 10) == [2, 2, 2, 2, 1, 1]
+    # having halved for that reason, the next checkpoint does not, the one after does
+    assert sizes_of([5, 1, 2, 3, 4, 4.5, 4.6, 4.7], 10) == [2, 2, 2, 2, 1, 1, 0.5, 0.5]
+
+
 @norms
 def test_the_last_misclassified_iterate_is_returned_and_a_success_is_kept(norm):
     """Rows whose model is wrong now and then: never, at first, in the middle, at last, twice."""

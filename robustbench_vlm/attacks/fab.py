@@ -61,8 +61,11 @@ class FabState(State):
 
     @property
     def adv(self) -> Tensor:
-        """The point last checked; projected into the ball where it is not a success."""
-        return pick(self.broken, self.x, geometry.project(self.x, self.images, self.threat))
+        """The nearest success within the radius; the image itself where there is none, as in the reference.
+
+        A point brought into the ball may be wrong by luck: FAB did not find it, and would not be FAB with it.
+        """
+        return pick(self.broken, self.x, self.images)
 
     @property
     def forwards(self) -> Tensor:

@@ -28,15 +28,15 @@ class Watched(nn.Module):
         forwards, backwards: calls so far, each of any number of rows.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], rows: int = ROWS) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, rows
         self.forwards = self.backwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.forwards += 1
-        chunks = torch.split(images, ROWS)
-        logits = torch.cat([self.model(canonical.padded(c, ROWS))[: len(c)] for c in chunks])
+        chunks = torch.split(images, self.rows)
+        logits = torch.cat([self.model(canonical.padded(c, self.rows))[: len(c)] for c in chunks])
         if logits.requires_grad:
             logits.register_hook(self._count)
         return logits

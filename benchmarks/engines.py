@@ -69,6 +69,8 @@ def ours(
     clean = canonical.logits(classify, who.images, ROWS)
     unconfirmed = 0
     for group in walks.tables(stages(names, size)):
+        if not alive:
+            break
         index = torch.tensor(alive, device=who.images.device)
         keys = [who.keys[i] for i in alive]
         cost = engine.run(

@@ -17,13 +17,13 @@ from robustbench_vlm.attacks.interface import AnyState, Oracle, Seen, take
 
 Leg = TypeVar("Leg")
 
-LEAST = 8  # rows; on a CPU the cost of a row rises in calls of fewer than four
+LEAST = 8  # rows, and their multiples: whole vectors, and on a CPU the cost of a row is that of a full call
 
 
 def halves(rows: int) -> list[int]:
     """The shapes that may be tried, largest first."""
     found = []
-    while rows % 2 == 0 and rows // 2 >= LEAST:
+    while rows % (2 * LEAST) == 0:
         rows //= 2
         found.append(rows)
     return found

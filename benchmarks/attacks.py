@@ -32,6 +32,7 @@ from robustbench_vlm.attacks import canonical, finder
 
 HERE = Path(__file__).parent
 WHOLE = "chain"
+CLOCKS = ("wall", "cpu")
 SHARES = (0.0, 0.3, 0.6)
 CANDIDATES = 4  # images that are looked at for each that is wanted, since some are misclassified
 
@@ -43,7 +44,7 @@ def measure(plan: Line, who: Subject) -> Line:
     device, ball, size = who.images.device, threat(plan["eps255"]), Size(**plan["size"])
     names = CHAIN if plan["attack"] == WHOLE else (plan["attack"],)
     engine, _, mode = plan["engine"].partition(" ")
-    probe = Probe(canonical.padded(who.images[:ROWS], ROWS), plan["every"])
+    probe = Probe(canonical.padded(who.images[:ROWS], ROWS), plan["every"], whole=engine != "ours")
     counts, clock = Counts(), Clock()
     if engine in PACKAGES:
         importlib.import_module(PACKAGES[engine])
@@ -74,7 +75,8 @@ def measure(plan: Line, who: Subject) -> Line:
         "wall": clock.wall - wall,
         "cpu": clock.cpu - cpu,
         "mib": most - before,
-        "bare": {kind: asdict(spent) for kind, spent in probe.clocks.items()},
+        "calls": [[*call, count] for call, count in probe.met.items()],
+        "bare": {clock: [[*call, took] for call, took in probe.seconds(clock).items()] for clock in CLOCKS},
         "robust": outcome.broken.count(False),
         "broken": "".join("01"[lost] for lost in outcome.broken),
         "needed": outcome.needed,
@@ -181,6 +183,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--queries", type=int, default=1000, help="of Square; the standard is 5000")
     add("--targets", type=int, default=9)
     add("--shares", type=float, nargs="+", default=SHARES, help="of images that stay robust")
+    add("--radii", type=float, nargs="+", default=[], help="in 255ths, one a share; by default looked for")
     add("--attacks", nargs="+", default=[*CHAIN, WHOLE], choices=[*CHAIN, WHOLE])
     add("--engines", nargs="+", default=["ours", *REFERENCES], choices=["ours", *REFERENCES])
     add("--freeze-reference", action="store_true", help="the reference on frozen parameters throughout")
@@ -190,6 +193,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     for engine in what.engines:
         if engine in PACKAGES and importlib.util.find_spec(PACKAGES[engine]) is None:
             asked.error(f"{PACKAGES[engine]} is not installed; `make bench-attacks` installs it")
+    if what.radii and len(what.radii) != len(what.shares):
+        asked.error(f"{len(what.radii)} --radii for {len(what.shares)} --shares")
     if what.graphs and what.device != "cuda":
         asked.error("--graphs needs --device cuda")
     return what
@@ -215,7 +220,7 @@ def main(words: list[str] | None = None) -> None:
         importlib.import_module(PACKAGES[engine])
     if found is None:
         search = partial(radii, subject, what.shares)
-        found = alone(search, what.device) if copied else search()
+        found = what.radii or (alone(search, what.device) if copied else search())
         store.append(lines, {"radii": found})
     done = {_name(line) for line in known[1:] if "engine" in line}
     ahead = [plan for plan in plans(what, found) if _name(plan) not in done]

@@ -121,10 +121,9 @@ def whole(name: str, classify: Classify, images: Tensor, labels: Tensor, n_class
 
     clock.time(run, images.device)
     took = clock.cpu - probe.spent[1]
-    each = {kind: spent.cpu / max(spent.turns, 1) for kind, spent in probe.clocks.items()}
-    plain = counts.forward_calls - counts.backward_calls
-    alone = plain * each["forward"] + counts.backward_calls * each["gradient"]
-    calls = plain + counts.backward_calls
+    each = probe.seconds("cpu")
+    alone = sum(count * each[call] for call, count in probe.met.items())
+    calls = sum(probe.met.values())
     a_call = f"{1e3 * took / calls:8.2f} ms a call in the engine, {1e3 * alone / calls:.2f} alone"
     return f"{a_call}: {took / alone:.3f} of the floor ({calls} calls)"
 

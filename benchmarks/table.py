@@ -18,12 +18,12 @@ COLUMNS = (
 SWITCHES = ("freeze_reference", "graphs", "compiled")
 NOTES = """\
 - *Rows* are images that went through the model, *calls* the batches in which they did; a forward that is
-  differentiated counts as a forward and a backward. Ours always calls with {rows} rows, the references with
-  what is still alive of a batch of {rows}.
+  differentiated counts as a forward and a backward. Ours calls with {rows} rows, and with fewer where
+  few images are left and bits are the same; the references with what is still alive of a batch of {rows}.
 - *Peak* is what the process held at most beyond the loaded model (resident memory; on a GPU allocated
   memory). Each line is a process of its own.
-- *Over floor* is the CPU time of ours over that of bare calls of the counted number and kind. A bare call on
-  {rows} rows is timed at every {every}th call of its kind, inside the same run, and taken out of its times.
+- *Over floor* is the CPU time of ours over that of bare calls of the counted number, kind and shape. Every
+  {every}th call is made once more bare, inside the same run, timed by itself and taken out of the times.
 - *Rows in use* is the share of these calls, by time, that the findings account for: rows of later
   trajectories that run ahead, crews' looks beyond an accepted proposal, and padding are the rest.
 - *Attainable* is the CPU time of the reference over bare calls for just the rows that the findings account
@@ -78,36 +78,32 @@ def command(settings: Line) -> str:
         name = "--" + key.replace("_", "-")
         if key in SWITCHES:
             words += [name] * bool(value)
-        elif value != "":
+        elif value not in ("", []):
             words += [name, *(str(one) for one in (value if isinstance(value, list) else [value]))]
     return shlex.join(words)
 
 
-def floor(line: Line, forwards: float, gradients: float, clock: str) -> float:
-    """Seconds of so many bare calls in the process of a line."""
-
-    def each(kind: str) -> float:
-        spent = line["bare"][kind]
-        return float(spent[clock]) / spent["turns"] if spent["turns"] else 0.0
-
-    return forwards * each("forward") + gradients * each("gradient")
+def bare(line: Line, clock: str) -> dict[tuple[str, int], float]:
+    """Seconds of one bare call in the process of a line, by kind and rows."""
+    return {(kind, rows): took for kind, rows, took in line["bare"][clock]}
 
 
 def counted(line: Line, clock: str) -> float:
-    """Seconds of bare calls of the number that a line made."""
-    plain = max(line["forward_calls"] - line["backward_calls"], 0)
-    return floor(line, plain, line["backward_calls"], clock)
+    """Seconds of bare calls of the number, kind and shape that a line made."""
+    each = bare(line, clock)
+    return float(sum(count * each[kind, rows] for kind, rows, count in line["calls"]))
 
 
 def needed(line: Line, ours: Line, clock: str) -> float:
-    """Seconds, in the process of a line, of bare calls for the rows that our findings account for."""
-    forwards, gradients = ours["needed"]
-    return floor(line, forwards / ROWS, gradients / ROWS, clock)
+    """Seconds, in the process of a line, of full bare calls for the rows that our findings account for."""
+    each = bare(line, clock)
+    rows = dict(zip(("forward", "gradient"), ours["needed"], strict=True))
+    return sum(count / ROWS * each[kind, ROWS] for kind, count in rows.items() if count)
 
 
 def _cells(line: Line, ours: Line | None) -> list[str]:
     over, used, cpu, wall, attainable, reached = [""] * 6
-    measured = line["bare"]["forward"]["turns"] > 0
+    measured = bool(line["bare"]["cpu"])
     if line["needed"] is not None and measured:
         over = f"{line['cpu'] / counted(line, 'cpu'):.3f}"
         used = _share(needed(line, line, "cpu") / counted(line, "cpu"))

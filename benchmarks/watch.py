@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("forward", "gradient")
+Call = tuple[str, int]
+"""Kind and rows of a model call."""
 
 
 @dataclass
@@ -54,21 +56,30 @@ class Probe:
     """What bare calls cost.
 
     Attributes:
-        images: (rows, 3, H, W), the batch of a bare call.
+        images: (rows, 3, H, W), the batch of a bare call, whole or as many rows of it as a call had.
         every: calls of a kind between two bare ones; 0 for none.
-        clocks: of bare calls of each kind.
+        whole: bare calls have all rows, however many the calls beside them have.
+        clocks: of bare calls.
+        met: calls so far.
     """
 
     images: Tensor
     every: int
-    clocks: dict[str, Clock] = field(default_factory=lambda: {kind: Clock() for kind in KINDS})
-    met: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    whole: bool = False
+    clocks: dict[Call, Clock] = field(default_factory=dict)
+    met: dict[Call, int] = field(default_factory=dict)
 
-    def turn(self, model: Callable[[Tensor], Tensor], kind: str) -> None:
-        """Note a call of a kind, and make a bare one where it is time for it."""
-        self.met[kind] += 1
-        if self.every and self.met[kind] % self.every == 1 % self.every:
-            self.clocks[kind].time(lambda: bare(model, self.images, kind), self.images.device)
+    def turn(self, model: Callable[[Tensor], Tensor], kind: str, rows: int) -> None:
+        """Note a call, and make a bare one where it is time for it."""
+        call = kind, len(self.images) if self.whole else rows
+        self.met[call] = self.met.get(call, 0) + 1
+        if self.every and self.met[call] % self.every == 1 % self.every:
+            clock = self.clocks.setdefault(call, Clock())
+            clock.time(lambda: bare(model, self.images[: call[1]], kind), self.images.device)
+
+    def seconds(self, clock: str) -> dict[Call, float]:
+        """What one bare call of each sort takes, by `wall` or `cpu`."""
+        return {call: getattr(spent, clock) / spent.turns for call, spent in self.clocks.items()}
 
     @property
     def spent(self) -> tuple[float, float]:
@@ -100,7 +111,7 @@ class Watched(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         differentiated = torch.is_grad_enabled() and images.requires_grad
-        self.probe.turn(self.model, "gradient" if differentiated else "forward")
+        self.probe.turn(self.model, "gradient" if differentiated else "forward", len(images))
         self.counts.forward_calls += 1
         self.counts.forward_rows += len(images)
         logits = self.model(images)

@@ -21,6 +21,7 @@ from torch import Tensor
 from robustbench_vlm.attacks import canonical, geometry, jury, shapes, walks
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, single, take
 from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.attacks.shapes import Shapes
 from robustbench_vlm.attacks.walks import End, Leg, Walk
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
@@ -69,7 +70,7 @@ class _Run:
     held: deque[Leg] = field(default_factory=deque)
     jury: list[tuple[Leg, State, End]] = field(default_factory=list)
     crews: list[int] = field(default_factory=list)  # the lead of each row; empty where no row has one
-    shapes: list[int] | None = None  # smaller shapes of the same bits, largest first; None before a look
+    shapes: Shapes | None = None  # smaller ones; none where calls have always the full shape
     judged: int = 0
     unconfirmed: int = 0
 
@@ -99,12 +100,7 @@ class _Run:
     def shape(self, busy: int) -> int:
         """Rows of the next calls, for as many busy ones and what waits for a row."""
         wanted = min(self.live, busy + len(self.held) + len(self.waiting))
-        if self.shapes is None:
-            if 2 * wanted > self.rows:
-                return self.rows
-            gradients = self.attack.cost(len(self.wrong[0]) + 1)[1] > 0
-            self.shapes = shapes.equal(self.oracle, self.images, self.labels, self.rows, gradients=gradients)
-        return min([self.rows, *(shape for shape in self.shapes if shape >= wanted)])
+        return self.rows if self.shapes is None else self.shapes.smallest(wanted)
 
     def next_leg(self) -> Leg | None:
         """What a free row does next: go on, begin an image, or run ahead on one that is still walking."""
@@ -191,7 +187,8 @@ class _Run:
 
     def due(self, busy: int) -> bool:
         """Whether to judge: full juries are cheapest, but while no image waits a verdict frees other rows."""
-        enough = self.rows if self.waiting else min(busy, self.rows) if self.shapes else 1
+        few = self.shapes is not None and self.shapes.some  # other rows cost no more than they are worth
+        enough = self.rows if self.waiting else min(busy, self.rows) if few else 1
         return len(self.jury) >= max(enough, 1)
 
     def judge(self) -> None:
@@ -324,8 +321,8 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         oracle, classify, images, labels, keys, stages, attack, threat, seed, rows, live, stop, on_finding
     )
     what.judged = judged
-    if oracle.classify is not classify or images.device.type != "cpu":
-        what.shapes = []  # compiled for one shape, or on a device whose idle rows cost little
+    if oracle.classify is classify and images.device.type == "cpu":  # elsewhere idle rows cost little
+        what.shapes = Shapes(oracle, images, labels, clean, rows, attack.cost(n_classes)[1] > 0)
     _plan(what, clean, begin or [0] * len(images))
     poll = POLL.get(images.device.type, 1)
     slots: dict[int, Leg] = {}

@@ -7,13 +7,14 @@ promises that, so each model is asked, on its own images, in the run that is abo
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import canonical, losses
-from robustbench_vlm.attacks.interface import AnyState, Oracle, Seen, take
+from robustbench_vlm.attacks import losses
+from robustbench_vlm.attacks.interface import AnyState, Oracle, take
 
 Leg = TypeVar("Leg")
 
@@ -21,7 +22,7 @@ LEAST = 8  # rows, and their multiples: whole vectors, and on a CPU the cost of 
 
 
 def halves(rows: int) -> list[int]:
-    """The shapes that may be tried, largest first."""
+    """The smaller shapes that may be tried, largest first."""
     found = []
     while rows % (2 * LEAST) == 0:
         rows //= 2
@@ -29,38 +30,66 @@ def halves(rows: int) -> list[int]:
     return found
 
 
-def equal(oracle: Oracle, images: Tensor, labels: Tensor, rows: int, *, gradients: bool) -> list[int]:
-    """Those of `halves(rows)` in which logits and image gradients have the bits of the full shape.
+@dataclass
+class Shapes:
+    """The shapes of one run: the full one, and smaller ones once they were seen to give its bits.
 
-    A shape counts only if all larger ones do. Costs about two calls of the full shape.
+    A shape is looked at when it is first wanted, by a call or two of its own rows; the first look costs a
+    gradient of the full shape as well.
 
-    Args:
+    Attributes:
         oracle: the model as attacks see it.
-        images: (n, 3, H, W), of which as many as fill a call are looked at.
+        images: (n, 3, H, W); taken in turn they fill the calls that are compared.
         labels: (n,) int64.
+        logits: (n, C) of the images, in the full shape.
         rows: the full shape.
         gradients: whether gradients are asked for as well.
+        known: whether each shape looked at gives the same bits.
     """
-    images, labels = canonical.padded(images[:rows], rows), canonical.padded(labels[:rows], rows)
-    whole = _look(oracle, images, labels, gradients=gradients)
-    found: list[int] = []
-    for shape in halves(rows):
-        at = slice(rows - shape, rows) if len(found) % 2 else slice(shape)
-        part = _look(oracle, images[at], labels[at], gradients=gradients)
-        # equal compares values: NaN differs from itself, and then nothing is taken for equal
-        if not all(torch.equal(a[at], b) for a, b in zip(whole, part, strict=True)):
-            break
-        found.append(shape)
-    return found
 
+    oracle: Oracle
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+    rows: int
+    gradients: bool
+    known: dict[int, bool] = field(default_factory=dict)
+    _full: list[Tensor] = field(default_factory=list)
 
-def _look(oracle: Oracle, images: Tensor, labels: Tensor, *, gradients: bool) -> list[Tensor]:
-    """Logits without gradient and, where asked for, logits with it and the gradient."""
-    found = [oracle.logits(images)]
-    if gradients:
-        seen: Seen = oracle.gradient(images, lambda logits: losses.cross_entropy(logits, labels, labels))
-        found += [seen.logits, seen.gradient]
-    return found
+    def smallest(self, wanted: int) -> int:
+        """The smallest shape of the same bits that has room for `wanted` rows."""
+        for shape in reversed(halves(self.rows)):
+            if shape >= wanted:
+                if shape not in self.known:
+                    self.known[shape] = self._same(shape)
+                if self.known[shape]:
+                    return shape
+        return self.rows
+
+    @property
+    def some(self) -> bool:
+        """Whether a smaller shape was found."""
+        return any(self.known.values())
+
+    def _same(self, shape: int) -> bool:
+        """Whether the last rows of a full call have the same bits in a call of their own."""
+        turn = torch.arange(self.rows, device=self.images.device) % len(self.images)
+        if not self._full:
+            self._full = [self.logits[turn], *self._differentiated(turn)]
+        part = turn[-shape:]
+        own = [self.oracle.logits(self.images[part]), *self._differentiated(part)]
+        # values are compared, and NaN differs from itself: then nothing counts as the same
+        return all(torch.equal(a[-shape:], b) for a, b in zip(self._full, own, strict=True))
+
+    def _differentiated(self, chosen: Tensor) -> list[Tensor]:
+        """Logits and image gradient of a call, where gradients are asked for."""
+        if not self.gradients:
+            return []
+        labels = self.labels[chosen]
+        seen = self.oracle.gradient(
+            self.images[chosen], lambda logits: losses.cross_entropy(logits, labels, labels)
+        )
+        return [seen.logits, seen.gradient]
 
 
 def fit(state: AnyState, slots: dict[int, Leg], shape: int) -> AnyState:

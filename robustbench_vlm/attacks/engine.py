@@ -161,11 +161,9 @@ class _Run:
 
     def collect(self, state: State, slots: dict[int, Leg]) -> bool:
         """Take rows that have ended out of `slots`: to the jury if they may decide, else they are lost."""
-        before, flags = len(slots), state.done | state.nonfinite
+        flags = state.done | state.nonfinite
         if self.stop == "first":
             flags = flags | state.broken
-        for slot in [slot for slot, leg in slots.items() if leg.void]:
-            del slots[slot]
         ended = [slot for slot in flags.nonzero().flatten().tolist() if slot in slots]
         if ended:
             rows = take(state, ended)
@@ -176,7 +174,7 @@ class _Run:
                     self.lose(leg, end)
                 else:
                     self.jury.append((leg, single(rows, i), end))
-        return len(slots) < before
+        return bool(ended)
 
     def lose(self, leg: Leg, end: End) -> None:
         """A trajectory that ended without success: the image walks on at once, if nobody ran ahead of it."""
@@ -191,8 +189,11 @@ class _Run:
         enough = self.rows if self.waiting else min(busy, self.rows) if few else 1
         return len(self.jury) >= max(enough, 1)
 
-    def judge(self) -> None:
-        """The canonical pass over rows that may be decisive: verdicts, or back to the rows."""
+    def judge(self, slots: dict[int, Leg]) -> None:
+        """The canonical pass over rows that may be decisive: verdicts, or back to the rows.
+
+        Rows in `slots` that a verdict makes void are taken out of it.
+        """
         called, self.jury = self.jury[: self.rows], self.jury[self.rows :]
         adv = torch.cat([row.adv for _, row, _ in called])
         labels = torch.cat([row.labels for _, row, _ in called])
@@ -232,6 +233,9 @@ class _Run:
                 stage=stage,
             )
             self.report(leg.walk)
+        for slot in [slot for slot, leg in slots.items() if leg.void]:
+            del slots[slot]
+        self.jury = [called for called in self.jury if not called[0].void]
 
     def go_on(self, leg: Leg, row: State, end: End) -> None:
         """A row whose success was not confirmed, or whose trajectory ended without one."""
@@ -337,9 +341,8 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
                 stepped = attack.step(state, oracle)
                 state = stepped if poll == 1 else hold(_active(state), state, stepped)
             changed = what.collect(state, slots)
-        what.jury = [(leg, row, end) for leg, row, end in what.jury if not leg.void]
         while what.due(len(slots)):
-            what.judge()
+            what.judge(slots)
             changed = True
     return Cost(oracle.calls.forwards, oracle.calls.gradients, what.judged, what.unconfirmed)
 

@@ -112,7 +112,8 @@ class Square(Alone):
         """Vertical stripes (Linf) or a tiling with pyramids (L2), and all proposals of each row."""
         shape = tuple(rows.images.shape[1:])
         sides = window_sides(self.queries, self.p, shape[1], shape[2], threat.norm)
-        drawn = [_draw(stream, sides, shape, threat.norm) for stream in rows.noise.streams()]
+        side = np.array(sides)
+        drawn = [_draw(stream, side, shape, threat.norm) for stream in rows.noise.streams()]
         begin = torch.from_numpy(np.stack([first for first, _ in drawn]))
         return self.begin(rows, threat, begin, torch.from_numpy(np.stack([rest for _, rest in drawn])))
 
@@ -284,22 +285,21 @@ def _sides(queries: int, p: float, height: int, width: int, norm: str, device: t
 
 
 def _draw(
-    noise: np.random.Generator, sides: tuple[int, ...], shape: tuple[int, ...], norm: str
+    noise: np.random.Generator, side: np.ndarray, shape: tuple[int, ...], norm: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The start, in units of the radius, and all proposals of one row."""
     channels, height, width = shape
-    side = np.array(sides)
     # floor(n u) with n = H - side: the last admissible offset is never drawn, as in the reference
     windows = 1 if norm == "linf" else 2
-    corners = noise.random((len(sides), windows, 2))
+    corners = noise.random((len(side), windows, 2))
     room = np.stack([height - side, width - side], axis=1)[:, None]
-    placed = np.floor(corners * room).astype(np.int16).reshape(len(sides), -1)
-    signs = noise.integers(0, 2, (len(sides), channels), dtype=np.int16) * 2 - 1
+    placed = np.floor(corners * room).astype(np.int16).reshape(len(side), -1)
+    signs = noise.integers(0, 2, (len(side), channels), dtype=np.int16) * 2 - 1
     if norm == "linf":
         stripes = noise.integers(0, 2, (channels, 1, width)) * 2 - 1
         first = np.broadcast_to(stripes, shape).astype(np.float32)
         return first, np.concatenate([placed, signs], axis=1)
-    turns = noise.integers(0, 2, (len(sides), 1), dtype=np.int16)
+    turns = noise.integers(0, 2, (len(side), 1), dtype=np.int16)
     return tiles(noise, shape), np.concatenate([placed, signs, turns], axis=1)
 
 

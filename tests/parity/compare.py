@@ -13,6 +13,7 @@ from torch import Tensor
 from robustbench_vlm import cards, registry
 from robustbench_vlm.attacks import canonical, losses
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.attacks.square import Square
@@ -77,6 +78,17 @@ def apgd(who: Subject, threat: Threat, loss: str, steps: int, targets: int = 0, 
     found = who.attack(Apgd(name, steps, 0.75, more.get("n_restarts", 1), targets), threat, stop="last")
     model = theirs.Watched(who.model)
     run = theirs.fed(theirs.apgd(model, threat, loss, steps, targets, **more), who)
+    return outcome(who, found, theirs.run(run, who), images=True)
+
+
+def apgd_l1(who: Subject, threat: Threat, loss: str, steps: tuple[int, ...], targets: int = 0) -> Outcome:
+    """l1-APGD from the same noise: one run, or the schedule of three radii if there are three steps."""
+    radii = (3.0, 2.0, 1.0) if len(steps) == 3 else (1.0,)
+    name = "targeted-dlr" if targets else loss
+    found = who.attack(ApgdL1(name, steps, radii, 1, targets), threat, stop="last")
+    model = theirs.Watched(who.model)
+    more = {"use_largereps": len(steps) == 3}
+    run = theirs.fed(theirs.apgd(model, threat, loss, sum(steps), targets, **more), who)
     return outcome(who, found, theirs.run(run, who), images=True)
 
 

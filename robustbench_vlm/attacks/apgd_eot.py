@@ -1,7 +1,7 @@
 """Auto-PGD on a model that is random: each gradient is the mean over several draws of it.
 
-Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018), as AutoAttack's version `rand` uses it:
-prediction and loss, and so best point and step length, are those of the last draw alone.
+Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018), as AutoAttack's version `rand` does
+it: prediction and loss, and so best point and step length, are those of the last draw alone.
 """
 
 from __future__ import annotations

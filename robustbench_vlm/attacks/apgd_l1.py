@@ -101,7 +101,7 @@ class ApgdL1(Alone):
     norms: ClassVar[tuple[str, ...]] = ("l1",)
 
     def __post_init__(self) -> None:
-        if min(*self.steps, 1) < 1 or self.restarts < 1 or len(self.steps) != len(self.radii):
+        if min((*self.steps, self.restarts)) < 1 or len(self.steps) != len(self.radii):
             found = f"steps {self.steps} at radii {self.radii}, restarts {self.restarts}"
             raise InputError("apgd-l1", found, "at least 1 restart, and 1 step at each of the radii")
         if not self.radii or self.radii[-1] != 1 or not all(1 <= radius < math.inf for radius in self.radii):

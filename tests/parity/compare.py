@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from robustbench_vlm import cards, registry
 from robustbench_vlm.attacks import canonical, losses
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.interface import Attack
@@ -20,7 +22,7 @@ from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
 
-VERSIONS = {"autoattack": "standard", "plus": "plus", "rand": "rand"}
+VERSIONS = {"autoattack": "standard", "autoattack-l1": "standard", "plus": "plus", "rand": "rand"}
 FAB = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
 ROWS = theirs.ROWS
 
@@ -92,8 +94,15 @@ def apgd_l1(who: Subject, threat: Threat, loss: str, steps: tuple[int, ...], tar
     return outcome(who, found, theirs.run(run, who), images=True)
 
 
+def eot(who: Subject, threat: Threat, steps: int, draws: int) -> Outcome:
+    """APGD with the mean of several gradients, walked to its end from the same start."""
+    found = who.attack(ApgdEot("dlr", steps, 0.75, 1, 0, eot=draws), threat, stop="last")
+    run = theirs.apgd(theirs.Watched(who.model), threat, "dlr", steps, eot_iter=draws)
+    return outcome(who, found, theirs.run(theirs.fed(run, who), who), images=True)
+
+
 def fab_t(who: Subject, threat: Threat, steps: int, targets: int) -> Outcome:
-    """Targeted FAB, which draws nothing."""
+    """FAB without restarts, which draws nothing; untargeted if there are no targets."""
     found = who.attack(Fab(steps=steps, targets=targets, restarts=1, **FAB), threat)
     run = theirs.fab(theirs.Watched(who.model), threat, steps, targets)
     return outcome(who, found, theirs.run(run, who), images=False)
@@ -131,6 +140,9 @@ def stages(card: str, steps: int, queries: int) -> list[tuple[str, Attack]]:
     chosen = []
     for stage in cards.read("attacks", card, cards.AttackCard).stage:
         short = {"queries": queries} if "queries" in stage.fields else {"steps": steps}
+        if stage.attack == "apgd-l1":  # the reference's split of its steps
+            part = math.ceil(0.3 * steps)
+            short = {"steps": (part, part, steps - 2 * part)}
         chosen.append((stage.name, registry.build("attacks", stage.attack, {**stage.fields, **short}, card)))
     return chosen
 

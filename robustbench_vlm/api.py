@@ -14,7 +14,7 @@ from torch import Tensor
 from robustbench_vlm import cards, verdicts
 from robustbench_vlm.attacks import canonical, engine, losses, walks
 from robustbench_vlm.cards import AttackCard
-from robustbench_vlm.cells import plugin
+from robustbench_vlm.cells import plugin, require_norm
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
@@ -69,6 +69,7 @@ def attack(
     """
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
     card = cards.read("attacks", chain, AttackCard)
+    require_norm(card, ball.norm)
     _require_pixels(images, labels)
     shas = [
         hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for image in images

@@ -107,8 +107,7 @@ def plan(order: Order, device: torch.device) -> Plan:
         keep_images=order.keep_images,
     )
     for card in request.attacks:
-        for stage in card.stage:
-            cells.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
+        cells.require_norm(card, request.norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
     models = tuple(zoo.load(name, device) for name in order.models)
     return Plan(order, suite, datasets, models, request)
@@ -167,6 +166,9 @@ def price(plan: Plan) -> list[str]:
         f"{_count(len(request.attacks), 'attack')} x {', '.join(threats)}",
         f"at most {_duration(seconds)} on {request.device}, if every image survived every attack",
     ]
+    for name, card in zip(plan.order.attacks, request.attacks, strict=True):
+        if (known := cards.SAME.get(("attacks", name), name)) != name:
+            lines.append(f"attack {name} is {known} here: {card.title}")
     root, split = plan.order.data_root, plan.suite.split
     lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
     if lacking:

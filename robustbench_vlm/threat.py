@@ -22,8 +22,8 @@ class Threat:
     """The set of admissible images: {x' in [0, 1] : ||x' - x||_norm <= eps}.
 
     Attributes:
-        norm: `linf` or `l2`, over all channels and pixels of one image.
-        eps: radius in units of the [0, 1] pixel range, exact. A plain length for `l2`.
+        norm: `linf`, `l2` or `l1`, over all channels and pixels of one image.
+        eps: radius in units of the [0, 1] pixel range, exact. A plain length but for `linf`.
     """
 
     norm: Norm

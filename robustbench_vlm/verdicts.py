@@ -113,9 +113,15 @@ def line(finding: Finding, image: Tensor, image_sha: str, label: int, threat: Th
         "margin": finding.margin if math.isfinite(finding.margin) else None,
         "zero_gradients": finding.zero_gradients,
         "error": finding.error,
-        "distance": float(delta.abs().max() if threat.norm == "linf" else delta.norm()),
+        "distance": _distance(delta, threat.norm),
         "adv_sha256": hashlib.sha256(finding.adv.contiguous().numpy().tobytes()).hexdigest(),
     }
+
+
+def _distance(delta: Tensor, norm: str) -> float:
+    if norm == "linf":
+        return float(delta.abs().max())
+    return float(delta.abs().sum() if norm == "l1" else delta.norm())
 
 
 def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:

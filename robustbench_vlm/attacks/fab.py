@@ -236,7 +236,7 @@ def _choose(mask: Tensor, new: Seen, old: Seen) -> Seen:
 def _around(rows: Rows, threat: Threat) -> Tensor:
     """(n, 3, H, W) points on the ball's surface in random directions, clipped into the box."""
     images = rows.images
-    if threat.norm != "l1":
+    if threat.norm != "l1":  # where `surface_start` projects, and the reference scales
         return geometry.surface_start(images, threat, rows.noise)
     draw = rows.noise.normal(tuple(images.shape[1:]))
     size = draw.double().abs().flatten(1).sum(1).float()

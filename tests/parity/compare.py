@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from robustbench_vlm import cards, registry
 from robustbench_vlm.attacks import losses
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
 
-VERSIONS = {"autoattack": "standard", "plus": "plus", "rand": "rand"}
+VERSIONS = {"autoattack": "standard", "autoattack-l1": "standard", "plus": "plus", "rand": "rand"}
 FAB = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
 
 
@@ -82,8 +85,26 @@ def apgd(who: Subject, threat: Threat, loss: str, steps: int, targets: int = 0, 
     return outcome(who, found, theirs.run(run, who), images=True)
 
 
+def apgd_l1(who: Subject, threat: Threat, loss: str, steps: tuple[int, ...], targets: int = 0) -> Outcome:
+    """l1-APGD from the same noise: one run, or the schedule of three radii if there are three steps."""
+    radii = (3.0, 2.0, 1.0) if len(steps) == 3 else (1.0,)
+    name = "targeted-dlr" if targets else loss
+    found = who.attack(ApgdL1(name, steps, radii, 1, targets), threat, stop="last")
+    model = theirs.Watched(who.model, who.rows)
+    more = {"use_largereps": len(steps) == 3}
+    run = theirs.fed(theirs.apgd(model, threat, loss, sum(steps), targets, **more), who)
+    return outcome(who, found, theirs.run(run, who), images=True)
+
+
+def eot(who: Subject, threat: Threat, steps: int, draws: int) -> Outcome:
+    """APGD with the mean of several gradients, walked to its end from the same start."""
+    found = who.attack(ApgdEot("dlr", steps, 0.75, 1, 0, eot=draws), threat, stop="last")
+    run = theirs.apgd(theirs.Watched(who.model, who.rows), threat, "dlr", steps, eot_iter=draws)
+    return outcome(who, found, theirs.run(theirs.fed(run, who), who), images=True)
+
+
 def fab_t(who: Subject, threat: Threat, steps: int, targets: int, stop: str = "first") -> Outcome:
-    """Targeted FAB, which draws nothing; with `stop=last` both sides return the nearest point."""
+    """FAB without restarts, which draws nothing, untargeted if there are no targets; `stop=last`: the nearest points."""
     found = who.attack(Fab(steps=steps, targets=targets, restarts=1, **FAB), threat, stop=stop)
     run = theirs.fab(theirs.Watched(who.model, who.rows), threat, steps, targets)
     return outcome(who, found, theirs.run(run, who), images=False)
@@ -169,6 +190,9 @@ def stages(card: str, steps: int, queries: int) -> list[tuple[str, Attack]]:
     chosen = []
     for stage in cards.read("attacks", card, cards.AttackCard).stage:
         short = {"queries": queries} if "queries" in stage.fields else {"steps": steps}
+        if stage.attack == "apgd-l1":  # the reference's split of its steps
+            part = math.ceil(0.3 * steps)
+            short = {"steps": (part, part, steps - 2 * part)}
         chosen.append((stage.name, registry.build("attacks", stage.attack, {**stage.fields, **short}, card)))
     return chosen
 

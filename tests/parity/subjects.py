@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from robustbench_vlm import cards
 from robustbench_vlm.attacks import canonical
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
@@ -137,9 +138,10 @@ def adversarially_trained() -> nn.Module:
 def radius(name: str, n: int, norm: str, share: float, rows: int = ROWS) -> Threat:
     """The smallest radius, to three digits, at which a short APGD leaves at most `share` of the images."""
     who, low, high = subject(name, n, rows), 0.0, WIDEST[norm]
+    short = ApgdL1("ce", (8,), (1.0,), 1, 0) if norm == "l1" else Apgd("ce", 8, 0.75, 1, 0)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        left = sum(not f.broken for f in who.attack(Apgd("ce", 8, 0.75, 1, 0), _threat(norm, middle)))
+        left = sum(not f.broken for f in who.attack(short, _threat(norm, middle)))
         low, high = (low, middle) if left <= share * n else (middle, high)
     return _threat(norm, high)
 

@@ -98,7 +98,8 @@ def fed(attack, who: Subject, stage: str = "s", seed: int = 0):
     """The attack with its draws answered by our noise: of the same image, target and restart."""
     keys = {image.numpy().tobytes(): key for image, key in zip(who.images, who.keys, strict=True)}
     met: Counter[str] = Counter()
-    single = attack.attack_single_run
+    whole = "decr_eps_pgd" if getattr(attack, "use_largereps", False) else "attack_single_run"
+    single = getattr(attack, whole)
 
     def answered(x: Tensor, y: Tensor, *args, **more):
         targets = _targets(attack, x)
@@ -109,7 +110,7 @@ def fed(attack, who: Subject, stage: str = "s", seed: int = 0):
         with answering(names):
             return single(x, y, *args, **more)
 
-    attack.attack_single_run = answered
+    setattr(attack, whole, answered)
     return attack
 
 

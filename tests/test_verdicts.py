@@ -10,7 +10,7 @@ def line(**changes):
     fields = {
         **{"broken": False, "target": -1, "restart": 0, "iteration": -1, "forwards": 5, "backwards": 4},
         **{"prediction": 0, "margin": 0.5, "zero_gradients": 0, "error": "", "distance": 0.01},
-        **{"adv_sha256": "aa"},
+        **{"adv_sha256": "aa", "progress": 0.25},
     }
     return fields | changes
 

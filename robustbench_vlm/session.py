@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from robustbench_vlm import cards, cells, evaluate, leaderboard
-from robustbench_vlm.attacks import canonical
+from robustbench_vlm.attacks import canonical, engine
 from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
@@ -106,9 +106,8 @@ def plan(order: Order, device: torch.device) -> Plan:
         live=order.live,
         keep_images=order.keep_images,
     )
-    for card in request.attacks:
-        for stage in card.stage:
-            cells.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
+    for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
+        engine.require_norm([(stage.name, cells.plugin(card, stage)) for stage in card.stage], norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
     models = tuple(zoo.load(name, device) for name in order.models)
     return Plan(order, suite, datasets, models, request)

@@ -141,9 +141,11 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
     table.loc[i, "distance"] = np.float32(line["distance"])
     table.loc[i, "adv_sha256"] = line["adv_sha256"]
     table.loc[i, "error"] = line["error"]
-    if line["backwards"] and not line["broken"] and not line["error"]:
-        rise = line.get("progress", math.nan)  # ledgers of the first version do not have it
-        table.loc[i, "progress"] = np.fmin(table.progress[i], np.float32(rise))
+    again = line["backwards"] > line["restart"] + 1  # one step alone (FGSM) has nothing to rise above
+    if again and not line["broken"] and not line["error"]:
+        rise = line.get("progress")  # not in ledgers of the first version
+        rise = np.float32(math.nan if rise is None else rise)
+        table.loc[i, "progress"] = np.fmin(table.progress[i], rise)
     if line["broken"]:
         table.loc[i, "broken_by"] = stage
         table.loc[i, "broken_at_eps"] = eps

@@ -286,18 +286,26 @@ def what(tmp_path_factory):
     return toys.subject(card, toys.write(card, tmp_path_factory.mktemp("data")))
 
 
-class Quantised(nn.Module):
-    """A real model with a straight-through quantiser before it."""
+class Before(nn.Module):
+    """A real model with something before it."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, change):
         super().__init__()
-        self.inner = inner
+        self.inner, self.change = inner, change
         self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
         self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
         self.language = inner.language
 
     def forward(self, images):
-        return self.inner(straight_through(rounded)(images))
+        return self.inner(self.change(images))
+
+
+def changed(what, change):
+    """The subject with a model that is given `change(images)`."""
+    holder = type(what.loaded)("changed", Before(toys.model(), change), what.loaded.card)
+    found = cells.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
+    found.__dict__["untrained"] = []
+    return found
 
 
 def test_a_cell_stores_its_checks_and_a_failed_one_is_a_flag(what, tmp_path):
@@ -310,9 +318,7 @@ def test_a_cell_stores_its_checks_and_a_failed_one_is_a_flag(what, tmp_path):
     assert [c["checks"] for _, c in runs[0]] == [c["checks"] for _, c in runs[1]]
     assert [c["sha256"] for _, c in runs[0]] == [c["sha256"] for _, c in runs[1]]
 
-    holder = type(what.loaded)("quantised", Quantised(toys.model()), what.loaded.card)
-    sick = cells.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
-    sick.__dict__["untrained"] = []
+    sick = changed(what, straight_through(rounded))
     ((_, content),) = toys.run(sick, toys.request(tmp_path / "c", chain))
     assert content["outcome"]["flags"] == ["gradient-mismatch"]
 
@@ -360,3 +366,47 @@ def test_a_noise_only_success_stands_at_iteration_0_and_survivors_rose(what, tmp
     assert 0 < len(noise) < N
     assert (noise.forwards == 1).all()
     assert noise.progress.isna().all()
+
+
+def test_masked_gradients_raise_every_flag_that_they_should(what, tmp_path):
+    chain = toys.chain("aa", "ce", "square")
+    order = toys.request(tmp_path, chain, eps=("8/255",))
+    ((path, content),) = toys.run(changed(what, rounded), order)
+    found, outcome = pd.read_parquet(path.with_suffix(".parquet")), content["outcome"]
+    blind = int((found.broken_by == "square").sum())
+    assert 0 < blind < outcome["n"]
+    assert outcome["square_only"] == blind
+    assert outcome["flags"] == ["no-progress", "square-beats-white-box", "zero-gradient"]
+    survivors = found[found.clean_correct & (found.broken_by != "ce")]
+    assert (survivors.progress == 0).all()
+    assert outcome["robust"]["ce"] == len(survivors) == outcome["robust"]["square"] + blind
+
+    # the same chain on the model itself, elsewhere: results go by the model's fingerprint, which is equal here
+    ((_, content),) = toys.run(what, toys.request(tmp_path / "honest", chain, eps=("8/255",)))
+    assert content["outcome"]["square_only"] == 0
+    assert content["outcome"]["flags"] == []
+
+    alone = toys.request(tmp_path / "alone", toys.chain("blind", "square"), eps=("8/255",))
+    ((_, content),) = toys.run(changed(what, rounded), alone)  # no stage with gradients came before
+    assert (content["outcome"]["square_only"], content["outcome"]["flags"]) == (0, [])
+
+
+def test_one_step_alone_has_nothing_to_rise_above(what, tmp_path):
+    fgsm = toys.pgd("fgsm")
+    stage = fgsm.stage[0].model_copy(update={"steps": 1, "step_size": "eps", "restarts": 2})
+    order = toys.request(tmp_path, fgsm.model_copy(update={"stage": (stage,)}), eps=("1/255",))
+    ((path, content),) = toys.run(what, order)
+    assert content["outcome"]["flags"] == []
+    assert content["outcome"]["robust"]["fgsm"] > 0
+    assert pd.read_parquet(path.with_suffix(".parquet")).progress.isna().all()
+
+
+def test_a_nan_gradient_is_an_error_row_that_says_where(what, tmp_path):
+    sick = changed(what, lambda x: x + 0 * (x - x).abs().sqrt())
+    ((path, content),) = toys.run(sick, toys.request(tmp_path, toys.chain("aa", "ce", "square")))
+    found, outcome = pd.read_parquet(path.with_suffix(".parquet")), content["outcome"]
+    assert outcome["errors"] == outcome["n"] == outcome["clean_correct"]
+    assert outcome["robust"] == {"ce": 0, "square": 0}
+    assert (found.broken_by == "").all()
+    assert found.error.str.startswith("ce: a logit or gradient is not finite (iteration 0, target -1").all()
+    assert outcome["flags"] == ["error-rows", "non-finite"]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_vlm import cards, verdicts
-from robustbench_vlm.attacks import canonical, engine, losses, walks
+from robustbench_vlm.attacks import canonical, checks, engine, losses, walks
 from robustbench_vlm.cards import AttackCard
-from robustbench_vlm.cells import plugin, require_norm
+from robustbench_vlm.cells import needs, plugin, require_norm
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
@@ -28,11 +28,14 @@ class Attacked:
         verdicts: one row an image, in the order given; columns as in the Parquet of a cell.
         images: (N, 3, H, W) on the CPU: the adversarial image where one was found, else the last iterate.
         robust: images still classified correctly after each stage of the chain, by stage.
+        checks: what was examined about the model before the attack. Where `checks.failed` is not empty the
+            counts above do not mean what they say; each record says why in a sentence.
     """
 
     verdicts: pd.DataFrame
     images: Tensor
     robust: dict[str, int]
+    checks: checks.Examined
 
 
 def attack(
@@ -70,6 +73,10 @@ def attack(
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
     card = cards.read("attacks", chain, AttackCard)
     require_norm(card, ball.norm)
+    attacks = [(stage.name, plugin(card, stage)) for stage in card.stage]
+    if live is not None and live < 1:
+        raise InputError("live", str(live), f"1 to {card.rows}, the rows of every model call")
+    _require_place(model, images, labels)
     _require_pixels(images, labels)
     shas = [
         hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for image in images
@@ -83,6 +90,9 @@ def attack(
         raise InputError(
             "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
         )
+    examined = checks.examine(
+        model, images, labels, names, rows=card.rows, seed=seed, **needs(card, clean.shape[1])
+    )
     margins, predictions = losses.judge(clean, labels), clean.argmax(1)
     table = verdicts.begin(
         names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
@@ -97,7 +107,7 @@ def attack(
         line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
         verdicts.enter(table, i, line, finding.stage, eps)
 
-    for stages in walks.tables([(stage.name, plugin(card, stage)) for stage in card.stage]):
+    for stages in walks.tables(attacks):
         alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
         chosen = alive.to(images.device)
         engine.run(
@@ -116,7 +126,7 @@ def attack(
             on_finding=take,
         )
     after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)
-    return Attacked(table, adversarial, after)
+    return Attacked(table, adversarial, after, examined)
 
 
 def _require_pixels(images: Tensor, labels: Tensor) -> None:
@@ -130,6 +140,23 @@ def _require_pixels(images: Tensor, labels: Tensor) -> None:
     if labels.shape != (len(images),) or labels.dtype != torch.int64 or int(labels.min()) < 0:
         found = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
         raise InputError("labels", found, f"int64 class indices of shape ({len(images)},)")
+
+
+def _require_place(model: Classify, images: Tensor, labels: Tensor) -> None:
+    for name, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise InputError(name, f"a {type(given).__name__}", "a torch.Tensor")
+    if labels.device != images.device:
+        raise InputError("labels", f"on {labels.device}", f"on {images.device}, where the images are")
+    state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if state and all(tensor.device != images.device for tensor in state):
+        where = str(state[0].device)
+        raise InputError(
+            "images",
+            f"on {images.device}",
+            f"on {where}, where the model is",
+            f"move them with images.to({where!r})",
+        )
 
 
 def _names(shas: Sequence[str], labels: Tensor) -> list[str]:

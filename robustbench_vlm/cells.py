@@ -199,6 +199,18 @@ class Cell:
         return folder / f"{store.fingerprint(config)[:32]}.jsonl"
 
 
+def needs(card: AttackCard, n_classes: int) -> dict[str, bool]:
+    """What a chain needs a model to be, as `checks.examine` wants to know it."""
+    white_box = any(plugin(card, stage).cost(n_classes)[1] for stage in card.stage)
+    return {"white_box": white_box, "only_ce": all(stage.fields.get("loss") == "ce" for stage in card.stage)}
+
+
+def black_box(card: AttackCard, n_classes: int) -> list[str]:
+    """Names of the stages without gradients that come after one with gradients."""
+    gradients = [plugin(card, stage).cost(n_classes)[1] for stage in card.stage]
+    return [stage.name for i, stage in enumerate(card.stage) if not gradients[i] and any(gradients[:i])]
+
+
 def attack_sha256(card: AttackCard) -> str:
     """Fingerprint of a chain: its stages with every number, the padded shape and the stopping rule."""
     return store.fingerprint(card.model_dump(mode="json", include={"rows", "stop", "stage"}))

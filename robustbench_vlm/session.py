@@ -106,7 +106,7 @@ def plan(order: Order, device: torch.device) -> Plan:
         live=order.live,
         keep_images=order.keep_images,
     )
-    for card in request.attacks:
+    for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
         cells.require_norm(card, request.norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
     models = tuple(zoo.load(name, device) for name in order.models)

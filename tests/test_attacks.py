@@ -296,14 +296,8 @@ def test_wrong_input_is_refused_by_name():
         Pgd("ce", 2, "eps/none", 1, True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("pgd-last", "pgd-best", "fgsm-last", "mi-fgsm-last", "apgd-ce", "apgd-t", "apgd-best", "apgd-eot"),
-        *("fab-t", "fab-best", "square", "apgd-l1", "apgd-l1-best"),
-    ],
-)
-def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
+@everywhere
+def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name, threat):
     attack, stop = PLUGINS[name]
     base, images, labels = _data()
     sick = images[3].mean()
@@ -313,7 +307,8 @@ def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
         near = ((x.mean((1, 2, 3)) - sick).abs() < 5e-3) & (x != images[3]).flatten(1).any(1)
         return base(x) * torch.where(near, torch.nan, 1.0)[:, None]
 
-    tiny = {"linf": Threat("linf", Fraction(1, 2550)), "l1": Threat("l1", Fraction(1, 10))}[attack.norms[0]]
+    reach = {"linf": Fraction(1, 2550), "l2": Fraction(1, 200), "l1": Fraction(1, 10)}
+    tiny = Threat(threat.norm, reach[threat.norm])
     well = findings(base, images, labels, attack, tiny, stop=stop)
     found = findings(model, images, labels, attack, tiny, stop=stop)
     ill = [i for i, f in enumerate(found) if f.error]
@@ -323,6 +318,28 @@ def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
     assert not found[3].broken
     for i in set(range(20)) - set(ill):
         _same(well[i], found[i])
+
+
+@every
+@norms
+def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name, threat):
+    attack, stop = PLUGINS[name]
+    base, images, labels = _data(8)
+
+    def model(x):
+        # |0| has the derivative 0, its square root an infinite one: their product is NaN
+        return base(x) + 0 * (x - x).abs().sqrt().flatten(1).sum(1, keepdim=True)
+
+    found = findings(model, images, labels, attack, threat, stop=stop)
+    right = (base(images).argmax(1) == labels).tolist()
+    assert any(right)
+    for f in (f for f, attacked in zip(found, right, strict=True) if attacked):
+        if name.startswith("square"):  # takes no gradient, so it has a verdict
+            assert not f.error
+            continue
+        assert not f.broken
+        assert "a logit or gradient is not finite (iteration 0" in f.error
+        assert (f.iteration, f.backwards) == (-1, 1)
 
 
 def test_a_gradient_that_is_zero_is_counted_and_one_that_is_missing_raises():

@@ -381,7 +381,7 @@ def test_masked_gradients_raise_every_flag_that_they_should(what, tmp_path):
     assert (survivors.progress == 0).all()
     assert outcome["robust"]["ce"] == len(survivors) == outcome["robust"]["square"] + blind
 
-    # the same chain on the model itself, elsewhere: results go by the model's fingerprint, which is equal here
+    # the same chain on the model itself, in another folder: the fingerprints of both are equal here
     ((_, content),) = toys.run(what, toys.request(tmp_path / "honest", chain, eps=("8/255",)))
     assert content["outcome"]["square_only"] == 0
     assert content["outcome"]["flags"] == []

@@ -240,7 +240,9 @@ def test_a_norm_that_an_attack_lacks_is_refused_before_the_model_is_called(data,
     stages = [{**PGD_STAGE, "attack": "test_api:OnlyLinf"}]
     path.write_text(toml({"name": "p", "title": "P", "rows": 16, "stop": "last", "stage": stages}))
     threat = Threat("l1", Fraction(1))
-    with pytest.raises(InputError, match="stage p, attack onlylinf: norm 'l1'; expected linf"):
+    with pytest.raises(
+        InputError, match="attack p, stage p: norm 'l1'; expected linf; chains for l1: autoattack-l1"
+    ):
         robustbench_vlm.attack(untouched, *data, threat, chain=str(path))
 
 

@@ -313,15 +313,14 @@ def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name, threa
     found = findings(model, images, labels, attack, tiny, stop=stop)
     ill = [i for i, f in enumerate(found) if f.error]
     assert 3 in ill
-    assert len(ill) < 10
+    assert len(ill) <= 12, "FAB in L1 goes far; eight images or more never come near"
     assert "not finite" in found[3].error
     assert not found[3].broken
     for i in set(range(20)) - set(ill):
         _same(well[i], found[i])
 
 
-@every
-@norms
+@everywhere
 def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name, threat):
     attack, stop = PLUGINS[name]
     base, images, labels = _data(8)
@@ -339,7 +338,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name
             continue
         assert not f.broken
         assert "a logit or gradient is not finite (iteration 0" in f.error
-        assert (f.iteration, f.backwards) == (-1, 1)
+        assert (f.iteration, f.backwards) == (-1, {"apgd-eot": 2, "fab-best": 9}.get(name, 1))
 
 
 def test_a_gradient_that_is_zero_is_counted_and_one_that_is_missing_raises():

@@ -361,18 +361,6 @@ def _plan(what: _Run, clean: Tensor, begin: Sequence[int]) -> None:
         what.waiting.append(what.walk(index, begin[index]))
 
 
-def require_norm(stages: Sequence[tuple[str, Attack]], norm: str) -> None:
-    """Refuse a norm that one of the attacks does not know.
-
-    Raises:
-        InputError: names stage, attack, and the norms that it has.
-    """
-    for name, attack in stages:
-        if norm not in attack.norms:
-            kind = type(attack).__name__.lower()
-            raise InputError(f"stage {name}, attack {kind}", f"norm {norm!r}", " or ".join(attack.norms))
-
-
 def check(
     images: Tensor,
     labels: Tensor,
@@ -388,7 +376,12 @@ def check(
     Raises:
         InputError: which, and why.
     """
-    require_norm(stages, threat.norm)
+    for name, attack in stages:
+        if threat.norm not in attack.norms:
+            kind = type(attack).__name__.lower()
+            raise InputError(
+                f"stage {name}, attack {kind}", f"norm {threat.norm!r}", " or ".join(attack.norms)
+            )
     if not 1 <= live <= rows:
         raise InputError("live rows", str(live), f"1 to {rows}, the rows of every model call")
     if not len(images) == len(labels) == len(keys) or len(set(keys)) != len(keys):

@@ -104,7 +104,7 @@ def eot(who: Subject, threat: Threat, steps: int, draws: int) -> Outcome:
 
 
 def fab_t(who: Subject, threat: Threat, steps: int, targets: int, stop: str = "first") -> Outcome:
-    """FAB without restarts, untargeted if there are no targets; `stop=last`: both return the nearest point."""
+    """FAB without restarts, untargeted without targets; under `stop=last` both return the nearest point."""
     found = who.attack(Fab(steps=steps, targets=targets, restarts=1, **FAB), threat, stop=stop)
     run = theirs.fab(theirs.Watched(who.model, who.rows), threat, steps, targets)
     return outcome(who, found, theirs.run(run, who), images=False)

@@ -96,9 +96,9 @@ def package(engine: str) -> Package:
 def there() -> dict[str, tuple[str, str]]:
     """Package engines: what is installed, as name and version, else an empty text; and how to get it."""
     rows = {}
-    for adapter in (autoattack, torchattacks):
+    for engine_name, adapter in (("autoattack", autoattack), ("torchattacks", torchattacks)):
         name = packages.installed(adapter.NAMES)
-        rows[adapter.NAMES[0]] = (packages.version(name) if name else "", adapter.INSTALL)
+        rows[engine_name] = (packages.version(name) if name else "", adapter.INSTALL)
     return rows
 
 

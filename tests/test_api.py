@@ -109,7 +109,7 @@ def test_a_threat_may_be_given_whole(chain, data, reference):
     ],
 )
 def test_another_way_to_attack_is_named_and_agrees(chain, data, reference, more, engine, precision):
-    images, labels = data
+    _, labels = data
     found = robustbench_vlm.attack(classifier(), *data, EPS, chain=chain, **more)
     assert found.engine.startswith(engine)
     assert found.precision == precision

@@ -6,7 +6,7 @@ PARITY := .venv/.parity
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint parity tiny-weights
+.PHONY: help .venv demo test lint parity parity-full bench-attacks tiny-weights
 
 help: ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -39,6 +39,12 @@ lint: $(READY) ## ruff, ruff format and mypy
 
 parity: $(PARITY) ## compare the attacks with the reference packages
 	@$(BIN)/python -m pytest -m parity
+
+parity-full: $(PARITY) ## the same with full budgets, into benchmarks/parity.md; hours, goes on where it was killed
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/parity/full.py
+
+bench-attacks: $(PARITY) ## benchmarks/attacks.md: our attacks beside the references (25 minutes, one thread)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attacks.py
 
 tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
 	@$(BIN)/python -m robustbench_vlm.tiny_weights

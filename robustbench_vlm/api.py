@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_vlm import cards, verdicts
-from robustbench_vlm.attacks import canonical, engines, finder, losses
+from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
 from robustbench_vlm.cards import AttackCard
-from robustbench_vlm.cells import plugin
+from robustbench_vlm.cells import needs, plugin, require_norm
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
@@ -30,6 +30,8 @@ class Attacked:
         robust: images still classified correctly after each stage of the chain, by stage.
         engine: who attacked, with mode and version, as in a cell.
         precision: of the model as attacks saw it, as in a cell.
+        checks: what was examined about the model before the attack. Where `checks.failed` is not empty the
+            counts above do not mean what they say; each record says why in a sentence.
     """
 
     verdicts: pd.DataFrame
@@ -37,6 +39,7 @@ class Attacked:
     robust: dict[str, int]
     engine: str
     precision: str
+    checks: checks.Examined
 
 
 def attack(  # noqa: PLR0913 - what a command line says in flags
@@ -85,6 +88,10 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     card = cards.read("attacks", chain, AttackCard)
     means = engines.Means(engine, mode, finder.Sight(precision))
     stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
+    require_norm(card, ball.norm)
+    if live is not None and live < 1:
+        raise InputError("live", str(live), f"1 to {card.rows}, the rows of every model call")
+    _require_place(model, images, labels)
     _require_pixels(images, labels)
     shas = [
         hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for image in images
@@ -98,6 +105,9 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         raise InputError(
             "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
         )
+    examined = checks.examine(
+        model, images, labels, names, rows=card.rows, seed=seed, **needs(card, clean.shape[1])
+    )
     margins, predictions = losses.judge(clean, labels), clean.argmax(1)
     table = verdicts.begin(
         names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
@@ -132,7 +142,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         on_finding=take,
     )
     after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)
-    return Attacked(table, adversarial, after, means.label, means.sight.label)
+    return Attacked(table, adversarial, after, means.label, means.sight.label, examined)
 
 
 def _require_pixels(images: Tensor, labels: Tensor) -> None:
@@ -146,6 +156,23 @@ def _require_pixels(images: Tensor, labels: Tensor) -> None:
     if labels.shape != (len(images),) or labels.dtype != torch.int64 or int(labels.min()) < 0:
         found = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
         raise InputError("labels", found, f"int64 class indices of shape ({len(images)},)")
+
+
+def _require_place(model: Classify, images: Tensor, labels: Tensor) -> None:
+    for name, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise InputError(name, f"a {type(given).__name__}", "a torch.Tensor")
+    if labels.device != images.device:
+        raise InputError("labels", f"on {labels.device}", f"on {images.device}, where the images are")
+    state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if state and all(tensor.device != images.device for tensor in state):
+        where = str(state[0].device)
+        raise InputError(
+            "images",
+            f"on {images.device}",
+            f"on {where}, where the model is",
+            f"move them with images.to({where!r})",
+        )
 
 
 def _names(shas: Sequence[str], labels: Tensor) -> list[str]:

@@ -113,8 +113,7 @@ class AttackCard(Card):
     Attributes:
         rows: the fixed padded shape of every model call (DESIGN ruling 1); part of the fingerprint.
         stage: the attacks, in order.
-        stop: `first`, an image leaves at its first verified success; `last` (the last misclassified iterate;
-            of PGD the last, as its literature does) and `best` walk to the end.
+        stop: when an image leaves: see `attacks.interface.Rows`.
     """
 
     name: str
@@ -225,8 +224,7 @@ class Recipe(Card):
     """One training run worth repeating.
 
     Attributes:
-        student: model id or checkpoint folder that training starts from.
-        teachers: model id or checkpoint folder of each role that the defense names.
+        student, teachers: model ids or checkpoint folders: where training starts, and of each role.
         defense: plug-in name and its fields.
         inner: the attack; must be absent for a defense without one.
         checkpoint_every: steps between checkpoints (0: only at the end).
@@ -261,6 +259,9 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
     "recipes": ("recipes", Recipe),
 }
 """Kind of card -> folder below each card home, and the record it is read into."""
+
+SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
+"""Names that the literature has for cards of ours."""
 
 _include: list[Path] = []
 
@@ -308,7 +309,8 @@ def path(kind: str, name: str) -> Path:
     Raises:
         CardError: no such card; the message gives the nearest and all known names.
     """
-    found = Path(name) if name.endswith(".toml") else _paths(kind).get(name)
+    file = SAME.get((kind, name), name)
+    found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
     if found is None:
         raise CardError(f"{kind.removesuffix('s')} {name!r}", "no such card", do=nearest(name, _paths(kind)))
     return found
@@ -345,11 +347,7 @@ def _lines(card: Path, name: str) -> list[str]:
 
 
 def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
-    """A strict record from a table.
-
-    Raises:
-        CardError: with file, key, what was found and the nearest known key.
-    """
+    """A strict record from a table; a CardError names file, key, what was found and the nearest known key."""
     try:
         return record.model_validate(table)
     except ValidationError as error:
@@ -369,9 +367,8 @@ def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[st
         field = record.model_fields.get(str(part))
         if field is None:
             continue  # an index into a list of tables
-        inner = [
-            t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
-        ]
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        inner = [t for t in kinds if isinstance(t, type)]
         record = next((t for t in inner if issubclass(t, BaseModel)), record)
     return list(record.model_fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
-from robustbench_vlm.attacks import canonical, engines, finder, losses
+from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
 from robustbench_vlm.attacks.interface import Attack
-from robustbench_vlm.cells import Cell, Request, Subject, plugin
+from robustbench_vlm.cards import AttackCard
+from robustbench_vlm.cells import Cell, Request, Subject, black_box, needs, plugin
 from robustbench_vlm.data import miniature
 from robustbench_vlm.data.dataset import majority
 from robustbench_vlm.models.zeroshot import ZeroShot
@@ -26,10 +28,14 @@ from robustbench_vlm.types import Classify, Finding
 SCHEMA = "vlmrob-cell/1"
 CONSTANT = 0.95  # share of one class among the clean predictions from which a model counts as constant
 ZERO_GRADIENT = 0.01  # share of attacked images with an exactly zero gradient from which CE is unreliable
+NO_PROGRESS = 0.01  # share of survivors whose objective never rose from which an attack did not work
+BLIND = 0.002  # share of images that only a black-box stage broke from which gradients are not to be trusted
 
 Line = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total) as images finish."""
+
+Examine = Callable[[], checks.Examined]
 
 
 def evaluate(what: Subject, request: Request, report: Report) -> Iterator[Path]:
@@ -39,26 +45,42 @@ def evaluate(what: Subject, request: Request, report: Report) -> Iterator[Path]:
         AttackError: an attack left the ball or the box.
     """
     for card in request.attacks:
+        examine: Examine = cache(partial(_examine, what, card, request))
         smaller: Cell | None = None
         for rung in range(len(request.ladder)):
             cell = Cell(what, card, request, request.ladder[: rung + 1])
             if not cell.finished:
-                _fill(cell, smaller, report)
+                _fill(cell, smaller, report, examine)
             smaller = cell
             yield cell.path
 
 
-def _fill(cell: Cell, smaller: Cell | None, report: Report) -> None:
+def _examine(what: Subject, card: AttackCard, request: Request) -> checks.Examined:
+    """What the chain takes for granted about the model, on images of this subset."""
+    device = request.device
+    return checks.examine(
+        ZeroShot(what.loaded.model, what.bank).to(device),
+        what.images.to(device),
+        what.labels.to(device),
+        what.split.keys,
+        rows=card.rows,
+        seed=request.seed,
+        **needs(card, what.card.n_classes),
+    )
+
+
+def _fill(cell: Cell, smaller: Cell | None, report: Report, examine: Examine) -> None:
     """Clean pass, every stage over the survivors, then Parquet and JSON (last: a cell with JSON is whole).
 
     What the cell of the next smaller radius broke is lost here too, with the same image as evidence.
     """
     with finder.numerics(tf32=cell.request.sight.tf32):
-        _measure(cell, smaller, report)
+        _measure(cell, smaller, report, examine)
 
 
-def _measure(cell: Cell, smaller: Cell | None, report: Report) -> None:
+def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine) -> None:
     started = time.perf_counter()
+    examined = examine()
     what, request = cell.what, cell.request
     classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
     images = what.images.to(request.device)
@@ -85,7 +107,7 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report) -> None:
     if request.keep_images:
         kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
         store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images(table, eps)))
-    outcome = tally(cell, table)
+    outcome = tally(cell, table, examined.failed)
     content = {
         "config": cell.config,
         "outcome": outcome,
@@ -93,7 +115,9 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report) -> None:
         "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
     }
     run = provenance.of_run(request.device, time.perf_counter() - started, request.live)
-    whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, "run": run}
+    # what failed is hashed, in `flags`; the numbers behind it may differ in rounding from device to device
+    beside = {"checks": examined.record, "run": run}
+    whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, **beside}
     store.write_json(cell.path, whole)
 
 
@@ -228,16 +252,26 @@ def _image_path(ledger: Path, line: Line) -> Path:
     return ledger.with_suffix("") / f"{identity[:24]}.safetensors"
 
 
-def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
-    """The outcome of a cell: counts of verdicts, flags, and what ran otherwise than written."""
+def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, Any]:
+    """The outcome of a cell: counts of verdicts, flags, and what ran otherwise than written.
+
+    Args:
+        cell: whose outcome.
+        table: its verdicts.
+        failed: names of failed examinations of the model.
+    """
     what, stages = cell.what, cell.attack.stage
     n_classes = what.card.n_classes
+    eps = eps_text(cell.request.norm, cell.threat.eps)
+    blind = verdicts.broken_in(table, black_box(cell.attack, n_classes), eps)
     share = verdicts.largest_prediction_share(table)
     errors = int((table.error != "").sum())
     flags = {
         "constant-predictor": share >= CONSTANT and n_classes > 1,
         "zero-gradient": verdicts.zero_gradient_share(table) > ZERO_GRADIENT,
         "error-rows": errors > 0,
+        "no-progress": verdicts.no_progress_share(table) > NO_PROGRESS,
+        "square-beats-white-box": blind > BLIND * len(table),
         "untrained-words": bool(what.untrained),
         "generated-images": (what.split.folder / miniature.MARK).exists(),
     }
@@ -250,14 +284,13 @@ def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
         "n": len(table),
         "n_classes": n_classes,
         "clean_correct": int(table.clean_correct.sum()),
-        "robust": verdicts.robust_after(
-            table, [stage.name for stage in stages], eps_text(cell.request.norm, cell.threat.eps)
-        ),
+        "robust": verdicts.robust_after(table, [stage.name for stage in stages], eps),
         "errors": errors,
+        "square_only": blind,
         "majority": round(majority(what.split.labels, n_classes), 6),
         "largest_prediction_share": round(share, 6),
         "exposure": exposure,
-        "flags": sorted(name for name, raised in flags.items() if raised),
+        "flags": sorted({name for name, raised in flags.items() if raised}.union(failed)),
         "substitutions": [f"{stage}: {text}" for stage, text in changed],
         "forwards": int(table.forwards.sum()),
         "backwards": int(table.backwards.sum()),

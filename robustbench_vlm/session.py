@@ -113,8 +113,10 @@ def plan(order: Order, device: torch.device) -> Plan:
         engine=order.engine,
         mode=order.mode,
     )
+    for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
+        cells.require_norm(card, request.norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
-    refuse(request, datasets)  # a mistyped field stops here too, before any model is loaded
+    refuse(request, datasets)
     models = tuple(zoo.load(name, device) for name in order.models)
     return Plan(order, suite, datasets, models, request)
 
@@ -123,7 +125,7 @@ def refuse(request: cells.Request, datasets: Sequence[DatasetCard]) -> None:
     """Refuse what cannot be carried out as it was asked for.
 
     Raises:
-        InputError: a field of a chain, or an engine, mode or precision that does not go with the rest.
+        InputError: an engine, a mode or a precision that does not go with the rest.
     """
     request.sight.require(request.device)
     for card in request.attacks:
@@ -194,6 +196,9 @@ def price(plan: Plan) -> list[str]:
         f"{_count(len(request.attacks), 'attack')} x {', '.join(threats)}",
         f"at most {_duration(seconds)} on {request.device}, if every image survived every attack",
     ]
+    for name, card in zip(plan.order.attacks, request.attacks, strict=True):
+        if (known := cards.SAME.get(("attacks", name), name)) != name:
+            lines.append(f"attack {name} is {known} here: {card.title}")
     root, split = plan.order.data_root, plan.suite.split
     lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
     if lacking:

@@ -13,6 +13,7 @@ Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
 LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
+ZERO = "at radius 0 no attack is run: robust accuracy is the clean accuracy"
 SNAP = Fraction(1, 100_000)  # 0.015686 is meant as 4/255
 NUMBER = re.compile(r"-?\d{1,9}(\.\d{0,20})?(/\d{1,9})?|\.\d{1,12}|\d(\.\d{0,12})?e-?\d{1,2}", re.IGNORECASE)
 
@@ -22,8 +23,8 @@ class Threat:
     """The set of admissible images: {x' in [0, 1] : ||x' - x||_norm <= eps}.
 
     Attributes:
-        norm: `linf` or `l2`, over all channels and pixels of one image.
-        eps: radius in units of the [0, 1] pixel range, exact. A plain length for `l2`.
+        norm: `linf`, `l2` or `l1`, over all channels and pixels of one image.
+        eps: radius in units of the [0, 1] pixel range, exact. A plain length but for `linf`.
     """
 
     norm: Norm
@@ -33,7 +34,8 @@ class Threat:
         if self.norm not in NORMS:
             raise InputError("norm", repr(self.norm), do=nearest(str(self.norm), NORMS))
         if self.eps <= 0:
-            raise InputError("eps", str(self.eps), "a positive radius", "type for example 4/255")
+            do = ZERO if self.eps == 0 else "type for example 4/255"
+            raise InputError("eps", str(self.eps), "a positive radius", do)
 
     def __str__(self) -> str:
         return f"{self.norm} {eps_text(self.norm, self.eps)}"
@@ -72,7 +74,8 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
     except ZeroDivisionError:
         raise InputError(where, "not a number", "4/255, 4 or 0.0157") from None
     if value <= 0:
-        raise InputError(where, "not positive", "a positive radius such as 4/255")
+        do = ZERO if value == 0 else ""
+        raise InputError(where, "not positive", "a positive radius such as 4/255", do)
     if norm != "linf":
         return value
     if "/" in text or value >= 1:

@@ -159,7 +159,7 @@ class Finding:
         margin: true logit minus largest other logit of `adv` in the canonical pass.
         zero_gradients: evaluations whose image gradient was exactly zero.
         progress: by how much the objective rose above its first value, the most over all trajectories; 0 says
-            that no step ever found anything better than its start.
+            that no step ever found anything better than its start, None that nobody looked.
         stage: name of the attack in its chain.
         error: why there is no verdict (a non-finite gradient); empty otherwise.
     """
@@ -176,7 +176,7 @@ class Finding:
     margin: float
     zero_gradients: int = 0
     error: str = ""
-    progress: float = 0.0
+    progress: float | None = None
     stage: str = ""
 
 

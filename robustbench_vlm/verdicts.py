@@ -58,6 +58,10 @@ def begin(
         predictions: (N,) int64 clean predictions of the canonical pass.
         margins: (N,) float32, true logit minus the largest other; not finite where a logit is not.
         lost: rows of the same table at a smaller radius whose images were broken there.
+
+    `iteration` is that of the success, -1 if there is none; 0 after a random start says that the noise alone
+    was enough. `progress` is by how much the objective rose above its start in the stage with gradients where
+    it rose least, of those that the image survived; NaN if there is none.
     """
     n = len(keys)
     finite = np.isfinite(margins)
@@ -80,6 +84,7 @@ def begin(
             "distance": np.zeros(n, dtype=np.float32),
             "adv_sha256": [""] * n,
             **zeros,
+            "progress": np.full(n, np.nan, dtype=np.float32),
             "error": ["" if ok else "a logit of the clean image is not finite" for ok in finite],
         }
     )
@@ -112,10 +117,17 @@ def line(finding: Finding, image: Tensor, image_sha: str, label: int, threat: Th
         "prediction": finding.prediction,
         "margin": finding.margin if math.isfinite(finding.margin) else None,
         "zero_gradients": finding.zero_gradients,
+        "progress": finding.progress,
         "error": finding.error,
-        "distance": float(delta.abs().max() if threat.norm == "linf" else delta.norm()),
+        "distance": _distance(delta, threat.norm),
         "adv_sha256": hashlib.sha256(finding.adv.contiguous().numpy().tobytes()).hexdigest(),
     }
+
+
+def _distance(delta: Tensor, norm: str) -> float:
+    if norm == "linf":
+        return float(delta.abs().max())
+    return float(delta.abs().sum() if norm == "l1" else delta.norm())
 
 
 def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:
@@ -135,6 +147,11 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
     table.loc[i, "distance"] = np.float32(line["distance"])
     table.loc[i, "adv_sha256"] = line["adv_sha256"]
     table.loc[i, "error"] = line["error"]
+    again = line["backwards"] > line["restart"] + 1  # one step alone (FGSM) has nothing to rise above
+    if again and not line["broken"] and not line["error"]:
+        rise = line.get("progress")  # not in ledgers of the first version
+        rise = np.float32(math.nan if rise is None else rise)
+        table.loc[i, "progress"] = np.fmin(table.progress[i], rise)
     if line["broken"]:
         table.loc[i, "broken_by"] = stage
         table.loc[i, "broken_at_eps"] = eps
@@ -159,6 +176,17 @@ def zero_gradient_share(table: pd.DataFrame) -> float:
     """Share of attacked images that met an exactly zero gradient at least once."""
     attacked = table[table.backwards > 0]
     return float((attacked.zero_gradients > 0).mean()) if len(attacked) else 0.0
+
+
+def no_progress_share(table: pd.DataFrame) -> float:
+    """Share of images that survived a stage with gradients whose objective never rose above its start."""
+    survived = table.progress.dropna()
+    return float((survived <= 0).mean()) if len(survived) else 0.0
+
+
+def broken_in(table: pd.DataFrame, stages: Sequence[str], eps: str) -> int:
+    """Images that these stages broke at radius `eps` (as text)."""
+    return int((table.broken_by.isin(list(stages)) & (table.broken_at_eps == eps)).sum())
 
 
 def largest_prediction_share(table: pd.DataFrame) -> float:

@@ -1,5 +1,9 @@
 """The Python interface: any callable of pixels; verdicts that depend on neither order, batch nor position."""
 
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +11,8 @@ from attack_models import blobs, classifier
 from toys import PGD, SHORT, toml
 
 import robustbench_vlm
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.attacks.pgd import Pgd
+from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat, parse_eps
 
 EPS = "5/255"
@@ -153,6 +158,11 @@ def normalised(images):
         (lambda i, y: (i, y.float()), "int64"),
         (lambda i, y: (i, y - 20), "labels"),
         (lambda i, y: (i, y + 10), "below 10"),
+        (lambda i, y: (i * 255, y), r"float32 in \[0, 255\]; expected float32 pixels"),
+        (lambda i, y: (i.numpy(), y), "images: a ndarray; expected a torch.Tensor"),
+        (lambda i, y: (i, y.tolist()), "labels: a list; expected a torch.Tensor"),
+        (lambda i, y: (i, y.to("meta")), "labels: on meta; expected on cpu, where the images are"),
+        (lambda i, y: (i, y[:, None]), r"int64 of shape \(12, 1\); expected int64 class indices"),
     ],
 )
 def test_bad_tensors_are_refused_in_one_line(chain, data, change, message):
@@ -179,3 +189,88 @@ def test_bad_arguments_are_refused_in_one_line(chain, data, more, message):
     threat = more.pop("threat", EPS)
     with pytest.raises(InputError, match=message):
         robustbench_vlm.attack(classifier(), *data, threat, **{"chain": chain} | more)
+
+
+def test_images_on_another_device_than_the_model_are_refused(chain, data):
+    images, labels = data
+    away = torch.nn.Conv2d(3, 10, 12, device="meta")
+    with pytest.raises(InputError, match=r"images: on cpu; expected on meta, .*images.to\('meta'\)"):
+        robustbench_vlm.attack(away, images, labels, EPS, chain=chain)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda z: z.sum(), r"float32 of shape \(\) for 16 images; expected logits of shape \(16, classes\)"),
+        (lambda z: z[:, 0], r"shape \(16,\)"),
+        (lambda z: z[:, :1], r"shape \(16, 1\)"),
+        (lambda z: z[:5], r"shape \(5, 10\)"),
+        (lambda z: z.argmax(1, keepdim=True).expand(-1, 2), "int64 of shape"),
+        (lambda z: (z, z), "the model returns a tuple; expected a tensor of logits"),
+        (lambda z: z.detach().numpy(), "the model returns a ndarray"),
+        (lambda z: None, "the model returns a NoneType"),
+    ],
+)
+def test_a_model_that_returns_no_logits_is_refused_in_one_line(chain, data, spoil, message):
+    with pytest.raises(AttackError, match=message) as caught:
+        robustbench_vlm.attack(lambda x: spoil(classifier()(x)), *data, EPS, chain=chain)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_single_finite_logit_gives_error_rows_and_no_crash(chain, data):
+    found = robustbench_vlm.attack(lambda x: classifier()(x) * torch.nan, *data, EPS, chain=chain)
+    assert (found.verdicts.error == "a logit of the clean image is not finite").all()
+    assert set(found.robust.values()) == {0}
+    assert not found.verdicts.broken_by.any()
+    assert found.checks.failed == ["non-finite"]
+
+
+PGD_STAGE = {"name": "p", **PGD}
+BAD_STAGES = {
+    "unknown attack": ({"attack": "pgdd"}, "unknown attack 'pgdd': no such plug-in; did you mean 'pgd'"),
+    "unknown field": ({"stepsize": "eps/4"}, "unknown key 'stepsize' for pgd; did you mean 'step_size'"),
+    "no steps": ({"steps": 0}, "pgd: steps 0, restarts 1; expected at least 1 of each"),
+    "unknown loss": ({"loss": "cee"}, "loss"),
+    "a word for a number": ({"steps": "many"}, "pgd.steps"),
+    "no queries": ({**dict.fromkeys(PGD), **SHORT["square"], "queries": 0}, "square: queries 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STAGES)
+def test_a_stage_that_cannot_run_is_refused_before_the_model_is_called(data, tmp_path, case):
+    change, message = BAD_STAGES[case]
+    stage = {key: value for key, value in {**PGD_STAGE, **change}.items() if value is not None}
+    path = tmp_path / "bad.toml"
+    path.write_text(toml({"name": "bad", "title": "Bad", "rows": 16, "stop": "last", "stage": [stage]}))
+    with pytest.raises(InputError) as caught:
+        robustbench_vlm.attack(untouched, *data, EPS, chain=str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def untouched(x):
+    raise AssertionError("the model was called")
+
+
+@dataclass(frozen=True)
+class OnlyLinf(Pgd):
+    """PGD as it would be with one norm."""
+
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
+
+
+def test_a_norm_that_an_attack_lacks_is_refused_before_the_model_is_called(data, tmp_path):
+    path = tmp_path / "pgd.toml"
+    stages = [{**PGD_STAGE, "attack": "test_api:OnlyLinf"}]
+    path.write_text(toml({"name": "p", "title": "P", "rows": 16, "stop": "last", "stage": stages}))
+    threat = Threat("l1", Fraction(1))
+    with pytest.raises(InputError, match="stage p, attack onlylinf: norm 'l1'; expected linf"):
+        robustbench_vlm.attack(untouched, *data, threat, chain=str(path))
+
+
+@pytest.mark.parametrize("eps", ["0", "0/255", "0.0"])
+def test_radius_zero_says_that_it_is_the_clean_accuracy(chain, data, eps):
+    with pytest.raises(InputError, match="at radius 0 no attack is run: robust accuracy is the clean acc"):
+        robustbench_vlm.attack(untouched, *data, eps, chain=chain)
+    with pytest.raises(InputError, match="at radius 0 no attack is run"):
+        Threat("linf", Fraction(0))

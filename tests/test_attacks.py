@@ -9,30 +9,70 @@ import torch
 from attack_models import blobs, classifier, findings
 
 from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import canonical, engine, geometry
+from robustbench_vlm.attacks import canonical, engine, geometry, losses
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.fgsm import Fgsm
+from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 
-LINF, L2 = Threat("linf", Fraction(5, 255)), Threat("l2", Fraction(1, 4))
+LINF, L2, L1 = Threat("linf", Fraction(5, 255)), Threat("l2", Fraction(1, 4)), Threat("l1", Fraction(2))
 PLUGINS = {
     "pgd-last": (Pgd("ce", 6, "eps/4", 2, True), "last"),
     "pgd-first": (Pgd("margin", 6, "eps/4", 1, False), "first"),
+    "pgd-best": (Pgd("ce", 6, "eps/2", 1, True), "best"),
+    "fgsm-last": (Fgsm("ce"), "last"),
+    "fgsm-first": (Fgsm("dlr"), "first"),
+    "mi-fgsm-last": (MiFgsm("ce", 5, "eps/5", 1.0), "last"),
+    "mi-fgsm-first": (MiFgsm("margin", 5, "eps/5", 0.5), "first"),
+    "mi-fgsm-best": (MiFgsm("ce", 5, "eps/2", 1.0), "best"),
     "apgd-ce": (Apgd("ce", 10, 0.75, 2, 0), "first"),
     "apgd-last": (Apgd("dlr", 10, 0.75, 1, 0), "last"),
+    "apgd-best": (Apgd("ce", 10, 0.75, 2, 0), "best"),
+    "apgd-eot": (ApgdEot("margin", 5, 0.75, 1, 0, eot=2), "first"),
     "apgd-t": (Apgd("targeted-dlr", 8, 0.75, 1, 3), "first"),
     "fab-t": (Fab(6, 3, 2, 0.1, 1.05, 0.9), "first"),
     "fab-last": (Fab(6, 2, 1, 0.1, 1.05, 0.9), "last"),
+    "fab-best": (Fab(4, 0, 1, 0.1, 1.05, 0.9), "best"),
     "square": (Square(40, 0.8, 1), "first"),
     "square-last": (Square(20, 0.8, 2), "last"),
+    "square-best": (Square(20, 0.8, 1), "best"),
+    "apgd-l1": (ApgdL1("ce", (3, 3, 4), (3.0, 2.0, 1.0), 2, 0), "first"),
+    "apgd-l1-t": (ApgdL1("targeted-dlr", (8,), (1.0,), 1, 3), "first"),
+    "apgd-l1-last": (ApgdL1("dlr", (8,), (1.0,), 1, 0), "last"),
+    "apgd-l1-best": (ApgdL1("ce", (3, 3, 4), (3.0, 2.0, 1.0), 1, 0), "best"),
 }
+THREATS = {threat.norm: threat for threat in (LINF, L2, L1)}
 every = pytest.mark.parametrize("name", PLUGINS)
+everywhere = pytest.mark.parametrize(
+    ("name", "threat"),
+    [
+        pytest.param(name, THREATS[norm], id=f"{name}-{norm}")
+        for name, (attack, _) in PLUGINS.items()
+        for norm in attack.norms
+    ],
+)
 norms = pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+
+
+def _home(attack):
+    """The first ball that an attack knows."""
+    return THREATS[attack.norms[0]]
+
+
+def test_every_attack_of_the_package_is_in_the_table():
+    kinds = {type(attack) for attack, _ in PLUGINS.values()}
+    assert {registry.get("attacks", name) for name in registry.names("attacks")} == kinds
+    for kind in kinds:
+        stops = {stop for attack, stop in PLUGINS.values() if type(attack) is kind}
+        assert kind in (ApgdEot, Fgsm) or stops == {"first", "last", "best"}
 
 
 def _data(n=20, n_classes=10):
@@ -47,8 +87,7 @@ def _same(a, b):
     assert rest[0] == rest[1]
 
 
-@every
-@norms
+@everywhere
 def test_findings_do_not_depend_on_scheduling(name, threat):
     attack, stop = PLUGINS[name]
     model, images, labels = _data()
@@ -72,8 +111,7 @@ def test_findings_are_equal_for_1_7_and_64_live_rows_near_the_boundary():
             _same(a, b)
 
 
-@every
-@norms
+@everywhere
 def test_every_image_stays_in_ball_and_box_and_the_verdict_is_the_canonical_one(name, threat):
     attack, stop = PLUGINS[name]
     model, images, labels = _data()
@@ -95,20 +133,61 @@ def test_every_image_stays_in_ball_and_box_and_the_verdict_is_the_canonical_one(
 def test_looking_at_the_flags_less_often_changes_nothing(name, monkeypatch):
     attack, stop = PLUGINS[name]
     model, images, labels = _data()
-    often = findings(model, images, labels, attack, LINF, stop=stop)
+    often = findings(model, images, labels, attack, _home(attack), stop=stop)
     monkeypatch.setitem(engine.POLL, "cpu", 5)
-    for a, b in zip(often, findings(model, images, labels, attack, LINF, stop=stop, live=9), strict=True):
+    rarely = findings(model, images, labels, attack, _home(attack), stop=stop, live=9)
+    for a, b in zip(often, rarely, strict=True):
         _same(a, b)
 
 
 def test_stopping_at_the_first_success_and_at_the_end_agree():
     model, images, labels = _data(40)
-    for attack in (Apgd("ce", 20, 0.75, 1, 0), Apgd("targeted-margin", 10, 0.75, 1, 3), Square(40, 0.8, 1)):
-        first = findings(model, images, labels, attack, LINF)
-        last = findings(model, images, labels, attack, LINF, stop="last")
-        assert [f.broken for f in first] == [f.broken for f in last]
-        assert [f.target for f in first if f.broken] == [f.target for f in last if f.broken]
-        assert [f.iteration for f in first] == [f.iteration for f in last]
+    for attack in (
+        Apgd("ce", 20, 0.75, 1, 0),
+        Apgd("targeted-margin", 10, 0.75, 1, 3),
+        ApgdL1("ce", (4, 4, 6), (3.0, 2.0, 1.0), 1, 0),
+        ApgdL1("targeted-margin", (10,), (1.0,), 1, 3),
+        Fab(6, 3, 1, 0.1, 1.05, 0.9),
+        Square(40, 0.8, 1),
+    ):
+        first = findings(model, images, labels, attack, _home(attack))
+        assert any(f.broken for f in first)
+        for stop in ("last", "best"):
+            whole = findings(model, images, labels, attack, _home(attack), stop=stop)
+            assert [f.broken for f in first] == [f.broken for f in whole]
+            assert [f.target for f in first if f.broken] == [f.target for f in whole if f.broken]
+            assert [f.iteration for f in first] == [f.iteration for f in whole]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Pgd("margin", 8, "eps/2", 1, True),
+        MiFgsm("margin", 8, "eps/2", 1.0),
+        Apgd("margin", 12, 0.75, 1, 0),
+        ApgdL1("margin", (12,), (1.0,), 1, 0),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_the_best_iterate_has_the_largest_objective_of_all_that_were_met(attack):
+    model, images, labels = _data(24)
+    right = model(images).argmax(1) == labels
+    images, labels, seen = images[right][:16], labels[right][:16], []
+
+    def watched(x):
+        logits = model(x)
+        if logits.requires_grad:
+            seen.append(losses.judge(logits.detach(), labels))
+        return logits
+
+    # sixteen rows for sixteen images: row i of every call is image i
+    found = findings(watched, images, labels, attack, _home(attack), stop="best")
+    broken = [i for i, f in enumerate(found) if f.broken]
+    assert broken
+    last = findings(model, images, labels, attack, _home(attack), stop="last")
+    for i in broken:
+        assert found[i].margin == pytest.approx(min(float(margins[i]) for margins in seen), abs=1e-5)
+        assert not last[i].broken or found[i].margin <= last[i].margin + 1e-5
 
 
 def test_spent_passes_of_a_surviving_image_are_those_of_the_specification():
@@ -118,10 +197,18 @@ def test_spent_passes_of_a_surviving_image_are_those_of_the_specification():
         (Apgd("ce", 100, 0.75, 1, 0), 101, 101),
         (Apgd("targeted-dlr", 100, 0.75, 1, 9), 909, 909),
         (Fab(100, 9, 1, 0.1, 1.05, 0.9), 1800, 900),
+        (Fab(10, 0, 2, 0.1, 1.05, 0.9), 40, 180),
         (Pgd("ce", 20, "eps/4", 1, True), 20, 20),
+        (Fgsm("ce"), 1, 1),
+        (MiFgsm("ce", 10, "eps/10", 1.0), 10, 10),
+        (ApgdEot("dlr", 5, 0.75, 1, 0, eot=20), 120, 120),
+        (ApgdL1("ce", (30, 30, 40), (3.0, 2.0, 1.0), 5, 0), 515, 515),
+        (ApgdL1("targeted-dlr", (30, 30, 40), (3.0, 2.0, 1.0), 1, 5), 515, 515),
     ):
-        robust = [f for f in findings(model, images, labels, attack, tiny) if not f.broken]
+        ball = Threat("l1", Fraction(1, 1000)) if attack.norms == ("l1",) else tiny
+        robust = [f for f in findings(model, images, labels, attack, ball) if not f.broken]
         assert {(f.forwards, f.backwards) for f in robust} == {(forwards, backwards)}
+        assert attack.cost(10) == (forwards, backwards)
     robust = [f for f in findings(model, images, labels, Square(500, 0.8, 1), tiny) if not f.broken]
     assert all(0.94 * 501 <= f.forwards <= 501 and f.backwards == 0 for f in robust)
     assert any(f.forwards < 501 for f in robust), "a proposal that changes nothing is passed over"
@@ -209,8 +296,8 @@ def test_wrong_input_is_refused_by_name():
         Pgd("ce", 2, "eps/none", 1, True)
 
 
-@pytest.mark.parametrize("name", ["pgd-last", "apgd-ce", "apgd-t", "fab-t", "square"])
-def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
+@everywhere
+def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name, threat):
     attack, stop = PLUGINS[name]
     base, images, labels = _data()
     sick = images[3].mean()
@@ -220,7 +307,8 @@ def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
         near = ((x.mean((1, 2, 3)) - sick).abs() < 5e-3) & (x != images[3]).flatten(1).any(1)
         return base(x) * torch.where(near, torch.nan, 1.0)[:, None]
 
-    tiny = Threat("linf", Fraction(1, 2550))
+    reach = {"linf": Fraction(1, 2550), "l2": Fraction(1, 200), "l1": Fraction(1, 10)}
+    tiny = Threat(threat.norm, reach[threat.norm])
     well = findings(base, images, labels, attack, tiny, stop=stop)
     found = findings(model, images, labels, attack, tiny, stop=stop)
     ill = [i for i, f in enumerate(found) if f.error]
@@ -230,6 +318,28 @@ def test_non_finite_numbers_give_no_verdict_and_touch_no_other_image(name):
     assert not found[3].broken
     for i in set(range(20)) - set(ill):
         _same(well[i], found[i])
+
+
+@every
+@norms
+def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name, threat):
+    attack, stop = PLUGINS[name]
+    base, images, labels = _data(8)
+
+    def model(x):
+        # |0| has the derivative 0, its square root an infinite one: their product is NaN
+        return base(x) + 0 * (x - x).abs().sqrt().flatten(1).sum(1, keepdim=True)
+
+    found = findings(model, images, labels, attack, threat, stop=stop)
+    right = (base(images).argmax(1) == labels).tolist()
+    assert any(right)
+    for f in (f for f, attacked in zip(found, right, strict=True) if attacked):
+        if name.startswith("square"):  # takes no gradient, so it has a verdict
+            assert not f.error
+            continue
+        assert not f.broken
+        assert "a logit or gradient is not finite (iteration 0" in f.error
+        assert (f.iteration, f.backwards) == (-1, 1)
 
 
 def test_a_gradient_that_is_zero_is_counted_and_one_that_is_missing_raises():
@@ -283,7 +393,7 @@ def test_parameters_never_receive_a_gradient():
     model.requires_grad_(True)
     try:
         for attack, stop in PLUGINS.values():
-            findings(model, images, labels, attack, LINF, stop=stop)
+            findings(model, images, labels, attack, _home(attack), stop=stop)
         ascend(lambda x: model(x).logsumexp(1), images, LINF, steps=2, step_size=0.01)
         assert all(parameter.grad is None for parameter in model.parameters())
     finally:
@@ -314,7 +424,7 @@ def test_ascent_stays_inside_raises_the_objective_and_is_the_attacks_kernel(thre
 
 def test_chains_are_read_and_autoattack_begins_with_aa2():
     chain = {name: cards.read("attacks", name, cards.AttackCard) for name in cards.names("attacks")}
-    assert {"pgd20", "pgd100", "aa2", "autoattack", "fare"} <= set(chain)
+    assert {"pgd20", "pgd100", "aa2", "autoattack", "fare", "plus", "rand", "custom"} <= set(chain)
     assert [s.name for s in chain["autoattack"].stage] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert chain["autoattack"].stage[:2] == chain["aa2"].stage
     assert chain["pgd20"].stop == "last"

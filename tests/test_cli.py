@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import time
 
 import pytest
@@ -279,6 +280,7 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
         (EVAL + " --eps zero", ["'zero'", "not a number"]),
         (EVAL + " --eps 4,,2", ["not a number"]),
         (EVAL + " --eps -1", ["not positive"]),
+        (EVAL + " --eps 0,4", ["'0'", "at radius 0 no attack is run: robust accuracy is the clean accuracy"]),
         (EVAL + " --attack autoatack", ["did you mean 'autoattack'"]),
         (EVAL.replace("toys", "zeroshoot"), ["did you mean 'zeroshot'"]),
         (EVAL + " --dataset tyo", ["not in suite toys", "did you mean 'toy'"]),
@@ -340,6 +342,41 @@ def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(v
     (tmp_path / "mine.toml").write_text(text.replace("random_start", "random_strat"))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
     one_line(*vlmrob(line), "random_strat", "did you mean 'random_start'")
+
+
+@pytest.mark.parametrize(
+    ("chain", "change", "words"),
+    [
+        ("pgd20", ('attack = "pgd"', 'attack = "pgdd"'), ["unknown attack 'pgdd'", "did you mean 'pgd'"]),
+        ("pgd20", ("steps = 20", "steps = 0"), ["pgd: steps 0", "at least 1"]),
+        ("autoattack", ("queries = 5000", "queries = 0"), ["square: queries 0", "at least 1"]),
+        ("autoattack", ("rows = 64", "rows = 0"), ["rows", "greater than or equal to 1"]),
+        ("autoattack", ('name = "apgd-t"', 'name = "apgd-ce"'), ["stage names must differ"]),
+        ("autoattack", ('attack = "square"\n', ""), ["stage.3.attack: Field required"]),
+    ],
+)
+def test_a_chain_that_cannot_run_stops_before_the_model_is_loaded(vlmrob, tmp_path, chain, change, words):
+    text = (cards.home() / "attacks" / f"{chain}.toml").read_text()
+    assert change[0] in text
+    (tmp_path / "mine.toml").write_text(text.replace(*change))
+    line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
+    one_line(*vlmrob(line), *words)
+
+
+def test_a_norm_that_an_attack_lacks_stops_before_the_model_is_loaded(vlmrob, tmp_path):
+    text = (cards.home() / "attacks" / "pgd20.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('attack = "pgd"', 'attack = "test_api:OnlyLinf"'))
+    line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
+    one_line(*vlmrob(line + " --norm l1 --eps 12"), "attack onlylinf: norm 'l1'; expected linf")
+
+
+def test_a_dataset_without_images_is_found_before_the_first_attack(vlmrob, damaged, tmp_path):
+    folder, line = damaged
+    for shard in (folder / "test").glob("*.tar"):
+        with tarfile.open(shard, "w"):
+            pass
+    one_line(*vlmrob(line), "no images in any shard")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.fixture

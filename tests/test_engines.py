@@ -12,9 +12,13 @@ from torch import nn
 
 from robustbench_vlm.attacks import canonical, engines, packages
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.finder import Sight
+from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.packages import Order, autoattack, torchattacks
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
@@ -25,6 +29,7 @@ LINF, L2, L1 = (Threat(norm, Fraction(eps)) for norm, eps in (("linf", "5/255"),
 ROWS = 16
 CE, DLR, AIMED = Apgd("ce", 6, 0.75, 1, 0), Apgd("dlr", 6, 0.7, 2, 0), Apgd("targeted-dlr", 6, 0.75, 1, 3)
 FAB, SQUARE = Fab(5, 3, 1, 0.1, 1.05, 0.9), Square(20, 0.8, 1)
+SPARSE = ApgdL1("ce", (3, 3, 4), (3.0, 2.0, 1.0), 5, 0)
 PGD = Pgd("ce", 5, "eps/4", 1, True)
 CHAIN = [("ce", CE), ("t", AIMED), ("fab", FAB), ("square", SQUARE)]
 
@@ -189,6 +194,7 @@ def test_rows_with_nan_are_errors_and_no_verdict(means):
             "stage s, pgd in linf; expected apgd, fab or square in linf or l2; use the mode fast",
         ),
         (FAB, L1, "first", "fab in l1"),
+        (ApgdEot("ce", 5, 0.75, 1, 0, eot=2), LINF, "first", "apgdeot in linf"),
         (Apgd("margin", 5, 0.75, 1, 0), LINF, "first", "loss 'margin'; expected ce or dlr or targeted-dlr"),
         (CE, LINF, "best", "stop = 'best'; expected 'first' or 'last'"),
     ],
@@ -218,16 +224,19 @@ OURS, THEIRS = autoattack.AutoAttack("x"), torchattacks.TorchAttacks("x")
 @pytest.mark.parametrize(
     ("package", "attack", "kind", "settings"),
     [
-        (OURS, DLR, "APGDAttack", {"n_iter": 6, "n_restarts": 2, "rho": 0.7, "loss": "dlr"}),
+        (OURS, DLR, "APGDAttack", {"n_iter": 6, "n_restarts": 2, "rho": 0.7, "loss": "dlr", "eot_iter": 1}),
         (OURS, AIMED, "APGDAttack_targeted",
-         {"n_iter": 6, "n_restarts": 1, "rho": 0.75, "n_target_classes": 3}),
+         {"n_iter": 6, "n_restarts": 1, "rho": 0.75, "eot_iter": 1, "n_target_classes": 3}),
         (OURS, FAB, "FABAttack_PT",
          {"n_iter": 5, "n_restarts": 1, "targeted": True, "n_target_classes": 3, "alpha_max": 0.1,
           "eta": 1.05, "beta": 0.9}),
         (OURS, SQUARE, "SquareAttack",
          {"n_queries": 20, "p_init": 0.8, "n_restarts": 1, "resc_schedule": False}),
-        (THEIRS, DLR, "APGD", {"steps": 6, "n_restarts": 2, "rho": 0.7, "loss": "dlr"}),
-        (THEIRS, AIMED, "APGDT", {"steps": 6, "n_restarts": 1, "rho": 0.75, "n_classes": 4}),
+        (OURS, SPARSE, "APGDAttack",
+         {"norm": "L1", "eps": 4.0, "n_iter": 10, "use_largereps": True, "n_restarts": 5, "loss": "ce"}),
+        (THEIRS, ApgdEot("dlr", 6, 0.7, 2, 0, eot=4), "APGD",
+         {"steps": 6, "n_restarts": 2, "rho": 0.7, "eot_iter": 4, "loss": "dlr"}),
+        (THEIRS, AIMED, "APGDT", {"steps": 6, "n_restarts": 1, "rho": 0.75, "eot_iter": 1, "n_classes": 4}),
         (THEIRS, FAB, "FAB",
          {"steps": 5, "n_restarts": 1, "multi_targeted": True, "n_classes": 4, "alpha_max": 0.1, "eta": 1.05,
           "beta": 0.9}),
@@ -236,7 +245,7 @@ OURS, THEIRS = autoattack.AutoAttack("x"), torchattacks.TorchAttacks("x")
     ],
 )  # fmt: skip
 def test_a_stage_is_the_packages_own_attack_with_our_numbers(package, attack, kind, settings):
-    call = package.translate(order(attack))
+    call = package.translate(order(attack, L1 if attack is SPARSE else LINF))
     assert (call.kind, call.settings) == (kind, BALL | settings)
 
 
@@ -244,7 +253,12 @@ def test_pgd_is_torchattacks_pgd():
     call = THEIRS.translate(order(PGD, stop="last"))
     settings = {"eps": 5 / 255, "alpha": 5 / 255 / 4, "steps": 5, "random_start": True}
     assert (call.kind, call.settings) == ("PGD", settings)
+    assert OURS.translate(order(FAB, L1)).settings["norm"] == "L1"
     assert THEIRS.translate(order(PGD, L2, stop="last")).kind == "PGDL2"
+    assert THEIRS.translate(order(Fgsm("ce"))) == packages.Call("FGSM", {"eps": 5 / 255})
+    call = THEIRS.translate(order(MiFgsm("ce", 7, "1/255", 0.9), stop="last"))
+    settings = {"eps": 5 / 255, "alpha": 1 / 255, "steps": 7, "decay": 0.9}
+    assert (call.kind, call.settings) == ("MIFGSM", settings)
 
 
 def test_few_classes_cap_the_targets():
@@ -266,7 +280,6 @@ class Patient(Apgd):
     [
         (order(Apgd("margin", 5, 0.75, 1, 0)), "no apgd with loss = 'margin'; use --engine native"),
         (order(CE, stop="best"), "no apgd with stop = 'best'"),
-        (order(FAB, L1), "no fab with norm 'l1'"),
         (order(AIMED, n_classes=3), "no apgd with loss = 'targeted-dlr' and 3 classes"),
         (order(DLR, n_classes=2), "no apgd with loss = 'dlr' and 2 classes"),
         (order(SQUARE, L2, shape=(12, 12)), r"no square with norm 'l2' on images of \(12, 12\) pixels"),
@@ -283,6 +296,12 @@ def test_what_a_package_cannot_express_is_refused_in_one_line(package, asked, me
     ("package", "asked", "message"),
     [
         (OURS, order(PGD, stop="last"), "stage s: the package has no pgd; use"),
+        (OURS, order(ApgdL1("ce", (4, 3, 3), (3.0, 2.0, 1.0), 5, 0), L1), r"steps = \(4, 3, 3\) at radii"),
+        (THEIRS, order(SPARSE, L1), "stage s: the package has no apgdl1; use"),
+        (THEIRS, order(SQUARE, L1), "no square with norm 'l1'"),
+        (THEIRS, order(FAB, L1), "no fab with norm 'l1'"),
+        (THEIRS, order(Fgsm("ce"), L2), "no fgsm with norm 'l2'"),
+        (THEIRS, order(MiFgsm("ce", 7, "1/255", 0.9)), "no mifgsm with stop = 'first'"),
         (THEIRS, order(PGD), "no pgd with stop = 'first'"),
         (THEIRS, order(Pgd("ce", 5, "eps/4", 2, True), stop="last"), "no pgd with restarts = 2"),
         (THEIRS, order(Pgd("margin", 5, "eps/4", 1, True), stop="last"), "no pgd with loss = 'margin'"),

@@ -281,6 +281,21 @@ def test_a_ladder_is_monotone_and_names_the_smaller_radius(what, tmp_path):
     assert set(images) == set(large.key[large.broken_at_eps != ""])
 
 
+def test_a_ladder_in_l1_is_monotone_too(what, tmp_path):
+    chain = toys.chain("sparse", "l1", "square")
+    order = toys.request(tmp_path, chain, eps=("1", "4", "16"), norm="l1")
+    cells = toys.run(what, order)
+    finals = [content["outcome"]["robust"]["square"] for _, content in cells]
+    assert finals == sorted(finals, reverse=True)
+    assert len(set(finals)) >= 2
+    largest = table(cells[-1][0])
+    broken = largest[largest.broken_at_eps != ""]
+    assert len(set(broken.broken_at_eps)) >= 2
+    radii = broken.broken_at_eps.astype(float)
+    assert (broken.distance <= radii * (1 + 1e-5)).all()
+    assert (broken.distance > 0).all()
+
+
 def test_the_ladder_is_part_of_the_cell(what, tmp_path):
     chain = toys.chain("one", "ce")
     alone = toys.run(what, toys.request(tmp_path, chain, eps=("4/255",)))[-1]
@@ -335,11 +350,11 @@ def test_logits_of_an_image_do_not_depend_on_its_company(what):
 # --- evidence ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", "4/255"), ("l2", "0.3")])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "4/255"), ("l2", "0.3"), ("l1", "4")])
 def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_path, norm, eps):
     from robustbench_vlm.threat import parse_eps
 
-    chain = toys.chain("aa", *FULL)
+    chain = toys.chain("aa", *(("l1", "fab", "square") if norm == "l1" else FULL))
     order = toys.request(tmp_path, chain, eps=(str(parse_eps(eps, norm)),), norm=norm, keep_images=True)
     ((path, _),) = toys.run(what, order)
     found = table(path).set_index("key")
@@ -354,8 +369,8 @@ def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_pa
     for key, image, row in zip(keys, adversarial, logits, strict=True):
         assert 0 <= float(image.min()) <= float(image.max()) <= 1
         delta = (image.double() - what.images[place[key]].double()).flatten()
-        length = float(delta.abs().max() if norm == "linf" else delta.norm())
-        assert length <= radius + 1e-6
+        length = float(delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm]))
+        assert length <= radius + max(1e-6, 1e-6 * radius)
         assert length == pytest.approx(found.distance[key], abs=1e-7)
         assert int(row.argmax()) == found.adv_prediction[key] != found.label[key]
         assert hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() == found.adv_sha256[key]

@@ -37,6 +37,7 @@ def table(dataset, clean, broken, eps="4/255", n=10):
     found = verdicts.begin(keys, labels, [sha(key) for key in keys], predictions, margins)
     fields = {"target": -1, "restart": 0, "iteration": 2, "forwards": 3, "backwards": 3}
     fields |= {"prediction": 1, "margin": -0.1, "zero_gradients": 0, "error": "", "distance": 4 / 255}
+    fields["progress"] = 0.5
     for i, stage in broken.items():
         verdicts.enter(found, i, {**fields, "broken": True, "adv_sha256": sha([dataset, i])}, stage, eps)
     return found

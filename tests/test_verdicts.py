@@ -10,7 +10,7 @@ def line(**changes):
     fields = {
         **{"broken": False, "target": -1, "restart": 0, "iteration": -1, "forwards": 5, "backwards": 4},
         **{"prediction": 0, "margin": 0.5, "zero_gradients": 0, "error": "", "distance": 0.01},
-        **{"adv_sha256": "aa"},
+        **{"adv_sha256": "aa", "progress": 0.25},
     }
     return fields | changes
 
@@ -40,6 +40,25 @@ def test_the_counts_of_a_table_made_by_hand():
     assert verdicts.zero_gradient_share(found) == 1 / 4
     assert verdicts.largest_prediction_share(found) == 1.0
     assert np.isnan(found.adv_margin[4])
+
+
+def test_progress_is_the_least_rise_over_the_stages_that_an_image_survived():
+    found = by_hand()
+    verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")
+    verdicts.enter(found, 3, line(progress=0.0, backwards=0), "three", "4/255")  # black box: says nothing
+    assert np.isnan(found.progress[[0, 2, 4]]).all()  # wrong when clean, broken at once, without verdict
+    assert found.progress[[1, 3]].tolist() == [0.0, 0.25]
+    assert verdicts.no_progress_share(found) == 1 / 2
+    assert verdicts.no_progress_share(found[:1]) == 0
+    assert verdicts.broken_in(found, ["two", "three"], "4/255") == 1
+    assert verdicts.broken_in(found, ["two"], "8/255") == 0
+
+
+def test_ledgers_of_the_first_version_go_on():
+    found = by_hand()
+    old = {name: value for name, value in line().items() if name != "progress"}
+    verdicts.enter(found, 1, old, "three", "4/255")
+    assert found.progress[1] == 0.25
 
 
 def test_an_image_lost_at_a_smaller_radius_stays_lost_with_its_evidence():

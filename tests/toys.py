@@ -35,12 +35,18 @@ SHORT = {  # full AutoAttack's four stages, with few steps
     },
     "square": {"attack": "square", "queries": 12, "p": 0.8, "restarts": 1},
 }
+L1 = {
+    "l1": {
+        **{"attack": "apgd-l1", "loss": "ce", "steps": [2, 2, 3], "radii": [3.0, 2.0, 1.0]},
+        **{"restarts": 1, "targets": 0},
+    }
+}
 PGD = {"attack": "pgd", "loss": "ce", "steps": 5, "step_size": "eps/4", "restarts": 1, "random_start": True}
 
 
 def chain(name, *stages, rows=16, stop="first"):
-    """A chain of stages of `SHORT`."""
-    listed = [{"name": stage, **SHORT[stage]} for stage in stages]
+    """A chain of stages of `SHORT` and `L1`."""
+    listed = [{"name": stage, **(SHORT | L1)[stage]} for stage in stages]
     return AttackCard.model_validate(
         {"name": name, "title": name, "rows": rows, "stop": stop, "stage": listed}
     )

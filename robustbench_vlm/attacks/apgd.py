@@ -28,11 +28,11 @@ from robustbench_vlm.attacks.interface import (
     pick,
     spread,
 )
+from robustbench_vlm.attacks.keep import kept
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
 MOMENTUM = 0.75  # weight of the projected step; the rest goes to the previous move
-NAMES = tuple(losses.LOSSES)
 FIRST, LEAST, SHRINK = 0.22, 0.06, 0.03  # window lengths as shares of the steps: first, shortest, decrement
 
 
@@ -54,7 +54,7 @@ class ApgdState(State):
         rises: (S,) int64 of them in which the loss rose.
         reduced: (S,) bool, the last checkpoint halved the step (true at first).
         pending: (S,) bool, the step is halved and the best point taken up at the next move.
-        last: (S, 3, H, W) last misclassified iterate, or the current one; only moved under `stop=last`.
+        last, peak: see `keep.Keeping`.
     """
 
     lower: Tensor
@@ -73,11 +73,12 @@ class ApgdState(State):
     reduced: Tensor
     pending: Tensor
     last: Tensor
+    peak: Tensor
 
     @property
     def adv(self) -> Tensor:
         """The current iterate; under `stop=last` the last misclassified one, as the reference returns."""
-        return self.last if self.stop == "last" else self.x
+        return self.x if self.stop == "first" else self.last
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,7 @@ class Apgd(Alone):
 
     def _objective(self, state: ApgdState, logits: Tensor) -> Tensor:
         """(S,) each row's own loss."""
-
-        def value(name: losses.Name) -> Tensor:
-            stands_in = losses.effective(name, logits.shape[1])
-            return losses.LOSSES[stands_in](logits, state.labels, state.targets.clamp(min=0))
-
-        values = value(self.loss)
-        for name in self.beside:
-            values = torch.where(state.loss == NAMES.index(name), value(name), values)
-        return values
+        return losses.of_rows([self.loss, *self.beside], state.loss, logits, state.labels, state.targets)
 
     def start(self, rows: Rows, threat: Threat) -> ApgdState:
         """A random point that touches the ball's surface."""
@@ -166,7 +159,7 @@ class Apgd(Alone):
             upper=upper,
             previous=x,
             gradient=torch.zeros_like(x),
-            loss=zero + NAMES.index(self.loss),
+            loss=zero + losses.NAMES.index(self.loss),
             best=x,
             best_gradient=torch.zeros_like(x),
             check_loss=number,
@@ -178,6 +171,7 @@ class Apgd(Alone):
             reduced=yes,
             pending=~yes,
             last=x,
+            peak=number - torch.inf,
         )
 
     def step(self, state: ApgdState, oracle: Oracle) -> ApgdState:
@@ -186,21 +180,14 @@ class Apgd(Alone):
         gradient = pick(state.pending, state.best_gradient, state.gradient)
         size = torch.where(state.pending, state.size / 2, state.size)
         x = _move(state, at, gradient, size)
-        seen = oracle.gradient(x, lambda logits: self._objective(state, logits))
-        wrong = misclassified(seen.logits, state.labels)
-        broken, last = wrong, state.last
-        if state.stop == "last":
-            broken = wrong | state.broken
-            last = pick(wrong | ~state.broken, x, last)
+        seen = self._look(state, x, oracle)
         moved = dataclasses.replace(
             state,
             x=x,
             previous=at,
             gradient=seen.gradient,
             size=size,
-            broken=broken,
-            first=torch.where(wrong & ((state.first < 0) | ~state.broken), state.iteration, state.first),
-            last=last,
+            **kept(state, x, seen.values, misclassified(seen.logits, state.labels)),
             iteration=state.iteration + 1,
             done=state.iteration >= self.steps,
             nonfinite=~seen.finite,
@@ -208,6 +195,10 @@ class Apgd(Alone):
             start_value=torch.where(state.iteration == 0, seen.values, state.start_value),
         )
         return self._books(moved, seen)
+
+    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Seen:
+        """The evaluation of `x`."""
+        return oracle.gradient(x, lambda logits: self._objective(state, logits))
 
     def _books(self, state: ApgdState, seen: Seen) -> ApgdState:
         """Best point, windows and checkpoints after an evaluation."""

@@ -19,6 +19,9 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
     with torch.no_grad():
         for chunk in torch.split(images, rows):
             said = classify(padded(chunk, rows))
+            if not isinstance(said, Tensor):
+                what = f"a {type(said).__name__}"
+                raise AttackError(f"the model returns {what}; expected a tensor of logits ({rows}, classes)")
             if said.ndim != 2 or len(said) != rows or said.shape[1] < 2 or not said.is_floating_point():
                 what = f"{str(said.dtype).removeprefix('torch.')} of shape {tuple(said.shape)}"
                 wanted = f"logits of shape ({rows}, classes), 2 classes or more (write one score s as (0, s))"

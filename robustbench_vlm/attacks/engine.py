@@ -4,7 +4,8 @@ Every model call has exactly `rows` rows; rows without work hold copies. So a ro
 how many rows are alive, and neither do verdicts, adversarial images or margins. An image walks its
 trajectories (stage, target, restart) one after another in one row; when it is broken or done, the next image
 takes the row, and when no image is left, later trajectories of images still walking do, or the rows of a crew
-help one. What ends a row is judged in the canonical pass: fp32, without gradient, in the same fixed shape.
+help one. On a CPU, where idle rows cost as much as others, calls then shrink to a shape that was seen to give
+the same bits. What ends a row is judged in the canonical pass: fp32, without gradient, in the fixed shape.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import canonical, geometry, jury, walks
+from robustbench_vlm.attacks import canonical, geometry, jury, shapes, walks
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, single, take
 from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.attacks.shapes import Shapes
 from robustbench_vlm.attacks.walks import End, Leg, Walk
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
@@ -33,7 +35,7 @@ class Cost:
     """What a run really took; unlike findings it depends on scheduling.
 
     Attributes:
-        forwards: model calls without gradient, each of the fixed shape.
+        forwards: model calls without gradient, each of the fixed shape or, at the end, of a smaller one.
         gradients: model calls with an image gradient, likewise.
         canonical: calls of the canonical pass, the clean pass included.
         unconfirmed: successes that the canonical pass did not confirm; their rows went on.
@@ -67,7 +69,8 @@ class _Run:
     walking: list[Walk] = field(default_factory=list)
     held: deque[Leg] = field(default_factory=deque)
     jury: list[tuple[Leg, State, End]] = field(default_factory=list)
-    crews: list[int] = field(default_factory=list)  # the lead of each row
+    crews: list[int] = field(default_factory=list)  # the lead of each row; empty where no row has one
+    shapes: Shapes | None = None  # smaller ones; none where calls have always the full shape
     judged: int = 0
     unconfirmed: int = 0
 
@@ -94,6 +97,11 @@ class _Run:
         )
         return attack.start(rows, self.threat)
 
+    def shape(self, busy: int) -> int:
+        """Rows of the next calls, for as many busy ones and what waits for a row."""
+        wanted = min(self.live, busy + len(self.held) + len(self.waiting))
+        return self.rows if self.shapes is None else self.shapes.smallest(wanted)
+
     def next_leg(self) -> Leg | None:
         """What a free row does next: go on, begin an image, or run ahead on one that is still walking."""
         while self.held:
@@ -110,7 +118,10 @@ class _Run:
     def fill(self, state: State | None, slots: dict[int, Leg]) -> State | None:
         """Give rows without a trajectory to the next one; `slots` is changed."""
         given: list[tuple[int, Leg]] = []
-        for slot in range(self.live):
+        shape = self.shape(len(slots))
+        if state is not None and len(state.labels) != shape:
+            state, self.crews = shapes.fit(state, slots, shape), [-1]  # who led is not where it was
+        for slot in range(min(self.live, shape)):
             leg = self.next_leg() if slot not in slots else None
             if leg is not None:
                 given.append((slot, leg))
@@ -118,7 +129,7 @@ class _Run:
             fresh = [(slot, leg) for slot, leg in given if leg.held is None and leg.walk.stage == stage]
             begun = self.begin([leg for _, leg in fresh])
             if state is None:
-                state = take(begun, [min(row, len(fresh) - 1) for row in range(self.rows)])
+                state = take(begun, [min(row, len(fresh) - 1) for row in range(shape)])
             state = scatter(state, [slot for slot, _ in fresh], begun)
         for slot, leg in given:
             slots[slot] = leg
@@ -128,17 +139,18 @@ class _Run:
 
     def muster(self, state: State, slots: dict[int, Leg]) -> State:
         """Rows that nobody needs, to the help of those that walk, as evenly as it goes."""
-        alone = list(range(self.rows))
+        alone = list(range(len(state.labels)))
         leads = list(alone)
         if not self.waiting and not self.held and slots:
-            busy, idle = sorted(slots), [slot for slot in range(self.live) if slot not in slots]
+            most = min(self.live, len(alone))
+            busy, idle = sorted(slots), [slot for slot in range(most) if slot not in slots]
             for i, slot in enumerate(idle):
                 leads[slot] = busy[i % len(busy)]
         if leads == alone == (self.crews or alone):
             return state
         self.crews = leads
         met: dict[int, int] = {}
-        place = [0] * self.rows
+        place = [0] * len(alone)
         for slot in sorted(alone, key=lambda slot: (leads[slot] != slot, slot)):
             place[slot] = met.get(leads[slot], 0)
             met[leads[slot]] = place[slot] + 1
@@ -149,11 +161,9 @@ class _Run:
 
     def collect(self, state: State, slots: dict[int, Leg]) -> bool:
         """Take rows that have ended out of `slots`: to the jury if they may decide, else they are lost."""
-        before, flags = len(slots), state.done | state.nonfinite
+        flags = state.done | state.nonfinite
         if self.stop == "first":
             flags = flags | state.broken
-        for slot in [slot for slot, leg in slots.items() if leg.void]:
-            del slots[slot]
         ended = [slot for slot in flags.nonzero().flatten().tolist() if slot in slots]
         if ended:
             rows = take(state, ended)
@@ -164,7 +174,7 @@ class _Run:
                     self.lose(leg, end)
                 else:
                     self.jury.append((leg, single(rows, i), end))
-        return len(slots) < before
+        return bool(ended)
 
     def lose(self, leg: Leg, end: End) -> None:
         """A trajectory that ended without success: the image walks on at once, if nobody ran ahead of it."""
@@ -173,8 +183,17 @@ class _Run:
         if leg.number + 1 == leg.walk.given < leg.walk.cut:
             self.held.append(leg.walk.lead())
 
-    def judge(self) -> None:
-        """The canonical pass over rows that may be decisive: verdicts, or back to the rows."""
+    def due(self, busy: int) -> bool:
+        """Whether to judge: full juries are cheapest, but while no image waits a verdict frees other rows."""
+        few = self.shapes is not None and self.shapes.some  # other rows cost no more than they are worth
+        enough = self.rows if self.waiting else min(busy, self.rows) if few else 1
+        return len(self.jury) >= max(enough, 1)
+
+    def judge(self, slots: dict[int, Leg]) -> None:
+        """The canonical pass over rows that may be decisive: verdicts, or back to the rows.
+
+        Rows in `slots` that a verdict makes void are taken out of it.
+        """
         called, self.jury = self.jury[: self.rows], self.jury[self.rows :]
         adv = torch.cat([row.adv for _, row, _ in called])
         labels = torch.cat([row.labels for _, row, _ in called])
@@ -214,6 +233,9 @@ class _Run:
                 stage=stage,
             )
             self.report(leg.walk)
+        for slot in [slot for slot, leg in slots.items() if leg.void]:
+            del slots[slot]
+        self.jury = [called for called in self.jury if not called[0].void]
 
     def go_on(self, leg: Leg, row: State, end: End) -> None:
         """A row whose success was not confirmed, or whose trajectory ended without one."""
@@ -298,12 +320,13 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         clean, judged = canonical.logits(classify, images, rows), -(-len(images) // rows)
     if tuple(clean.shape) != (len(images), n_classes):
         raise InputError("clean logits", str(tuple(clean.shape)), str((len(images), n_classes)))
-    oracle = Oracle(find or classify, once=find is not None and find is not classify)
-    attack = walks.joined(stages)
+    oracle, attack = Oracle(find or classify), walks.joined(stages)
     what = _Run(
         oracle, classify, images, labels, keys, stages, attack, threat, seed, rows, live, stop, on_finding
     )
     what.judged = judged
+    if oracle.classify is classify and images.device.type == "cpu":  # elsewhere idle rows cost little
+        what.shapes = Shapes(oracle, images, labels, clean, rows, attack.cost(n_classes)[1] > 0)
     _plan(what, clean, begin or [0] * len(images))
     poll = POLL.get(images.device.type, 1)
     slots: dict[int, Leg] = {}
@@ -318,10 +341,8 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
                 stepped = attack.step(state, oracle)
                 state = stepped if poll == 1 else hold(_active(state), state, stepped)
             changed = what.collect(state, slots)
-        what.jury = [(leg, row, end) for leg, row, end in what.jury if not leg.void]
-        # while images wait, full juries are cheapest; afterwards a verdict at once frees rows that run ahead
-        while what.jury and (len(what.jury) >= rows or not what.waiting):
-            what.judge()
+        while what.due(len(slots)):
+            what.judge(slots)
             changed = True
     return Cost(oracle.calls.forwards, oracle.calls.gradients, what.judged, what.unconfirmed)
 
@@ -340,6 +361,18 @@ def _plan(what: _Run, clean: Tensor, begin: Sequence[int]) -> None:
         what.waiting.append(what.walk(index, begin[index]))
 
 
+def require_norm(stages: Sequence[tuple[str, Attack]], norm: str) -> None:
+    """Refuse a norm that one of the attacks does not know.
+
+    Raises:
+        InputError: names stage, attack, and the norms that it has.
+    """
+    for name, attack in stages:
+        if norm not in attack.norms:
+            kind = type(attack).__name__.lower()
+            raise InputError(f"stage {name}, attack {kind}", f"norm {norm!r}", " or ".join(attack.norms))
+
+
 def check(
     images: Tensor,
     labels: Tensor,
@@ -355,12 +388,7 @@ def check(
     Raises:
         InputError: which, and why.
     """
-    for name, attack in stages:
-        if threat.norm not in attack.norms:
-            kind = type(attack).__name__.lower()
-            raise InputError(
-                f"stage {name}, attack {kind}", f"norm {threat.norm!r}", " or ".join(attack.norms)
-            )
+    require_norm(stages, threat.norm)
     if not 1 <= live <= rows:
         raise InputError("live rows", str(live), f"1 to {rows}, the rows of every model call")
     if not len(images) == len(labels) == len(keys) or len(set(keys)) != len(keys):

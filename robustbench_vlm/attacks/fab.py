@@ -61,8 +61,11 @@ class FabState(State):
 
     @property
     def adv(self) -> Tensor:
-        """The point last checked; projected into the ball where it is not a success."""
-        return pick(self.broken, self.x, geometry.project(self.x, self.images, self.threat))
+        """The nearest success within the radius; the image itself where there is none, as in the reference.
+
+        A point brought into the ball may be wrong by luck: FAB did not find it, and would not be FAB with it.
+        """
+        return pick(self.broken, self.x, self.images)
 
     @property
     def forwards(self) -> Tensor:
@@ -233,7 +236,7 @@ def _choose(mask: Tensor, new: Seen, old: Seen) -> Seen:
 def _around(rows: Rows, threat: Threat) -> Tensor:
     """(n, 3, H, W) points on the ball's surface in random directions, clipped into the box."""
     images = rows.images
-    if threat.norm != "l1":
+    if threat.norm != "l1":  # where `surface_start` projects, and the reference scales
         return geometry.surface_start(images, threat, rows.noise)
     draw = rows.noise.normal(tuple(images.shape[1:]))
     size = draw.double().abs().flatten(1).sum(1).float()

@@ -8,12 +8,14 @@ denominators are differentiated too. DLR needs 3 classes, targeted DLR 4; `effec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from robustbench_vlm.errors import InputError
 
 Name = Literal["ce", "margin", "dlr", "targeted-dlr", "targeted-margin"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,6 +71,9 @@ LOSSES: dict[Name, Loss] = {
 }
 
 
+NAMES: tuple[Name, ...] = tuple(LOSSES)
+
+
 def effective(name: Name, n_classes: int) -> Name:
     """The loss that runs for `n_classes`: margins stand in where a ratio is not defined."""
     if name == "dlr" and n_classes < 3:
@@ -78,9 +83,39 @@ def effective(name: Name, n_classes: int) -> Name:
     return name
 
 
+def of_rows(names: Sequence[Name], index: Tensor, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """(S,) each row's own loss, or its stand-in.
+
+    Args:
+        names: losses that rows may have.
+        index: (S,) int64 position in `NAMES` of each row's loss; not looked at where there is one name.
+        logits: (S, C).
+        labels: (S,) int64.
+        targets: (S,) int64, -1 where a row aims at none.
+    """
+
+    def value(name: Name) -> Tensor:
+        return LOSSES[effective(name, logits.shape[1])](logits, labels, targets.clamp(min=0))
+
+    values = value(names[0])
+    for name in names[1:]:
+        values = torch.where(index == NAMES.index(name), value(name), values)
+    return values
+
+
 def targeted(name: Name) -> bool:
     """Whether the loss aims at one class."""
     return name.startswith("targeted-")
+
+
+def require_untargeted(attack: str, name: Name) -> None:
+    """Refuse a loss that aims at a class.
+
+    Raises:
+        InputError: the attack has no targets.
+    """
+    if targeted(name):
+        raise InputError(f"{attack}.loss", repr(name), "an untargeted loss", "use ce, margin or dlr")
 
 
 def few_classes(name: Name, targets: int, n_classes: int) -> list[str]:

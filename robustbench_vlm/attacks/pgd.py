@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,35 +18,47 @@ from robustbench_vlm.attacks.interface import (
     Alone,
     Oracle,
     Rows,
+    Seen,
     State,
     common,
     misclassified,
     pick,
     progress,
 )
+from robustbench_vlm.attacks.keep import kept
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, parse_eps
 
 
 @dataclass(frozen=True)
 class PgdState(State):
-    """PGD's rows.
+    """PGD's rows, and those of its relatives.
 
     Attributes:
         ahead: (S, 3, H, W) the iterate that follows `x`; when the row is done, the last iterate, unjudged.
+        last, peak: see `keep.Keeping`; followed only under `stop=best`.
     """
 
     ahead: Tensor
+    last: Tensor
+    peak: Tensor
 
     @property
     def adv(self) -> Tensor:
-        """The success if there is one, else the last iterate."""
+        """The success if there is one, else the last iterate; under `stop=last` the last iterate."""
+        if self.stop == "best":
+            return self.last
         return pick(self.done & ~self.broken, self.ahead, self.x)
+
+
+AnyPgd = TypeVar("AnyPgd", bound=PgdState)
 
 
 @dataclass(frozen=True)
 class Pgd(Alone):
     """Fixed-step ascent; under `stop=last` the last iterate is judged, whatever came before.
+
+    Under `stop=best` the last iterate is evaluated like the others, which costs one gradient more.
 
     Attributes:
         loss: a name of `losses.LOSSES` that aims at no class.
@@ -65,8 +77,7 @@ class Pgd(Alone):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
     def __post_init__(self) -> None:
-        if losses.targeted(self.loss):
-            raise InputError("pgd.loss", repr(self.loss), "an untargeted loss", "use ce, margin or dlr")
+        losses.require_untargeted("pgd", self.loss)
         if self.steps < 1 or self.restarts < 1:
             raise InputError("pgd", f"steps {self.steps}, restarts {self.restarts}", "at least 1 of each")
         step_length(self.step_size, Threat("linf", Fraction(1, 255)))
@@ -87,35 +98,54 @@ class Pgd(Alone):
         """A random point of the ball, clipped into the box, or the image itself."""
         images = rows.images
         x = geometry.uniform_start(images, threat, rows.noise) if self.random_start else images.clone()
-        return PgdState(**common(rows, threat, x), ahead=x.clone())
+        return begin(rows, threat, x)
 
     def step(self, state: PgdState, oracle: Oracle) -> PgdState:
         """Evaluate the next iterate and compute the one that follows it."""
-
-        def objective(logits: Tensor) -> Tensor:
-            name = losses.effective(self.loss, logits.shape[1])
-            return losses.LOSSES[name](logits, state.labels, state.targets)
-
-        seen = oracle.gradient(state.ahead, objective)
+        seen = look(self.loss, state, oracle)
         size = step_length(self.step_size, state.threat)
-        moved = geometry.direction(seen.gradient, state.threat).mul_(size).add_(state.ahead)
-        broken, first = state.broken, state.first
-        if state.stop == "first":
-            broken = misclassified(seen.logits, state.labels)
-            first = torch.where(broken, state.iteration, first)
-        iteration = state.iteration + 1
-        return dataclasses.replace(
-            state,
-            x=state.ahead,
-            ahead=geometry.project(moved, state.images, state.threat),
-            iteration=iteration,
-            broken=broken,
-            first=first,
-            done=iteration >= self.steps,
-            **progress(state, seen.values),
-            nonfinite=~seen.finite,
-            zero_gradients=state.zero_gradients + seen.zero,
-        )
+        return advanced(state, seen, geometry.direction(seen.gradient, state.threat).mul_(size), self.steps)
+
+
+def begin(rows: Rows, threat: Threat, x: Tensor) -> PgdState:
+    """Rows that are about to evaluate `x`."""
+    peak = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    return PgdState(**common(rows, threat, x), ahead=x.clone(), last=x, peak=peak)
+
+
+def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Seen:
+    """The evaluation of the next iterate."""
+
+    def objective(logits: Tensor) -> Tensor:
+        return losses.LOSSES[losses.effective(loss, logits.shape[1])](logits, state.labels, state.targets)
+
+    return oracle.gradient(state.ahead, objective)
+
+
+def advanced(state: AnyPgd, seen: Seen, move: Tensor, steps: int) -> AnyPgd:
+    """The state after an evaluation, with the projected move as the iterate that follows.
+
+    Args:
+        state: before it.
+        seen: of `state.ahead`.
+        move: (S, 3, H, W), spent.
+        steps: moves of a trajectory.
+    """
+    changes: dict[str, Any] = {}
+    if state.stop != "last":
+        changes = kept(state, state.ahead, seen.values, misclassified(seen.logits, state.labels))
+    iteration = state.iteration + 1
+    return dataclasses.replace(
+        state,
+        x=state.ahead,
+        ahead=geometry.project(move.add_(state.ahead), state.images, state.threat),
+        iteration=iteration,
+        done=iteration >= steps + (state.stop == "best"),
+        **progress(state, seen.values),
+        **changes,
+        nonfinite=~seen.finite,
+        zero_gradients=state.zero_gradients + seen.zero,
+    )
 
 
 def step_length(text: str, threat: Threat) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from robustbench_vlm.attacks import crews as crew
 from robustbench_vlm.attacks import geometry, losses
 from robustbench_vlm.attacks.interface import Alone, AnyState, Oracle, Rows, State, common, pick, spread
-from robustbench_vlm.attacks.windows import l2_proposal, moved_window, tiles
+from robustbench_vlm.attacks.windows import l1_proposal, l1_start, l2_proposal, moved_window, tiles
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -88,7 +88,7 @@ class Square(Alone):
     p: float
     restarts: int
 
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     crews: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -109,10 +109,11 @@ class Square(Alone):
         return (self.queries + 1) * self.restarts, 0
 
     def start(self, rows: Rows, threat: Threat) -> SquareState:
-        """Vertical stripes (Linf) or a tiling with pyramids (L2), and all proposals of each row."""
+        """Vertical stripes (Linf) or a tiling with pyramids (L2, L1), and all proposals of each row."""
         shape = tuple(rows.images.shape[1:])
         sides = window_sides(self.queries, self.p, shape[1], shape[2], threat.norm)
-        drawn = [_draw(stream, sides, shape, threat.norm) for stream in rows.noise.streams()]
+        side = np.array(sides)
+        drawn = [_draw(stream, side, shape, threat.norm) for stream in rows.noise.streams()]
         begin = torch.from_numpy(np.stack([first for first, _ in drawn]))
         return self.begin(rows, threat, begin, torch.from_numpy(np.stack([rest for _, rest in drawn])))
 
@@ -122,12 +123,13 @@ class Square(Alone):
         Args:
             rows: n of them.
             threat: ball and radius.
-            first: (n, 3, H, W) float32, the start in units of the radius.
-            proposals: (n, Q, k) int16; Linf: top, left and one sign a channel; L2: top and left of two
+            first: (n, 3, H, W) float32, the start in units of the radius; L1: a change to be projected.
+            proposals: (n, Q, k) int16; Linf: top, left and one sign a channel; L2 and L1: top and left of two
                 windows, one sign a channel, and whether the pattern is turned.
         """
         images = rows.images
-        x = (images + geometry.radius(threat) * first.to(images.device)).clamp_(0, 1)
+        eps, first = geometry.radius(threat), first.to(images.device)
+        x = l1_start(images, first, eps) if threat.norm == "l1" else (images + eps * first).clamp_(0, 1)
         lower, upper = geometry.bounds(images, threat)
         nothing = torch.zeros_like(proposals[:, :1])
         alone = torch.arange(len(images), device=images.device)
@@ -246,7 +248,8 @@ class Square(Alone):
         """What each row looks at, norms other than Linf."""
         side = self._schedule(state, at.device)[at].long()
         proposal = self._proposal(state, at).long()
-        x = l2_proposal(state.best, state.images, proposal, side, geometry.radius(state.threat))
+        propose = l1_proposal if state.threat.norm == "l1" else l2_proposal
+        x = propose(state.best, state.images, proposal, side, geometry.radius(state.threat))
         return pick((at > 0) & (at <= self.queries), x, state.best)
 
 
@@ -266,7 +269,7 @@ def _overwrite(best: Tensor, x: Tensor, found: crew.Settled) -> Tensor:
 
 @cache
 def window_sides(queries: int, p: float, height: int, width: int, norm: str) -> tuple[int, ...]:
-    """Side of the window at each query; odd and at least 3 for L2."""
+    """Side of the window at each query; odd and at least 3 but for Linf."""
     sides = []
     for query in range(queries):
         share = p / 2 ** sum(query > last for last in HALVINGS)
@@ -284,23 +287,22 @@ def _sides(queries: int, p: float, height: int, width: int, norm: str, device: t
 
 
 def _draw(
-    noise: np.random.Generator, sides: tuple[int, ...], shape: tuple[int, ...], norm: str
+    noise: np.random.Generator, side: np.ndarray, shape: tuple[int, ...], norm: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The start, in units of the radius, and all proposals of one row."""
     channels, height, width = shape
-    side = np.array(sides)
     # floor(n u) with n = H - side: the last admissible offset is never drawn, as in the reference
     windows = 1 if norm == "linf" else 2
-    corners = noise.random((len(sides), windows, 2))
+    corners = noise.random((len(side), windows, 2))
     room = np.stack([height - side, width - side], axis=1)[:, None]
-    placed = np.floor(corners * room).astype(np.int16).reshape(len(sides), -1)
-    signs = noise.integers(0, 2, (len(sides), channels), dtype=np.int16) * 2 - 1
+    placed = np.floor(corners * room).astype(np.int16).reshape(len(side), -1)
+    signs = noise.integers(0, 2, (len(side), channels), dtype=np.int16) * 2 - 1
     if norm == "linf":
         stripes = noise.integers(0, 2, (channels, 1, width)) * 2 - 1
         first = np.broadcast_to(stripes, shape).astype(np.float32)
         return first, np.concatenate([placed, signs], axis=1)
-    turns = noise.integers(0, 2, (len(sides), 1), dtype=np.int16)
-    return tiles(noise, shape), np.concatenate([placed, signs, turns], axis=1)
+    turns = noise.integers(0, 2, (len(side), 1), dtype=np.int16)
+    return tiles(noise, shape, norm), np.concatenate([placed, signs, turns], axis=1)
 
 
 plugin = Square

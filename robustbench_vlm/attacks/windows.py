@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import geometry
+from robustbench_vlm.attacks import geometry, l1
 from robustbench_vlm.attacks.interface import spread
+
+POWER = {"l2": 2, "l1": 4}  # by which the steps of a pyramid fall
+INNER = 1 - 1e-6  # part of the radius onto which L1 projects, as in the reference
 
 
 def moved_window(
@@ -65,6 +68,41 @@ def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
     return delta.mul_(spread(scale, delta)).add_(images).clamp_(0, 1)
 
 
+def l1_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, eps: float) -> Tensor:
+    """L1: mass of one window moved into another as a pyramid, and the whole projected onto ball and box.
+
+    Args as those of `l2_proposal`.
+    """
+    channels, shape = images.shape[1], (int(images.shape[2]), int(images.shape[3]))
+    first, second = proposal[:, :2], proposal[:, 2:4]
+    signs, turn = proposal[:, 4 : 4 + channels].to(best.dtype), proposal[:, -1]
+    into, out_of = inside(first, side, shape)[:, None], inside(second, side, shape)[:, None]
+    delta = best - images
+
+    held = delta * into
+    patterns = pyramids(shape, best.device, "l1")
+    new = centred(patterns, first, side, turn, shape)[:, None] * signs[:, :, None, None]
+    new = new + held / (_mass(held) + geometry.TINY)
+    new = new * into
+    new = new / (_mass(new) + geometry.TINY)
+
+    spare = (eps - geometry.distance(delta.flatten(1), "l1")).clamp(min=0) / channels
+    mass = _mass(delta * torch.maximum(into, out_of))
+    new = new * ((spread(spare, mass) + mass) * channels)
+    delta = torch.where(into > 0, new, delta * (1 - out_of))
+    return l1.onto(delta, images, eps * INNER)
+
+
+def l1_start(images: Tensor, first: Tensor, eps: float) -> Tensor:
+    """L1: the tiles of `tiles`, as (S, C, H, W) changes of the images, projected onto ball and box."""
+    return l1.onto(first, images, eps * INNER)
+
+
+def _mass(delta: Tensor) -> Tensor:
+    """(S, C, 1, 1) L1 norm of each channel."""
+    return delta.abs().sum((2, 3), keepdim=True)
+
+
 def window_masks(corner: Tensor, size: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Rows (S, H) and columns (S, W) of the window at `corner` (S, 2) of side `size` (S,): 1 if inside."""
     found = []
@@ -80,33 +118,41 @@ def inside(corner: Tensor, size: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rows[:, :, None] * columns[:, None, :]
 
 
-def pyramid(height: int, width: int) -> np.ndarray:
-    """(height, width) float64 of unit L2 norm: steps 1/(q+1)^2 on growing squares around the centre."""
+def pyramid(height: int, width: int, norm: str = "l2") -> np.ndarray:
+    """(height, width) float64 of unit norm: steps on growing squares around the centre.
+
+    Of height 1/(q+1)^2 for L2 and 1/(q+1)^4 for L1.
+    """
     steps = np.zeros((height, width))
     row, column = height // 2, width // 2
     for q in range(max(row, column) + 1):
-        steps[max(row - q, 0) : row + q + 1, max(column - q, 0) : column + q + 1] += 1 / (q + 1) ** 2
-    unit: np.ndarray = steps / np.linalg.norm(steps)
-    return unit
+        steps[max(row - q, 0) : row + q + 1, max(column - q, 0) : column + q + 1] += (
+            1 / (q + 1) ** POWER[norm]
+        )
+    return _unit(steps, norm)
 
 
 @cache
-def eta(side: int) -> np.ndarray:
-    """(side, side) float64 of unit L2 norm: a pyramid in the upper half, its negative below."""
+def eta(side: int, norm: str = "l2") -> np.ndarray:
+    """(side, side) float64 of unit norm: a pyramid in the upper half, its negative below."""
     half = side // 2
-    upper = pyramid(half, side) if half else np.zeros((0, side))
-    pattern = np.concatenate([upper, -pyramid(side - half, side)])
-    unit: np.ndarray = pattern / np.linalg.norm(pattern)
+    upper = pyramid(half, side, norm) if half else np.zeros((0, side))
+    return _unit(np.concatenate([upper, -pyramid(side - half, side, norm)]), norm)
+
+
+def _unit(pattern: np.ndarray, norm: str) -> np.ndarray:
+    size = np.abs(pattern).sum() if norm == "l1" else np.linalg.norm(pattern)
+    unit: np.ndarray = pattern / size
     return unit
 
 
 @cache
-def pyramids(shape: tuple[int, int], device: torch.device) -> Tensor:
+def pyramids(shape: tuple[int, int], device: torch.device, norm: str = "l2") -> Tensor:
     """(n + 1, n, n) float32, `eta` of every side up to n = min(H, W) in the upper left corner."""
     most = min(shape)
     found = np.zeros((most + 1, most, most), dtype=np.float32)
     for side in range(1, most + 1):
-        found[side, :side, :side] = eta(side)
+        found[side, :side, :side] = eta(side, norm)
     return torch.from_numpy(found).to(device)
 
 
@@ -122,8 +168,8 @@ def centred(patterns: Tensor, corner: Tensor, size: Tensor, turn: Tensor, shape:
     return patterns[size[:, None, None], torch.where(turned, along, down), torch.where(turned, down, along)]
 
 
-def tiles(noise: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Square's L2 start: 5 x 5 tiles of `eta` with random signs and turns, of unit L2 norm in all."""
+def tiles(noise: np.random.Generator, shape: tuple[int, ...], norm: str = "l2") -> np.ndarray:
+    """Square's start: 5 x 5 tiles of `eta` with random signs and turns; for L2 of unit norm in all."""
     channels, height, width = shape
     side = max(min(height, width) // 5, 1)
     down = range((height - 5 * side) // 2, height - side + 1, side)
@@ -132,10 +178,10 @@ def tiles(noise: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     drawn = [(noise.integers(0, 2), noise.integers(0, 2, channels)) for _ in range(len(down) * len(along))]
     turns = np.array([turn for turn, _ in drawn])
     signs = np.array([sign for _, sign in drawn]) * 2 - 1
-    pattern = eta(side)
+    pattern = eta(side, norm)
     blocks = signs[:, :, None, None] * np.stack([pattern, pattern.T])[turns][:, None]
     blocks = blocks.reshape(len(down), len(along), channels, side, side).transpose(2, 0, 3, 1, 4)
     found = np.zeros(shape)
     inner = blocks.reshape(channels, len(down) * side, len(along) * side)
     found[:, down[0] : down[0] + inner.shape[1], along[0] : along[0] + inner.shape[2]] = inner
-    return (found / np.linalg.norm(found)).astype(np.float32)
+    return (found if norm == "l1" else found / np.linalg.norm(found)).astype(np.float32)

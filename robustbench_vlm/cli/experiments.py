@@ -78,7 +78,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
     ] = None,
     eps: Annotated[str, typer.Option(help="Radii, e.g. 4 or 1,2,4; default: the suite's.")] = "",
-    norm: Annotated[str, typer.Option(help="linf or l2; default: the suite's.")] = "",
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1; default: the suite's.")] = "",
     n: Annotated[
         int | None, typer.Option(min=0, help="Images a dataset, 0 for all; default: the suite's.")
     ] = None,

@@ -65,6 +65,7 @@ class ZeroShot(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.register_buffer("bank", bank)
         self.bank: Tensor
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Cosine logits; ties and order follow the class list."""

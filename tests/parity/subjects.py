@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from robustbench_vlm import cards
 from robustbench_vlm.attacks import canonical
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
@@ -43,39 +44,51 @@ class Subject:
         model: (B, 3, H, W) -> (B, C) logits.
         images: (n, 3, H, W) in [0, 1].
         labels: (n,) int64.
+        rows: of every model call, on both sides.
+        chosen: positions of the images in the subject that they are of; empty for all of them.
     """
 
     name: str
     model: Callable[[Tensor], Tensor]
     images: Tensor
     labels: Tensor
+    rows: int = ROWS
+    chosen: tuple[int, ...] = ()
 
     @property
     def keys(self) -> list[str]:
-        return [f"{self.name}/test/{i}" for i in range(len(self.images))]
+        return [f"{self.name}/test/{i}" for i in self.chosen or range(len(self.images))]
 
     @property
     def n_classes(self) -> int:
         return int(self.model(self.images[:1]).shape[1])
 
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, C) in the fixed shape."""
+        return canonical.logits(self.model, images, self.rows)
+
+    def only(self, index: list[int]) -> Subject:
+        """The same with some of its images, which keep their keys."""
+        return replace(self, images=self.images[index], labels=self.labels[index], chosen=tuple(index))
+
     def wrong(self, adv: Tensor) -> list[bool]:
         """The verdict on images, in the fixed shape."""
-        return (canonical.logits(self.model, adv, ROWS).argmax(1) != self.labels).tolist()
+        return (self.logits(adv).argmax(1) != self.labels).tolist()
 
     def attack(self, attack, threat: Threat, **more):
         """Findings of ours, in the order of the images."""
-        more = {"rows": ROWS, "keys": self.keys, "n_classes": self.n_classes, **more}
+        more = {"rows": self.rows, "keys": self.keys, "n_classes": self.n_classes, **more}
         return findings(self.model, self.images, self.labels, attack, threat, **more)
 
 
 @cache
-def subject(name: str, n: int) -> Subject:
+def subject(name: str, n: int, rows: int = ROWS) -> Subject:
     """The first n test images that the model called `name` gets right."""
     model, images, labels = {"plain": _plain, "trained": _trained, "clip": _clip}[name](n + n // 4 + 8)
-    right = canonical.logits(model, images, ROWS).argmax(1) == labels
+    right = canonical.logits(model, images, rows).argmax(1) == labels
     assert int(right.sum()) >= n
-    assert canonical.position_dependence(model, images, ROWS) == 0, "rows must not depend on their place"
-    return Subject(name, model, images[right][:n], labels[right][:n])
+    assert canonical.position_dependence(model, images, rows) == 0, "rows must not depend on their place"
+    return Subject(name, model, images[right][:n], labels[right][:n], rows)
 
 
 def _plain(n: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -122,12 +135,13 @@ def adversarially_trained() -> nn.Module:
 
 
 @cache
-def radius(name: str, n: int, norm: str, share: float) -> Threat:
+def radius(name: str, n: int, norm: str, share: float, rows: int = ROWS) -> Threat:
     """The smallest radius, to three digits, at which a short APGD leaves at most `share` of the images."""
-    who, low, high = subject(name, n), 0.0, WIDEST[norm]
+    who, low, high = subject(name, n, rows), 0.0, WIDEST[norm]
+    short = ApgdL1("ce", (8,), (1.0,), 1, 0) if norm == "l1" else Apgd("ce", 8, 0.75, 1, 0)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        left = sum(not f.broken for f in who.attack(Apgd("ce", 8, 0.75, 1, 0), _threat(norm, middle)))
+        left = sum(not f.broken for f in who.attack(short, _threat(norm, middle)))
         low, high = (low, middle) if left <= share * n else (middle, high)
     return _threat(norm, high)
 

@@ -29,6 +29,18 @@ def test_the_same_start_gives_the_same_walk(name, norm, loss):
     assert sum(f.broken for f in first) == found.ours, "stopping at the first success changes no verdict"
 
 
+@pytest.mark.parametrize("name", ["plain", "trained"])
+@norms
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted-dlr"])
+def test_the_same_start_gives_the_same_walk_at_every_radius(name, norm, share, loss):
+    who, threat = subject(name, N), radius(name, N, norm, share)
+    found = compare.apgd(who, threat, loss, 20, TARGETS if loss == "targeted-dlr" else 0)
+    assert found.flips == []
+    assert norm == "l2" or found.equal == found.both
+    assert found.ours >= (1 - share) * N - 2
+
+
 @models
 def test_at_a_radius_where_nothing_survives_and_one_where_most_do(name):
     who = subject(name, N)

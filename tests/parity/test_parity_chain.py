@@ -16,7 +16,14 @@ N, STEPS, QUERIES = 16, 8, 60
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("plain", "linf"), ("plain", "l2"), ("trained", "linf"), ("trained", "l2"), ("clip", "linf")],
+    [
+        ("plain", "linf"),
+        ("plain", "l2"),
+        ("trained", "linf"),
+        ("trained", "l2"),
+        ("clip", "linf"),
+        ("clip", "l2"),
+    ],
 )
 def test_the_chain_agrees_whatever_the_noise(name, norm):
     found = compare.chain(
@@ -24,6 +31,17 @@ def test_the_chain_agrees_whatever_the_noise(name, norm):
     )
     assert len(found.flips) <= 1, found.flips
     assert found.mixed
+
+
+@pytest.mark.parametrize("name", ["plain", "trained"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_same_noise_through_the_whole_chain_gives_the_same_breakers(name, norm, share):
+    """Three steps leave something to FAB and Square."""
+    who, threat = subject(name, 24), radius(name, 24, norm, share)
+    ours, others = compare.fed_chain(who, threat, steps=3, queries=150)
+    assert ours == others
+    assert len(set(ours)) >= 2
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

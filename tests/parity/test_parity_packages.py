@@ -10,8 +10,12 @@ import robustbench_vlm
 from robustbench_vlm import cards
 from robustbench_vlm.attacks import engines
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.fgsm import Fgsm
+from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
 
@@ -74,6 +78,35 @@ def test_pgd_of_torchattacks_judges_the_last_iterate():
             assert 0 < sum(f.broken for f in found) < N
             assert flips(native, found) <= 1
             assert cost.gradients == attack.steps
+
+
+def test_fgsm_and_its_momentum():
+    who, threat = subject("trained", N), radius("trained", N, "linf", 0.4)
+    for attack, stop in ((Fgsm("ce"), "first"), (MiFgsm("ce", 10, "eps/4", 1.0), "last")):
+        native, _ = run(Means(), who, attack, threat, stop)
+        found, _ = run(Means("torchattacks"), who, attack, threat, stop)
+        assert 0 < sum(f.broken for f in found) < N
+        assert flips(native, found) == 0
+
+
+def test_l1_and_mean_gradients():
+    who, threat = subject("plain", N), radius("plain", N, "l1", 0.4)
+    sparse = ApgdL1("ce", (9, 9, 12), (3.0, 2.0, 1.0), 2, 0)
+    for attack in (sparse, ApgdL1("targeted-dlr", (30,), (1.0,), 1, 3), Fab(12, 3, 1, **PULL)):
+        native, _ = run(Means(), who, attack, threat)
+        found, cost = run(Means("autoattack"), who, attack, threat)
+        assert 0 < sum(f.broken for f in found) < N
+        assert flips(native, found) <= 1
+        if attack is sparse:
+            assert cost.gradients == 2 * (30 + 3)  # restarts; three starts are evaluated
+
+    who, threat = subject("plain", N), radius("plain", N, "linf", 0.4)
+    mean = ApgdEot("ce", 10, 0.75, 1, 0, eot=3)
+    native, _ = run(Means(), who, mean, threat)
+    for engine in ("autoattack", "torchattacks"):
+        found, cost = run(Means(engine), who, mean, threat)
+        assert flips(native, found) == 0
+        assert cost.gradients == 3 * 11
 
 
 def test_two_classes():

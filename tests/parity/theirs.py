@@ -28,15 +28,15 @@ class Watched(nn.Module):
         forwards, backwards: calls so far, each of any number of rows.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], rows: int = ROWS) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, rows
         self.forwards = self.backwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.forwards += 1
-        chunks = torch.split(images, ROWS)
-        logits = torch.cat([self.model(canonical.padded(c, ROWS))[: len(c)] for c in chunks])
+        chunks = torch.split(images, self.rows)
+        logits = torch.cat([self.model(canonical.padded(c, self.rows))[: len(c)] for c in chunks])
         if logits.requires_grad:
             logits.register_hook(self._count)
         return logits
@@ -98,7 +98,8 @@ def fed(attack, who: Subject, stage: str = "s", seed: int = 0):
     """The attack with its draws answered by our noise: of the same image, target and restart."""
     keys = {image.numpy().tobytes(): key for image, key in zip(who.images, who.keys, strict=True)}
     met: Counter[str] = Counter()
-    single = attack.attack_single_run
+    whole = "decr_eps_pgd" if getattr(attack, "use_largereps", False) else "attack_single_run"
+    single = getattr(attack, whole)
 
     def answered(x: Tensor, y: Tensor, *args, **more):
         targets = _targets(attack, x)
@@ -109,7 +110,7 @@ def fed(attack, who: Subject, stage: str = "s", seed: int = 0):
         with answering(names):
             return single(x, y, *args, **more)
 
-    attack.attack_single_run = answered
+    setattr(attack, whole, answered)
     return attack
 
 

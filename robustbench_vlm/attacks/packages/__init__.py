@@ -29,8 +29,8 @@ from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
 
-NORMS = {"linf": "Linf", "l2": "L2"}
-"""Norms that the packages share, and what they call them."""
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""What packages call the norms."""
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
 """(images, labels) -> adversarial images, or the images themselves where nothing was found."""
@@ -74,14 +74,14 @@ class Order:
         where = f"--engine {package}, stage {self.stage}"
         return InputError(where, f"the package has no {kind}", do="use --engine native")
 
-    def require(self, package: str, *fields: str) -> None:
-        """Refuse what no package can do, and an attack that is more than these fields.
+    def require(self, package: str, norms: Sequence[str], *fields: str) -> None:
+        """Refuse what a package cannot do: other norms than these, and more than these fields.
 
         Raises:
             InputError: a norm, a stopping rule, a loss that few classes change; a field set otherwise than by
                 default.
         """
-        if self.threat.norm not in NORMS:
+        if self.threat.norm not in norms:
             raise self.refusal(package, f"norm {self.threat.norm!r}")
         if self.stop == "best":
             raise self.refusal(package, "stop = 'best'")

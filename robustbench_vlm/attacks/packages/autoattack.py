@@ -6,6 +6,7 @@ returns the last misclassified iterate, its Square runs with the schedule as Aut
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 
 from robustbench_vlm.attacks import packages
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.attacks.packages import Call, Order, Perturb
+from robustbench_vlm.attacks.packages import NORMS, Call, Order, Perturb
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.errors import InputError
 
@@ -27,7 +30,9 @@ HOMES = {
     "FABAttack_PT": "fab_pt",
     "SquareAttack": "square",
 }
-TILES = 5  # along a side, of Square's start in L2
+TILES = 5  # along a side, of Square's start in L2 and L1
+BALLS = ("linf", "l2")
+RADII, SHARES = (3.0, 2.0, 1.0), (0.3, 0.3)  # of the runs of its L1 APGD, and of all steps but the last run's
 
 
 @dataclass(frozen=True)
@@ -44,24 +49,30 @@ class AutoAttack:
         """
         attack = order.attack
         if isinstance(attack, Apgd):
-            order.require("autoattack", "loss", "steps", "rho", "restarts", "targets")
-            if attack.loss not in LOSSES:
-                raise order.refusal("autoattack", f"loss = {attack.loss!r}")
-            settings = {"n_iter": attack.steps, "n_restarts": attack.restarts, "rho": attack.rho}
-            if attack.targets:
-                return _call(order, "APGDAttack_targeted", **settings, n_target_classes=order.targets)
-            return _call(order, "APGDAttack", **settings, loss=attack.loss)
+            order.require("autoattack", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
+            draws = attack.eot if isinstance(attack, ApgdEot) else 1
+            return _apgd(order, attack, n_iter=attack.steps, rho=attack.rho, eot_iter=draws)
+        if isinstance(attack, ApgdL1):
+            order.require("autoattack", ("l1",), "loss", "steps", "radii", "restarts", "targets")
+            steps = sum(attack.steps)
+            larger = len(attack.steps) > 1
+            if larger and (attack.radii, attack.steps) != (RADII, runs(steps)):
+                raise order.refusal("autoattack", f"steps = {attack.steps} at radii = {attack.radii}")
+            return _apgd(order, attack, n_iter=steps, use_largereps=larger)
         if isinstance(attack, Fab):
-            order.require("autoattack", "steps", "targets", "restarts", "alpha_max", "eta", "beta")
+            order.require(
+                "autoattack", tuple(NORMS), "steps", "targets", "restarts", "alpha_max", "eta", "beta"
+            )
             aim = {"targeted": attack.targets > 0, "n_target_classes": order.targets}
             pull = {"alpha_max": attack.alpha_max, "eta": attack.eta, "beta": attack.beta}
             return _call(
                 order, "FABAttack_PT", n_iter=attack.steps, n_restarts=attack.restarts, **aim, **pull
             )
         if isinstance(attack, Square):
-            order.require("autoattack", "queries", "p", "restarts")
-            if order.threat.norm == "l2" and order.shape is not None and not tiled(order.shape):
-                raise order.refusal("autoattack", f"norm 'l2' on images of {order.shape} pixels")
+            order.require("autoattack", tuple(NORMS), "queries", "p", "restarts")
+            if order.threat.norm != "linf" and order.shape is not None and not tiled(order.shape):
+                what = f"norm {order.threat.norm!r} on images of {order.shape} pixels"
+                raise order.refusal("autoattack", what)
             settings = {"n_queries": attack.queries, "p_init": attack.p, "n_restarts": attack.restarts}
             return _call(order, "SquareAttack", **settings, resc_schedule=False)
         raise order.refusal("autoattack")
@@ -73,10 +84,26 @@ class AutoAttack:
         return perturb
 
 
+def runs(steps: int) -> tuple[int, ...]:
+    """Steps of each run of its L1 APGD in larger balls."""
+    first = [math.ceil(share * steps) for share in SHARES]
+    return (*first, steps - sum(first))
+
+
 def tiled(shape: tuple[int, int]) -> bool:
-    """Whether the package can begin Square in L2 on such images: elsewhere a tile sticks out."""
+    """Whether the package can begin Square in L2 or L1 on such images: elsewhere a tile sticks out."""
     side = shape[0] // TILES
     return side > 0 and all(length // side <= TILES for length in shape)
+
+
+def _apgd(order: Order, attack: Apgd | ApgdL1, **settings: object) -> Call:
+    """Its APGD, with targets or without."""
+    if attack.loss not in LOSSES:
+        raise order.refusal("autoattack", f"loss = {attack.loss!r}")
+    settings["n_restarts"] = attack.restarts
+    if attack.targets:
+        return _call(order, "APGDAttack_targeted", **settings, n_target_classes=order.targets)
+    return _call(order, "APGDAttack", **settings, loss=attack.loss)
 
 
 def _call(order: Order, kind: str, **settings: object) -> Call:

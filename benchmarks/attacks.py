@@ -1,0 +1,243 @@
+"""Our AutoAttack beside the references: `make bench-attacks`, or `python benchmarks/attacks.py --out T.md`.
+
+One run, one model, one set of images: for radii that leave about 0, 30 and 60 % of them robust, every attack
+of the standard chain alone and the chain as a whole, by ours, pyautoattack and torchattacks. Each measurement
+is a process of its own. What is measured is appended to T.jsonl at once: a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import table
+import torch
+from engines import CHAIN, PACKAGES, REFERENCES, Size, judged, ours
+from subject import ROWS, Subject, load, radii, threat
+from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
+
+from robustbench_vlm import store
+from robustbench_vlm.attacks import canonical, finder
+
+HERE = Path(__file__).parent
+WHOLE = "chain"
+CLOCKS = ("wall", "cpu")
+SHARES = (0.0, 0.3, 0.6)
+CANDIDATES = 4  # images that are looked at for each that is wanted, since some are misclassified
+
+Line = dict[str, Any]
+
+
+def measure(plan: Line, who: Subject) -> Line:
+    """One engine on one attack at one radius; called in a process of its own."""
+    device, ball, size = who.images.device, threat(plan["eps255"]), Size(**plan["size"])
+    names = CHAIN if plan["attack"] == WHOLE else (plan["attack"],)
+    engine, _, mode = plan["engine"].partition(" ")
+    probe = Probe(canonical.padded(who.images[:ROWS], ROWS), plan["every"], whole=engine != "ours")
+    counts, clock = Counts(), Clock()
+    if engine in PACKAGES:
+        importlib.import_module(PACKAGES[engine])
+    before, _ = memory(device)
+    for kind in KINDS:  # a kernel is chosen at its first call
+        bare(who.model, probe.images, kind)
+    run: Callable[[], Any]
+    if engine == "ours":
+        how = finder.Sight(**plan["sight"]) if mode else finder.PLAIN
+        seen = finder.finder(who.model, how, probe.images, who.lower)
+        classify, find = (Watched(model, counts, probe) for model in (who.model, seen))
+        run = partial(ours, who, classify, find if mode else classify, ball, names, size)
+        with finder.numerics(tf32=how.tf32):
+            outcome = clock.time(run, device)
+    else:
+        _same_precision()
+        who.model.requires_grad_(mode != "frozen")
+        run = partial(REFERENCES[engine], who, Watched(who.model, counts, probe), ball, names, size)
+        adv = clock.time(run, device)
+    _, most = memory(device)
+    if engine != "ours":
+        who.model.requires_grad_(False)
+        outcome = judged(who, adv)
+    wall, cpu = probe.spent
+    return {
+        **{key: plan[key] for key in ("share", "eps255", "attack", "engine")},
+        **asdict(counts),
+        "wall": clock.wall - wall,
+        "cpu": clock.cpu - cpu,
+        "mib": most - before,
+        "calls": [[*call, count] for call, count in probe.met.items()],
+        "bare": {clock: [[*call, took] for call, took in probe.seconds(clock).items()] for clock in CLOCKS},
+        "robust": outcome.broken.count(False),
+        "broken": "".join("01"[lost] for lost in outcome.broken),
+        "needed": outcome.needed,
+        "unconfirmed": outcome.unconfirmed,
+    }
+
+
+def _same_precision() -> None:
+    """fp32 in full, which is what ours works in."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def alone(call: Callable[[], Any], device: str) -> Any:  # noqa: ANN401 - what `call` gives
+    """What `call` gives in a process of its own.
+
+    On the CPU a copy of this one, which never computes a gradient, so that the memory it starts with is the
+    same for all; a CUDA device cannot be used in a copy.
+    """
+    way = "fork" if device == "cpu" and hasattr(multiprocessing, "get_context") else "spawn"
+    context = multiprocessing.get_context(way)
+    ours_end, its_end = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(its_end, call))
+    child.start()
+    its_end.close()
+    try:
+        given = ours_end.recv()
+    except EOFError:
+        child.join()
+        raise SystemExit(f"a measurement ended without a result, exit status {child.exitcode}") from None
+    child.join()
+    return given
+
+
+def _send(end: Any, call: Callable[[], Any]) -> None:  # noqa: ANN401 - a pipe
+    end.send(call())
+
+
+def _measure(plan: Line, what: argparse.Namespace, index: list[int], labels: list[int]) -> Line:
+    """As `measure`, where the model must be loaded first."""
+    torch.set_num_threads(what.threads)
+    return measure(plan, load(what, index, labels))
+
+
+def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
+    """Everything to be measured, engines next to each other so that they meet the same machine."""
+    sight = {"precision": what.precision, "graphs": what.graphs, "compiled": what.compiled}
+    lower = "ours " + finder.Sight(**sight).label
+    for share, eps255 in zip(what.shares, found, strict=True):
+        for attack in what.attacks:
+            for engine in what.engines:
+                names = [engine]
+                if engine == "ours" and (what.precision != "fp32" or what.graphs or what.compiled):
+                    names.append(lower + "+graphs" * what.graphs)
+                if engine == "autoattack" and what.freeze_reference:
+                    names = ["autoattack frozen"]
+                elif engine == "autoattack" and attack == "fab-t":
+                    names.append("autoattack frozen")
+                for name in names:
+                    yield {
+                        "share": share, "eps255": eps255, "attack": attack, "engine": name, "sight": sight,
+                        "size": {"steps": what.steps, "queries": what.queries, "targets": what.targets},
+                        "every": what.every,
+                    }  # fmt: skip
+
+
+def about(what: argparse.Namespace) -> Line:
+    """What all lines of one run share."""
+    git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=False)
+    commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "--", "../robustbench_vlm", "."]).stdout
+    dirty = [line for line in changed.splitlines() if line.endswith(".py")]
+    own = {key: value for key, value in vars(what).items() if key != "out"}
+    return {
+        "settings": own,
+        "commit": commit + "+changes" * bool(dirty),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _processor(),
+        "device": torch.cuda.get_device_name() if what.device == "cuda" else "cpu",
+    }
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text("utf-8").splitlines() if facts.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    asked = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = asked.add_argument
+    add("--out", type=Path, default=HERE / "attacks.md", help="the table; FILE.jsonl beside it goes on")
+    add("--model", default="tiny-robust-teacher")
+    add("--arch", default="", help="an open_clip architecture with random weights, instead of --model")
+    add("--px", type=int, default=32)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 adds ours, finding in bf16")
+    add("--compiled", action="store_true", help="adds ours, finding through torch.compile")
+    add("--graphs", action="store_true", help="adds ours, finding by CUDA graphs")
+    add("--n", type=int, default=96, help="images, all classified correctly")
+    add("--steps", type=int, default=100, help="of APGD and FAB")
+    add("--queries", type=int, default=1000, help="of Square; the standard is 5000")
+    add("--targets", type=int, default=9)
+    add("--shares", type=float, nargs="+", default=SHARES, help="of images that stay robust")
+    add("--radii", type=float, nargs="+", default=[], help="in 255ths, one a share; by default looked for")
+    add("--attacks", nargs="+", default=[*CHAIN, WHOLE], choices=[*CHAIN, WHOLE])
+    add("--engines", nargs="+", default=["ours", *REFERENCES], choices=["ours", *REFERENCES])
+    add("--freeze-reference", action="store_true", help="the reference on frozen parameters throughout")
+    add("--every", type=int, default=8, help="model calls between two bare ones, 0 for none")
+    add("--threads", type=int, default=1)
+    what = asked.parse_args(words)
+    for engine in what.engines:
+        if engine in PACKAGES and importlib.util.find_spec(PACKAGES[engine]) is None:
+            asked.error(f"{PACKAGES[engine]} is not installed; `make bench-attacks` installs it")
+    if what.radii and len(what.radii) != len(what.shares):
+        asked.error(f"{len(what.radii)} --radii for {len(what.shares)} --shares")
+    if what.graphs and what.device != "cuda":
+        asked.error("--graphs needs --device cuda")
+    return what
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure what is missing, then write the table."""
+    what = parsed(words)
+    torch.set_num_threads(what.threads)
+    lines, head = what.out.with_suffix(".jsonl"), json.loads(json.dumps(about(what)))
+    store.mend(lines)
+    known = list(store.records(lines))
+    if known and known[0] != head:
+        raise SystemExit(f"{lines}: of another run (settings, commit or machine); remove it or choose --out")
+    if not known:
+        store.append(lines, head)
+    subject = load(what, range(CANDIDATES * what.n)).first(what.n)
+    if len(subject.keys) < what.n:
+        raise SystemExit(f"only {len(subject.keys)} of {CANDIDATES * what.n} images are right; lower --n")
+    found = next((line["radii"] for line in known[1:] if "radii" in line), None)
+    copied = what.device == "cpu"
+    for engine in set(what.engines) & set(PACKAGES):  # in memory for all, so that none is charged for it
+        importlib.import_module(PACKAGES[engine])
+    if found is None:
+        search = partial(radii, subject, what.shares)
+        found = what.radii or (alone(search, what.device) if copied else search())
+        store.append(lines, {"radii": found})
+    done = {_name(line) for line in known[1:] if "engine" in line}
+    ahead = [plan for plan in plans(what, found) if _name(plan) not in done]
+    index, labels = list(subject.index), subject.labels.tolist()
+    for number, plan in enumerate(ahead, 1):
+        call = partial(measure, plan, subject) if copied else partial(_measure, plan, what, index, labels)
+        line = alone(call, what.device)
+        store.append(lines, line)
+        print(f"{number}/{len(ahead)} {table.brief(line)}", file=sys.stderr, flush=True)
+    text = table.render(list(store.records(lines)))
+    store.write(what.out, text.encode())
+    print(text)
+
+
+def _name(line: Line) -> tuple[Any, ...]:
+    return line["share"], line["attack"], line["engine"]
+
+
+if __name__ == "__main__":
+    main()

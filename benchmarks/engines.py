@@ -1,0 +1,141 @@
+"""The attacks that are compared, driven as their users drive them: images in, broken images out.
+
+The references are black boxes: installed packages, with their own batches, noise and order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from subject import ROWS, Subject
+from torch import Tensor, nn
+
+from robustbench_vlm import cards, cells
+from robustbench_vlm.attacks import canonical, engine, walks
+from robustbench_vlm.attacks.interface import Attack
+from robustbench_vlm.cards import AttackCard
+from robustbench_vlm.threat import Threat
+from robustbench_vlm.types import Classify, Finding
+
+CHAIN = ("apgd-ce", "apgd-t", "fab-t", "square")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long the attacks are; AutoAttack's own are 100, 5000 and 9."""
+
+    steps: int = 100
+    queries: int = 5000
+    targets: int = 9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack made of N images.
+
+    Attributes:
+        broken: (N,) bool, by the canonical pass of the plain model.
+        needed: (forwards without gradient, gradients) in rows: what a schedule without any idle row takes.
+            Only known of our own.
+        unconfirmed: successes in lower precision that fp32 did not confirm.
+    """
+
+    broken: list[bool]
+    needed: tuple[int, int] | None = None
+    unconfirmed: int = 0
+
+
+def ours(
+    who: Subject, classify: Classify, find: Classify, ball: Threat, names: Sequence[str], size: Size
+) -> Outcome:
+    """Stages `names` of our chain.
+
+    Args:
+        who: images and labels.
+        classify: judges.
+        find: is attacked; the same, unless in lower precision.
+        ball: norm and radius.
+        names: of `CHAIN`.
+        size: how long.
+    """
+    found: list[Finding] = []
+    alive = list(range(len(who.keys)))
+    clean = canonical.logits(classify, who.images, ROWS)
+    unconfirmed = 0
+    for group in walks.tables(stages(names, size)):
+        if not alive:
+            break
+        index = torch.tensor(alive, device=who.images.device)
+        keys = [who.keys[i] for i in alive]
+        cost = engine.run(
+            classify, who.images[index], who.labels[index], keys, group, ball, seed=SEED, rows=ROWS,
+            n_classes=who.n_classes, clean=clean[index], find=find, on_finding=found.append,
+        )  # fmt: skip
+        unconfirmed += cost.unconfirmed
+        lost = {finding.key for finding in found if finding.broken}
+        alive = [i for i in alive if who.keys[i] not in lost]
+    gradients = sum(finding.backwards for finding in found)
+    # beside what the attacks ask: every image once when clean, and what each stage ends with
+    forwards = sum(finding.forwards for finding in found) - gradients + len(who.keys) + len(found)
+    standing = set(alive)
+    return Outcome([i not in standing for i in range(len(who.keys))], (forwards, gradients), unconfirmed)
+
+
+def stages(names: Sequence[str], size: Size) -> list[tuple[str, Attack]]:
+    """Stages of the shipped chain at another length."""
+    card = cards.read("attacks", "autoattack", AttackCard)
+    sizes = {"steps": size.steps, "queries": size.queries, "targets": size.targets}
+    found = []
+    for stage in card.stage:
+        if stage.name in names:
+            own = {key: value for key, value in sizes.items() if stage.fields.get(key)}
+            found.append((stage.name, cells.plugin(card, stage.model_copy(update=own))))
+    return found
+
+
+def autoattack(who: Subject, model: nn.Module, ball: Threat, names: Sequence[str], size: Size) -> Tensor:
+    """(N, 3, H, W) from the reference's own runner, over the same attacks and in batches of our rows."""
+    package = importlib.import_module("pyautoattack")
+    base, device = importlib.import_module("pyautoattack.autopgd_base"), who.images.device
+    common = {"norm": "Linf", "eps": float(ball.eps), "device": str(device), "seed": SEED}
+    chain = package.AutoAttack(model, version="standard", **common)
+    chain.logger.setLevel(logging.ERROR)
+    if size != Size():
+        more = {"n_iter": size.steps, "logger": chain.logger, **common}
+        chain.apgd = base.APGDAttack(model, n_restarts=1, eot_iter=1, rho=0.75, **more)
+        chain.apgd_targeted = base.APGDAttack_targeted(model, n_target_classes=size.targets, **more)
+        chain.fab.n_iter, chain.fab.n_target_classes = size.steps, size.targets
+        chain.square.n_queries = size.queries
+    chain.attacks_to_run = list(names)
+    adv, _ = chain.run_standard_evaluation(who.images.clone(), who.labels.clone(), batch_size=ROWS)
+    found: Tensor = adv
+    return found
+
+
+def torchattacks(who: Subject, model: nn.Module, ball: Threat, names: Sequence[str], size: Size) -> Tensor:
+    """(N, 3, H, W) from torchattacks' AutoAttack, with the steps, targets and schedule of the reference."""
+    package = importlib.import_module("torchattacks")
+    chain = package.AutoAttack(model, norm="Linf", eps=float(ball.eps), n_classes=size.targets + 1, seed=SEED)
+    every: dict[str, Any] = dict(zip(CHAIN, chain._autoattack.attacks, strict=True))
+    for name, attack in every.items():
+        setattr(attack, *(("n_queries", size.queries) if name == "square" else ("steps", size.steps)))
+    every["square"].rescale_schedule = False
+    one = chain if len(names) > 1 else every[names[0]]
+    chunks = zip(who.images.split(ROWS), who.labels.split(ROWS), strict=True)
+    return torch.cat([one(images, labels) for images, labels in chunks])
+
+
+def judged(who: Subject, adv: Tensor) -> Outcome:
+    """What the canonical pass says about images that a reference returned."""
+    said = canonical.logits(who.model, adv.detach(), ROWS).argmax(1)
+    return Outcome((said != who.labels).tolist())
+
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {"autoattack": autoattack, "torchattacks": torchattacks}
+PACKAGES = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}

@@ -1,0 +1,127 @@
+"""The benchmark scripts, at the smallest sizes: they run, count right, go on after a kill, never mix runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent / "benchmarks"
+TINY = [
+    "--n",
+    "3",
+    "--steps",
+    "2",
+    "--queries",
+    "4",
+    "--targets",
+    "2",
+    "--every",
+    "2",
+    "--shares",
+    "0.5",
+    "--radii",
+    "6",
+]
+
+
+def script(*words, name="attacks.py"):
+    return subprocess.run(
+        [sys.executable, str(HERE / name), *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def measured(path):
+    return [line for line in lines(path) if "engine" in line]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of ours and the reference on every attack at one radius."""
+    out = tmp_path_factory.mktemp("bench") / "table.md"
+    words = [*TINY, "--engines", "ours", "autoattack", "--out", out]
+    ran = script(*words)
+    assert ran.returncode == 0, ran.stderr
+    return out, words
+
+
+def test_every_attack_is_measured_by_every_engine(first):
+    out, _ = first
+    found = measured(out.with_suffix(".jsonl"))
+    names = ["apgd-ce", "apgd-t", "fab-t", "square", "chain"]
+    assert [line["attack"] for line in found if line["engine"] == "ours"] == names
+    assert [line["attack"] for line in found if line["engine"] == "autoattack"] == names
+    assert [line["attack"] for line in found if line["engine"] == "autoattack frozen"] == ["fab-t"]
+    rows = [line for line in out.read_text("utf-8").splitlines() if line.startswith("| 50 %")]
+    assert len(rows) == len(found) == 11
+
+
+def test_counts_are_those_of_the_attacks(first):
+    found = {(line["attack"], line["engine"]): line for line in measured(first[0].with_suffix(".jsonl"))}
+    ours, theirs = (found["apgd-ce", engine] for engine in ("ours", "autoattack"))
+    assert theirs["backward_calls"] == 3  # x_0 and two steps
+    assert theirs["backward_rows"] == 9
+    assert ours["needed"][1] <= 9
+    assert 0 < ours["mib"] < 2000
+    for line in found.values():
+        assert line["robust"] == line["broken"].count("0") <= 3
+        calls = {kind: sum(n for k, _, n in line["calls"] if k == kind) for kind in ("forward", "gradient")}
+        assert calls["forward"] + calls["gradient"] == line["forward_calls"]
+        assert line["cpu"] > 0
+        assert line["wall"] > 0
+    square = found["square", "ours"]
+    assert square["backward_calls"] == 0
+    assert square["needed"][0] <= 3 * 5 + 3 + 3  # queries and starts, clean images, verdicts
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_measures_nothing(first, tmp_path):
+    out, words = first
+    ledger, again = out.with_suffix(".jsonl"), tmp_path / "again.md"
+    whole = ledger.read_text("utf-8").splitlines(keepends=True)
+    again.with_suffix(".jsonl").write_text("".join(whole[:-1]) + whole[-1][:20], "utf-8")
+    ran = script(*words[:-1], again)
+    assert ran.returncode == 0, ran.stderr
+    assert [line[:4] for line in ran.stderr.splitlines() if "/255" in line] == ["1/1 "]
+    assert lines(again.with_suffix(".jsonl"))[:-1] == lines(ledger)[:-1]
+
+
+def test_lines_of_another_run_are_refused(first):
+    _, words = first
+    ran = script(*words, "--queries", "5")
+    assert ran.returncode == 1
+    assert "of another run" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_a_random_tower_at_another_resolution_finding_in_bf16(tmp_path):
+    out = tmp_path / "gpu.md"
+    ran = script(
+        *TINY[:-2], "--arch", "vlmrob-tiny", "--px", 40, "--precision", "bf16", "--engines", "ours",
+        "--attacks", "chain", "--out", out,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert [line["engine"] for line in measured(out.with_suffix(".jsonl"))] == ["ours", "ours bf16-find"]
+    text = out.read_text("utf-8")
+    assert "vlmrob-tiny at 40 px, 3 correctly classified images" in text
+    assert "chain, ours bf16-find:" in text
+
+
+def test_graphs_without_a_gpu_are_refused_at_once():
+    ran = script("--graphs")
+    assert ran.returncode == 2
+    assert "--graphs needs --device cuda" in ran.stderr
+
+
+@pytest.mark.parity
+def test_torchattacks_is_measured_beside(tmp_path):
+    out = tmp_path / "three.md"
+    ran = script(*TINY, "--engines", "ours", "torchattacks", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    found = {(line["attack"], line["engine"]): line for line in measured(out.with_suffix(".jsonl"))}
+    assert found["apgd-ce", "torchattacks"]["backward_rows"] == 9
+    assert len(found) == 10

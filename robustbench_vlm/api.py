@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_vlm import cards, verdicts
-from robustbench_vlm.attacks import canonical, checks, engine, losses, walks
+from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
 from robustbench_vlm.cards import AttackCard
 from robustbench_vlm.cells import needs, plugin, require_norm
 from robustbench_vlm.errors import InputError
@@ -28,6 +28,8 @@ class Attacked:
         verdicts: one row an image, in the order given; columns as in the Parquet of a cell.
         images: (N, 3, H, W) on the CPU: the adversarial image where one was found, else the last iterate.
         robust: images still classified correctly after each stage of the chain, by stage.
+        engine: who attacked, with mode and version, as in a cell.
+        precision: of the model as attacks saw it, as in a cell.
         checks: what was examined about the model before the attack. Where `checks.failed` is not empty the
             counts above do not mean what they say; each record says why in a sentence.
     """
@@ -35,10 +37,12 @@ class Attacked:
     verdicts: pd.DataFrame
     images: Tensor
     robust: dict[str, int]
+    engine: str
+    precision: str
     checks: checks.Examined
 
 
-def attack(
+def attack(  # noqa: PLR0913 - what a command line says in flags
     model: Classify,
     images: Tensor,
     labels: Tensor,
@@ -48,6 +52,9 @@ def attack(
     keys: Sequence[str] | None = None,
     seed: int = 0,
     live: int | None = None,
+    engine: str = "native",
+    mode: str = "fast",
+    precision: finder.Precision = "fp32",
 ) -> Attacked:
     """Run a chain of attacks on any callable that maps pixels to logits.
 
@@ -62,18 +69,26 @@ def attack(
             so that order and batch never matter.
         seed: of the noise.
         live: images under attack at once, at most the chain's `rows`; never changes a verdict.
+        engine: `native`, or the package `autoattack` or `torchattacks`, which attacks in batches of the
+            chain's `rows` and must be installed; its images are judged as ours are.
+        mode: of the native engine: `fast`, or `reference`, in the schedule and with the noise of the
+            reference implementation of AutoAttack, for comparison with published numbers. Only in mode
+            `fast` are verdicts free of order and batch.
+        precision: in which attacks see the model, `fp32` or `bf16`; verdicts are always in fp32.
 
     Returns:
         Verdicts, adversarial images and the count of survivors after each stage.
 
     Raises:
-        InputError: pixels outside [0, 1] (a normalised tensor, for one), shapes or labels that disagree.
+        InputError: pixels outside [0, 1] (a normalised tensor, for one), shapes or labels that disagree; an
+            engine that is not installed, or cannot do a stage of the chain.
         AttackError: the attack left the ball or the box, or the model gives no gradient.
     """
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
     card = cards.read("attacks", chain, AttackCard)
+    means = engines.Means(engine, mode, finder.Sight(precision))
+    stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
     require_norm(card, ball.norm)
-    attacks = [(stage.name, plugin(card, stage)) for stage in card.stage]
     if live is not None and live < 1:
         raise InputError("live", str(live), f"1 to {card.rows}, the rows of every model call")
     _require_place(model, images, labels)
@@ -107,26 +122,27 @@ def attack(
         line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
         verdicts.enter(table, i, line, finding.stage, eps)
 
-    for stages in walks.tables(attacks):
-        alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
-        chosen = alive.to(images.device)
-        engine.run(
-            model,
-            images[chosen],
-            labels[chosen],
-            [names[i] for i in alive.tolist()],
-            stages,
-            ball,
-            seed=seed,
-            n_classes=clean.shape[1],
-            rows=card.rows,
-            live=card.rows if live is None else min(live, card.rows),
-            stop=card.stop,
-            clean=clean[chosen],
-            on_finding=take,
-        )
+    alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
+    chosen = alive.to(images.device)
+    engines.chain(
+        means,
+        model,
+        images[chosen],
+        labels[chosen],
+        [names[i] for i in alive.tolist()],
+        stages,
+        ball,
+        seed=seed,
+        n_classes=clean.shape[1],
+        rows=card.rows,
+        clean=clean[chosen],
+        live=None if live is None else min(live, card.rows),
+        stop=card.stop,
+        find=finder.finder(model, means.sight, canonical.padded(images[: card.rows], card.rows)),
+        on_finding=take,
+    )
     after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)
-    return Attacked(table, adversarial, after, examined)
+    return Attacked(table, adversarial, after, means.label, means.sight.label, examined)
 
 
 def _require_pixels(images: Tensor, labels: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import os
 import platform
@@ -93,6 +92,7 @@ def doctor() -> list[tuple[str, str, str]]:
     """(what, what was found, what to do about it) for everything that decides what this machine can do."""
     import torch
 
+    from robustbench_vlm.attacks import engines
     from robustbench_vlm.models import zoo
 
     rows = [
@@ -110,16 +110,8 @@ def doctor() -> list[tuple[str, str, str]]:
         rows.append(("gpu", "none", "ImageNet-sized models need one; the tiny world does not"))
     for package in ("open_clip_torch", "peft", "safetensors", "pandas", "pyarrow"):
         rows.append((package, _version(package), ""))
-    reference = importlib.util.find_spec("autoattack") or importlib.util.find_spec("pyautoattack")
-    do = "" if reference else "pip install 'robustbench_vlm[autoattack]', for parity tests"
-    rows.append(("autoattack", "there" if reference else "not there", do))
-    found = importlib.util.find_spec("torchattacks")
-    do = (
-        ""
-        if found
-        else "pip install --no-deps torchattacks (its wheel also brings a package named robustbench)"
-    )
-    rows.append(("torchattacks", "there" if found else "not there", do))
+    for engine, (found, how) in engines.there().items():
+        rows.append((f"engine {engine}", found or "not there", "" if found else how))
     rows.append(
         (
             "packaged models",

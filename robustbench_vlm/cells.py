@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm import cards, registry, store
+from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
@@ -27,12 +28,6 @@ from robustbench_vlm.errors import InputError
 from robustbench_vlm.models.zeroshot import render, text_bank
 from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.threat import Norm, Threat
-
-ENGINES = {
-    ("native", "fast"): "native/1",
-    ("native", "reference"): "native-reference/1",
-}
-"""What results say about their engine, by engine and mode; to be raised whenever one may find otherwise."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,19 @@ class Request:
     engine: str = "native"
     mode: str = "fast"
 
-    @property
+    @cached_property
+    def by(self) -> Means:
+        """Who attacks and how.
+
+        Raises:
+            InputError: no such engine or mode, or two things that do not go together.
+        """
+        return Means(self.engine, self.mode, self.sight)
+
+    @cached_property
     def means(self) -> dict[str, str]:
         """How the numbers come about: part of every fingerprint."""
-        return {"precision": self.sight.label, "engine": ENGINES[self.engine, self.mode]}
+        return {"precision": self.sight.label, "engine": self.by.label}
 
 
 @dataclass(frozen=True)
@@ -183,9 +187,12 @@ class Cell:
     def ledger(self, number: int) -> Path:
         """Where the findings of stage `number` are kept.
 
-        Named by all that decides them: the chain up to this stage, and not the subset.
+        Named by all that decides them: the chain up to this stage, and not the subset, unless images are
+        attacked in batches that the subset decides.
         """
+        drawn = [self.what.split.sha256, *self.what.image_shas]
         config = {
+            **({} if self.request.by.keyed else {"drawn": store.fingerprint(drawn)}),
             **self.what.facts,
             **self.request.means,
             "norm": self.request.norm,

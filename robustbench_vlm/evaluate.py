@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
-from robustbench_vlm.attacks import canonical, checks, engine, finder, losses, walks
+from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard
 from robustbench_vlm.cells import Cell, Request, Subject, black_box, needs, plugin
@@ -96,7 +96,7 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine)
     eps = eps_text(request.norm, cell.threat.eps)
     stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
     number = 0
-    for group in walks.tables(stages):
+    for group in engines.tables(cell.request.by, stages):
         alive = [int(i) for i in table.index[verdicts.standing(table)]]
         lines = arena.attack(number, group, alive, report)
         for i in alive:
@@ -159,7 +159,9 @@ class _Arena:
 
         def take(finding: Finding) -> None:
             nonlocal done
-            i = rows[finding.key]
+            i = rows.get(finding.key)
+            if i is None:
+                return
             line = verdicts.line(
                 finding, what.images[i], what.image_shas[i], int(what.labels[i]), cell.threat
             )
@@ -171,22 +173,25 @@ class _Arena:
             done += _ended(line) or finding.stage == names[-1]
             report(name, done, len(alive))
 
-        index = torch.tensor(list(begin))
+        # where noise is drawn in batches, a batch is run again whole: then a line that is there is met again
+        members = engines.batches(request.by, alive, begin, cell.attack.rows)
+        index = torch.tensor(members)
         chosen = index.to(self.images.device)
-        engine.run(
+        engines.run(
+            request.by,
             self.classify,
             self.images[chosen],
             what.labels[index].to(self.images.device),
-            [what.split.keys[i] for i in begin],
+            [what.split.keys[i] for i in members],
             stages,
             cell.threat,
             seed=request.seed,
             n_classes=what.card.n_classes,
             rows=cell.attack.rows,
-            live=cell.attack.rows if request.live is None else min(request.live, cell.attack.rows),
+            live=None if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
             clean=self.clean[chosen],
-            begin=list(begin.values()),
+            begin=[begin.get(i, 0) for i in members],
             find=self.find,
             on_finding=take,
         )

@@ -166,6 +166,8 @@ def table(cells: Sequence[Cell], suite: Suite) -> pd.DataFrame:
             row["attack"],
             eps,
             row["n_requested"],
+            row["engine"],
+            row["precision"],
             row["model_id"],
             row["checkpoint_sha256"],
             dataset,
@@ -286,7 +288,7 @@ def _means(group: Sequence[Cell], suite: Suite, stages: Sequence[str]) -> Iterab
 
 def _pgd_only(cells: Sequence[Cell]) -> dict[Path, int]:
     """For each cell of a chain: how many of its images a PGD cell of the same threat broke and it did not."""
-    fields = ("dataset", "norm", "eps", "n_requested", "seed", "split")
+    fields = ("dataset", "norm", "eps", "n_requested", "seed", "split", "precision", "engine")
     pgd: dict[tuple[Any, ...], set[str]] = {}
     for cell in cells:
         if cell.config["attack"].startswith("pgd"):
@@ -336,8 +338,10 @@ def grids(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     kinds = rows[[*names, *exact]].drop_duplicates().itertuples(index=False, name=None)
     alike = Counter(kind[: len(names)] for kind in kinds)
     for kind, part in rows.groupby([*names, *exact], sort=False):
-        norm, eps, attack, n, *_, sha, ladder = cast("tuple[str, ...]", kind)
+        norm, eps, attack, n, _, _, precision, engine, sha, ladder = cast("tuple[str, ...]", kind)
         remark = f" · chain {sha[:6]}, radii {ladder}" if alike[norm, eps, attack, n] > 1 else ""
+        if not engine.startswith("native/") or precision != "fp32":
+            remark += f" · {engine}, {precision}"
         entries = part.assign(
             entry=part.clean + " / " + part.robust + part.flag.map(lambda flag: " !" if flag else ""),
             row=part.model_id + part.checkpoint_sha256.map(lambda sha: f" ({sha[:6]})"),

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from robustbench_vlm import cards, cells, evaluate, leaderboard
-from robustbench_vlm.attacks import canonical
+from robustbench_vlm.attacks import canonical, engines
+from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
@@ -48,6 +49,9 @@ class Order:
     live: int | None = None
     keep_images: bool = False
     skip_missing: bool = False
+    engine: str = "native"
+    mode: str = "fast"
+    sight: Sight = PLAIN
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,38 @@ def plan(order: Order, device: torch.device) -> Plan:
         device=device,
         live=order.live,
         keep_images=order.keep_images,
+        sight=order.sight,
+        engine=order.engine,
+        mode=order.mode,
     )
     for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
         cells.require_norm(card, request.norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
+    refuse(request, datasets)
     models = tuple(zoo.load(name, device) for name in order.models)
     return Plan(order, suite, datasets, models, request)
+
+
+def refuse(request: cells.Request, datasets: Sequence[DatasetCard]) -> None:
+    """Refuse what cannot be carried out as it was asked for.
+
+    Raises:
+        InputError: an engine, a mode or a precision that does not go with the rest.
+    """
+    request.sight.require(request.device)
+    for card in request.attacks:
+        stages = [(stage.name, cells.plugin(card, stage)) for stage in card.stage]
+        for data in datasets:
+            side = data.native_px if data.canvas == "native" else None
+            engines.refuse(
+                request.by,
+                stages,
+                Threat(request.norm, request.ladder[-1]),
+                n_classes=data.n_classes,
+                stop=card.stop,
+                live=request.live,
+                shape=None if side is None else (side, side),
+            )
 
 
 def require_data(plan: Plan) -> Plan:

@@ -105,6 +105,26 @@ def test_a_threat_may_be_given_whole(chain, data, reference):
     pd.testing.assert_frame_equal(found.verdicts, reference.verdicts)
 
 
+@pytest.mark.parametrize(
+    ("more", "engine", "precision"),
+    [
+        ({"mode": "reference"}, "native-reference/1", "fp32"),
+        ({"precision": "bf16"}, "native/1", "bf16-find"),
+        ({"engine": "autoattack"}, "autoattack/", "fp32"),
+    ],
+)
+def test_another_way_to_attack_is_named_and_agrees(chain, data, reference, more, engine, precision):
+    _, labels = data
+    found = robustbench_vlm.attack(classifier(), *data, EPS, chain=chain, **more)
+    assert found.engine.startswith(engine)
+    assert found.precision == precision
+    assert (reference.engine, reference.precision) == ("native/1", "fp32")
+    broken = (found.verdicts.broken_by != "").tolist()
+    assert (classifier()(found.images).argmax(1) != labels).tolist() == broken
+    there = (reference.verdicts.broken_by != "").tolist()
+    assert sum(a != b for a, b in zip(broken, there, strict=True)) <= 1
+
+
 def test_a_model_that_gives_nan_yields_errors_not_robustness(chain, data):
     images, labels = data
     inner = classifier()
@@ -159,6 +179,10 @@ def test_bad_tensors_are_refused_in_one_line(chain, data, change, message):
         ({"chain": "autoatack"}, "did you mean 'autoattack'"),
         ({"threat": "1.5"}, "ambiguous"),
         ({"live": 0}, "live"),
+        ({"engine": "torchatacks"}, "did you mean 'torchattacks'"),
+        ({"engine": "autoattack", "mode": "reference"}, "a mode of the native engine"),
+        ({"engine": "autoattack", "live": 4}, "--batch-size 4: autoattack draws its noise in batches"),
+        ({"precision": "fp16"}, "fp32 or bf16"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(chain, data, more, message):

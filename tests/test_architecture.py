@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"provenance", "cells"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
-    {"api", "compare"},
+    {"api", "compare", "crosscheck"},
     {"session", "catalogue"},  # what a command needs from several halls
     {"console"},
     {"demo", "tiny_weights"},

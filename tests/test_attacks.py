@@ -9,7 +9,7 @@ import torch
 from attack_models import blobs, classifier, findings
 
 from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import canonical, engine, external, geometry, losses
+from robustbench_vlm.attacks import canonical, engine, geometry, losses
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
@@ -432,9 +432,3 @@ def test_chains_are_read_and_autoattack_begins_with_aa2():
         for stage in card.stage:
             plugin = registry.build("attacks", stage.attack, stage.fields, card.name)
             assert set(vars(plugin)) == set(stage.fields), "every number is written out"
-
-
-def test_a_missing_engine_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(external, "PACKAGES", ("no_such_autoattack",))
-    with pytest.raises(InputError, match=r"pip install 'robustbench-vlm\[autoattack\]'"):
-        external.package()

@@ -12,8 +12,9 @@ import pytest
 import toys
 
 from robustbench_vlm import cards, cli
+from robustbench_vlm.attacks.packages import torchattacks
 
-VERBS = ("train", "eval", "leaderboard", "compare", "demo", "list", "show", "doctor", "data")
+VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,63 @@ def test_adversarial_images_are_kept_on_request(vlmrob, tmp_path):
     assert len(list((tmp_path / "results" / "cells").rglob("*.safetensors"))) == 1
 
 
+def test_ways_to_attack_stand_apart(vlmrob, tmp_path):
+    line = EVAL + " --dataset toy --json"
+    rows = []
+    for way in ("", " --mode reference", " --engine autoattack", " --precision bf16"):
+        code, out, err = vlmrob(line + way)
+        assert code == 0, err
+        rows += json.loads(out)
+    kinds = [(row["engine"], row["precision"]) for row in rows]
+    assert kinds[:2] == [("native/1", "fp32"), ("native-reference/1", "fp32")]
+    assert kinds[2][0].startswith("autoattack/")
+    assert kinds[3] == ("native/1", "bf16-find")
+    code, out, _ = vlmrob("leaderboard --suite toys --json")
+    assert code == 0
+    assert sorted((row["engine"], row["precision"]) for row in json.loads(out)) == sorted(kinds)
+    titles = [line for line in vlmrob("leaderboard --suite toys")[1].splitlines() if line[0] == "#"]
+    assert len(titles) == 4
+    assert len(set(titles)) == 4
+    assert len(list((tmp_path / "results" / "ledger").rglob("*.jsonl"))) == 8  # two stages each, none shared
+
+
+CROSS = "crosscheck {home}/models/m0 --suite toys --data-root {home}/data --device cpu"
+
+
+def test_engines_are_held_against_each_other_on_the_same_images(vlmrob, tmp_path):
+    code, out, err = vlmrob(CROSS + " --attack aa --engine autoattack --json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["model"], found["dataset"], found["n"], found["attacked"]) == ("random0", "toy", 12, 12)
+    names = ["native fast", "native reference", "autoattack"]
+    assert [run["engine"] for run in found["runs"]] == names
+    for run in found["runs"]:
+        assert len(run["verdicts"]) == 12
+        assert {"broken", "robust"} == set(run["verdicts"].values())
+        assert run["cost"]["gradients"] > 0
+        assert run["seconds"] > 0
+    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
+        (names[0], names[1]), (names[0], names[2]), (names[1], names[2])
+    ]  # fmt: skip
+    same = found["pairs"][2]
+    assert (same["only_a"], same["only_b"], same["agreement"]) == ([], [], 1.0)
+    broken = [key for key, verdict in found["runs"][1]["verdicts"].items() if verdict == "broken"]
+    assert same["both"] == len(broken)
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_engine_that_cannot_is_left_out_aloud_and_the_tables_are_told(vlmrob):
+    code, out, err = vlmrob(CROSS + " --attack pgd5 --eps 2 --n 6 --seed 4 --engine native")
+    assert code == 0, err
+    assert "left out: native reference: mode reference: stage pgd5" in err
+    lines = out.splitlines()
+    assert lines[0] == "# pgd5 on random0, toy, linf 2/255, seed 4"
+    assert lines[1].startswith("a\tb\tboth broken\tonly a\tonly b\tagreement %\tdisagree on")
+    assert [line.split("\t")[:3] for line in lines[3:] if line[0] != "#"][1] == [
+        "native fast", "native/1", "6 of 6"
+    ]  # fmt: skip
+
+
 def test_a_dry_run_writes_nothing(vlmrob, tmp_path):
     code, out, _ = vlmrob(EVAL + " --dry-run")
     assert code == 0
@@ -227,6 +285,25 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
         (EVAL.replace("toys", "zeroshoot"), ["did you mean 'zeroshot'"]),
         (EVAL + " --dataset tyo", ["not in suite toys", "did you mean 'toy'"]),
         (EVAL + " --norm l3", ["--norm l3", "did you mean 'l2'"]),
+        (EVAL + " --engine torchatacks", ["--engine torchatacks", "did you mean 'torchattacks'"]),
+        (EVAL + " --mode slow", ["--mode slow", "known: fast, reference"]),
+        (EVAL + " --mode reference --engine torchattacks", ["a mode of the native engine", "leave out one"]),
+        (EVAL + " --mode reference --attack pgd5", ["stage pgd5, pgd in linf", "use the mode fast"]),
+        (EVAL + " --mode reference --precision bf16", ["--mode reference", "bf16-find"]),
+        (EVAL + " --mode reference --batch-size 3", ["--batch-size 3", "leave it out"]),
+        (EVAL + " --engine autoattack --attack pgd5", ["stage pgd5", "the package has no pgd"]),
+        (EVAL + " --engine autoattack --compile", ["leave --compile and --cuda-graphs out"]),
+        (EVAL + " --precision fp16", ["'fp16'", "fp32 or bf16"]),
+        (EVAL + " --cuda-graphs", ["CUDA graphs: device cpu", "leave it out"]),
+        (EVAL + " --tf32", ["TF32: device cpu"]),
+        (
+            "crosscheck {home}/models/m0 --suite toys --attack pgd5 --device cpu --engine autoattack",
+            ["no pgd"],
+        ),
+        (
+            "crosscheck {home}/models/m0 --suite toys --attack aa --device cpu --engine foolbox",
+            ["no such engine"],
+        ),
         (EVAL.replace("--device cpu", "--device tpu"), ["--device tpu", "auto, cpu"]),
         (EVAL.replace("--device cpu", "--device cuda:99"), ["--device cuda:99", "vlmrob doctor"]),
         (EVAL.replace("{home}/models/m0", "{home}/models/m7"), ["m7", "no such model or folder"]),
@@ -385,11 +462,17 @@ def test_included_cards_are_listed(vlmrob):
     assert "\ntoy\tToy\n" in vlmrob("list datasets")[1]
 
 
-def test_doctor_says_what_is_missing(vlmrob):
+def test_doctor_says_what_is_missing(vlmrob, monkeypatch):
     code, out, _ = vlmrob("doctor --json")
     found = {row["what"]: row for row in json.loads(out)}
     assert code == 0
     assert {"python", "torch", "cores", "packaged models"} <= found.keys()
+    assert found["engine autoattack"]["found"].startswith(("autoattack-", "pyautoattack-"))
+    monkeypatch.setattr(torchattacks, "NAMES", ("torchattacks_that_is_missing",))
+    missing = json.loads(vlmrob("doctor --json")[1])
+    (row,) = [row for row in missing if row["what"] == "engine torchattacks"]
+    assert row["found"] == "not there"
+    assert row["do"].startswith("pip install --no-deps torchattacks (its wheel also carries files")
     assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
 
 

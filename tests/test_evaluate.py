@@ -54,6 +54,43 @@ def both_kinds(found):
     assert 0 < broken < len(attacked), f"{broken} of {len(attacked)} broken"
 
 
+# --- engines and modes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [{"mode": "reference"}, {"engine": "autoattack"}], ids=str)
+def test_a_batch_that_was_cut_off_is_run_again_whole(what, tmp_path, way):
+    """Noise is drawn in batches: the same images must stand in them, and known lines are kept."""
+    chain = toys.chain("aa", "ce", "square", rows=5)
+    ((path, whole),) = toys.run(what, toys.request(tmp_path / "whole", chain, **way))
+    both_kinds(table(path))
+    ((_, torn),) = toys.run(what, toys.request(tmp_path / "torn", chain, **way))
+    files = sorted((tmp_path / "torn" / "ledger").rglob("*.jsonl"))
+    complete = [file.read_bytes() for file in files]
+    for cell in (tmp_path / "torn" / "cells").rglob("*.*"):
+        cell.unlink()
+    first = max(files, key=lambda file: file.read_bytes().count(b"\n"))  # of the stage that met every image
+    kept = complete[files.index(first)].splitlines(keepends=True)[:7]  # one batch, and two of the next
+    first.write_bytes(b"".join(kept) + b'{"key": "torn')
+    for file in files:
+        if file != first:
+            file.unlink()
+    ((again, found),) = toys.run(what, toys.request(tmp_path / "torn", chain, **way))
+    assert without_run(found) == without_run(torn) == without_run(whole)
+    pd.testing.assert_frame_equal(table(again), table(path), check_exact=True)
+    assert [sorted(file.read_bytes().splitlines()) for file in files] == [
+        sorted(content.splitlines()) for content in complete
+    ]
+
+
+def test_subsets_share_ledgers_only_where_images_are_on_their_own(card, root, tmp_path):
+    chain = toys.chain("aa", "ce")
+    for name, way in (("fast", {}), ("reference", {"mode": "reference"})):
+        for n in (6, 12):
+            toys.run(toys.subject(card, root, n), toys.request(tmp_path / name, chain, n=n, **way))
+    assert list(ledgers(tmp_path / "fast").values()) == [12]
+    assert sorted(ledgers(tmp_path / "reference").values()) == [6, 12]
+
+
 # --- a cell ------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,27 @@ def row(found, model, dataset, **more):
     return chosen.iloc[0]
 
 
+# --- engines -----------------------------------------------------------------------------------------------
+
+
+def test_engines_modes_and_precisions_never_share_a_table_or_a_mean(tmp_path):
+    two_models(tmp_path)
+    others = ({"engine": "native-reference/1"}, {"precision": "bf16-find"}, {"engine": "torchattacks/x-1/1"})
+    for way in others:
+        cell(tmp_path, "clean", "one", 9, {0: "apgd-ce"}, **way)
+    found = rows(tmp_path)
+    ways = found[["engine", "precision"]].drop_duplicates()
+    assert len(ways) == 4
+    means = found[found.dataset == "mean"]
+    assert set(zip(means.engine, means.precision, strict=True)) == {("native/1", "fp32")}
+    titles = [title for title, _ in leaderboard.grids(found)]
+    assert len(set(titles)) == 4
+    for way in others:
+        assert sum(next(iter(way.values())) in title for title in titles) == 1
+    assert row(found, "clean", "one", engine="native/1", precision="fp32").robust == "0.00"
+    assert sorted("two" in grid.columns for _, grid in leaderboard.grids(found)) == [False] * 3 + [True]
+
+
 # --- bytes -------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,16 @@ class Sight:
         if self.precision not in get_args(Precision):
             raise InputError("precision", repr(self.precision), " or ".join(get_args(Precision)))
 
+    def require(self, device: torch.device) -> None:
+        """Refuse what this device does not have.
+
+        Raises:
+            InputError: CUDA graphs or TF32 without a CUDA device.
+        """
+        for what, wanted in (("CUDA graphs", self.graphs), ("TF32", self.tf32)):
+            if wanted and device.type != "cuda":
+                raise InputError(what, f"device {device}", "a CUDA device", "leave it out")
+
     @property
     def label(self) -> str:
         """What a result says about its precision; everything in it may change rounding."""
@@ -62,14 +72,13 @@ def finder(classify: Classify, how: Sight, sample: Tensor, lower: Classify | Non
         lower: the model in bf16, where it knows better than autocast over everything.
 
     Raises:
-        InputError: CUDA graphs without a CUDA device.
+        InputError: CUDA graphs or TF32 without a CUDA device.
     """
+    how.require(sample.device)
     seen = classify if how.precision == "fp32" else lower or _autocast(classify)
     if how.compiled:
         seen = torch.compile(seen, dynamic=False)
     if how.graphs:
-        if sample.device.type != "cuda":
-            raise InputError("CUDA graphs", f"device {sample.device}", "a CUDA device", "leave them out")
         seen = _graphed(seen, sample)
     return seen
 

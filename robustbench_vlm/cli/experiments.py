@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from robustbench_vlm import cards, console
-from robustbench_vlm.cli.options import AsJson, DataRoot, Device, Results, place, print_grids, require_tiny
+from robustbench_vlm.cli.options import (
+    AsJson,
+    DataRoot,
+    Device,
+    Engine,
+    Results,
+    place,
+    print_grids,
+    require_tiny,
+)
 from robustbench_vlm.errors import CardError, InputError, nearest
 
 CHECK_FLAG = 3
@@ -83,6 +92,17 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out datasets that are not on disk.")
     ] = False,
+    engine: Engine = "native",
+    mode: Annotated[
+        str,
+        typer.Option(help="fast, or reference: the noise and schedule of the reference implementation."),
+    ] = "fast",
+    precision: Annotated[
+        str, typer.Option(help="In which attacks see the model: fp32 or bf16. Verdicts are in fp32.")
+    ] = "fp32",
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let fp32 products round to TF32 (CUDA).")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Attack through torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Attack by replayed CUDA graphs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when a result carries a flag.")] = False,
     data_root: DataRoot = Path("data"),
@@ -91,6 +111,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
 ) -> None:
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
     from robustbench_vlm import session
+    from robustbench_vlm.attacks.finder import Sight
 
     order = session.Order(
         models=tuple(model or [_newest_checkpoint()]),
@@ -105,6 +126,9 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         live=batch_size,
         keep_images=save_adversarial,
         skip_missing=skip_missing,
+        engine=engine,
+        mode=mode,
+        sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
     )
     plan = session.plan(order, place(device))
     if dry_run:  # writes nothing, so what would be rendered counts as there

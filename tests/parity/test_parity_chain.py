@@ -7,7 +7,6 @@ import pytest
 import theirs
 from subjects import Subject, radius, subject
 
-from robustbench_vlm.attacks import external
 from robustbench_vlm.threat import Threat
 
 pytestmark = pytest.mark.parity
@@ -77,13 +76,3 @@ def test_a_surviving_image_costs_what_it_costs_the_reference_but_for_the_listed_
         (ours,) = one.attack(attack, tiny)
         assert not ours.broken
         assert (ours.forwards, ours.backwards) == (model.forwards - saved[name], model.backwards), name
-
-
-def test_the_package_is_an_engine_of_ours():
-    """Its standard chain on images that its first attack breaks, through the same findings."""
-    who, found = subject("plain", 4), []
-    keys = list("abcd")
-    more = {"version": "standard", "seed": 0, "rows": 16, "on_finding": found.append}
-    external.run(who.model, who.images, who.labels, keys, Threat("linf", Fraction(24, 255)), **more)
-    assert [f.key for f in found] == keys
-    assert all(f.broken and f.margin < 0 for f in found)

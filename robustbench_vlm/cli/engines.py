@@ -1,0 +1,75 @@
+"""The verb about engines: do they agree, and what does each of them cost?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustbench_vlm import cards, console
+from robustbench_vlm.cli.options import AsJson, DataRoot, Device, place, require_tiny
+
+N = 32  # images, by default: the reference spends its whole budget on every robust one
+
+
+def crosscheck(  # noqa: PLR0913 - one parameter a flag
+    model: Annotated[str, typer.Argument(help="Name, checkpoint folder or ARCH:TAG.")],
+    dataset: Annotated[str, typer.Option(help="Dataset of the suite; default: its first.")] = "",
+    suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    attack: Annotated[str, typer.Option(help="Attack chain.")] = "autoattack",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="autoattack or torchattacks, beside native; repeatable; default: all there."),
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Images.")] = N,
+    eps: Annotated[str, typer.Option(help="Radius, e.g. 4; default: the suite's first.")] = "",
+    norm: Annotated[str, typer.Option(help="linf or l2; default: the suite's.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Of the noise; default: the suite's.")] = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run all engines on the same images; print where verdicts agree, and what each engine spent."""
+    from dataclasses import replace
+
+    from robustbench_vlm import cells, session
+    from robustbench_vlm import crosscheck as hall
+    from robustbench_vlm.attacks.engines import Means
+    from robustbench_vlm.threat import Threat
+
+    chosen = cards.read("suites", suite, cards.Suite)
+    order = session.Order(
+        models=(model,),
+        attacks=(attack,),
+        suite=suite,
+        results=Path("results"),
+        data_root=data_root,
+        datasets=(dataset or chosen.datasets[0],),
+        eps=eps or chosen.eps[0],
+        norm=norm,
+        n=n,
+    )
+    where = place(device)
+    plan = session.plan(order, where)
+    request, (card,) = plan.request, plan.datasets
+
+    def refuse(means: Means) -> None:
+        session.refuse(replace(request, engine=means.engine, mode=means.mode), [card])
+
+    means, lacking = hall.ways(engine or [], refuse)
+    for text in lacking:
+        console.remark(f"left out: {text}")
+    require_tiny([card.name], data_root)
+    (split,) = session.open_data(session.require_data(plan))
+    what = cells.subject(plan.models[0], card, split)
+    threat = Threat(request.norm, request.ladder[0])
+    noise = request.seed if seed is None else seed
+    with console.meter() as meter:
+        found = hall.run(what, request.attacks[0], threat, means, seed=noise, device=where, report=meter)
+    if as_json:
+        console.result_json(found.record)
+        return
+    title = f"{found.attack} on {found.model}, {found.dataset}, {found.threat}, seed {found.seed}"
+    console.show(title, [*hall.PAIRS], found.agreements)
+    console.show("cost, in model calls of the fixed shape", [*hall.RUNS], found.costs)

@@ -15,9 +15,9 @@ from robustbench_vlm.threat import Threat, parse_eps
 ROWS = 64
 LINF = Threat("linf", parse_eps("4/255"))
 PLUGINS = {
-    "apgd-ce": Apgd("ce", 8, 0.75, 2, 0),
+    "apgd-ce": Apgd("ce", 8, 0.75, 1, 0),
     "apgd-t": Apgd("targeted-dlr", 6, 0.75, 1, 3),
-    "fab-t": Fab(steps=5, targets=2, restarts=1, alpha_max=0.1, eta=1.05, beta=0.9),
+    "fab-t": Fab(steps=20, targets=2, restarts=1, alpha_max=0.1, eta=1.05, beta=0.9),
     "square": Square(queries=60, p=0.8, restarts=1),
 }
 
@@ -96,13 +96,13 @@ def test_rows_that_are_more_than_half_have_the_full_shape_and_nothing_is_looked_
 @pytest.mark.parametrize("name", PLUGINS)
 def test_findings_are_those_of_the_full_shape_for_fewer_rows(name, monkeypatch):
     shrinks, full = Counted(), Counted()
-    found, _ = run(shrinks, PLUGINS[name], 70)
+    found, _ = run(shrinks, PLUGINS[name], 100)
     monkeypatch.setattr(shapes, "halves", lambda rows: [])
-    whole, _ = run(full, PLUGINS[name], 70)
+    whole, _ = run(full, PLUGINS[name], 100)
     assert {rows for rows, _ in full.calls} == {ROWS}
     assert {ROWS} < {rows for rows, _ in shrinks.calls} <= {8, 16, 32, ROWS}
     assert sum(rows for rows, _ in shrinks.calls) < sum(rows for rows, _ in full.calls)
-    assert 5 <= sum(f.broken for f in whole) <= 65
+    assert 5 <= sum(f.broken for f in whole) <= 95
     for a, b in zip(found, whole, strict=True):
         assert torch.equal(a.adv, b.adv)
         assert {**vars(a), "adv": None} == {**vars(b), "adv": None}

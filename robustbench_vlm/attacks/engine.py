@@ -70,7 +70,7 @@ class _Run:
     held: deque[Leg] = field(default_factory=deque)
     jury: list[tuple[Leg, State, End]] = field(default_factory=list)
     crews: list[int] = field(default_factory=list)  # the lead of each row; empty where no row has one
-    shapes: Shapes | None = None  # smaller ones; none where calls have always the full shape
+    shapes: Shapes | None = None  # none where all calls have the full one
     judged: int = 0
     unconfirmed: int = 0
 
@@ -98,9 +98,13 @@ class _Run:
         return attack.start(rows, self.threat)
 
     def shape(self, busy: int) -> int:
-        """Rows of the next calls, for as many busy ones and what waits for a row."""
-        wanted = min(self.live, busy + len(self.held) + len(self.waiting))
-        return self.rows if self.shapes is None else self.shapes.smallest(wanted)
+        """Rows of the next calls, for all that can take one: in large calls a row costs less."""
+        if self.shapes is None or 2 * (busy + len(self.waiting)) > self.rows == self.live:
+            return self.rows
+        free = len(self.waiting)
+        if self.stop == "first":  # later trajectories too
+            free = sum(max(walk.cut - walk.given, 0) for walk in (*self.walking, *self.waiting))
+        return self.shapes.smallest(min(self.live, busy + len(self.held) + free))
 
     def next_leg(self) -> Leg | None:
         """What a free row does next: go on, begin an image, or run ahead on one that is still walking."""
@@ -185,9 +189,8 @@ class _Run:
 
     def due(self, busy: int) -> bool:
         """Whether to judge: full juries are cheapest, but while no image waits a verdict frees other rows."""
-        few = self.shapes is not None and self.shapes.some  # other rows cost no more than they are worth
-        enough = self.rows if self.waiting else min(busy, self.rows) if few else 1
-        return len(self.jury) >= max(enough, 1)
+        least = max(busy, 1) if self.shapes is not None and self.shapes.some else 1
+        return len(self.jury) >= (self.rows if self.waiting else min(least, self.rows))
 
     def judge(self, slots: dict[int, Leg]) -> None:
         """The canonical pass over rows that may be decisive: verdicts, or back to the rows.

@@ -3,7 +3,7 @@
  1. Same start noise, same verdicts and last misclassified images as the reference: `parity/test_parity_apgd`,
     `parity/test_parity_square` (proposals, queries and best points), `parity/test_parity_fab`, and
     `parity/test_parity_chain` (what broke each image in the whole chain); full budgets: `make parity-full`.
-    Without the reference: `test_apgd_is_the_algorithm_written_down_plainly` here.
+    Without the reference: APGD and Square written down plainly here, FAB in `test_fab_plainly`.
  2. Rows in use, refills, permutations and shards: `test_engine_invariance` (four numbers of rows in three
     orders, about half of the images broken), `test_evaluate` (live rows, order on disk, more from fewer).
  3. Checkpoints, the first window counted from zero, at or below rho, the previous iterate kept on restart:
@@ -183,6 +183,23 @@ def test_targets_are_tried_in_the_order_of_the_clean_logits(norm, attack):
         assert f.forwards == place * each + (2 if isinstance(attack, Fab) else 1) * (f.iteration + 1)
         met.add(place)
     assert met >= {0, 1}, "more than the most likely class breaks something"
+
+
+def test_trajectories_come_target_by_target_each_with_noise_of_its_own_name():
+    """An image that survives in a row of its own meets all of them in order."""
+    model, images, labels = data(ROWS)
+    labels, met = model(images).argmax(1), []
+
+    class Told(Apgd):
+        def start(self, rows, threat):
+            met.extend(zip(rows.noise.names, rows.targets.tolist(), rows.restarts, strict=True))
+            return super().start(rows, threat)
+
+    tiny = Threat("linf", Fraction(1, 25500))
+    attack = Told("targeted-dlr", 1, 0.75, 2, 3)
+    findings(model, images[:1], labels[:1], attack, tiny, live=1, keys=["a"], seed=7, stage="s")
+    ranked = canonical.logits(model, images[:1], ROWS)[0].argsort(descending=True).tolist()[1:4]
+    assert met == [(f"7/a/s/{target}/{r}", target, r) for target in ranked for r in (0, 1)]
 
 
 def test_fab_returns_the_image_itself_where_it_finds_nothing():

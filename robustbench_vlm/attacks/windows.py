@@ -59,7 +59,10 @@ def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
     new = new * into
     new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
 
-    spare = (eps**2 - geometry.length(delta).square()).clamp(min=0) / channels
+    # where both windows are empty this is all the mass there is, and the root of a rounding error is no small
+    # number: so norm and radius are squared as the reference does it
+    norm = delta.square().flatten(1).sum(1).sqrt()
+    spare = (torch.full_like(norm, eps).square() - norm.square()).clamp(min=0) / channels
     union = torch.maximum(into, out_of)
     mass = (delta.square() * union).sum((2, 3), keepdim=True)
     new = new * (spread(spare, mass) + mass).sqrt()

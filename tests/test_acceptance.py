@@ -202,6 +202,28 @@ def test_trajectories_come_target_by_target_each_with_noise_of_its_own_name():
     assert met == [(f"7/a/s/{target}/{r}", target, r) for target in ranked for r in (0, 1)]
 
 
+@norms
+def test_stages_that_share_rows_find_what_each_finds_alone(norm):
+    """Each row with the loss of its own stage, whatever stands beside it."""
+    model, images, labels = data(40)
+    stages = [("ce", Apgd("ce", 3, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 3, 0.75, 1, 3))]
+    keys, shared = [f"blobs/test/{i}" for i in range(40)], {}
+    engine.run(
+        model, images, labels, keys, stages, THREATS[norm], seed=0, n_classes=10, rows=ROWS,
+        on_finding=lambda f: shared.__setitem__((f.stage, f.key), f),
+    )  # fmt: skip
+    left, met = list(range(40)), 0
+    for name, attack in stages:
+        alone = findings(model, images, labels, attack, THREATS[norm], stage=name, order=left)
+        for f in alone:
+            other = shared[name, f.key]
+            assert torch.equal(f.adv, other.adv)
+            assert {**vars(f), "adv": None} == {**vars(other), "adv": None}
+        met += len(alone)
+        left = [keys.index(f.key) for f in alone if not f.broken]
+    assert met == len(shared) > 50
+
+
 def test_fab_returns_the_image_itself_where_it_finds_nothing():
     """A point brought into the ball may be wrong by luck; the reference does not count it, nor do we."""
     model, images, labels = data(40)

@@ -377,3 +377,21 @@ def test_the_shipped_chain_runs_with_any_number_of_classes_and_omits_nothing(n_c
     assert all(any(text.startswith(w) or w.split(": ")[1] in text for text in said) for w in wanted)
     assert bool(said) == (n_classes < 10)
     assert any("undefined" in text for text in said) == (n_classes < 4)
+
+
+# --- 9 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", THREATS)
+@pytest.mark.parametrize("attack", [Apgd("ce", 3, 0.75, 1, 0), Fab(3, 2, 1, 0.1, 1.05, 0.9)])
+def test_a_gradient_that_is_not_a_number_is_an_error_though_all_logits_are_fine(norm, attack):
+    """The sign of NaN is no step: without a word such a model would be perfectly robust."""
+    base, images, labels = data(6)
+
+    def model(x):
+        return base(x) + 0 * (x - x.detach()).abs().sqrt().flatten(1).sum(1, keepdim=True)
+
+    labels = base(images).argmax(1)
+    for f in findings(model, images, labels, attack, Threat(norm, Fraction(1, 25500))):
+        assert "not finite" in f.error
+        assert not f.broken

@@ -202,6 +202,28 @@ def test_trajectories_come_target_by_target_each_with_noise_of_its_own_name():
     assert met == [(f"7/a/s/{target}/{r}", target, r) for target in ranked for r in (0, 1)]
 
 
+@norms
+def test_stages_that_share_rows_find_what_each_finds_alone(norm):
+    """Each row with the loss of its own stage, whatever stands beside it."""
+    model, images, labels = data(40)
+    stages = [("ce", Apgd("ce", 3, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 3, 0.75, 1, 3))]
+    keys, shared = [f"blobs/test/{i}" for i in range(40)], {}
+    engine.run(
+        model, images, labels, keys, stages, THREATS[norm], seed=0, n_classes=10, rows=ROWS,
+        on_finding=lambda f: shared.__setitem__((f.stage, f.key), f),
+    )  # fmt: skip
+    left, met = list(range(40)), 0
+    for name, attack in stages:
+        alone = findings(model, images, labels, attack, THREATS[norm], stage=name, order=left)
+        for f in alone:
+            other = shared[name, f.key]
+            assert torch.equal(f.adv, other.adv)
+            assert {**vars(f), "adv": None} == {**vars(other), "adv": None}
+        met += len(alone)
+        left = [keys.index(f.key) for f in alone if not f.broken]
+    assert met == len(shared) > 50
+
+
 def test_fab_returns_the_image_itself_where_it_finds_nothing():
     """A point brought into the ball may be wrong by luck; the reference does not count it, nor do we."""
     model, images, labels = data(40)
@@ -355,3 +377,21 @@ def test_the_shipped_chain_runs_with_any_number_of_classes_and_omits_nothing(n_c
     assert all(any(text.startswith(w) or w.split(": ")[1] in text for text in said) for w in wanted)
     assert bool(said) == (n_classes < 10)
     assert any("undefined" in text for text in said) == (n_classes < 4)
+
+
+# --- 9 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", THREATS)
+@pytest.mark.parametrize("attack", [Apgd("ce", 3, 0.75, 1, 0), Fab(3, 2, 1, 0.1, 1.05, 0.9)])
+def test_a_gradient_that_is_not_a_number_is_an_error_though_all_logits_are_fine(norm, attack):
+    """The sign of NaN is no step: without a word such a model would be perfectly robust."""
+    base, images, labels = data(6)
+
+    def model(x):
+        return base(x) + 0 * (x - x.detach()).abs().sqrt().flatten(1).sum(1, keepdim=True)
+
+    labels = base(images).argmax(1)
+    for f in findings(model, images, labels, attack, Threat(norm, Fraction(1, 25500))):
+        assert "not finite" in f.error
+        assert not f.broken

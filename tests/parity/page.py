@@ -201,18 +201,18 @@ def _l2(single: list[Record]) -> str:
         return ""
     largest = max(one["apart"] for one in walks)
     told = f"""
-        For Linf every operation of APGD and Square is on single pixels, so bits are equal. L2 takes norms: sums
-        over another shape round differently in the last bits, and many steps may carry that apart. Of the
-        {_total(walks, "both")} images that both sides broke by L2 APGD {_total(walks, "equal")} are equal bit for
-        bit and the others differ by at most {largest:.1g} in a pixel; verdicts that differ:
-        {_total(walks, "flips")}. L2 Square: {_total(squares, "other ends")} of {_total(squares, "n")} images end
-        more than 0.001 apart and {_total(squares, "other queries")} take another number of queries; verdicts that
-        differ: {_total(squares, "flips")} (bound: 1 image or 0.7 %, whichever is more). Looked at proposal by
-        proposal, such searches agree to some 1e-7 in a pixel until both windows fall on places without any
-        change: the change that they are given then is the root of the rounding error of eps^2 - |delta|^2, some
-        1e-4, and one side finds it better by 3e-5 of margin where the other is given nothing. FAB projects
-        exactly on both sides, by another algorithm, so its points differ in the last bits from the first
-        iteration on."""
+        For Linf every operation of APGD and Square is on single pixels, so bits are equal. L2 takes norms:
+        sums over another shape round differently in the last bits, and many steps may carry that apart. Of
+        the {_total(walks, "both")} images that both sides broke by L2 APGD {_total(walks, "equal")} are equal
+        bit for bit and the others differ by at most {largest:.1g} in a pixel; verdicts that differ:
+        {_total(walks, "flips")}. L2 Square: {_total(squares, "other ends")} of {_total(squares, "n")} images
+        end more than 0.001 apart and {_total(squares, "other queries")} take another number of queries;
+        verdicts that differ: {_total(squares, "flips")} (bound: 1 image or 0.7 %, whichever is more). Looked
+        at proposal by proposal, such searches agree to some 1e-7 in a pixel until both windows fall on places
+        without any change: the change that they are given then is the root of the rounding error of
+        eps^2 - |delta|^2, some 1e-4, and one side finds it better by 3e-5 of margin where the other is given
+        nothing. FAB projects exactly on both sides, by another algorithm, so its points differ in the last
+        bits from the first iteration on."""
     return textwrap.fill(" ".join(told.split()), WIDTH) + "\n"
 
 

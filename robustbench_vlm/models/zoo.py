@@ -48,6 +48,16 @@ def address(name: str) -> str:
     return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
 
 
+def arch_of(name: str) -> str:
+    """The architecture of the model called `name`, without loading it; empty if a download must tell."""
+    folder = folder_of(name)
+    if folder is not None:
+        return checkpoint.read_card(folder).arch
+    if name in openclip.HUB:
+        return openclip.HUB[name]
+    return "" if name.startswith(openclip.SCHEMAS) else name.partition(":")[0]
+
+
 def load(name: str, device: torch.device | str = "cpu") -> Loaded:
     """The model called `name`: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:` or `local-dir:`.
 

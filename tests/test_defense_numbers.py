@@ -403,6 +403,25 @@ def test_ammkd_of_two_equal_teachers_is_one_of_them():
     assert terms.total.item() == close(kl(s.p("first", s.x), s.p("student", s.x)).mean())
 
 
+def test_apd_distils_the_clean_teacher_while_it_learns():
+    s = Scene(24)
+    student, teacher = s.p("student", s.adv), s.p("clean", s.x)
+    ce = -np.log(student[I, Y])
+    tuned = -np.log(teacher[I, Y]).mean()
+    expected = kl(teacher, student).mean() + 0.5 * ce.mean() + tuned
+    assert s.total(build("apd", label_weight=0.5)) == close(expected)
+    np.testing.assert_allclose(s.inner(build("apd")), ce, atol=1e-12)
+
+
+def test_the_teacher_of_apd_learns_from_its_own_labels_alone():
+    s = Scene(24)
+    weight = s.roles.teachers["clean"].weight.requires_grad_()
+    (found,) = torch.autograd.grad(s.outer(build("apd")).total, weight)
+    alone = losses.ce(s.roles.logits("clean", s.x), s.batch.labels).mean()
+    (expected,) = torch.autograd.grad(alone, weight)
+    torch.testing.assert_close(found, expected)
+
+
 # All of them
 
 
@@ -425,7 +444,8 @@ def test_small_losses_by_hand():
 SMOOTH = [  # no stop-gradient on the student's side: the gradient is that of the number itself
     ("clean", {}), ("tecoa", {}), ("fare", {}), ("pmg-aft", {}), ("pmg-aft", {"form": "released"}),
     ("agft", {}), ("sim-clip", {}), ("single-teacher", {}), ("ard", {"alpha": 0.5}), ("rslad", {}),
-    ("iad", {"begin": 0.0}), ("adaad", {"alpha": 0.5}), ("mmt-ard", {}), ("mmt-ard", {"weighting": "paper"}),
+    ("iad", {"begin": 0.0}), ("apd", {}), ("adaad", {"alpha": 0.5}), ("mmt-ard", {}),
+    ("mmt-ard", {"weighting": "paper"}),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, openclip
+from robustbench_vlm.models import checkpoint, openclip, prompts
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 
@@ -96,15 +96,19 @@ def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
     model = Clip(
         model.visual, model.language, model.tokenize, model.preprocess, card.logit_scale, model.facts
     )
-    checkpoint.fill(
-        model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
-    )
     if card.text_from:
         text = load(card.text_from)
         model.language = text.model.language
         model.facts["trained_tokens"] = text.model.facts.get("trained_tokens")
     else:
         model.facts["trained_tokens"] = checkpoint.fill_text(model.language, folder / "text.safetensors")
+    if card.prompts is not None:
+        prompts.attach(model, card.prompts.image, card.prompts.text, card.prompts.depth)
+        if card.prompts.text:
+            checkpoint.fill_prompts(model.language, folder / "prompts.safetensors")
+    checkpoint.fill(
+        model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
+    )
     model = model.eval().to(device)
     checkpoint.check(model, card, f"model {name}")
     return Loaded(name, model, card)

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from robustbench_vlm import cards, registry
+from robustbench_vlm import cards, cost, registry
 from robustbench_vlm.errors import InputError, nearest
+from robustbench_vlm.types import Priced
 
 CARDS: dict[str, type[cards.Card]] = {
     "attacks": cards.AttackCard,
@@ -20,6 +21,7 @@ CARDS: dict[str, type[cards.Card]] = {
     "datasets": cards.DatasetCard,
     "recipes": cards.Recipe,
 }
+STARTS = {"tiny-teacher-start": "vlmrob-tiny-teacher"}  # made by `make tiny-weights`, not by a recipe
 KINDS = ("attacks", "datasets", "defenses", "models", "recipes", "suites")
 
 
@@ -62,6 +64,12 @@ def details(what: str, name: str) -> dict[str, Any]:
         InputError: no such kind, or nothing of that name.
     """
     kind = _kind(what)
+    if kind == "recipes":
+        recipe = cards.read(kind, name, cards.Recipe)
+        defense = _defense(recipe)
+        table = recipe.model_dump(mode="json", context={"all": True})
+        table["defense"] = {"name": recipe.defense["name"], **dataclasses.asdict(defense)}
+        return {**table, "estimate": estimate(recipe, defense)}
     if kind in CARDS:
         return cards.read(kind, name, CARDS[kind]).model_dump(mode="json")
     if kind == "defenses":
@@ -81,6 +89,37 @@ def details(what: str, name: str) -> dict[str, Any]:
             f"model {name!r}", "no packaged checkpoint or folder", do=nearest(name, zoo.packaged())
         )
     return checkpoint.read_card(folder).model_dump(mode="json")
+
+
+def _defense(recipe: cards.Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
+    fields = {key: value for key, value in recipe.defense.items() if key != "name"}
+    return registry.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
+
+
+def estimate(recipe: cards.Recipe, defense: object) -> dict[str, Any]:
+    """Epochs, operations and memory of a recipe (`cost.estimate`), or what keeps them from being known."""
+    if not isinstance(defense, Priced):
+        return {"unknown": f"defense {recipe.defense['name']} does not say what a step costs"}
+    towers = {}
+    for role, model in {"student": recipe.student, **recipe.teachers}.items():
+        config = _config(model)
+        if config is None:
+            return {"unknown": f"the architecture of {role} {model!r}, which is not on this machine"}
+        towers[role] = cost.tower(config)
+    data = cards.read("datasets", recipe.data.dataset, cards.DatasetCard)
+    images = recipe.data.n or data.size.get(recipe.data.split, 0)
+    return cost.estimate(recipe, defense.passes(), towers.pop("student"), towers, images)
+
+
+def _config(model: str) -> dict[str, Any] | None:
+    """The configuration of a model; of a run still to be made, that of its recipe's student."""
+    from robustbench_vlm.models import openclip, zoo
+
+    name = Path(model).name
+    while zoo.folder_of(model) is None and model != name and name in cards.names("recipes"):
+        model = cards.read("recipes", name, cards.Recipe).student
+        name = Path(model).name
+    return openclip.config(STARTS.get(name, zoo.arch_of(model)))
 
 
 def _first_line(plugin: type) -> str:

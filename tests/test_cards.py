@@ -101,7 +101,8 @@ def test_every_card_is_read_and_bears_the_name_of_its_file(kind, name):
 def test_the_sixteen(name):
     card = dataset(name)
     folder, classes, images, side = FACTS[name]
-    assert (card.folder, card.n_classes, card.size) == (folder, classes, {"test": images})
+    train = {"train": 1_281_167} if name == "imagenet" else {}
+    assert (card.folder, card.n_classes, card.size) == (folder, classes, {"test": images} | train)
     assert (card.canvas, card.native_px) == (("native", side) if side else ("model", 0))
     assert card.source.hub == f"clip-benchmark/{folder}"
     assert len(card.source.revision) in (0, 40)

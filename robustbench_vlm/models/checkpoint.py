@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from robustbench_vlm import cards, store
 from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models import prompts
 from robustbench_vlm.models.clip import Clip, Preprocess
 
 SCHEMA = "vlmrob-checkpoint/1"
@@ -47,12 +48,22 @@ class Parent(BaseModel):
     trained_on: tuple[str, ...] | None
 
 
+class PromptFacts(BaseModel):
+    """`models.prompts` as JSON: how many tokens in which tower, and in how many layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    image: int
+    text: int
+    depth: int
+
+
 class CheckpointCard(BaseModel):
     """What `card.json` says.
 
     Attributes:
         text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
         trained_on: datasets seen by this model and all its parents; `None` if unknown.
+        prompts: learned tokens inside the towers; those of the text tower are in `prompts.safetensors`.
         sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
     """
 
@@ -64,6 +75,7 @@ class CheckpointCard(BaseModel):
     preprocess: PreprocessFacts
     logit_scale: float
     text_from: str
+    prompts: PromptFacts | None = None
     image_sha256: str
     text_sha256: str
     sha256: str
@@ -88,7 +100,9 @@ def describe(
 ) -> CheckpointCard:
     """The card of `model`, with its fingerprints taken now."""
     prints = model.fingerprints()
+    learned = model.facts.get("prompts")
     return CheckpointCard(
+        prompts=PromptFacts.model_validate(learned) if learned else None,
         name=name,
         arch=str(model.facts["arch"]),
         quick_gelu=bool(model.facts["quick_gelu"]),
@@ -127,6 +141,10 @@ def save_folder(
         ids = torch.tensor(sorted(trained_tokens), dtype=torch.int64)
         state[TOKENS] = state[TOKENS][ids].contiguous()
         store.write(folder / "text.safetensors", save({**state, "token_ids": ids}))
+    learned = prompts.state(model.language)
+    if learned:
+        rows = {name: value.detach().cpu().contiguous() for name, value in learned.items()}
+        store.write(folder / "prompts.safetensors", save(rows))
     store.write_json(folder / "card.json", card.model_dump(mode="json"))
 
 
@@ -205,6 +223,23 @@ def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
     state[TOKENS] = spread_rows(rows, ids, module)
     fill(module, state, str(path))
     return frozenset(int(i) for i in ids)
+
+
+def fill_prompts(language: nn.Module, path: Path) -> None:
+    """Load the prompts of a text tower, strictly.
+
+    Raises:
+        WeightsError: a missing or unexpected tensor, or one of another shape.
+    """
+    own, saved = prompts.state(language), read_state(path)
+    for name in sorted(own.keys() ^ saved.keys()):
+        raise WeightsError(str(path), f"prompt {name!r} is in one of file and card only", "the same in both")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != saved[name].shape:
+                shapes = f"prompt {name!r} has shape {tuple(saved[name].shape)}"
+                raise WeightsError(str(path), shapes, str(tuple(value.shape)))
+            value.copy_(saved[name])
 
 
 def check(model: Clip, card: CheckpointCard, where: str) -> None:

@@ -20,6 +20,12 @@ CONFIGS = Path(__file__).parent / "configs"
 SCHEMAS = ("hf-hub:", "local-dir:")
 
 
+HUB = dict.fromkeys(
+    (f"hf-hub:chs20/{name}-clip" for name in ("tecoa2", "tecoa4", "fare2", "fare4")), "ViT-L-14"
+)
+"""Architectures of public towers whose config would have to be downloaded."""
+
+
 @cache
 def _register_own() -> None:
     open_clip.add_model_config(CONFIGS)
@@ -29,6 +35,15 @@ def architectures() -> list[str]:
     """Every architecture name that can be built, ours included."""
     _register_own()
     return sorted(open_clip.list_models())
+
+
+def config(arch: str) -> dict[str, Any] | None:
+    """The open_clip configuration of an architecture, without building it; `None` if there is none."""
+    _register_own()
+    if arch not in open_clip.list_models():
+        return None
+    found: dict[str, Any] = open_clip.get_model_config(arch)
+    return found
 
 
 class Language(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, openclip
+from robustbench_vlm.models import checkpoint, openclip, prompts
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 
@@ -46,6 +46,16 @@ def address(name: str) -> str:
     """`name` so that it means the same from any working directory: a user's folder by its full path."""
     folder = folder_of(name)
     return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
+
+
+def arch_of(name: str) -> str:
+    """The architecture of the model called `name`, without loading it; empty if a download must tell."""
+    folder = folder_of(name)
+    if folder is not None:
+        return checkpoint.read_card(folder).arch
+    if name in openclip.HUB:
+        return openclip.HUB[name]
+    return "" if name.startswith(openclip.SCHEMAS) else name.partition(":")[0]
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Loaded:
@@ -86,15 +96,19 @@ def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
     model = Clip(
         model.visual, model.language, model.tokenize, model.preprocess, card.logit_scale, model.facts
     )
-    checkpoint.fill(
-        model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
-    )
     if card.text_from:
         text = load(card.text_from)
         model.language = text.model.language
         model.facts["trained_tokens"] = text.model.facts.get("trained_tokens")
     else:
         model.facts["trained_tokens"] = checkpoint.fill_text(model.language, folder / "text.safetensors")
+    if card.prompts is not None:
+        prompts.attach(model, card.prompts.image, card.prompts.text, card.prompts.depth)
+        if card.prompts.text:
+            checkpoint.fill_prompts(model.language, folder / "prompts.safetensors")
+    checkpoint.fill(
+        model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
+    )
     model = model.eval().to(device)
     checkpoint.check(model, card, f"model {name}")
     return Loaded(name, model, card)

@@ -8,6 +8,7 @@ from attack_models import blobs, classifier
 
 from robustbench_vlm.attacks import engine, finder
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -15,8 +16,11 @@ THREAT = Threat("linf", Fraction(5, 255))
 ROWS = 16
 
 
-def run(model, images, labels, find=None):
-    found, stages = {}, [("ce", Apgd("ce", 20, 0.75, 1, 0))]
+CE = (("ce", Apgd("ce", 20, 0.75, 1, 0)),)
+
+
+def run(model, images, labels, find=None, stages=CE):
+    found = {}
     cost = engine.run(
         model, images, labels, [str(i) for i in range(len(images))], stages, THREAT, seed=0,
         n_classes=10, rows=ROWS, find=find, on_finding=lambda f: found.__setitem__(f.key, f),
@@ -57,6 +61,29 @@ def test_a_success_that_only_the_finder_sees_does_not_count():
         assert finding.broken == (int(model(finding.adv[None]).argmax()) != int(labels[int(finding.key)]))
     assert any(not f.broken for f in honest)
     assert any(not f.broken for f in found)
+
+
+def test_what_can_be_differentiated_only_once_is_asked_only_once():
+    """A replayed graph overwrites what further backward passes need; untargeted FAB takes one a class."""
+    model, images, labels = data(10)
+
+    class Single(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            ctx.spent = False
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            assert not ctx.spent, "differentiated twice"
+            ctx.spent = True
+            return gradient
+
+    stages = [("fab", Fab(3, 0, 1, 0.1, 1.05, 0.9))]
+    plain, _ = run(model, images, labels, stages=stages)
+    found, _ = run(model, images, labels, lambda x: Single.apply(model(x)), stages=stages)
+    assert [f.broken for f in plain] == [f.broken for f in found]
+    assert any(f.broken for f in found)
 
 
 @pytest.mark.slow

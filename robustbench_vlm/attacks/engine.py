@@ -323,7 +323,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         clean, judged = canonical.logits(classify, images, rows), -(-len(images) // rows)
     if tuple(clean.shape) != (len(images), n_classes):
         raise InputError("clean logits", str(tuple(clean.shape)), str((len(images), n_classes)))
-    oracle, attack = Oracle(find or classify), walks.joined(stages)
+    oracle, attack = Oracle(find or classify, once=find not in (None, classify)), walks.joined(stages)
     what = _Run(
         oracle, classify, images, labels, keys, stages, attack, threat, seed, rows, live, stop, on_finding
     )

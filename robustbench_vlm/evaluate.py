@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
 from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
+from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard
 from robustbench_vlm.cells import Cell, Request, Subject, black_box, needs, plugin
@@ -95,10 +96,11 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine)
     arena = _Arena(cell, classify, images, clean, finder.finder(classify, request.sight, sample, lower))
     eps = eps_text(request.norm, cell.threat.eps)
     stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
-    number = 0
+    number, costs = 0, []
     for group in engines.tables(cell.request.by, stages):
         alive = [int(i) for i in table.index[verdicts.standing(table)]]
-        lines = arena.attack(number, group, alive, report)
+        lines, cost = arena.attack(number, group, alive, report)
+        costs.append(cost)
         for i in alive:
             for name, line in lines[what.split.keys[i]].items():
                 verdicts.enter(table, i, line, name, eps)
@@ -114,7 +116,8 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine)
         "model": provenance.of_model(what.loaded),
         "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
     }
-    run = provenance.of_run(request.device, time.perf_counter() - started, request.live)
+    spent = asdict(engines.total(costs))  # by this run; what ledgers held was paid for by an earlier one
+    run = provenance.of_run(request.device, time.perf_counter() - started, request.live) | {"calls": spent}
     # what failed is hashed, in `flags`; the numbers behind it may differ in rounding from device to device
     beside = {"checks": examined.record, "run": run}
     whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, **beside}
@@ -133,8 +136,10 @@ class _Arena:
 
     def attack(
         self, number: int, stages: Sequence[tuple[str, Attack]], alive: Sequence[int], report: Report
-    ) -> dict[str, dict[str, Line]]:
+    ) -> tuple[dict[str, dict[str, Line]], Cost]:
         """The findings of stages that share rows on the images at `alive`: by key, then by stage.
+
+        Also what it took now.
 
         Args:
             number: position of the first of these stages in the chain.
@@ -152,7 +157,7 @@ class _Arena:
         done = len(alive) - len(begin)
         report(name, done, len(alive))
         if not begin:
-            return lines
+            return lines, engines.total([])
         for ledger in ledgers.values():
             store.mend(ledger)
         rows = {what.split.keys[i]: i for i in begin}
@@ -177,7 +182,7 @@ class _Arena:
         members = engines.batches(request.by, alive, begin, cell.attack.rows)
         index = torch.tensor(members)
         chosen = index.to(self.images.device)
-        engines.run(
+        cost = engines.run(
             request.by,
             self.classify,
             self.images[chosen],
@@ -195,7 +200,7 @@ class _Arena:
             find=self.find,
             on_finding=take,
         )
-        return lines
+        return lines, cost
 
     def resumed(
         self, ledgers: Mapping[str, Path], alive: Sequence[int]

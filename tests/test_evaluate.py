@@ -109,6 +109,20 @@ def test_a_cell_counts_what_its_table_says(what, tmp_path):
     assert path.parent.parent.name == f"random0-{what.loaded.card.sha256[:8]}"
 
 
+def test_what_a_run_really_took_stands_beside_the_cell_and_outside_its_address(what, tmp_path):
+    chain = toys.chain("aa", "ce", "square")
+    ((path, content),) = toys.run(what, toys.request(tmp_path, chain))
+    calls = content["run"]["calls"]
+    assert calls["gradients"] > 0
+    assert calls["forwards"] > 0
+    assert calls["canonical"] > 0
+    assert calls["unconfirmed"] == 0
+    path.unlink()  # its ledgers are still there: nothing is attacked again, and it ends with the same address
+    ((_, again),) = toys.run(what, toys.request(tmp_path, chain))
+    assert set(again["run"]["calls"].values()) == {0}
+    assert again["sha256"] == content["sha256"]
+
+
 def test_two_classes_run_with_the_stand_ins_written_down(tmp_path):
     card = toys.dataset_card("pair", ("cat", "dog"))
     what = toys.subject(card, toys.write(card, tmp_path))

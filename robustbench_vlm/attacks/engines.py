@@ -187,6 +187,11 @@ def chain(  # noqa: PLR0913 - as `run`
                 find=find, on_finding=take,
             )
         )  # fmt: skip
+    return total(costs)
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """What several runs took together."""
     names = [field.name for field in dataclasses.fields(Cost)]
     return Cost(**{name: sum(getattr(cost, name) for cost in costs) for name in names})
 

@@ -379,7 +379,7 @@ def test_the_shipped_chain_runs_with_any_number_of_classes_and_omits_nothing(n_c
     assert any("undefined" in text for text in said) == (n_classes < 4)
 
 
-# --- 9 ------------------------------------------------------------------------------------------------------
+# --- 9 ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", THREATS)

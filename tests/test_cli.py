@@ -147,9 +147,9 @@ def test_ways_to_attack_stand_apart(vlmrob, tmp_path):
         assert code == 0, err
         rows += json.loads(out)
     kinds = [(row["engine"], row["precision"]) for row in rows]
-    assert kinds[:2] == [("native/1", "fp32"), ("native-reference/1", "fp32")]
+    assert kinds[:2] == [("native/2", "fp32"), ("native-reference/1", "fp32")]
     assert kinds[2][0].startswith("autoattack/")
-    assert kinds[3] == ("native/1", "bf16-find")
+    assert kinds[3] == ("native/2", "bf16-find")
     code, out, _ = vlmrob("leaderboard --suite toys --json")
     assert code == 0
     assert sorted((row["engine"], row["precision"]) for row in json.loads(out)) == sorted(kinds)
@@ -192,7 +192,7 @@ def test_an_engine_that_cannot_is_left_out_aloud_and_the_tables_are_told(vlmrob)
     assert lines[0] == "# pgd5 on random0, toy, linf 2/255, seed 4"
     assert lines[1].startswith("a\tb\tboth broken\tonly a\tonly b\tagreement %\tdisagree on")
     assert [line.split("\t")[:3] for line in lines[3:] if line[0] != "#"][1] == [
-        "native fast", "native/1", "6 of 6"
+        "native fast", "native/2", "6 of 6"
     ]  # fmt: skip
 
 

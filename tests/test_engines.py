@@ -82,7 +82,7 @@ def test_every_way_to_attack_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setattr(torchattacks, "NAMES", ("numpy",))
     ways = [Means(), Means(mode="reference"), Means("autoattack"), Means("torchattacks")]
     assert len({way.label for way in ways}) == 4
-    assert ways[0].label == "native/1"
+    assert ways[0].label == "native/2"
     assert ways[3].label == f"torchattacks/numpy-{np.__version__}/1"
     assert [way.keyed for way in ways] == [True, False, False, False]
 

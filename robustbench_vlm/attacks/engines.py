@@ -27,7 +27,7 @@ from robustbench_vlm.types import Classify, Finding
 Engine = Literal["native", "autoattack", "torchattacks"]
 Mode = Literal["fast", "reference"]
 
-NATIVE = {"fast": "native/1", "reference": "native-reference/1"}
+NATIVE = {"fast": "native/2", "reference": "native-reference/1"}
 """What results say about the native engine, by mode; to be raised whenever one may find otherwise."""
 ADAPTER = 1  # likewise, of the adapters of packages
 

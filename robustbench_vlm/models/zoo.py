@@ -95,6 +95,5 @@ def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
         model.facts["trained_tokens"] = text.model.facts.get("trained_tokens")
     else:
         model.facts["trained_tokens"] = checkpoint.fill_text(model.language, folder / "text.safetensors")
-    model = model.eval().to(device)
-    checkpoint.check(model, card, f"model {name}")
-    return Loaded(name, model, card)
+    checkpoint.check(model.eval(), card, f"model {name}")
+    return Loaded(name, model.to(device), card)

@@ -48,6 +48,7 @@ class Order:
     live: int | None = None
     keep_images: bool = False
     skip_missing: bool = False
+    arch: str = ""  # of the models that are weights files
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def plan(order: Order, device: torch.device) -> Plan:
         for stage in card.stage:
             cells.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
-    models = tuple(zoo.load(name, device) for name in order.models)
+    models = tuple(zoo.load(name, device, order.arch) for name in order.models)
     return Plan(order, suite, datasets, models, request)
 
 
@@ -173,6 +174,7 @@ def price(plan: Plan) -> list[str]:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if seconds > LONG:
         models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
+        models += f" --arch {plan.order.arch}" if plan.order.arch else ""
         where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}"
         lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines

@@ -31,6 +31,12 @@ def architectures() -> list[str]:
     return sorted(open_clip.list_models())
 
 
+def config(arch: str) -> dict[str, Any]:
+    """The model config of an architecture, as open_clip has it."""
+    _register_own()
+    return dict(open_clip.get_model_config(arch) or {})
+
+
 class Language(nn.Module):
     """The text half of an open_clip model: tokens (N, L) int64 -> (N, D), without its image tower."""
 

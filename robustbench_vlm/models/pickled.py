@@ -1,30 +1,20 @@
-"""Tensors of a `torch.save` file, read as data: nothing named in the file is imported, built or called.
+"""The pickle of a `torch.save` file, read as data: nothing that it names is imported, built or called.
 
-Run as a program of its own by `sandbox`, with limits on memory and time: it steps through the pickle with a
-small stack machine that knows plain containers and the few names that stand for tensors, and writes what it
-found as safetensors. It imports nothing of this package, and torch not at all.
+A small stack machine that knows plain containers and the few names that stand for tensors; it needs no torch.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import pickletools
-import resource
-import signal
+import re
 import struct
-import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
-MEMBERS = 100_000  # files in one archive
 STEPS = 20_000_000  # opcodes of one pickle
 DEPTH = 8  # tables inside tables
 NAME = 200  # characters of a name in an error
-MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file written by PyTorch before 1.6
 
 # name of a storage class in torch -> (dtype in safetensors, bytes of an element)
 STORAGES = {
@@ -116,8 +106,10 @@ class Machine:
                     raise RefusedError(f"more than {STEPS} steps in its pickle")
                 if opcode.name == "STOP":
                     return self.stack.pop()
-                if opcode.name in PUSHES:
+                if PUSHES.fullmatch(opcode.name):
                     self.stack.append(argument)
+                elif (make := CONSTANTS.get(opcode.name)) is not None:
+                    self.stack.append(make())
                 elif (act := ACTS.get(opcode.name)) is not None:
                     act(self, argument)
                 else:
@@ -137,15 +129,6 @@ class Machine:
         items = self.stack[at + 1 :]
         del self.stack[at:]
         return items
-
-    def pair(self, key: Any, value: Any) -> None:  # noqa: ANN401 - any plain value
-        """Enter a key into the table on top."""
-        if not isinstance(key, str | int | float | bytes | bool | None):
-            raise RefusedError("a table whose keys are no plain values")
-        top = self.stack[-1]
-        if not isinstance(top, dict):
-            raise RefusedError("entries of something that is no plain table")
-        top[key] = value
 
 
 def _name(machine: Machine, text: str) -> None:
@@ -188,10 +171,11 @@ def _made(function: str, given: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a vie
     storage, offset, shape, stride = given[:4]
     if not isinstance(storage, Storage):
         raise RefusedError("a tensor without a storage")
-    return View(storage, _count(offset), tuple(map(_count, shape)), tuple(map(_count, stride)))
+    return View(storage, count_of(offset), tuple(map(count_of, shape)), tuple(map(count_of, stride)))
 
 
-def _count(value: object) -> int:
+def count_of(value: object) -> int:
+    """A count of elements; refused if it is none."""
     if type(value) is not int or not 0 <= value < 2**60:
         raise RefusedError("a tensor whose place or shape is no count")
     return value
@@ -202,7 +186,7 @@ def _persistent(machine: Machine, _: object) -> None:
     text = cls.text.removeprefix("torch.") if isinstance(cls, Name) else ""
     if kind != "storage" or text not in STORAGES or not isinstance(key, str):
         raise RefusedError("a storage of an unknown kind")
-    storage = Storage(key, *STORAGES[text], _count(count))
+    storage = Storage(key, *STORAGES[text], count_of(count))
     if machine.storages.setdefault(key, storage) != storage:
         raise RefusedError("one storage of two kinds")
     machine.stack.append(storage)
@@ -233,22 +217,16 @@ def _tuple(n: int) -> Callable[[Machine, object], None]:
     return act
 
 
-def _set_items(machine: Machine, _: object) -> None:
-    items = machine.since_mark()
+def _set_items(machine: Machine, items: list[Any], fresh: bool = False) -> None:
+    if fresh:
+        machine.stack.append({})
+    top = machine.stack[-1]
+    if not isinstance(top, dict):
+        raise RefusedError("entries of something that is no plain table")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        machine.pair(key, value)
-
-
-def _set_item(machine: Machine, _: object) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    machine.pair(key, value)
-
-
-def _dict(machine: Machine, _: object) -> None:
-    items = machine.since_mark()
-    machine.stack.append({})
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        machine.pair(key, value)
+        if not isinstance(key, str | int | float | bytes | bool | None):
+            raise RefusedError("a table whose keys are no plain values")
+        top[key] = value
 
 
 def _extend(machine: Machine, items: list[Any]) -> None:
@@ -257,51 +235,38 @@ def _extend(machine: Machine, items: list[Any]) -> None:
     machine.stack[-1].extend(items)
 
 
-def _append(machine: Machine, _: object) -> None:
-    item = machine.stack.pop()
-    _extend(machine, [item])
-
-
 def _put(machine: Machine, at: Any) -> None:  # noqa: ANN401 - an index, or None for the next one
     machine.memo[len(machine.memo) if at is None else int(at)] = machine.stack[-1]
 
 
-PUSHES = {
-    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+PUSHES = re.compile(
+    r"BININT[12]?|INT|LONG[14]?|(BIN)?FLOAT|STRING|(SHORT_)?BINSTRING|(SHORT_)?BINBYTES8?|UNICODE|"
+    r"(SHORT_)?BINUNICODE8?"
+)
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list,  # read as a list: no tensor lies in a set
 }
 ACTS: dict[str, Callable[[Machine, Any], None]] = {
-    "PROTO": lambda _m, _a: None,
-    "FRAME": lambda _m, _a: None,
-    "MARK": lambda m, _: m.stack.append(MARK),
-    "NONE": lambda m, _: m.stack.append(None),
-    "NEWTRUE": lambda m, _: m.stack.append(True),
-    "NEWFALSE": lambda m, _: m.stack.append(False),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda _m, _a: None),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, at: m.stack.append(m.memo[int(at)])),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: _extend(m, m.since_mark())),
+    **{f"TUPLE{n}": _tuple(n) for n in (1, 2, 3)},
     "POP": lambda m, _: m.stack.pop() and None,
     "POP_MARK": lambda m, _: m.since_mark().clear(),
-    "EMPTY_DICT": lambda m, _: m.stack.append({}),
-    "EMPTY_LIST": lambda m, _: m.stack.append([]),
-    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
-    "EMPTY_SET": lambda m, _: m.stack.append([]),  # read as a list: no tensor lies in a set
     "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
     "LIST": lambda m, _: m.stack.append(m.since_mark()),
-    "DICT": _dict,
-    "APPEND": _append,
-    "APPENDS": lambda m, _: _extend(m, m.since_mark()),
-    "ADDITEMS": lambda m, _: _extend(m, m.since_mark()),
-    "SETITEM": _set_item,
-    "SETITEMS": _set_items,
-    "PUT": _put,
-    "BINPUT": _put,
-    "LONG_BINPUT": _put,
-    "MEMOIZE": _put,
-    "GET": lambda m, at: m.stack.append(m.memo[int(at)]),
-    "BINGET": lambda m, at: m.stack.append(m.memo[at]),
-    "LONG_BINGET": lambda m, at: m.stack.append(m.memo[at]),
+    "DICT": lambda m, _: _set_items(m, m.since_mark(), fresh=True),
+    "APPEND": lambda m, _: _extend(m, [m.stack.pop()]),
+    "SETITEM": lambda m, _: _set_items(m, [m.stack.pop(), m.stack.pop()][::-1]),
+    "SETITEMS": lambda m, _: _set_items(m, m.since_mark()),
     "GLOBAL": _name,
     "STACK_GLOBAL": _stack_name,
     "REDUCE": _reduce,
@@ -324,139 +289,3 @@ def tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, V
         for key, inner in value.items():
             if isinstance(key, str):
                 yield from tensors(inner, f"{path}.{key}" if path else key, depth + 1)
-
-
-def content(view: View, raw: bytes) -> bytes:
-    """The bytes of a tensor in row order, cut out of its storage."""
-    shape, width, count = view.shape, view.storage.width, math.prod(view.shape)
-    if len(shape) != len(view.stride):
-        raise RefusedError("a tensor whose shape and stride disagree")
-    last = view.offset + sum((n - 1) * s for n, s in zip(shape, view.stride, strict=True) if n)
-    if count and (last >= len(raw) // width or count > len(raw) // width):
-        raise RefusedError(f"a tensor of shape {shape} that is larger than its storage")
-    expected, step = [], 1
-    for n in reversed(shape):
-        expected.append(step)
-        step *= n
-    rows = all(n == 1 or s == e for n, s, e in zip(shape, view.stride, expected[::-1], strict=True))
-    if rows or not count:
-        return raw[view.offset * width : (view.offset + count) * width]
-    import numpy as np  # only where a tensor is stored in another order
-
-    flat = np.frombuffer(raw, dtype=f"u{width}", offset=view.offset * width)
-    strides = tuple(s * width for s in view.stride)
-    return np.lib.stride_tricks.as_strided(flat, shape, strides).tobytes()
-
-
-def open_archive(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
-    """The pickle of a zip archive, and how the bytes of a storage are had."""
-    archive = zipfile.ZipFile(path)
-    members = {info.filename: info for info in archive.infolist()}
-    if len(members) != len(archive.infolist()) or len(members) > MEMBERS:
-        raise RefusedError("an archive with too many members, or two of one name")
-    if any("/code/" in f"/{name}" or name.endswith("constants.pkl") for name in members):
-        raise RefusedError("a TorchScript or exported program, which carries code; save its state dict")
-    if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-        raise RefusedError("a compressed archive, which torch.save never writes")
-    if sum(info.file_size for info in members.values()) > path.stat().st_size:
-        raise RefusedError("an archive whose members are larger than itself")
-    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("data.pkl")]
-    if len(roots) != 1:
-        raise RefusedError("a zip archive without data.pkl: not written by torch.save")
-    order = f"{roots[0]}byteorder"
-    if order in members and archive.read(order).strip() != b"little":
-        raise RefusedError("written on a big-endian machine")
-    machine = Machine()
-    with archive.open(f"{roots[0]}data.pkl") as file:
-        value = machine.run(file)  # type: ignore[arg-type]
-    return machine, value, lambda storage: archive.read(f"{roots[0]}data/{storage.key}")
-
-
-def open_old(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
-    """The same of a file of PyTorch before 1.6: pickles one after another, then the raw storages."""
-    machine = Machine(old={"the file format of PyTorch before 1.6"})
-    places: dict[str, int] = {}
-    with path.open("rb") as file:
-        if machine.run(file) != MAGIC:
-            raise RefusedError("a bare pickle: not written by torch.save")
-        for _ in ("protocol", "system"):
-            Machine().run(file)
-        value = machine.run(file)
-        keys = Machine().run(file)
-        if not isinstance(keys, list) or set(map(str, keys)) != machine.storages.keys():
-            raise RefusedError("a list of storages that is not that of its tensors")
-        for key in keys:
-            (count,) = struct.unpack("<q", file.read(8))
-            places[key] = file.tell()
-            file.seek(_count(count) * machine.storages[key].width, 1)
-
-    def read(storage: Storage) -> bytes:
-        with path.open("rb") as file:
-            file.seek(places[storage.key])
-            return file.read(storage.count * storage.width)
-
-    return machine, value, read
-
-
-def write(views: dict[str, View], read: Callable[[Storage], bytes], out: BinaryIO) -> None:
-    """Write a safetensors file, one storage in memory at a time."""
-    head: dict[str, Any] = {}
-    end = 0
-    for name, view in views.items():
-        start, end = end, end + math.prod(view.shape) * view.storage.width
-        head[name] = {"dtype": view.storage.dtype, "shape": list(view.shape), "data_offsets": [start, end]}
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(struct.pack("<Q", len(text)) + text)
-    held: tuple[str, bytes] = ("", b"")
-    for view in views.values():
-        if held[0] != view.storage.key:
-            held = (view.storage.key, read(view.storage))
-        out.write(content(view, held[1]))
-
-
-def convert(path: Path, out: Path) -> dict[str, list[str]]:
-    """Write the tensors of `path` to `out`.
-
-    Returns:
-        `names` of the tensors, and `old`: what only files of old programs have.
-    """
-    try:
-        machine, value, read = open_archive(path) if zipfile.is_zipfile(path) else open_old(path)
-        found = list(tensors(value))
-        views = dict(found)
-        if len(views) != len(found):
-            raise RefusedError("two tensors of one name")
-        if not views:
-            raise RefusedError("no tensor below text keys: not a state dict")
-        limit = path.stat().st_size
-        if any(math.prod(v.shape) * v.storage.width > limit for v in views.values()):
-            raise RefusedError("a tensor that is larger than the file")
-        with out.open("wb") as file:
-            write(views, read, file)
-    except (zipfile.BadZipFile, EOFError, KeyError, struct.error, NotImplementedError, RuntimeError) as error:
-        raise RefusedError(f"damaged or cut short ({str(error).splitlines()[0][:NAME]})") from None
-    return {"names": list(views), "old": sorted(machine.old)}
-
-
-def main() -> None:
-    """`pickled.py FILE OUT MEMORY SECONDS`: bytes of memory and seconds of processor; JSON on stdout."""
-    path, out, memory, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * path.stat().st_size + 2**20,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        answer: dict[str, Any] = dict(convert(path, out))
-    except RefusedError as error:
-        answer = {"refused": str(error)}
-    except MemoryError:
-        answer = {"refused": f"needs more than {memory / 2**30:.1f} GiB of memory to read"}
-    except RecursionError:
-        answer = {"refused": "nested too deep"}
-    sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()

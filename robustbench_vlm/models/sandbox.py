@@ -16,7 +16,8 @@ from torch import Tensor
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import checkpoint
 
-PROGRAM = Path(__file__).parent / "pickled.py"
+PROGRAM = "robustbench_vlm.models.archives"
+HOME = Path(__file__).parents[2]  # where the program is imported from, wherever it is run
 MEMORY = 4 * 2**30  # bytes of address space; one storage is held at a time
 SECONDS = 300
 HEADS = {
@@ -77,14 +78,14 @@ def read(path: Path, memory: int = MEMORY, seconds: int = SECONDS) -> Unpickled:
     require_file(path)
     with tempfile.TemporaryDirectory(prefix="vlmrob-") as folder:
         out = Path(folder) / "weights.safetensors"
-        command = [sys.executable, "-I", "-X", "utf8", str(PROGRAM), str(path.resolve()), str(out)]
+        command = [sys.executable, "-P", "-s", "-m", PROGRAM, str(path.resolve()), str(out)]
         try:
             done = subprocess.run(
                 [*command, str(memory), str(seconds)],
                 capture_output=True,
                 check=False,
                 cwd=folder,
-                env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={"PATH": os.defpath, "PYTHONPATH": str(HOME), "OPENBLAS_NUM_THREADS": "1"},
                 timeout=2 * seconds,
             )
         except subprocess.TimeoutExpired:

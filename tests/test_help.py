@@ -4,7 +4,23 @@ import resource
 import subprocess
 import sys
 
-VERBS = ("train", "eval", "leaderboard", "compare", "demo", "list", "show", "doctor", "data")
+VERBS = (
+    *("train", "eval", "leaderboard", "compare", "demo", "convert", "canary"),
+    *("list", "show", "doctor", "data"),
+)
+OLD = (
+    "train",
+    "eval",
+    "leaderboard",
+    "compare",
+    "demo",
+    "convert",
+    "canary",
+    "list",
+    "show",
+    "doctor",
+    "data",
+)
 
 
 def test_help_does_not_import_torch_and_names_every_verb():

@@ -6,6 +6,7 @@ and SECONDS are of the processor. It prints JSON: the names of the tensors, or w
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -13,6 +14,7 @@ import signal
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from robustbench_vlm.models.pickled import Machine, RefusedError, Storage, View,
 
 MEMBERS = 100_000  # files in one archive
 REASON = 200  # characters of a reason that is quoted
+DAMAGE = (zipfile.BadZipFile, EOFError, KeyError, ValueError, OSError, struct.error, RuntimeError, zlib.error)
 MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file written by PyTorch before 1.6
 
 
@@ -132,8 +135,11 @@ def convert(path: Path, out: Path) -> dict[str, list[str]]:
             raise RefusedError("a tensor that is larger than the file")
         with out.open("wb") as file:
             write(views, read, file)
-    except (zipfile.BadZipFile, EOFError, KeyError, struct.error, NotImplementedError, RuntimeError) as error:
-        raise RefusedError(f"damaged or cut short ({str(error).splitlines()[0][:REASON]})") from None
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise  # of the disk that is written to, not of the file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RefusedError(f"damaged or cut short ({reason[:REASON]})") from None
     return {"names": list(views), "old": sorted(machine.old)}
 
 

@@ -20,9 +20,10 @@ IMAGES = 2
 SHOWN = 8  # entries of each embedding that are kept
 DIGITS = 6  # after the point, of the numbers kept
 
-# Of unit embeddings and of norms relative to their size. Machines, thread counts and BLAS libraries differ by
-# 1e-6 to 1e-5 in fp32; the smallest change that the tests make moves an entry by more than 1e-2.
-TOLERANCE = 1e-3
+# Of entries of unit embeddings; of norms and logits relative to their size. Machines, thread counts and
+# libraries differ by about 1e-6 in fp32, and weights jittered by 1e-5 of their size move a part by 1e-4 at
+# most; the smallest change that the tests make, a std 3 % off, moves one by 6e-4 and others by 2e-3.
+TOLERANCE = 3e-4
 
 
 class Canary(BaseModel):

@@ -76,8 +76,8 @@ def tower(state: State) -> Named | None:
 
 def whole(state: State) -> Named | None:
     """Names of a whole model: open_clip and the OpenAI package, whose image towers are called alike."""
-    if not any(name.startswith("visual.") for name in state):
-        return None
+    if len({name.startswith("visual.") for name in state}) != 2:
+        return None  # no image tower, or nothing else: a tower below one prefix
     return _split("whole model", {k: v for k, v in state.items() if k not in SIZES})
 
 

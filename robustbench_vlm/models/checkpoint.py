@@ -53,7 +53,8 @@ class CheckpointCard(BaseModel):
 
     Attributes:
         text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
-        trained_on: datasets seen by this model and all its parents; `None` if unknown.
+        trained_on: datasets seen by this model and all its parents, with `"unknown"` among them if some saw
+            more than is listed; `None` if nothing is known.
         sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
         canary: what it makes of fixed inputs; absent from cards of before there was one.
     """

@@ -71,7 +71,7 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
         return _from_file(name, device, arch)
     if Path(name).is_dir() and foreign.is_transformers(Path(name)):
         made = foreign.from_transformers(Path(name))
-        return _described(name, made, device, text_from=address(name))
+        return _described(name, made, device, text_from=str(Path(name).resolve()))
     if ":" not in name and name not in openclip.architectures():
         raise _unknown(name)
     model = openclip.load(name).eval().to(device)
@@ -107,7 +107,7 @@ def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
     if made.old:
         found = f"an old pickle ({', '.join(made.old)})"
         raise WeightsError(f"model {name}", found, "one of tensors alone", f"make it one: {foreign.CONVERT}")
-    return _described(name, made, device, text_from="" if made.own_text else arch)
+    return _described(name, made, device, text_from="" if made.own_text else address(arch))
 
 
 def _described(name: str, made: foreign.Foreign, device: torch.device | str, text_from: str) -> Loaded:

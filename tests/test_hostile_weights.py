@@ -89,6 +89,7 @@ def evil(marker):
     call = b"cposix\nsystem\n(X" + struct.pack("<I", len(touch)) + touch.encode() + b"tR"
     deep = b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b"."
     nested = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 500 + b"N" + b"s" * 500 + b"."
+    huge = b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b"x."
     bomb = {"w/data/0": bytes(50_000_000)}
     doubled = b"\x80\x02]q\x00" + b"(h\x00h\x00e" * 40 + b"."
     return {
@@ -156,6 +157,8 @@ def evil(marker):
         "a key that is a tuple": (archive(b"\x80\x02}(N\x85Nu."), "keys are no plain values"),
         "a number of a million digits": (archive(b"\x80\x02I" + b"9" * 1_000_000 + b"\n."), "damaged pickle"),
         "text longer than the file": (archive(b"\x80\x02X\xff\xff\xff\x7fx."), "damaged pickle"),
+        "a buffer of exabytes": (archive(huge), "damaged pickle"),
+        "a buffer of exabytes, old format": (huge, "of memory"),
         "no end": (archive(b"\x80\x02}"), "damaged pickle"),
         "an empty stack": (archive(b"\x80\x02."), "damaged pickle"),
         "an unknown opcode": (archive(b"\x80\x02\xfe."), "damaged pickle"),

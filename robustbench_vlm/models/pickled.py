@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 STEPS = 20_000_000  # opcodes of one pickle
 DEPTH = 8  # tables inside tables
 NAME = 200  # characters of a name in an error
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
 
 # name of a storage class in torch -> (dtype in safetensors, bytes of an element)
 STORAGES = {
@@ -114,7 +115,7 @@ class Machine:
                     act(self, argument)
                 else:
                     raise RefusedError(f"pickle opcode {opcode.name}, which no tensor needs")
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
+        except DAMAGE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RefusedError(f"a damaged pickle ({reason[:NAME]})") from None
         raise RefusedError("a pickle without an end")

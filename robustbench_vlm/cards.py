@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from robustbench_vlm.errors import CardError, InputError, nearest
 from robustbench_vlm.recipes import Card as Card
 from robustbench_vlm.recipes import Recipe as Recipe
+from robustbench_vlm.settings import number
+from robustbench_vlm.settings import override as override
 from robustbench_vlm.threat import Norm
 
 
@@ -157,6 +159,31 @@ class Suite(Card):
         return self
 
 
+class ModelCard(Card):
+    """A public checkpoint: where its weights are, and how they are read.
+
+    Attributes:
+        base: model whose architecture, preprocessing and (without one of its own) text tower it has.
+        loader: `open_clip`, by source; `weights`, a file; `transformers`, a folder; `none`, not published.
+        file: name of the weights file.
+        trained_on: datasets seen; with `"unknown"` when parents saw more than is listed.
+    """
+
+    name: str
+    title: str
+    defense: str
+    base: str
+    eps: str = ""
+    norm: Norm = "linf"
+    loader: Literal["open_clip", "weights", "transformers", "none"]
+    source: str
+    file: str = ""
+    sha256: str = ""
+    licence: str
+    trained_on: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
 C = TypeVar("C", bound=Card)
 
 FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
@@ -164,6 +191,7 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
     "attacks": ("attacks", AttackCard),
     "suites": (".", Suite),
     "recipes": ("recipes", Recipe),
+    "models": ("models", ModelCard),
 }
 """Kind of card -> folder below each card home, and the record it is read into."""
 
@@ -223,10 +251,6 @@ def path(kind: str, name: str) -> Path:
     return found
 
 
-def _float(text: str) -> float | str:
-    return text if text.lstrip("+-") in ("inf", "nan") else float(text)  # JSON has no spelling for those
-
-
 def toml(path: Path) -> dict[str, Any]:
     """The table of a TOML file, with `@file` strings replaced by that file's lines.
 
@@ -234,7 +258,7 @@ def toml(path: Path) -> dict[str, Any]:
     list of a thousand names is written once and shared.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_float)
+        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=number)
     except FileNotFoundError:
         raise CardError(str(path), "no such file", "a TOML card") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -278,27 +302,3 @@ def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[st
         inner = [t for t in kinds if isinstance(t, type)]
         record = next((t for t in inner if issubclass(t, BaseModel)), record)
     return list(record.model_fields)
-
-
-def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """The table with `--set a.b=value` applied; values are TOML (`0.1`, `true`, `"text"`), else plain text.
-
-    Raises:
-        CardError: a setting without `=`.
-    """
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
-        try:
-            value = tomllib.loads(f"v = {text}", parse_float=_float)["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *parents, last = key.split(".")
-        inner = table
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise CardError(f"--set {setting}", f"{parent!r} is not a table")
-        inner[last] = value
-    return table

@@ -52,6 +52,7 @@ class Order:
     engine: str = "native"
     mode: str = "fast"
     sight: Sight = PLAIN
+    arch: str = ""  # of the models that are weights files
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def plan(order: Order, device: torch.device) -> Plan:
         cells.require_norm(card, request.norm)
     datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
     refuse(request, datasets)
-    models = tuple(zoo.load(name, device) for name in order.models)
+    models = tuple(zoo.load(name, device, order.arch) for name in order.models)
     return Plan(order, suite, datasets, models, request)
 
 
@@ -205,6 +206,7 @@ def price(plan: Plan) -> list[str]:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if seconds > LONG:
         models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
+        models += f" --arch {plan.order.arch}" if plan.order.arch else ""
         where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}"
         lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines

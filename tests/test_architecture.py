@@ -16,7 +16,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = (
     {"errors"},
     {"threat", "types", "rng"},
-    {"store"},
+    {"store", "settings"},
     {"recipes"},
     {"registry", "cards", "cost", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other

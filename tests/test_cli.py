@@ -451,7 +451,8 @@ def test_list_and_show_agree(vlmrob, kind):
     names = [row["name"] for row in json.loads(out)]
     assert code == 0
     assert names
-    assert vlmrob(f"list {kind}")[1].splitlines()[:2] == [f"# {kind}", "name\twhat it is"]
+    more = "\tdefense\tarchitecture\teps\tsource\tlicence\tweights" if kind == "models" else ""
+    assert vlmrob(f"list {kind}")[1].splitlines()[:2] == [f"# {kind}", "name\twhat it is" + more]
     for name in [name for name in names if name not in ("ARCH:TAG", "DIR")]:
         code, out, _ = vlmrob(f"show {kind.removesuffix('s')} {name}")
         assert code == 0

@@ -14,7 +14,8 @@ N = 32  # images, by default: the reference spends its whole budget on every rob
 
 
 def crosscheck(  # noqa: PLR0913 - one parameter a flag
-    model: Annotated[str, typer.Argument(help="Name, checkpoint folder or ARCH:TAG.")],
+    model: Annotated[str, typer.Argument(help="Name, folder, weights file or ARCH:TAG.")],
+    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset of the suite; default: its first.")] = "",
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     attack: Annotated[str, typer.Option(help="Attack chain.")] = "autoattack",
@@ -49,6 +50,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         eps=eps or chosen.eps[0],
         norm=norm,
         n=n,
+        arch=arch,
     )
     where = place(device)
     plan = session.plan(order, where)

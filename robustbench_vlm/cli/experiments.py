@@ -67,9 +67,10 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, checkpoint folder or ARCH:TAG; repeatable; default: the newest under runs/."
+            help="Name, folder, weights file or ARCH:TAG; repeatable; default: the newest under runs/."
         ),
     ] = None,
+    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
     ] = None,
@@ -129,6 +130,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         engine=engine,
         mode=mode,
         sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        arch=arch,
     )
     plan = session.plan(order, place(device))
     if dry_run:  # writes nothing, so what would be rendered counts as there

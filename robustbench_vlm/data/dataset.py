@@ -20,7 +20,7 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards import DatasetCard
-from robustbench_vlm.data import pixels, shards
+from robustbench_vlm.data import manifest, pixels, shards
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.store import fingerprint
 
@@ -179,13 +179,15 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         raise DataError(f"dataset {card.name}", f"no folder {folder}", do=how_to_get(card, root))
     place = folder / split
     if split in ("", ".", "..") or "/" in split or not place.is_dir():
-        have = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+        inside = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+        have = ", ".join(sorted(inside)) or "none"
         raise DataError(
             f"dataset {card.name}", f"no split {split!r}", f"one of: {have}", how_to_get(card, root)
         )
     sharded = shards.is_sharded(place)
-    notes = _check_texts(card, folder, required=sharded)
+    notes = check_texts(card, folder, required=sharded)
     if sharded:
+        _as_recorded(folder, place)
         index = shards.index_shards(place, card.n_classes)
     else:
         index, by_name = shards.index_folders(place, card.names)
@@ -247,8 +249,12 @@ def threads() -> int:
     return min(8, usable)
 
 
-def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
-    """Notes on the folder's text files, once its class names are the card's."""
+def check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
+    """Notes on the folder's text files, once its class names are the card's.
+
+    Raises:
+        DataError: other class names, another kind of dataset, or no text.
+    """
     kind = _lines(folder / "dataset_type.txt")
     if kind and kind[0] not in ("", "classification"):
         raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
@@ -265,6 +271,16 @@ def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str
     if [line for line in templates if line] != list(card.templates):
         notes.append("the folder's templates differ from the card's; the card's are used")
     return notes
+
+
+def _as_recorded(folder: Path, place: Path) -> None:
+    """Refuse a shard that is not as long as the manifest says, where there is one; hashes are `check`'s."""
+    known = manifest.read(folder)
+    for path in sorted(place.glob("*.tar")) if known else ():
+        size, _ = known.files.get(path.relative_to(folder).as_posix(), (-1, "")) if known else (-1, "")
+        if size >= 0 and path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes"
+            raise DataError(str(path), found, f"{size} by {manifest.FILE}", "see vlmrob data check")
 
 
 def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:

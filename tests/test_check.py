@@ -69,7 +69,7 @@ def test_all_problems_are_told_at_once(tmp_path):
     for part in (
         "line 2: 'lime'; expected 'green'",
         "2.tar missing",
-        "0.tar: truncated",
+        "0.tar: no whole tar archive (unexpected end of data)",
         "label 7 is outside the class list",
         "0 images, where the card says 24",
     ):

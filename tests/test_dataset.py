@@ -204,7 +204,7 @@ def test_missing_datasets_say_how_to_get_them(tmp_path):
     tiny = card(name="tiny-seen", folder="wds_tiny-seen")
     lines = missing([card(), hub, tiny], tmp_path, "test")
     assert len(lines) == 2
-    assert "hf download clip-benchmark/wds_cars --repo-type dataset --revision abc --local-dir" in lines[0]
+    assert f"vlmrob data fetch cars --root {tmp_path}" in lines[0]
     assert lines[0].startswith("cars: no ")
     assert "vlmrob data make tiny" in lines[1]
     with pytest.raises(

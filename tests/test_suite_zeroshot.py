@@ -104,6 +104,6 @@ def test_with_one_dataset_missing_nothing_is_evaluated(tmp_path, monkeypatch, ca
     assert said.out == ""
     assert "1 of 15 datasets are missing" in said.err
     assert "food101" in said.err
-    assert "hf download clip-benchmark/wds_food101 --repo-type dataset" in said.err
+    assert f"vlmrob data fetch food101 --root {root}" in said.err
     assert "--skip-missing" in said.err
     assert not Path("results").exists()

@@ -53,6 +53,7 @@ app.command()(experiments.demo)
 app.command("list")(catalogue.list_)
 app.command()(catalogue.show)
 app.command()(catalogue.doctor)
+data_app.command()(data.fetch)
 data_app.command()(data.check)
 data_app.command()(data.make)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robustbench_vlm import cards, console
 from robustbench_vlm.cli.options import AsJson
-from robustbench_vlm.errors import CardError, nearest
+from robustbench_vlm.errors import CardError, DataError, nearest
+
+if TYPE_CHECKING:
+    from robustbench_vlm.data.check import Checked
 
 BROKEN = 1
 
@@ -37,6 +40,65 @@ def chosen(name: str) -> tuple[list[cards.DatasetCard], str]:
     raise CardError(f"suite or dataset {name!r}", "no such card", do=nearest(name, names))
 
 
+def fetch(
+    name: Annotated[str, typer.Argument(help="Suite or dataset.")],
+    root: Root = Path("data"),
+    mirror: Annotated[
+        str, typer.Option(help="Address of a hub mirror; default: HF_ENDPOINT, or the hub.")
+    ] = "",
+    offline: Annotated[bool, typer.Option("--offline", help="Use no network: say what is lacking.")] = False,
+    split: Annotated[str, typer.Option(help="Name of the split; default: the suite's.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print licences and sizes, and stop.")] = False,
+) -> None:
+    """Fetch datasets from the hub at pinned commits, told before and verified after; goes on where it was."""
+    from robustbench_vlm.data import check as checking
+    from robustbench_vlm.data import dataset, hub
+    from robustbench_vlm.data import fetch as room
+
+    wanted, usual = chosen(name)
+    split = split or usual
+    lacking = dataset.missing(wanted, root, split)
+    if offline and lacking:
+        do = "fetch them without --offline\n  " + "\n  ".join(lacking)
+        raise DataError(f"--offline, {name}", f"{len(lacking)} datasets are not below {root}", do=do)
+    parcels, by_hand = [], []
+    if not offline:
+        where = hub.site(mirror)
+        for card in wanted:
+            if not card.source.hub:
+                by_hand += dataset.missing([card], root, split)
+            elif not _fetched(card, root, split):
+                parcels.append(room.plan(card, root, split, where))
+        console.show("to fetch", [*room.COLUMNS], [parcel.texts for parcel in parcels])
+        for parcel in parcels:
+            if not parcel.pinned:
+                console.remark(f"note: {parcel.card.name}: the card pins no commit; this one is the newest")
+        room.require_space(parcels, root)
+        if dry_run:
+            return
+        with console.meter() as meter:
+            for parcel in parcels:
+                room.fetch(parcel, root, where, meter)
+    with console.meter() as meter:
+        there = [card for card in wanted if not dataset.missing([card], root, split)]
+        results = [checking.check(card, root, split, meter) for card in there]
+    broken = _told(results, root, as_json=False)
+    for line in by_hand:
+        console.remark(f"problem: not on the hub: {line}")
+    if broken or by_hand:
+        raise typer.Exit(BROKEN)
+
+
+def _fetched(card: cards.DatasetCard, root: Path, split: str) -> bool:
+    """Whether a fetch of that very commit has been finished there; its files are checked anyway."""
+    from robustbench_vlm.data import fetch as room
+    from robustbench_vlm.data import manifest
+
+    known = manifest.read(root / card.folder)
+    wanted = card.source.revision or (known.revision if known else "")
+    return bool(known and known.revision == wanted and room.present(card, root, split))
+
+
 def check(
     name: Annotated[
         str, typer.Argument(help="Suite or dataset; default: every dataset below the root.")
@@ -47,8 +109,6 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Hold datasets to their cards and manifests: shards, labels, names, counts, hashes; exit 1 if broken."""
-    from dataclasses import asdict
-
     from robustbench_vlm.data import check as room
 
     wanted, usual = chosen(name) if name else (_present(root), "test")
@@ -58,6 +118,16 @@ def check(
             splits = [split] if split else [usual] if name else _splits(card, root)
             for one in splits:
                 found.append(room.check(card, root, one, meter, decode=decode))
+    if _told(found, root, as_json=as_json):
+        raise typer.Exit(BROKEN)
+
+
+def _told(found: list[Checked], root: Path, *, as_json: bool) -> bool:
+    """Print what checks found; whether anything is broken."""
+    from dataclasses import asdict
+
+    from robustbench_vlm.data.check import COLUMNS
+
     for result in found:
         for note in result.notes:
             console.remark(f"note: {result.dataset}: {note}")
@@ -66,9 +136,8 @@ def check(
     if as_json:
         console.result_json([asdict(result) for result in found])
     else:
-        console.show(f"datasets below {root}", [*room.COLUMNS], [result.texts for result in found])
-    if any(result.problems for result in found):
-        raise typer.Exit(BROKEN)
+        console.show(f"datasets below {root}", [*COLUMNS], [result.texts for result in found])
+    return any(result.problems for result in found)
 
 
 def _present(root: Path) -> list[cards.DatasetCard]:

@@ -215,13 +215,10 @@ def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
 def how_to_get(card: DatasetCard, root: Path) -> str:
     """The command to type, or the address to go to, for a dataset that is not there."""
     if card.source.hub:
-        revision = f" --revision {card.source.revision}" if card.source.revision else ""
-        target = root / card.folder
-        return (
-            f"get it with: hf download {card.source.hub} --repo-type dataset{revision} --local-dir {target}"
-        )
+        return f"get it with: vlmrob data fetch {card.name} --root {root}"
     if card.source.url:
-        return f"get it from {card.source.url} and lay it out as {root / card.folder}/<split>/<class>/<image>"
+        export = f"vlmrob data export FOLDER --to {root} --name {card.name}"
+        return f"get it from {card.source.url}, then type: {export}"
     if card.name.startswith("tiny"):
         return "make it with: vlmrob data make tiny"
     return f"put it at {root / card.folder}"

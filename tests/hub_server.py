@@ -78,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         rows += [self.server.hub.entry(path) for path in sorted(self.server.hub.files)]
         more = {}
         if begin + self.server.hub.page < len(rows):
-            url = f"{self.server.hub.url}{self.path.partition('&cursor')[0]}&cursor={begin + self.server.hub.page}"
-            more = {"Link": f'<{url}>; rel="next"'}
+            here = self.server.hub.url + self.path.partition("&cursor")[0]
+            more = {"Link": f'<{here}&cursor={begin + self.server.hub.page}>; rel="next"'}
         body = json.dumps(rows[begin : begin + self.server.hub.page]).encode()
         return self.reply(body, kind="application/json", more=more)
 

@@ -55,6 +55,7 @@ app.command()(catalogue.show)
 app.command()(catalogue.doctor)
 data_app.command()(data.fetch)
 data_app.command()(data.check)
+data_app.command()(data.export)
 data_app.command()(data.make)
 
 

@@ -151,6 +151,54 @@ def _splits(card: cards.DatasetCard, root: Path) -> list[str]:
     return [split for split in card.size if (root / card.folder / split).is_dir()] or ["test"]
 
 
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Folder of class folders, a .jsonl of img and label, or torchvision:Class.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Data root to write to.")] = Path("data"),
+    name: Annotated[str, typer.Option(help="Name of the dataset; a known one keeps its class names.")] = "",
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "test",
+    names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
+    source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Argument of the torchvision class, e.g. split=test.")
+    ] = None,
+) -> None:
+    """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
+    import re
+
+    from robustbench_vlm.data import export as room
+
+    name = name or Path(source.rpartition(":")[2]).stem.lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
+        raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
+    if source.startswith("torchvision:"):
+        arguments = cards.override({}, settings or [])
+        found = room.from_torchvision(source.partition(":")[2], source_root, arguments)
+    elif source.endswith(".jsonl"):
+        found = room.from_records(Path(source))
+    else:
+        found = room.from_folders(Path(source))
+    known = cards.read("datasets", name, cards.DatasetCard) if name in cards.names("datasets") else None
+    classes = found.names
+    if names is not None:
+        classes = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    elif known and known.names:
+        classes = known.names
+    if not classes or (found.names and len(found.names) != len(classes)):
+        raise DataError(source, f"{len(found.names)} classes", f"{len(classes)} class names", "see --names")
+    templates = known.templates if known else room.TEMPLATES
+    with console.meter() as meter:
+        folder = room.export(found, to, name, split, classes, templates, meter)
+    if found.ignored:
+        console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
+    console.result(str(folder))
+    include = ""
+    if known is None:
+        include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
+    console.remark(f"next: vlmrob{include} data check {name} --root {to}")
+
+
 def make(
     suite: Annotated[str, typer.Argument(help="tiny, or a suite to make a generated miniature of.")],
     root: Root = Path("data"),

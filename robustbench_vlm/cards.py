@@ -9,28 +9,22 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustbench_vlm.errors import CardError, InputError, nearest
-from robustbench_vlm.store import fingerprint
-from robustbench_vlm.threat import Norm, Threat, parse_eps
+from robustbench_vlm.recipes import Card as Card
+from robustbench_vlm.recipes import Recipe as Recipe
+from robustbench_vlm.threat import Norm
 
 
 def home() -> Path:
     """The folder of the project's own cards: inside the wheel, or the checkout's `suites/`."""
     packaged = Path(__file__).parent / "_suites"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "suites"
-
-
-class Card(BaseModel):
-    """Base of every record read from TOML: frozen, and no key goes unread."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Source(Card):
@@ -153,7 +147,7 @@ class Suite(Card):
     n: int = Field(default=1000, ge=0)
     sample: Literal["hash", "stratified"] = "hash"
     seed: int = 0
-    means: dict[str, tuple[str, ...]] = {}
+    means: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _means(self) -> Suite:
@@ -162,94 +156,6 @@ class Suite(Card):
             if name == "unseen" or foreign or not members:
                 raise ValueError(f"means.{name} must be another name than unseen, over datasets of the suite")
         return self
-
-
-class DataChoice(Card):
-    """The training images of a recipe, and the one sentence that turns class names into text."""
-
-    dataset: str
-    split: str = "train"
-    template: str = "This is a photo of a {c}"
-    n: int = Field(default=0, ge=0)
-
-
-class Inner(Card):
-    """The inner maximisation: projected gradient ascent."""
-
-    norm: Norm = "linf"
-    eps: Annotated[str, BeforeValidator(str)]
-    steps: int = Field(ge=1)
-    step_size: Annotated[str, BeforeValidator(str)]
-
-    @property
-    def threat(self) -> Threat:
-        """The ball of the inner maximisation."""
-        return Threat(self.norm, parse_eps(self.eps, self.norm))
-
-    @property
-    def step(self) -> Fraction:
-        """Step size in [0, 1] pixel units."""
-        return parse_eps(self.step_size, self.norm)
-
-
-class Optim(Card):
-    """AdamW with linear warm-up and a half cosine to zero; pure functions of the step."""
-
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    steps: int = Field(ge=1)
-    warmup: int = Field(default=0, ge=0)
-    batch_size: int = Field(ge=1)
-    grad_clip: float = Field(default=0.0, ge=0)
-
-
-class Lora(Card):
-    """Low-rank adapters on the student's image tower, through peft; merged when saved."""
-
-    r: int = Field(default=16, ge=1)
-    alpha: int = Field(default=16, ge=1)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    targets: tuple[str, ...] = ("attn",)
-
-
-class Probe(Card):
-    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split."""
-
-    every: int = Field(ge=1)
-    n: int = Field(default=256, ge=1)
-    split: str = "test"
-    steps: int = Field(default=10, ge=1)
-
-
-class Recipe(Card):
-    """One training run worth repeating.
-
-    Attributes:
-        student: model id or checkpoint folder that training starts from.
-        teachers: model id or checkpoint folder of each role that the defense names.
-        defense: plug-in name and its fields.
-        inner: the attack; must be absent for a defense without one.
-        checkpoint_every: steps between checkpoints (0: only at the end).
-    """
-
-    name: str
-    title: str
-    student: str
-    teachers: dict[str, str] = {}
-    defense: dict[str, Any]
-    data: DataChoice
-    inner: Inner | None = None
-    optim: Optim
-    lora: Lora | None = None
-    probe: Probe | None = None
-    seed: int = 0
-    checkpoint_every: int = Field(default=0, ge=0)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the resolved recipe."""
-        return fingerprint(self.model_dump(mode="json"))
 
 
 C = TypeVar("C", bound=Card)

@@ -19,20 +19,20 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustbench_vlm import cards, registry, rng, store
+from robustbench_vlm import rng, store
 from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.attacks.geometry import uniform_start
 from robustbench_vlm.attacks.noise import Keyed
-from robustbench_vlm.cards import DatasetCard, Optim, Recipe
 from robustbench_vlm.data import loader
-from robustbench_vlm.data.dataset import Split, open_split
 from robustbench_vlm.defenses.losses import ce
-from robustbench_vlm.errors import AttackError, CardError, InputError, TrainingError
-from robustbench_vlm.models import checkpoint, lora, zoo
-from robustbench_vlm.models.clip import Clip, held
-from robustbench_vlm.models.lora import Adapters
-from robustbench_vlm.models.zeroshot import render, text_bank
-from robustbench_vlm.types import Batch, Defense, Roles, Step, Terms
+from robustbench_vlm.errors import AttackError, InputError, TrainingError
+from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.models.clip import held
+from robustbench_vlm.prepare import Setup, prepare
+from robustbench_vlm.recipes import Inner, Optim, Recipe
+from robustbench_vlm.types import Batch, Roles, Step, Terms
+
+GAUSSIAN = 0.001  # deviation of the `gaussian` start, in pixel units
 
 Line = Mapping[str, Any]
 Report = Callable[[Line], None]
@@ -51,89 +51,12 @@ def lr(step: int, optim: Optim) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Everything a run needs, loaded and checked before the first step.
-
-    Attributes:
-        student: what is trained, with where it came from.
-        teachers: frozen models by role.
-        adapters: LoRA inside the student, or `None` when the whole tower is trained.
-    """
-
-    recipe: Recipe
-    defense: Defense
-    roles: Roles
-    student: zoo.Loaded
-    teachers: Mapping[str, zoo.Loaded]
-    adapters: Adapters | None
-    card: DatasetCard
-    split: Split
-    probe: Batch | None
-    device: torch.device
-
-    @property
-    def model(self) -> Clip:
-        """The student's encoder."""
-        return self.student.model
-
-
-def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
-    """Load and check the models, text banks and data that `recipe` names.
-
-    Raises:
-        CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
-        WeightsError, DataError: a model or dataset that cannot be used.
-    """
-    where = f"recipe {recipe.name}"
-    fields = {key: value for key, value in recipe.defense.items() if key != "name"}
-    name = recipe.defense.get("name")
-    if not isinstance(name, str):
-        raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
-    defense: Defense = registry.build("defenses", name, fields, where)
-    if set(recipe.teachers) != set(defense.teachers):
-        found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
-        raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")
-    if defense.adversarial != (recipe.inner is not None):
-        found = "no [inner] table" if defense.adversarial else "an [inner] table that would go unread"
-        raise CardError(where, found, f"{'one' if defense.adversarial else 'none'}, for {name}")
-    student = zoo.load(recipe.student, device)
-    teachers = {role: zoo.load(model, device) for role, model in recipe.teachers.items()}
-    for teacher in teachers.values():
-        teacher.model.requires_grad_(False)
-    dataset = cards.read("datasets", recipe.data.dataset, DatasetCard)
-    split = open_split(dataset, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
-    text: dict[str, Tensor] = {}
-    if defense.needs_text or recipe.probe:
-        sentences = render(dataset.names, [recipe.data.template])
-        text["student"] = text_bank(student.model, sentences)
-        text |= {role: text_bank(teacher.model, sentences) for role, teacher in teachers.items()}
-    adapters = None
-    if recipe.lora is not None:
-        chosen = recipe.lora
-        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
-    else:
-        student.model.visual.requires_grad_(True)
-    roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
-    probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
-    return Setup(recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device)
-
-
-def _probe_batch(recipe: Recipe, card: DatasetCard, root: Path, model: Clip) -> Batch:
-    """A fixed hashed subset that holds every class equally, as far as the split does."""
-    assert recipe.probe is not None
-    split = open_split(card, root, recipe.probe.split)
-    subset = split.subset(recipe.probe.n, recipe.seed, stratified=True)
-    images = subset.images(model.image_size)
-    return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys)
-
-
 @dataclass
 class State:
     """What changes from step to step, and nothing else."""
 
     step: int
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     carry: Mapping[str, Tensor]
 
 
@@ -192,35 +115,20 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     recipe, model, defense = setup.recipe, setup.model, setup.defense
     with held(model):
         with torch.no_grad():
-            targets = defense.targets(setup.roles, batch)
-        adv = batch.images
-        if recipe.inner is not None:
-            threat = recipe.inner.threat
-            names = [f"{recipe.seed}/train/{state.step}/{key}" for key in batch.keys]
-            start = uniform_start(batch.images, threat, Keyed(tuple(names)))
-            objective = defense.inner(setup.roles, batch, targets)
-            step_size = float(recipe.inner.step)
-            try:
-                adv = ascend(
-                    objective,
-                    batch.images,
-                    threat,
-                    steps=recipe.inner.steps,
-                    step_size=step_size,
-                    start=start,
-                )
-            except AttackError as error:
-                raise TrainingError(f"step {state.step}: {error}; first image {batch.keys[0]}") from error
+            roles = setup.roles_now()
+            targets = defense.targets(roles, batch)
+        adv = batch.images if recipe.inner is None else _attack(setup, roles, state.step, batch, targets)
     model.visual.train()
     with _keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
-        terms = defense.outer(setup.roles, Step(batch, adv, targets, state.carry))
+        step = Step(batch, adv, targets, state.carry, state.step / recipe.optim.steps)
+        terms = defense.outer(setup.roles_now(), step)
     _require_finite(terms, state.step, batch)
     rate = lr(state.step, recipe.optim)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.optimiser.zero_grad(set_to_none=True)
     terms.total.backward()  # type: ignore[no-untyped-call]
-    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    parameters = list(setup.parameters().values())
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip or math.inf)
     if not torch.isfinite(norm):
         raise TrainingError(f"step {state.step}: the gradient is not finite; first image {batch.keys[0]}")
@@ -232,6 +140,35 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     return {"lr": rate, "loss": loss, **parts, "grad_norm": round(float(norm), 6)}
 
 
+def _attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
+    """The adversarial images of one step; the student is in the mode that the recipe states."""
+    recipe, inner = setup.recipe, setup.recipe.inner
+    assert inner is not None
+    start = _start(inner, batch.images, [f"{recipe.seed}/train/{step}/{key}" for key in batch.keys])
+    objective = setup.defense.inner(roles, batch, targets)
+    setup.model.visual.train(inner.mode == "train")
+    try:
+        with _keyed_dropout(f"{recipe.seed}/attack/{step}", batch.images.device):
+            return ascend(
+                objective,
+                batch.images,
+                inner.threat,
+                steps=inner.steps,
+                step_size=float(inner.step),
+                start=start,
+            )
+    except AttackError as error:
+        raise TrainingError(f"step {step}: {error}; first image {batch.keys[0]}") from error
+
+
+def _start(inner: Inner, images: Tensor, names: list[str]) -> Tensor:
+    """The first iterate of every image, (B, 3, H, W); noise of its own name."""
+    noise = Keyed(tuple(names))
+    if inner.start == "gaussian":
+        return images + GAUSSIAN * noise.normal(tuple(images.shape[1:])).to(images.device)
+    return uniform_start(images, inner.threat, noise, box=inner.start == "uniform")
+
+
 def probe(setup: Setup) -> dict[str, float]:
     """Accuracy on the probe images, clean and under PGD with the recipe's own ball, as fractions.
 
@@ -239,9 +176,10 @@ def probe(setup: Setup) -> dict[str, float]:
     """
     assert setup.probe is not None
     assert setup.recipe.probe is not None
-    batch, roles = setup.probe, setup.roles
+    batch = setup.probe
     with held(setup.model):
-        adv = batch.images
+        with torch.no_grad():
+            adv, roles = batch.images, setup.roles_now()
         inner = setup.recipe.inner
         if inner is not None:
             names = [f"{setup.recipe.seed}/probe/{key}" for key in batch.keys]
@@ -292,14 +230,16 @@ def _refuse_foreign(out: Path, recipe: Recipe) -> None:
         raise InputError(f"--out {out}", "holds a checkpoint that this recipe did not make", do=do)
 
 
-def _parameters(setup: Setup) -> list[Tensor]:
-    return [p for p in setup.model.visual.parameters() if p.requires_grad]
+def _optimiser(setup: Setup) -> torch.optim.Optimizer:
+    optim, parameters = setup.recipe.optim, list(setup.parameters().values())
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
 
 
 def _begin(setup: Setup, out: Path) -> State:
     """The state to start from: the newest checkpoint of `out`, or step 0."""
-    optim = setup.recipe.optim
-    optimiser = torch.optim.AdamW(_parameters(setup), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimiser = _optimiser(setup)
     found = sorted((out / "checkpoints").glob("step_*.safetensors"))
     log = out / "log.jsonl"
     if not found:
@@ -312,11 +252,13 @@ def _begin(setup: Setup, out: Path) -> State:
         raise InputError(str(found[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
     student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
     checkpoint.fill(setup.model.visual, student, str(found[-1]))
-    for index, parameter in enumerate(_parameters(setup)):
-        prefix = f"adamw.{index}."  # none for a parameter that never got a gradient
+    for index, (name, parameter) in enumerate(setup.parameters().items()):
+        if name in tensors:  # prompts outside the student's image tower
+            parameter.data.copy_(tensors[name])
+        prefix = f"optim.{index}."  # none for a parameter that never got a gradient
         saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if saved:
-            optimiser.state[parameter] = saved | {"step": saved["step"].cpu()}
+            optimiser.state[parameter] = {k: v.cpu() if k == "step" else v for k, v in saved.items()}
     carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
     step = int(facts["step"])
     lines = [line for line in store.records(log) if line["step"] <= step]
@@ -328,9 +270,10 @@ def _keep(out: Path, setup: Setup, state: State) -> None:
     """Write one checkpoint file, whole or not at all."""
     tensors = {f"student.{name}": value for name, value in setup.model.visual.state_dict().items()}
     tensors |= {f"carry.{name}": value for name, value in state.carry.items()}
-    for index, parameter in enumerate(_parameters(setup)):
+    for index, (name, parameter) in enumerate(setup.parameters().items()):
+        tensors |= {name: parameter} if name not in tensors else {}
         moments = state.optimiser.state.get(parameter, {})
-        tensors |= {f"adamw.{index}.{name}": value for name, value in moments.items()}
+        tensors |= {f"optim.{index}.{k}": v for k, v in moments.items() if v is not None}
     facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
     content = save(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=facts

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from robustbench_vlm.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,14 @@ class Encoder(Protocol):
         """(B, 3, H, W) in [0, 1] -> (B, D) embeddings as the tower gives them, not unit length."""
         ...
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 1 + N, D): the embedding, then the N patches in the same space.
+
+        Raises:
+            InputError: a tower without patch tokens.
+        """
+        ...
+
     def text(self, sentences: Sequence[str]) -> Tensor:
         """N sentences -> (N, D) float32, unit length, without gradient."""
         ...
@@ -68,6 +78,12 @@ class Roles:
     student: Encoder
     teachers: Mapping[str, Encoder]
     text: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        counts = {role: len(bank) for role, bank in self.text.items()}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{role} {count}" for role, count in sorted(counts.items()))
+            raise InputError("text banks", f"different numbers of classes: {found}", "one class list for all")
 
     def encoder(self, role: str) -> Encoder:
         """The student, or the teacher of that role."""
@@ -94,12 +110,14 @@ class Step:
         adv: (B, 3, H, W) in [0, 1], the adversarial images of the inner maximisation (detached).
         targets: what `Defense.targets` returned for this batch.
         carry: running state that the defense returned in its last `Terms` (empty at the first step).
+        progress: share of the run's steps that are done, in [0, 1): what "from epoch 60 of 200" becomes.
     """
 
     batch: Batch
     adv: Tensor
     targets: Mapping[str, Tensor]
     carry: Mapping[str, Tensor]
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,8 +135,29 @@ class Terms:
     carry: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Image-tower passes of one training step; the student's own in the attack go without saying.
+
+    Attributes:
+        student: student forwards with gradient in the outer loss, each followed by one full backward.
+        teachers: forwards of each teacher outside the attack.
+        attacked: teachers that every attack step runs and differentiates, too.
+        learners: teachers whose outer forward is followed by a full backward.
+    """
+
+    student: int
+    teachers: Mapping[str, int] = field(default_factory=dict)
+    attacked: tuple[str, ...] = ()
+    learners: tuple[str, ...] = ()
+
+
 class Defense(Protocol):
-    """A way to train: a frozen dataclass whose fields are its hyper-parameters."""
+    """A way to train: a frozen dataclass whose fields are its hyper-parameters.
+
+    Three members are optional: `require` (see `Choosy`), `passes` (see `Priced`), and a class variable
+    `learners`, a tuple of roles whose prompts are trained along with the student's (`[prompts]` of a recipe).
+    """
 
     teachers: ClassVar[tuple[str, ...]]
     """Roles that a recipe must fill, each of which changes the loss."""
@@ -139,6 +178,28 @@ class Defense(Protocol):
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """What the student minimises."""
+        ...
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A defense that cannot use every model."""
+
+    def require(self, roles: Roles) -> None:
+        """Asked once, before the first step and before any file is written.
+
+        Raises:
+            InputError: a model that the losses cannot be computed with.
+        """
+        ...
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A defense that says what a step of it costs; a test counts the passes."""
+
+    def passes(self) -> Passes:
+        """Passes of one step with these hyper-parameters."""
         ...
 
 

@@ -174,6 +174,71 @@ def test_paper_by_default_over_three_steps_with_its_running_statistics():
     assert fresh != pytest.approx(seen[-1], rel=1e-6)  # the carry matters
 
 
+def t2i_by_hand(here, role, images, q_images):
+    """Mean over the classes present of KL(teacher || student), softmaxes over the images of the batch."""
+    columns = []
+    for name, x in ((role, images), ("student", q_images)):
+        encoder = here.roles.encoder(name)
+        scores = 100 * cosines_by_hand(encoder, here.roles.text[name], x)
+        columns.append(softmax(scores.T[sorted(set(here.batch.labels.tolist()))]))
+    return kl_by_hand(*columns).sum(1).mean()
+
+
+def test_full_over_three_steps_weighs_the_direction_that_has_learned_less():
+    carry, first, mean, betas = {}, None, None, []
+    defense = MmtArd("full", consistency=0.5, momentum=0.9)
+    for step in range(3):
+        here = scene(10)
+        here.batch, here.adv = scene(20 + step).batch, scene(20 + step).adv
+        terms = here.loss(defense, carry)
+        w = np.array([terms.parts["gate"].item()])  # of the gate itself speaks the test of `paper` above
+        images = here.batch.images
+        back = w * t2i_by_hand(here, "robust", here.adv, here.adv)
+        back = (back + (1 - w) * t2i_by_hand(here, "clean", images, images)).item()
+        paper = here.loss(MmtArd("paper", momentum=0.9), {k: carry[k] for k in ("robust", "clean") if carry})
+        now = np.array([paper.total.item(), back])
+        first = now if first is None else first
+        mean = now if mean is None else 0.9 * mean + 0.1 * now
+        left = mean / first
+        beta = 1 / (1 + math.exp(-5 * (left[0] - left[1])))
+        betas.append(beta)
+        student = here.roles.student
+        p, q = (
+            softmax(student.logit_scale * cosines_by_hand(student, here.roles.text["student"], x))
+            for x in (images, here.adv)
+        )
+        itself = kl_by_hand(p, q).sum(1).mean()
+        expected = 2 * (beta * now[0] + (1 - beta) * now[1]) + 0.5 * itself
+        assert terms.total.item() == pytest.approx(expected, rel=1e-9)
+        assert terms.parts["modality"].item() == pytest.approx(beta, rel=1e-9)
+        carry = terms.carry
+        assert set(carry) == {"robust", "clean", "i2t", "t2i"}
+    assert betas[0] == 0.5
+    assert betas[1] != 0.5
+
+
+def test_full_without_its_gates_is_half_and_half():
+    here = scene(30)
+    terms = here.loss(MmtArd("full", kappa=0, kappa_modality=0))
+    assert terms.parts["modality"].item() == 0.5
+    assert terms.parts["gate"].item() == pytest.approx(10 / 11)
+    total = terms.parts["i2t"] + terms.parts["t2i"]
+    assert terms.total.item() == pytest.approx(total.item(), rel=1e-12)
+    assert terms.parts["i2t"].item() == pytest.approx(here.loss(MmtArd("static")).total.item(), rel=1e-12)
+
+
+def test_the_consistency_of_full_has_no_gradient_at_the_clean_prediction():
+    here = scene(31)
+    images = here.batch.images.clone().requires_grad_()
+    batch = Batch(images, here.batch.labels, here.batch.keys)
+    found = []
+    for weight in (0.0, 3.0):
+        targets = {k: v.detach() for k, v in MmtArd("full").targets(here.roles, batch).items()}
+        terms = MmtArd("full", consistency=weight).outer(here.roles, Step(batch, here.adv, targets, {}))
+        found.append(torch.autograd.grad(terms.total, images)[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("focus", ["hard", "confident", "none"])
 @given(
     data=st.lists(st.tuples(*[st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1)]), min_size=1, max_size=9)

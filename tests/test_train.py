@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from worlds import INNER, twin
 
 from robustbench_vlm import cards, cli, store, train
-from robustbench_vlm.cards import Optim
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.recipes import Optim
 from robustbench_vlm.types import Terms
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from robustbench_vlm.defenses.losses import ce
 from robustbench_vlm.errors import TrainingError
-from robustbench_vlm.types import Terms
+from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,10 @@ class Clean:
     teachers: ClassVar[tuple[str, ...]] = ()
     needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = False
+
+    def passes(self) -> Passes:
+        """The student on x."""
+        return Passes(1)
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """Nothing: there is no teacher."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from robustbench_vlm.defenses.losses import l2
-from robustbench_vlm.types import Terms
+from robustbench_vlm.defenses.losses import l2, require_one_space
+from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,14 @@ class Fare:
     teachers: ClassVar[tuple[str, ...]] = ("anchor",)
     needs_text: ClassVar[bool] = False
     adversarial: ClassVar[bool] = True
+
+    def require(self, roles: Roles) -> None:
+        """Both towers embed into the same space."""
+        require_one_space(roles, "anchor")
+
+    def passes(self) -> Passes:
+        """The student on x', the original on x."""
+        return Passes(1, {"anchor": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """Where the frozen original puts the clean images: {"anchor": (B, D)}."""

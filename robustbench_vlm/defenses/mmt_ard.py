@@ -9,6 +9,9 @@ Source   Li, Dong, Yang, Wen, Koniusz, Huang, Tian, Ong 2025, arXiv:2511.17448. 
                      50 c_R KL_adv + 5 c_K KL_cln = h (w KL_adv + (1 - w) KL_cln) with
                      w = sigmoid(ln 10 + ln c_R - ln c_K), h = 50 c_R + 5 c_K,
                      so the released weights already are such a gate.
+         `full`      `paper` in both directions, image to text and text to image, with a second gate between
+                     them ("sigmoid-based weighting across modalities") and an optional consistency term.
+                     All of it is our derivation; no source has its equations.
          `static`    the fixed 10:1 mix that the released weights hover around.
 Threat   any norm that `attacks.geometry` knows.
 Departs  the released code runs a third teacher that never enters its loss; it is left out.
@@ -28,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
-from robustbench_vlm.types import Terms
+from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from robustbench_vlm.types import Batch, Objective, Roles, Step
@@ -42,7 +45,7 @@ class MmtArd:
     """Two teachers, each on the input it is good at, weighed per sample by their confidence.
 
     Attributes:
-        weighting: `released`, `paper` (gate and focus below) or `static`.
+        weighting: `released`, `paper` (gate and focus below), `full` (that in both directions) or `static`.
         robust_weight: factor of the robust teacher's term; 50 in the released code.
         clean_weight: factor of the clean teacher's term; 5 in the released code.
         gap: what the gate compares, for `paper`: `standardised`, each teacher's cosine confidence minus its
@@ -53,10 +56,13 @@ class MmtArd:
             samples" of the abstract, which on the tiny world costs most of the robustness: the samples that
             the robust teacher gets wrong then lead; `confident`, the released direction.
         gamma: exponent of the `hard` focus.
-        momentum: decay of the running mean and deviation of the confidences.
+        momentum: decay of the running mean and deviation of the confidences, and of the losses of `full`.
+        text_scale: for `full`: s_t of the logits of one class over the images of the batch.
+        kappa_modality: for `full`: slope of the gate between the directions; 0 leaves both at one half.
+        consistency: for `full`: weight of KL(sg P_S(x) || P_S(x')).
     """
 
-    weighting: Literal["paper", "released", "static"] = "released"
+    weighting: Literal["paper", "full", "released", "static"] = "released"
     robust_weight: Annotated[float, Field(gt=0)] = 50.0
     clean_weight: Annotated[float, Field(gt=0)] = 5.0
     gap: Literal["standardised", "log"] = "standardised"
@@ -64,10 +70,17 @@ class MmtArd:
     focus: Literal["hard", "confident", "none"] = "none"
     gamma: Annotated[float, Field(ge=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    text_scale: Annotated[float, Field(gt=0)] = 100.0
+    kappa_modality: Annotated[float, Field(ge=0)] = 5.0
+    consistency: Annotated[float, Field(ge=0)] = 0.0
 
     teachers: ClassVar[tuple[str, ...]] = ("robust", "clean")
     needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = True
+
+    def passes(self) -> Passes:
+        """The student on x and x', the robust teacher on x', the clean one on x."""
+        return Passes(2, {"robust": 1, "clean": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """The clean teacher on x: {"clean": logits Z_K (B, C), "c_clean": cosines c_K (B,)}."""
@@ -116,7 +129,42 @@ class MmtArd:
             h_i = self._focus(c_robust, c_clean, q_robust)
             total = (h_i * (w_i * kl_adv + (1 - w_i) * kl_clean)).mean()
             parts["gate"] = w_i.mean()
+            if self.weighting == "full":
+                back_adv = self._back(roles, "robust", robust, student_adv, labels)
+                back_clean = self._back(roles, "clean", step.targets["clean"], student_clean, labels)
+                back = w_i.mean() * back_adv + (1 - w_i.mean()) * back_clean
+                beta, losses = self._modality(total, back, step.carry)
+                itself = kl(student_clean.detach(), student_adv).mean()
+                parts |= {"i2t": total, "t2i": back, "modality": beta, "kl_self": itself}
+                total = 2 * (beta * total + (1 - beta) * back) + self.consistency * itself
+                carry = {**carry, **losses}
         return Terms(total, {name: value.detach() for name, value in parts.items()}, carry)
+
+    def _back(self, roles: Roles, role: str, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+        """Text to image: mean over the batch's classes of KL between softmaxes over its images, a scalar.
+
+        Logits (B, C) of `role` and of the student are brought from their own scale to `text_scale`.
+        """
+        present = torch.unique(labels)
+        scores = [
+            self.text_scale / roles.encoder(name).logit_scale * logits[:, present].T
+            for name, logits in ((role, teacher), ("student", student))
+        ]
+        return kl(scores[0], scores[1]).mean()
+
+    def _modality(
+        self, i2t: Tensor, t2i: Tensor, carry: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """beta, the share of image to text, in (0, 1): larger while that direction has learned less.
+
+        Each loss's running mean over its first value is what is left of it; carried as (first, mean).
+        """
+        running, left = {}, []
+        for name, loss in (("i2t", i2t.detach()), ("t2i", t2i.detach())):
+            first, mean = carry.get(name, torch.stack([loss, loss]))
+            running[name] = torch.stack([first, self.momentum * mean + (1 - self.momentum) * loss])
+            left.append(running[name][1] / first.clamp(min=TINY))
+        return torch.sigmoid(self.kappa_modality * (left[0] - left[1])), running
 
     def _gap(
         self, c_robust: Tensor, c_clean: Tensor, carry: Mapping[str, Tensor]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from robustbench_vlm.defenses.losses import kl
-from robustbench_vlm.types import Terms
+from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,10 @@ class SingleTeacher:
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
     needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = True
+
+    def passes(self) -> Passes:
+        """The student on x', the teacher on x."""
+        return Passes(1, {"robust": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """The robust teacher on the clean images: {"robust": logits (B, C)}."""

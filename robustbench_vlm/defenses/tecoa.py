@@ -1,7 +1,10 @@
 """TeCoA: text-guided adversarial fine-tuning, adversarial training with the zero-shot cross-entropy.
 
-Source   Mao et al. 2023, arXiv:2212.07016, in the edition of Schlarmann et al. 2024, arXiv:2402.12336:
-         frozen class sentences of the original text tower, unit embeddings, model logit scale.
+Source   Mao et al. 2023, arXiv:2212.07016, and the edition of Schlarmann et al. 2024, arXiv:2402.12336. Both
+         have the same loss: frozen class sentences of the original text tower, unit embeddings, the model's
+         logit scale (100). What differs is data: recipe `paper-tecoa-original` (ViT-B-32, SGD, K = 2, eps
+         1/255, clipped start, student in train mode while attacked) and `paper-tecoa` (ViT-L-14, AdamW,
+         K = 10, eps 2/255, start outside the box, eval mode).
 Threat   any norm that `attacks.geometry` knows.
 Departs  text is encoded once, not in every forward (the same numbers, several times faster).
 """
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from robustbench_vlm.defenses.losses import ce
-from robustbench_vlm.types import Terms
+from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,10 @@ class TeCoA:
     teachers: ClassVar[tuple[str, ...]] = ()
     needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = True
+
+    def passes(self) -> Passes:
+        """The student on x'."""
+        return Passes(1)
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """Nothing: there is no teacher."""

@@ -9,11 +9,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
+from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.store import fingerprint
 
 TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
@@ -71,6 +73,34 @@ class Clip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, D) embeddings as the tower gives them, not unit length."""
+        embeddings: Tensor = self.visual(self._prepared(images))
+        return embeddings
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [0, 1] -> (B, 1 + N, D): the embedding, then the N patches in row order.
+
+        The patches go through the last norm and the projection that the class token goes through, so row 0
+        is what `forward` gives.
+
+        Raises:
+            WeightsError: a tower that is no transformer with a class token.
+        """
+        visual: Any = self.visual
+        if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool or visual.final_ln_after_pool:
+            found = f"{self.facts['arch']} has no class token beside its patches"
+            raise WeightsError("patch tokens", found, "a vision transformer such as ViT-B-32")
+        kept: list[Tensor] = []
+        handle = visual.transformer.register_forward_hook(lambda *call: kept.append(call[-1]))
+        try:
+            visual(self._prepared(images))
+        finally:
+            handle.remove()
+        rows: Tensor = visual.ln_post(kept[0][:, : len(visual.positional_embedding)])  # prompts come after
+        projected: Tensor = rows @ visual.proj
+        return projected
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """The input of the tower: resized and normalised."""
         size = self.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(
@@ -80,8 +110,7 @@ class Clip(nn.Module):
                 align_corners=False,
                 antialias=self.preprocess.antialias,
             )
-        embeddings: Tensor = self.visual((images - self.mean) / self.std)
-        return embeddings
+        return (images - self.mean) / self.std
 
     @torch.no_grad()
     def text(self, sentences: Sequence[str]) -> Tensor:

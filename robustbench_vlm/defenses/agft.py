@@ -1,0 +1,66 @@
+"""AGFT: the original's softened clean prediction takes the place of the label, in attack and loss.
+
+Source   arXiv:2603.29410 and its released code, YuboCui/AGFT (train.py).
+Threat   any norm that `attacks.geometry` knows; the released attack is K = 2, student in eval mode.
+Departs  nothing.
+Symbols  x clean image, x' adversarial image; S student, 0 frozen original (`anchor`); s_t `scale`, which
+         replaces the models' own logit scale in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from robustbench_vlm.defenses.losses import soft_ce
+from robustbench_vlm.types import Passes, Terms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robustbench_vlm.types import Batch, Objective, Roles, Step
+
+
+@dataclass(frozen=True)
+class Agft:
+    """Soft cross-entropy to p_i = softmax(gamma s_t cos(e_0(x_i), W)).
+
+    Attributes:
+        scale: s_t; 180 in the released code, against the 100 of the weights, which evaluation uses again.
+        gamma: softening of the target; 0.4 in the released code, so the target's scale is 72.
+    """
+
+    scale: Annotated[float, Field(gt=0)] = 180.0
+    gamma: Annotated[float, Field(gt=0)] = 0.4
+
+    teachers: ClassVar[tuple[str, ...]] = ("anchor",)
+    needs_text: ClassVar[bool] = True
+    adversarial: ClassVar[bool] = True
+
+    def passes(self) -> Passes:
+        """The student on x', the original on x."""
+        return Passes(1, {"anchor": 1})
+
+    def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
+        """The original's softened prediction on the clean images: {"soft": probabilities (B, C)}."""
+        cosines = roles.cosines("anchor", roles.teachers["anchor"](batch.images))
+        return {"soft": (self.gamma * self.scale * cosines).softmax(dim=-1)}
+
+    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
+        """-sum_c p_ic log P_S(x'_i)_c, (B,), for the adversary to maximise; no label is used."""
+        del batch
+        return lambda adv: soft_ce(targets["soft"], self._logits(roles, adv))
+
+    def outer(self, roles: Roles, step: Step) -> Terms:
+        """L = -(1/B) sum_i sum_c p_ic log P_S(x'_i)_c."""
+        loss = soft_ce(step.targets["soft"], self._logits(roles, step.adv)).mean()
+        return Terms(total=loss, parts={"soft_ce_adv": loss.detach()})
+
+    def _logits(self, roles: Roles, images: Tensor) -> Tensor:
+        return self.scale * roles.cosines("student", roles.student(images))
+
+
+plugin = Agft

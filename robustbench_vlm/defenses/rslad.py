@@ -1,0 +1,71 @@
+"""RSLAD: robust soft label adversarial distillation; soft labels of one robust teacher everywhere.
+
+Source   Zi, Zhao, Ma, Jiang 2021, arXiv:2108.07969, and its released code (rslad_loss.py).
+Threat   any norm that `attacks.geometry` knows; the released attack is K = 10 from x + 0.001 N(0, 1), student
+         in eval mode (`[inner] start = "gaussian"`).
+Departs  made for CIFAR logits; the zero-shot logits take their place. The released log(p + 1e-5) stands in
+         the teacher's own entropy only, has no gradient, and is left out.
+Symbols  x clean image, x' adversarial image; S student, R robust teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from robustbench_vlm.defenses.losses import Reduction, kl, reduced
+from robustbench_vlm.types import Passes, Terms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robustbench_vlm.types import Batch, Objective, Roles, Step
+
+
+@dataclass(frozen=True)
+class Rslad:
+    """adv_share KL(P_R(x) || P_S(x')) + (1 - adv_share) KL(P_R(x) || P_S(x)); no hard label.
+
+    Attributes:
+        adv_share: 5/6 in the released code.
+        factor: of the whole loss; 1 for CIFAR-10, 10 for CIFAR-100 in the released code, to make up for a
+            mean over ten times the classes.
+        reduction: of the divergences; `elementmean` in the released code.
+    """
+
+    adv_share: Annotated[float, Field(gt=0, lt=1)] = 5 / 6
+    factor: Annotated[float, Field(gt=0)] = 1.0
+    reduction: Reduction = "batchmean"
+
+    teachers: ClassVar[tuple[str, ...]] = ("robust",)
+    needs_text: ClassVar[bool] = True
+    adversarial: ClassVar[bool] = True
+
+    def passes(self) -> Passes:
+        """The student on x and x', the teacher on x."""
+        return Passes(2, {"robust": 1})
+
+    def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
+        """The robust teacher on the clean images: {"robust": logits (B, C)}."""
+        return {"robust": roles.logits("robust", batch.images)}
+
+    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
+        """KL(P_R(x_i) || P_S(x'_i)), (B,), for the adversary to maximise."""
+        del batch
+        return lambda adv: kl(targets["robust"], roles.logits("student", adv))
+
+    def outer(self, roles: Roles, step: Step) -> Terms:
+        """The two terms of the class."""
+        robust = step.targets["robust"]
+        kl_adv, kl_clean = (
+            reduced(kl(robust, roles.logits("student", images)), robust.shape[1], self.reduction)
+            for images in (step.adv, step.batch.images)
+        )
+        total = self.factor * (self.adv_share * kl_adv + (1 - self.adv_share) * kl_clean)
+        return Terms(total, {"kl_adv": kl_adv.detach(), "kl_clean": kl_clean.detach()})
+
+
+plugin = Rslad

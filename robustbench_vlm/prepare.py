@@ -1,0 +1,130 @@
+"""What a training run needs, loaded and checked before the first step and before any file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from robustbench_vlm import cards, registry
+from robustbench_vlm.cards import DatasetCard, Recipe
+from robustbench_vlm.data import loader
+from robustbench_vlm.data.dataset import Split, open_split
+from robustbench_vlm.errors import CardError
+from robustbench_vlm.models import lora, zoo
+from robustbench_vlm.models.clip import Clip
+from robustbench_vlm.models.lora import Adapters
+from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.types import Batch, Choosy, Defense, Roles
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, loaded and checked before the first step.
+
+    Attributes:
+        student: what is trained, with where it came from.
+        teachers: frozen models by role.
+        adapters: LoRA inside the student, or `None` when the whole tower is trained.
+    """
+
+    recipe: Recipe
+    defense: Defense
+    roles: Roles
+    student: zoo.Loaded
+    teachers: Mapping[str, zoo.Loaded]
+    adapters: Adapters | None
+    card: DatasetCard
+    split: Split
+    probe: Batch | None
+    device: torch.device
+
+    @property
+    def model(self) -> Clip:
+        """The student's encoder."""
+        return self.student.model
+
+    def parameters(self) -> dict[str, Parameter]:
+        """What the optimiser changes, by a name that checkpoints keep."""
+        named = {f"student.{n}": p for n, p in self.model.visual.named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+    def roles_now(self) -> Roles:
+        """The roles with the text banks as they are now."""
+        return self.roles
+
+
+def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
+    """Load and check the models, text banks and data that `recipe` names.
+
+    Raises:
+        CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
+        WeightsError, DataError: a model or dataset that cannot be used.
+    """
+    where = f"recipe {recipe.name}"
+    fields = {key: value for key, value in recipe.defense.items() if key != "name"}
+    name = recipe.defense.get("name")
+    if not isinstance(name, str):
+        raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
+    defense: Defense = registry.build("defenses", name, fields, where)
+    if set(recipe.teachers) != set(defense.teachers):
+        found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
+        raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")
+    if defense.adversarial != (recipe.inner is not None):
+        found = "no [inner] table" if defense.adversarial else "an [inner] table that would go unread"
+        raise CardError(where, found, f"{'one' if defense.adversarial else 'none'}, for {name}")
+    student = zoo.load(recipe.student, device)
+    teachers = {role: zoo.load(model, device) for role, model in recipe.teachers.items()}
+    for teacher in teachers.values():
+        teacher.model.requires_grad_(False)
+    dataset = cards.read("datasets", recipe.data.dataset, DatasetCard)
+    split = open_split(dataset, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
+    text: dict[str, Tensor] = {}
+    if defense.needs_text or recipe.probe:
+        sentences = render(dataset.names, [recipe.data.template])
+        text["student"] = text_bank(student.model, sentences)
+        text |= {role: text_bank(teacher.model, sentences) for role, teacher in teachers.items()}
+    for role, teacher in teachers.items():
+        if defense.needs_text:
+            _require_same_sentences(role, teacher, recipe)
+    adapters = None
+    if recipe.lora is not None:
+        chosen = recipe.lora
+        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
+    else:
+        student.model.visual.requires_grad_(True)
+    roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
+    if isinstance(defense, Choosy):
+        defense.require(roles)
+    probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
+    return Setup(recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device)
+
+
+def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> None:
+    """Refuse a teacher that was trained on this dataset against other sentences: other classes to it."""
+    made = teacher.card.recipe
+    data = made.get("data", {})
+    if data.get("dataset") != recipe.data.dataset or data.get("template") == recipe.data.template:
+        return
+    maker: Any = registry.get("defenses", str(made["defense"]["name"]))
+    if maker.needs_text:
+        raise CardError(
+            f"recipe {recipe.name}",
+            f"teacher {role} was trained with the sentences {data.get('template')!r}",
+            f"{recipe.data.template!r}, as in data.template",
+            "set data.template to the teacher's, or take another teacher",
+        )
+
+
+def _probe_batch(recipe: Recipe, card: DatasetCard, root: Path, model: Clip) -> Batch:
+    """A fixed hashed subset that holds every class equally, as far as the split does."""
+    assert recipe.probe is not None
+    split = open_split(card, root, recipe.probe.split)
+    subset = split.subset(recipe.probe.n, recipe.seed, stratified=True)
+    images = subset.images(model.image_size)
+    return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys)

@@ -1,0 +1,290 @@
+"""Every registered defense in the loop: what a step costs, in which mode, and that a stopped run goes on."""
+
+from collections import Counter
+
+import pytest
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import load_file
+from worlds import INNER
+
+from robustbench_vlm import cards, registry, store, train
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.types import Priced
+
+CPU = torch.device("cpu")
+NAMES = registry.names("defenses")
+K = INNER["steps"]
+PRICED = [
+    *((name, {}) for name in NAMES),
+    ("ard", {"alpha": 0.5}),
+    ("adaad", {"alpha": 0.5}),
+    ("sim-clip", {"form": "paper"}),
+    ("mmt-ard", {"weighting": "full", "consistency": 1.0}),
+]
+
+
+def recipe_of(toy, name, fields=None, **changes):
+    """A short recipe of any defense: its teachers, and start and mode of the attack as in its tiny recipe."""
+    plugin = registry.get("defenses", name)
+    known = cards.read("recipes", f"tiny-{name}", cards.Recipe)
+    inner = known.inner and INNER | {"start": known.inner.start, "mode": known.inner.mode}
+    prompts = known.prompts and {"image": 1, "text": 1, "depth": 2}
+    table = {"defense": {"name": name, **(fields or {})}, "inner": inner, "prompts": prompts}
+    return toy.recipe(name, *plugin.teachers, **(table | changes))
+
+
+def prepared(toy, tmp_path, recipe):
+    setup = train.prepare(recipe, toy.data, CPU)
+    return setup, train._begin(setup, tmp_path)
+
+
+def first_batch(setup, size=8):
+    return next(train.loader.batches(setup.split, size, 3, 0, 1, 32))
+
+
+def watched(setup):
+    """A list that fills with (role, training, graph) at every forward of an image tower."""
+    seen = []
+    models = {"student": setup.model} | {role: made.model for role, made in setup.teachers.items()}
+    for role, model in models.items():
+
+        def note(module, args, role=role):
+            seen.append((role, module.training, torch.is_grad_enabled(), args[0].requires_grad))
+
+        model.visual.register_forward_pre_hook(note)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "fields"), PRICED, ids=str)
+def test_a_step_costs_what_its_defense_says_and_runs_in_the_recipes_mode(toy, tmp_path, name, fields):
+    recipe = recipe_of(toy, name, fields)
+    setup, state = prepared(toy, tmp_path, recipe)
+    seen = watched(setup)
+    train.advance(setup, state, first_batch(setup))
+    assert isinstance(setup.defense, Priced)
+    passes = setup.defense.passes()
+    steps = K if setup.defense.adversarial else 0
+    expected = Counter({"student": passes.student + steps}) + Counter(passes.teachers)
+    expected += Counter(dict.fromkeys(passes.attacked, steps))
+    assert Counter(role for role, *_ in seen) == expected
+    attacked = Counter(role for role, _, _, image in seen if image)
+    assert attacked == Counter({role: steps for role in ("student", *passes.attacked) if steps})
+    with_graph = Counter(role for role, _, graph, image in seen if graph and not image)
+    assert with_graph == Counter({"student": passes.student}) + Counter(dict.fromkeys(passes.learners, 1))
+    students = [(training, image) for role, training, _, image in seen if role == "student"]
+    assert all(training == (recipe.inner.mode == "train") for training, image in students if image)
+    assert all(training for training, image in students if not image)
+    assert not any(training for role, training, *_ in seen if role != "student")
+    assert not any(part.training for part in setup.model.modules())
+
+
+def test_modes_are_those_of_the_sources():
+    """As published: the TeCoA family, ARD and IAD attack in train mode, all others in eval mode."""
+    modes = {}
+    for name in NAMES:
+        inner = cards.read("recipes", f"tiny-{name}", cards.Recipe).inner
+        modes[name] = (inner.start, inner.mode) if inner else None
+    train_mode = {name for name, mode in modes.items() if mode and mode[1] == "train"}
+    assert train_mode == {"pmg-aft", "tga-zsr", "ard", "iad"}
+    assert {n for n, m in modes.items() if m and m[0] == "gaussian"} == {"rslad", "adaad", "mtard", "b-mtard"}
+    assert {n for n, m in modes.items() if m is None} == {"clean", "ammkd"}
+    paper = cards.read("recipes", "paper-tecoa-original", cards.Recipe).inner
+    assert (paper.start, paper.mode) == ("uniform", "train")
+
+
+def with_batch_norm(setup):
+    """The same run with a small residual network as its student's image tower."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        tower = ModifiedResNet([1, 1, 1, 1], 64, heads=4, image_size=32, width=8)
+    setup.student.model.visual = tower.eval()
+    return setup
+
+
+@pytest.mark.parametrize(("mode", "updates"), [("eval", 2), ("train", 2 + K)])
+def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, updates):
+    recipe = toy.recipe("mmt-ard", "robust", "clean", inner={**INNER, "mode": mode})
+    setup = with_batch_norm(train.prepare(recipe, toy.data, CPU))
+    state = train._begin(setup, tmp_path)
+    before = setup.model.visual.bn1.running_mean.clone()
+    train.advance(setup, state, first_batch(setup))
+    assert setup.model.visual.bn1.num_batches_tracked.item() == updates
+    assert not torch.equal(setup.model.visual.bn1.running_mean, before)
+    assert not setup.model.visual.bn1.training
+
+
+def attacked_with(toy, mode, dropout):
+    """The adversarial images of a first step, with adapters that matter."""
+    lora = {"r": 4, "alpha": 400, "dropout": dropout}
+    setup = train.prepare(toy.recipe("tecoa", inner={**INNER, "mode": mode}, lora=lora), toy.data, CPU)
+    with torch.no_grad():
+        for name, parameter in setup.parameters().items():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    kept = []
+    object.__setattr__(setup, "defense", Spy(setup.defense, kept))
+    torch.rand(3)  # the global generator moves on; nothing may depend on it
+    train.advance(setup, train.State(0, train._optimiser(setup), {}), first_batch(setup))
+    return kept[0]
+
+
+def test_dropout_is_on_in_the_attack_in_train_mode_only_and_keyed(toy):
+    assert torch.equal(attacked_with(toy, "eval", 0.5), attacked_with(toy, "eval", 0.0))
+    assert not torch.equal(attacked_with(toy, "train", 0.5), attacked_with(toy, "train", 0.0))
+    assert torch.equal(attacked_with(toy, "train", 0.5), attacked_with(toy, "train", 0.5))
+
+
+class Spy:
+    """A defense that keeps the adversarial images it is given."""
+
+    def __init__(self, defense, kept):
+        self.defense, self.kept = defense, kept
+
+    def __getattr__(self, name):
+        return getattr(self.defense, name)
+
+    def outer(self, roles, step):
+        self.kept.append(step.adv)
+        return self.defense.outer(roles, step)
+
+
+def test_starts_are_where_the_recipe_says(toy):
+    images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    names = ["a", "b", "c"]
+
+    def start(how):
+        return train._start(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
+
+    eps = 4 / 255
+    inside, outside, near = start("uniform"), start("unclipped"), start("gaussian")
+    assert inside.min() >= 0
+    assert inside.max() <= 1
+    assert outside.min() < 0
+    assert outside.max() > 1
+    torch.testing.assert_close(outside.clamp(0, 1), inside)
+    assert ((outside - images).abs().amax((1, 2, 3)) > 0.9 * eps).all()
+    assert (near - images).std().item() == pytest.approx(0.001, rel=0.1)
+    assert torch.equal(near[1:2], train._start(
+        toy.recipe("tecoa", inner={**INNER, "start": "gaussian"}).inner, images[1:2], names[1:2]
+    ))  # fmt: skip
+
+
+def test_sgd_is_the_rule_with_momentum(toy, tmp_path):
+    """w <- w - lr v, v <- 0.9 v + g, over two steps, from the gradients themselves."""
+    optim = {"algorithm": "sgd", "lr": 0.1, "weight_decay": 0.0, "steps": 2, "batch_size": 8}
+    setup, state = prepared(toy, tmp_path, toy.recipe("clean", inner=None, optim=optim))
+    weight, name = setup.model.visual.proj, "student.proj"
+    assert name in setup.parameters()
+    velocity, rates = torch.zeros_like(weight), [0.1, 0.05]
+    for step in range(2):
+        before = weight.detach().clone()
+        line = train.advance(setup, state, first_batch(setup))
+        assert line["lr"] == pytest.approx(rates[step])
+        velocity = 0.9 * velocity + weight.grad
+        torch.testing.assert_close(weight.detach(), before - rates[step] * velocity)
+        state.step += 1
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run is stopped on purpose
+    pass
+
+
+def stop_after(step):
+    def report(line):
+        if line["step"] == step and "loss" in line:
+            raise Stopped
+
+    return report
+
+
+CARRIES = [name for name in NAMES if name in ("mtard", "b-mtard", "apd")]
+RESUMED = [*((name, {}) for name in CARRIES), ("mmt-ard", {"weighting": "full"}), ("ard", {})]
+
+
+@pytest.mark.parametrize(("name", "fields"), RESUMED, ids=str)
+def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fields):
+    sgd = {"algorithm": "sgd"} if name == "ard" else {}
+    optim = {"lr": 1e-2, "steps": 4, "warmup": 1, "batch_size": 8, **sgd}
+    recipe = recipe_of(toy, name, fields, optim=optim, checkpoint_every=1)
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    train.run(recipe, whole, toy.data, CPU, lambda line: None)
+    for step in (2, 3):
+        with pytest.raises(Stopped):
+            train.run(recipe, torn, toy.data, CPU, stop_after(step))
+    train.run(recipe, torn, toy.data, CPU, lambda line: None)
+    for file in ("image.safetensors", "card.json"):
+        assert (torn / file).read_bytes() == (whole / file).read_bytes(), file
+    a, b = (load_file(folder / "checkpoints" / "step_0000004.safetensors") for folder in (whole, torn))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(key.startswith("carry.") for key in a) == (name != "ard")
+    lines = [
+        [
+            {k: v for k, v in line.items() if k != "images_per_second"}
+            for line in store.records(f / "log.jsonl")
+        ]
+        for f in (whole, torn)
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 4
+
+
+def test_carries_change_from_step_to_step(toy, tmp_path):
+    """What the test above resumes is no constant."""
+    for name in ("mtard", "b-mtard"):
+        setup, state = prepared(toy, tmp_path, recipe_of(toy, name))
+        weights = []
+        for batch in train.loader.batches(setup.split, 8, 3, 0, 3, 32):
+            train.advance(setup, state, batch)
+            state.step += 1
+            weights.append(state.carry["weight"])
+        assert not torch.equal(weights[0], weights[2])
+
+
+# Patch tokens
+
+
+def test_patch_tokens_begin_with_the_embedding_and_share_its_projection(toy, tmp_path):
+    setup, _ = prepared(toy, tmp_path, toy.recipe("tecoa"))
+    model, x = setup.model, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rows = model.tokens(x)
+        model.visual.output_tokens = True
+        pooled, patches = model.visual((x - model.mean) / model.std)
+        model.visual.output_tokens = False
+        assert rows.shape == (3, 17, 64)
+        torch.testing.assert_close(rows[:, 0], model(x))
+        torch.testing.assert_close(rows[:, 0], pooled)
+        torch.testing.assert_close(rows[:, 1:], patches @ model.visual.proj)
+    assert not model.visual.transformer._forward_hooks
+
+
+def test_a_tower_without_a_class_token_is_refused_by_tga_zsr_in_one_line(toy, tmp_path):
+    setup = with_batch_norm(train.prepare(recipe_of(toy, "tga-zsr"), toy.data, CPU))
+    with pytest.raises(InputError, match="patch tokens: vlmrob-tiny has no class token") as error:
+        setup.defense.require(setup.roles)
+    assert "\n" not in str(error.value)
+
+
+# Teachers of other sentences
+
+
+def trained_teacher(toy, folder, template):
+    recipe = toy.recipe(
+        "clean", inner=None, optim={"lr": 1e-3, "steps": 1, "batch_size": 4},
+        data={"dataset": "toy", "template": template},
+    )  # fmt: skip
+    return str(train.run(recipe, folder, toy.data, CPU, lambda line: None))
+
+
+def test_a_teacher_of_other_sentences_is_refused_in_one_line(toy, tmp_path):
+    teacher = trained_teacher(toy, tmp_path / "teacher", "a {c} picture")
+    table = toy.table("single-teacher", "robust") | {"teachers": {"robust": teacher}}
+    recipe = cards.parse(table, cards.Recipe, "a test")
+    with pytest.raises(InputError, match=r"trained with the sentences 'a \{c\} picture'") as e:
+        train.run(recipe, tmp_path / "out", toy.data, CPU, lambda line: None)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+    same = table | {"data": {"dataset": "toy", "template": "a {c} picture"}}
+    train.prepare(cards.parse(same, cards.Recipe, "a test"), toy.data, CPU)

@@ -16,6 +16,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustbench_vlm.errors import CardError, InputError, nearest
+from robustbench_vlm.protocols import PromptPack as PromptPack
+from robustbench_vlm.protocols import Protocol as Protocol
+from robustbench_vlm.protocols import Resize
 from robustbench_vlm.recipes import Card as Card
 from robustbench_vlm.recipes import Recipe as Recipe
 from robustbench_vlm.threat import Norm
@@ -43,7 +46,9 @@ class DatasetCard(Card):
         size: images per split; what `data check` counts.
         canvas: `native`, the ball at the images' own resolution; `model`, at the model's input size.
         native_px: side of the images when `canvas` is `native`.
+        resize: how an image comes to a model canvas.
         names: class names in label order; blank names are legal (CLEVR has one).
+        names_from: `folder`, where no public list is at hand: they are those of `classnames.txt`.
         templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
         names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
     """
@@ -56,7 +61,9 @@ class DatasetCard(Card):
     size: dict[str, int]
     canvas: Literal["native", "model"]
     native_px: int = 0
-    names: tuple[str, ...]
+    resize: Resize = "bicubic"
+    names: tuple[str, ...] = ()
+    names_from: Literal["card", "folder"] = "card"
     templates: tuple[str, ...]
     names_sha256: str = ""
     templates_sha256: str = ""
@@ -69,7 +76,7 @@ class DatasetCard(Card):
 
     @model_validator(mode="after")
     def _whole(self) -> DatasetCard:
-        if len(self.names) != self.n_classes:
+        if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
             raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
         if not self.templates or any("{c}" not in template for template in self.templates):
             raise ValueError("templates must be sentences that contain {c}")
@@ -77,7 +84,7 @@ class DatasetCard(Card):
             raise ValueError("canvas = 'native' needs native_px, the side of the images in pixels")
         for field, lines in (("names_sha256", self.names), ("templates_sha256", self.templates)):
             stated = getattr(self, field)
-            if stated and stated != lines_sha256(lines):
+            if stated and lines and stated != lines_sha256(lines):
                 raise ValueError(f"{field} is {lines_sha256(lines)}, expected {stated}: the list was changed")
         return self
 
@@ -133,6 +140,8 @@ class Suite(Card):
         n: images a dataset; 0 means all.
         sample: how they are drawn, by the smallest hashes of seed and key: `hash`, over the whole split;
             `stratified`, class by class in turn, so that few images still hold every class equally.
+        subset: a file of image names, one a line, that are taken in its order instead.
+        subset_sha256: of that file.
         means: further averages beside the one over all datasets, by name; never `unseen`, which is averaged
             over what the model and its parents were not trained on.
     """
@@ -147,6 +156,8 @@ class Suite(Card):
     n: int = Field(default=1000, ge=0)
     sample: Literal["hash", "stratified"] = "hash"
     seed: int = 0
+    subset: str = ""
+    subset_sha256: str = ""
     means: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -165,6 +176,8 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
     "attacks": ("attacks", AttackCard),
     "suites": (".", Suite),
     "recipes": ("recipes", Recipe),
+    "protocols": ("protocols", Protocol),
+    "prompts": ("prompts", PromptPack),
 }
 """Kind of card -> folder below each card home, and the record it is read into."""
 
@@ -240,14 +253,37 @@ def toml(path: Path) -> dict[str, Any]:
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
             table[key] = _lines(path, value.removeprefix("@"))
+        if isinstance(value, dict):
+            files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
+            value.update({name: _lines(path, file.removeprefix("@")) for name, file in files.items()})
     return table
 
 
 def _lines(card: Path, name: str) -> list[str]:
     for root in (card.parent.parent, home()):
         if (path := root / name).is_file():
-            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            try:
+                return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            except UnicodeDecodeError:
+                raise CardError(str(path), "unreadable", "UTF-8 text") from None
     raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
+
+
+def subset(suite: Suite) -> tuple[str, ...]:
+    """The image names of a suite that takes them from a file; the file must be the one that the suite means.
+
+    Raises:
+        CardError: no such file, or another SHA-256.
+    """
+    name = suite.subset.removeprefix("file:")
+    found = next((at for root in (*_include, home(), Path()) if (at := root / name).is_file()), None)
+    if found is None:
+        raise CardError(f"suite {suite.name}", f"no file {name!r}", "it below a card home")
+    content = found.read_bytes()
+    sha = hashlib.sha256(content).hexdigest()
+    if suite.subset_sha256 and sha != suite.subset_sha256:
+        raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
+    return tuple(content.decode("utf-8", "replace").split())
 
 
 def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:

@@ -20,8 +20,10 @@ CARDS: dict[str, type[cards.Card]] = {
     "suites": cards.Suite,
     "datasets": cards.DatasetCard,
     "recipes": cards.Recipe,
+    "protocols": cards.Protocol,
+    "prompts": cards.PromptPack,
 }
-KINDS = ("attacks", "datasets", "defenses", "models", "recipes", "suites")
+KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "suites")
 
 
 def _kind(what: str) -> str:

@@ -83,6 +83,10 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
         notes += dataset.check_texts(card, folder, required=sharded)
     except DataError as error:
         problems.append(str(error))
+    try:
+        card = dataset.with_names(card, folder) if sharded else card
+    except DataError as error:
+        problems.append(str(error))
     index = _sharded(card, folder / split, problems, report) if sharded else None
     samples = _foldered(card, folder / split, problems) if index is None else index
     problems += _counted(card, folder, split, len(samples), notes)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from robustbench_vlm import rng
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards import DatasetCard, lines_sha256
 from robustbench_vlm.data import manifest, pixels, shards
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.store import fingerprint
@@ -126,6 +126,28 @@ class Split:
         drawn = ranked[:n]
         return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
 
+    def listed(self, names: Sequence[str], n: int = 0) -> Split:
+        """The images of the first `n` names of a list (0: of all), by their keys with or without extension.
+
+        Raises:
+            DataError: an image of the list is not there.
+        """
+        prefix = f"{self.card.name}/{self.split}/"
+        there = {}
+        for entry in self.entries:
+            key = entry.key.removeprefix(prefix)
+            stem, dot, suffix = key.rpartition(".")
+            there[stem if dot and "/" not in suffix else key] = entry
+        drawn = {}
+        for name in names[: n or None]:
+            stem, dot, suffix = name.rpartition(".")
+            found = there.get(stem if dot and "/" not in suffix else name)
+            if found is None:
+                do = "use class folders, or an export of them, which keeps these names"
+                raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
+            drawn[found.key] = found
+        return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
+
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the card's own when it is native."""
         return self.card.native_px if self.card.canvas == "native" else px
@@ -138,14 +160,12 @@ class Split:
         """
         entry = self.entries[i]
         content = entry.sample.read()
-        decode = pixels.native if self.card.canvas == "native" else pixels.model
         where = f"{entry.sample.path}, {entry.key}"
-        return Example(
-            entry.key,
-            entry.label,
-            hashlib.sha256(content).hexdigest(),
-            decode(content, self.side(px), where),
-        )
+        if self.card.canvas == "native":
+            found = pixels.native(content, self.side(px), where)
+        else:
+            found = pixels.model(content, self.side(px), where, self.card.resize)
+        return Example(entry.key, entry.label, hashlib.sha256(content).hexdigest(), found)
 
     def images(self, px: int) -> Images:
         """All images, decoded by a few threads into one array of N x side x side x 3 bytes.
@@ -186,6 +206,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         )
     sharded = shards.is_sharded(place)
     notes = check_texts(card, folder, required=sharded)
+    card = with_names(card, folder)
     if sharded:
         _as_recorded(folder, place)
         index = shards.index_shards(place, card.n_classes)
@@ -260,7 +281,7 @@ def check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]
     if names is None and required:
         where = str(folder / "classnames.txt")
         raise DataError(where, "no such file", f"the {card.n_classes} class names", "fetch it again")
-    if names is not None:
+    if names is not None and card.names_from == "card":
         notes = _same_names(card, folder / "classnames.txt", names)
     templates = _lines(folder / "zeroshot_classification_templates.txt")
     if templates is None:
@@ -268,6 +289,28 @@ def check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]
     if [line for line in templates if line] != list(card.templates):
         notes.append("the folder's templates differ from the card's; the card's are used")
     return notes
+
+
+def with_names(card: DatasetCard, folder: Path) -> DatasetCard:
+    """The card, with the folder's class names where it has none of its own.
+
+    Raises:
+        DataError: no names there, or others than the card's SHA-256 says.
+    """
+    if card.names_from == "card":
+        return card
+    path = folder / "classnames.txt"
+    names = _lines(path)
+    if names is None or len(names) > card.n_classes:
+        found = "no such file" if names is None else f"{len(names)} names"
+        raise DataError(
+            str(path), found, f"the {card.n_classes} class names", how_to_get(card, folder.parent)
+        )
+    names += [""] * (card.n_classes - len(names))
+    if card.names_sha256 and lines_sha256(names) != card.names_sha256:
+        found = f"names with SHA-256 {lines_sha256(names)[:16]}"
+        raise DataError(str(path), found, f"{card.names_sha256[:16]} by the card", "get the right folder")
+    return card.model_copy(update={"names": tuple(names), "names_from": "card"})
 
 
 def _as_recorded(folder: Path, place: Path) -> None:

@@ -80,7 +80,8 @@ def make(
         raise DataError(str(folder), "files of the real dataset", "none", "choose another root")
     mark = f"Generated images, not {card.title}: numbers on them mean nothing.\n"
     store.write(folder / MARK, mark.encode())
-    layout.write_texts(folder, card.names, card.templates)
+    names = card.names or tuple(f"class {i}" for i in range(card.n_classes))
+    layout.write_texts(folder, names, card.templates)
     samples = _samples(card, classes, written, f"{seed}/{split}")
     layout.write_split(folder, split, samples, per_shard=-(-count // SHARDS))
     return folder

@@ -13,9 +13,9 @@ from typing import cast, get_args
 import pandas as pd
 import torch
 
-from robustbench_vlm import cards, cells, evaluate, leaderboard
+from robustbench_vlm import cards, cells, evaluate, leaderboard, regime
 from robustbench_vlm.attacks import canonical
-from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
+from robustbench_vlm.cards import AttackCard, DatasetCard, Protocol, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
 from robustbench_vlm.errors import DataError, InputError, nearest
@@ -48,6 +48,7 @@ class Order:
     live: int | None = None
     keep_images: bool = False
     skip_missing: bool = False
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Plan:
     datasets: tuple[DatasetCard, ...]
     models: tuple[zoo.Loaded, ...]
     request: cells.Request
+    protocol: Protocol | None = None
 
 
 def device(name: str) -> torch.device:
@@ -83,6 +85,8 @@ def plan(order: Order, device: torch.device) -> Plan:
     Raises:
         InputError: an unknown name, norm or radius; a model that cannot be loaded.
     """
+    protocol = cards.read("protocols", order.protocol, Protocol) if order.protocol else None
+    order = under(protocol, order) if protocol else order
     suite = cards.read("suites", order.suite, Suite)
     for name in order.datasets:
         if name not in suite.datasets:
@@ -105,13 +109,42 @@ def plan(order: Order, device: torch.device) -> Plan:
         device=device,
         live=order.live,
         keep_images=order.keep_images,
+        marks=regime.marks(protocol, suite),
     )
     for card in request.attacks:
         for stage in card.stage:
             cells.plugin(card, stage)  # a mistyped field stops here, before any model is loaded
-    datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
-    models = tuple(zoo.load(name, device) for name in order.models)
-    return Plan(order, suite, datasets, models, request)
+    datasets = tuple(regime.placed(cards.read("datasets", name, DatasetCard), protocol) for name in chosen)
+    models = tuple(regime.sized(zoo.load(name, device), protocol) for name in order.models)
+    return Plan(order, suite, datasets, models, request, protocol)
+
+
+def under(protocol: Protocol, order: Order) -> Order:
+    """The order with all that a protocol fixes, once nothing that was typed contradicts it.
+
+    Raises:
+        InputError: another attack, norm, radius or number of images than the protocol's.
+    """
+    radii = [parse_eps(text, protocol.norm) for text in order.eps.split(",")] if order.eps else []
+    fixed = [parse_eps(text, protocol.norm) for text in protocol.eps]
+    typed = {
+        "--attack": (bool(order.attacks) and order.attacks != (protocol.attack,), protocol.attack),
+        "--norm": (bool(order.norm) and order.norm != protocol.norm, protocol.norm),
+        "--eps": (bool(radii) and sorted(set(radii)) != sorted(set(fixed)), ",".join(protocol.eps)),
+        "--n": (order.n is not None and order.n != protocol.n, str(protocol.n)),
+    }
+    for flag, (differs, wanted) in typed.items():
+        if differs:
+            do = "leave that out, or --protocol"
+            raise InputError(flag, f"not what protocol {protocol.name} says", wanted, do)
+    return replace(
+        order,
+        suite=order.suite or protocol.suite,
+        attacks=(protocol.attack,),
+        norm=protocol.norm,
+        eps=",".join(protocol.eps),
+        n=protocol.n,
+    )
 
 
 def require_data(plan: Plan) -> Plan:
@@ -145,7 +178,14 @@ def open_data(plan: Plan) -> list[dataset.Split]:
     """
     opened = (dataset.open_split(card, plan.order.data_root, plan.suite.split) for card in plan.datasets)
     stratified = plan.suite.sample == "stratified"
-    return [split.subset(plan.request.n, plan.request.seed, stratified=stratified) for split in opened]
+    listed = cards.subset(plan.suite) if plan.suite.subset else ()
+    drawn = (
+        split.listed(listed, plan.request.n)
+        if listed
+        else split.subset(plan.request.n, plan.request.seed, stratified=stratified)
+        for split in opened
+    )
+    return [regime.prompted(split, plan.protocol) for split in drawn]
 
 
 def price(plan: Plan) -> list[str]:
@@ -223,7 +263,7 @@ def perform(
             remark(f"note: {split.card.name}: {note}")
     for loaded in plan.models:
         for card, split in zip(plan.datasets, splits, strict=True):
-            what = cells.subject(loaded, card, split)
+            what = cells.subject(loaded, split.card, split)
             if what.untrained:
                 words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
                 remark(f"note: {card.name}: {words}")
@@ -276,7 +316,8 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
     """Member name -> predicted class of the `n` images that a miniature of `card` consists of."""
     with tempfile.TemporaryDirectory() as folder:
         miniature.make(card, Path(folder), n=n, split=split)
-        what = cells.subject(loaded, card, dataset.open_split(card, Path(folder), split))
+        opened = dataset.open_split(card, Path(folder), split)
+        what = cells.subject(loaded, opened.card, opened)
         logits = canonical.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
         found = zip(what.split.keys, logits.argmax(1).tolist(), strict=True)
         return {key.rsplit("/", 1)[-1]: label for key, label in found}

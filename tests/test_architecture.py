@@ -21,7 +21,7 @@ LAYERS = (
     {"protocols"},
     {"registry", "cards", "cost", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
-    {"provenance", "cells", "prepare"},
+    {"provenance", "cells", "prepare", "regime"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
     {"api", "compare"},
     {"session", "catalogue"},  # what a command needs from several halls

@@ -64,7 +64,12 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    suite: Annotated[
+        str, typer.Option(help="Suite name or TOML file; default: the protocol's, or tiny.")
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="Evaluate as a paper does: attack, radii, images, prompts, canvas.")
+    ] = "",
     dataset: Annotated[
         list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
     ] = None,
@@ -94,8 +99,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
 
     order = session.Order(
         models=tuple(model or [_newest_checkpoint()]),
-        attacks=tuple(attack or ["autoattack"]),
-        suite=suite,
+        attacks=tuple(attack or ([] if protocol else ["autoattack"])),
+        suite=suite or ("" if protocol else "tiny"),
         datasets=tuple(dataset or []),
         eps=eps,
         norm=norm,
@@ -105,6 +110,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         live=batch_size,
         keep_images=save_adversarial,
         skip_missing=skip_missing,
+        protocol=protocol,
     )
     plan = session.plan(order, place(device))
     if dry_run:  # writes nothing, so what would be rendered counts as there
@@ -112,6 +118,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
             console.result(line)
         return
     require_tiny([card.name for card in plan.datasets], data_root)
+    for line in plan.protocol.differs if plan.protocol else ():
+        console.remark(f"note: protocol {protocol}: {line}")
     whole, plan = plan, session.require_data(plan)
     for card in whole.datasets:
         if card not in plan.datasets:

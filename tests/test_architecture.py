@@ -23,7 +23,7 @@ LAYERS = (
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"provenance", "cells", "prepare", "regime"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
-    {"api", "compare"},
+    {"api", "compare", "published"},
     {"session", "catalogue"},  # what a command needs from several halls
     {"console"},
     {"demo", "tiny_weights"},

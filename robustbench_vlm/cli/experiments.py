@@ -164,22 +164,41 @@ def leaderboard(
 
 def compare(
     a: Annotated[str, typer.Argument(help="Model name, or the first digits of its fingerprint.")],
-    b: Annotated[str, typer.Argument(help="The other one.")],
+    b: Annotated[str, typer.Argument(help="The other one; none with --published.")] = "",
     results: Results = Path("results"),
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    published: Annotated[
+        bool, typer.Option("--published", help="Beside what papers printed under the same protocol.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Paired test of two models on the same images: exact McNemar, per dataset and over all of them."""
     from robustbench_vlm import compare as hall
     from robustbench_vlm import leaderboard as board
 
+    if published == bool(b):
+        raise InputError("compare", "two models or --published", "one of them", "see vlmrob compare --help")
     cells = board.of_suite(board.read(results), cards.read("suites", suite, cards.Suite))
+    if published:
+        _beside(cells, a, as_json=as_json)
+        return
     lines = [line.texts for line in hall.compare(cells, a, b)]
     if as_json:
         console.result_json([dict(zip(hall.COLUMNS, line, strict=True)) for line in lines])
     else:
         title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
         console.show(title, [*hall.COLUMNS], lines)
+
+
+def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here
+    """Print a model's rows beside those of papers; copied rows say so."""
+    from robustbench_vlm import published as hall
+
+    lines = hall.beside(cells, model)
+    if as_json:
+        console.result_json([dict(zip(hall.COLUMNS, line, strict=True)) for line in lines])
+    else:
+        console.show("measured rows, and copied ones with their source", [*hall.COLUMNS], lines)
 
 
 def demo(

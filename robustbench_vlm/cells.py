@@ -125,7 +125,7 @@ class Subject:
 
 def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
     """Decode the images of `split` and encode the sentences of `card` for one model."""
-    decoded = split.images(loaded.model.image_size)
+    split, decoded = split.sound(loaded.model.image_size)
     bank = text_bank(loaded.model, render(card.names, card.templates))
     return Subject(loaded, card, split, as_float(decoded.pixels), tuple(decoded.sha256), bank)
 

@@ -234,6 +234,7 @@ def tally(cell: Cell, table: pd.DataFrame) -> dict[str, Any]:
         "zero-gradient": verdicts.zero_gradient_share(table) > ZERO_GRADIENT,
         "error-rows": errors > 0,
         "untrained-words": bool(what.untrained),
+        "bad-images": bool(what.split.bad),
         "generated-images": (what.split.folder / miniature.MARK).exists(),
     }
     trained_on = what.loaded.card.trained_on

@@ -264,6 +264,8 @@ def perform(
     for loaded in plan.models:
         for card, split in zip(plan.datasets, splits, strict=True):
             what = cells.subject(loaded, split.card, split)
+            for line in what.split.bad:
+                remark(f"note: {card.name}: left out: {line}")
             if what.untrained:
                 words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
                 remark(f"note: {card.name}: {words}")

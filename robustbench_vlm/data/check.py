@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from robustbench_vlm.cards import DatasetCard
-from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards
+from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards, texts
 from robustbench_vlm.errors import DataError, InputError
 
 COLUMNS = ("dataset", "split", "images", "classes", "shards", "MB", "manifest", "state")
@@ -80,11 +80,11 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     notes: list[str] = []
     sharded = shards.is_sharded(folder / split)
     try:
-        notes += dataset.check_texts(card, folder, required=sharded)
+        notes += texts.check(card, folder, required=sharded)
     except DataError as error:
         problems.append(str(error))
     try:
-        card = dataset.with_names(card, folder) if sharded else card
+        card = texts.with_names(card, folder) if sharded else card
     except DataError as error:
         problems.append(str(error))
     index = _sharded(card, folder / split, problems, report) if sharded else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from robustbench_vlm import rng
-from robustbench_vlm.cards import DatasetCard, lines_sha256
-from robustbench_vlm.data import manifest, pixels, shards
+from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.data import manifest, pixels, shards, texts
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.store import fingerprint
+
+TOLERATED = 0.001  # share of images that may be bad in an evaluation; they are named, and the row is flagged
+SHOWN = 5  # bad images that an error names
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Split:
         folder: the dataset's folder.
         entries: the images, sorted by key.
         notes: what a careful reader of a result should know about the folder; not errors.
+        bad: images that were left out because they do not decode, one line each.
     """
 
     card: DatasetCard
@@ -85,6 +88,7 @@ class Split:
     folder: Path
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -173,18 +177,57 @@ class Split:
         Raises:
             DataError: for the first image, in entry order, that cannot be decoded.
         """
+        return self.sound(px, 0.0)[1]
+
+    def sound(self, px: int, tolerated: float = TOLERATED) -> tuple[Split, Images]:
+        """The split without its bad images, which are named in `bad`, and the pixels of the others.
+
+        Args:
+            px: the model's input size.
+            tolerated: share of bad images up to which the others are used; above it nothing is.
+
+        Raises:
+            DataError: more bad images than that; the first ones are named.
+        """
         side = self.side(px)
         array = np.empty((len(self), side, side, 3), dtype=np.uint8)
-        hashes = []
+        hashes: list[str] = []
+        whole: list[Entry] = []
+        bad: list[str] = []
+
+        def attempt(i: int) -> Example | DataError:
+            try:
+                return self.read(i, px)
+            except DataError as error:
+                return error
+
         with ThreadPoolExecutor(threads()) as pool:
             try:
-                for i, example in enumerate(pool.map(lambda i: self.read(i, px), range(len(self)))):
-                    array[i] = example.pixels
-                    hashes.append(example.sha256)
+                for i, found in enumerate(pool.map(attempt, range(len(self)))):
+                    if isinstance(found, DataError):
+                        bad.append(str(found))
+                        _tolerate(self, bad, tolerated, found)
+                        continue
+                    array[len(whole)] = found.pixels
+                    hashes.append(found.sha256)
+                    whole.append(self.entries[i])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return Images(array, self.labels, self.keys, tuple(hashes))
+        split = replace(self, entries=tuple(whole), bad=tuple(bad)) if bad else self
+        return split, Images(array[: len(whole)], split.labels, split.keys, tuple(hashes))
+
+
+def _tolerate(split: Split, bad: Sequence[str], tolerated: float, last: DataError) -> None:
+    """Raise once there are more bad images than are tolerated."""
+    allowed = int(tolerated * len(split))
+    if len(bad) <= allowed:
+        return
+    if not allowed:
+        raise last
+    where = f"dataset {split.card.name}, split {split.split}"
+    named = " | ".join(bad[:SHOWN])
+    raise DataError(where, f"more than {allowed} bad images of {len(split)}: {named}", do="fetch it again")
 
 
 def open_split(card: DatasetCard, root: Path, split: str) -> Split:
@@ -205,8 +248,8 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
             f"dataset {card.name}", f"no split {split!r}", f"one of: {have}", how_to_get(card, root)
         )
     sharded = shards.is_sharded(place)
-    notes = check_texts(card, folder, required=sharded)
-    card = with_names(card, folder)
+    notes = texts.check(card, folder, required=sharded)
+    card = texts.with_names(card, folder)
     if sharded:
         _as_recorded(folder, place)
         index = shards.index_shards(place, card.n_classes)
@@ -267,52 +310,6 @@ def threads() -> int:
     return min(8, usable)
 
 
-def check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
-    """Notes on the folder's text files, once its class names are the card's.
-
-    Raises:
-        DataError: other class names, another kind of dataset, or no text.
-    """
-    kind = _lines(folder / "dataset_type.txt")
-    if kind and kind[0] not in ("", "classification"):
-        raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
-    notes: list[str] = []
-    names = _lines(folder / "classnames.txt")
-    if names is None and required:
-        where = str(folder / "classnames.txt")
-        raise DataError(where, "no such file", f"the {card.n_classes} class names", "fetch it again")
-    if names is not None and card.names_from == "card":
-        notes = _same_names(card, folder / "classnames.txt", names)
-    templates = _lines(folder / "zeroshot_classification_templates.txt")
-    if templates is None:
-        return [*notes, "no templates file; the card's templates are used"] if required else notes
-    if [line for line in templates if line] != list(card.templates):
-        notes.append("the folder's templates differ from the card's; the card's are used")
-    return notes
-
-
-def with_names(card: DatasetCard, folder: Path) -> DatasetCard:
-    """The card, with the folder's class names where it has none of its own.
-
-    Raises:
-        DataError: no names there, or others than the card's SHA-256 says.
-    """
-    if card.names_from == "card":
-        return card
-    path = folder / "classnames.txt"
-    names = _lines(path)
-    if names is None or len(names) > card.n_classes:
-        found = "no such file" if names is None else f"{len(names)} names"
-        raise DataError(
-            str(path), found, f"the {card.n_classes} class names", how_to_get(card, folder.parent)
-        )
-    names += [""] * (card.n_classes - len(names))
-    if card.names_sha256 and lines_sha256(names) != card.names_sha256:
-        found = f"names with SHA-256 {lines_sha256(names)[:16]}"
-        raise DataError(str(path), found, f"{card.names_sha256[:16]} by the card", "get the right folder")
-    return card.model_copy(update={"names": tuple(names), "names_from": "card"})
-
-
 def _as_recorded(folder: Path, place: Path) -> None:
     """Refuse a shard that is not as long as the manifest says, where there is one; hashes are `check`'s."""
     known = manifest.read(folder)
@@ -321,34 +318,3 @@ def _as_recorded(folder: Path, place: Path) -> None:
         if size >= 0 and path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes"
             raise DataError(str(path), found, f"{size} by {manifest.FILE}", "see vlmrob data check")
-
-
-def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
-    """A note where only the spelling differs (`apple_pie`, `apple pie`); an error for another list."""
-    wanted = list(card.names)
-    while wanted and not wanted[-1]:  # blank names are legal, but trailing blank lines of a file are dropped
-        wanted.pop()
-    for number in range(max(len(wanted), len(found))):
-        here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
-        if _plain(here[0]) != _plain(here[1]):
-            do = f"check that the folder is {card.name}, or give a card with its names by --include"
-            raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
-    if found == wanted:
-        return []
-    return ["class names in the folder are spelt differently from the card's; the card's are used"]
-
-
-def _plain(name: str) -> str:
-    """A class name without the differences between editions of one list: case, `_`, `-` and `/`."""
-    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
-
-
-def _lines(path: Path) -> list[str] | None:
-    """Lines of a UTF-8 text file without trailing blank ones; none if there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(str(path), f"unreadable ({error})", "UTF-8 text") from None
-    return text.rstrip("\n").split("\n") if text.strip() else []

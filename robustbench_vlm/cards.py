@@ -7,6 +7,7 @@ An unknown key, a value of the wrong kind or an unknown name is a `CardError` wi
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -76,6 +77,9 @@ class DatasetCard(Card):
 
     @model_validator(mode="after")
     def _whole(self) -> DatasetCard:
+        for field, value in (("name", self.name), ("folder", self.folder)):
+            if not PLAIN.fullmatch(value):  # they become paths
+                raise ValueError(f"{field} must be letters, digits and . _ - (found {value!r:.60})")
         if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
             raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
         if not self.templates or any("{c}" not in template for template in self.templates):
@@ -169,6 +173,8 @@ class Suite(Card):
         return self
 
 
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+
 C = TypeVar("C", bound=Card)
 
 FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
@@ -218,7 +224,11 @@ def read(kind: str, name: str, record: type[C]) -> C:
         CardError: no such card, or the file breaks the schema; the message names file and key.
     """
     where = path(kind, name)
-    return parse(toml(where), record, str(where))
+    card = parse(toml(where), record, str(where))
+    own = str(getattr(card, "name", "x"))
+    if not PLAIN.fullmatch(own):
+        raise CardError(str(where), f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
+    return card
 
 
 def path(kind: str, name: str) -> Path:
@@ -247,8 +257,8 @@ def toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_float)
     except FileNotFoundError:
         raise CardError(str(path), "no such file", "a TOML card") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CardError(str(path), f"not TOML ({error})", "a TOML card") from None
+    except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
+        raise CardError(str(path), f"not TOML ({error!s:.120})", "a TOML card") from None
     for key in ("names", "templates"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
@@ -261,7 +271,7 @@ def toml(path: Path) -> dict[str, Any]:
 
 def _lines(card: Path, name: str) -> list[str]:
     for root in (card.parent.parent, home()):
-        if (path := root / name).is_file():
+        if (path := root / name).is_file() and path.resolve().is_relative_to(root.resolve()):
             try:
                 return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             except UnicodeDecodeError:

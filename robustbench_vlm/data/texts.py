@@ -17,7 +17,7 @@ def check(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
     """
     kind = _lines(folder / "dataset_type.txt")
     if kind and kind[0] not in ("", "classification"):
-        raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
+        raise DataError(str(folder / "dataset_type.txt"), f"{kind[0]!r:.80}", "classification")
     notes: list[str] = []
     names = _lines(folder / "classnames.txt")
     if names is None and required:
@@ -45,9 +45,7 @@ def with_names(card: DatasetCard, folder: Path) -> DatasetCard:
     names = _lines(path)
     if names is None or len(names) > card.n_classes:
         found = "no such file" if names is None else f"{len(names)} names"
-        raise DataError(
-            str(path), found, f"the {card.n_classes} class names", how_to_get(card, folder.parent)
-        )
+        raise DataError(str(path), found, f"the {card.n_classes} class names", "fetch or export it again")
     names += [""] * (card.n_classes - len(names))
     if card.names_sha256 and lines_sha256(names) != card.names_sha256:
         found = f"names with SHA-256 {lines_sha256(names)[:16]}"
@@ -63,6 +61,7 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
     for number in range(max(len(wanted), len(found))):
         here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
         if _plain(here[0]) != _plain(here[1]):
+            here = [f"{line:.80}" for line in here]
             do = f"check that the folder is {card.name}, or give a card with its names by --include"
             raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
     if found == wanted:

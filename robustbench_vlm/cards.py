@@ -307,12 +307,17 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
     except ValidationError as error:
         unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
-        place = ".".join(str(part) for part in first["loc"])
+        place = _one_line(".".join(str(part) for part in first["loc"]))
         if unknown:
             do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
             raise CardError(where, f"unknown key {place!r}", do=do) from None
         found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
-        raise CardError(where, f"{place or 'card'}: {first['msg']}{found}") from None
+        raise CardError(where, f"{place or 'card'}: {_one_line(first['msg'])}{found}") from None
+
+
+def _one_line(text: str) -> str:
+    """The text as it is when it can be printed in a line, else quoted."""
+    return text if text.isprintable() else f"{text!r:.200}"
 
 
 def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -87,7 +87,6 @@ def archive(seed, form):
     return tar_bytes(members, FORMS[form])
 
 
-@given(seed=st.integers(0, 50), form=st.integers(0, 2), edits=edits)
 def shards(folder, seed, form, edits):
     place = one_shard(folder, damaged(archive(seed, form), edits))
 
@@ -100,7 +99,6 @@ def shards(folder, seed, form, edits):
     one_line(read)
 
 
-@given(seed=st.integers(0, 50), form=st.integers(0, 2), data=st.data())
 def cuts(folder, seed, form, data):
     whole = archive(seed, form)
     count = len(index_shards(one_shard(folder, whole), 3).samples)
@@ -113,14 +111,10 @@ def cuts(folder, seed, form, data):
         assert len(index_shards(folder, 3).samples) == count
 
 
-@given(image=st.sampled_from(IMAGES), edits=edits)
 def images(folder, image, edits):
     one_line(lambda: pixels.model(damaged(image, edits), 16, "shard, key"))
 
 
-@given(
-    kind=st.sampled_from(sorted(TEXTS)), which=st.integers(0, 99), edits=edits, splice=st.sampled_from(SPLICE)
-)
 def card_texts(folder, kind, which, edits, splice):
     text = TEXTS[kind][which % len(TEXTS[kind])]
     at = edits[0][0] % len(text)
@@ -144,20 +138,33 @@ values = st.recursive(
 )
 
 
-@given(kind=st.sampled_from(sorted(TEXTS)), which=st.integers(0, 99), key=st.integers(0, 99), value=values)
 def card_tables(folder, kind, which, key, value):
     table = tomllib.loads(TEXTS[kind][which % len(TEXTS[kind])])
     table[list(table)[key % len(table)]] = value
     one_line(lambda: cards.parse(table, cards.FOLDERS[kind][1], "card"))
 
 
-PROPERTIES = (shards, cuts, images, card_texts, card_tables)
+PROPERTIES = {
+    shards: given(seed=st.integers(0, 50), form=st.integers(0, 2), edits=edits),
+    cuts: given(seed=st.integers(0, 50), form=st.integers(0, 2), data=st.data()),
+    images: given(image=st.sampled_from(IMAGES), edits=edits),
+    card_texts: given(
+        kind=st.sampled_from(sorted(TEXTS)),
+        which=st.integers(0, 99),
+        edits=edits,
+        splice=st.sampled_from(SPLICE),
+    ),
+    card_tables: given(
+        kind=st.sampled_from(sorted(TEXTS)), which=st.integers(0, 99), key=st.integers(0, 99), value=values
+    ),
+}
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
 
 @pytest.mark.parametrize("property_", PROPERTIES, ids=lambda f: f.__name__)
 def test_a_short_run(property_, tmp_path):
-    settings(max_examples=60, deadline=None, suppress_health_check=CHECKS)(property_)(tmp_path)
+    options = settings(max_examples=60, deadline=None, suppress_health_check=CHECKS)
+    options(PROPERTIES[property_](property_))(tmp_path)
 
 
 @pytest.mark.slow
@@ -167,9 +174,9 @@ def test_a_long_run(tmp_path):
     fresh = {"deadline": None, "database": None, "suppress_health_check": CHECKS}
     until, rounds = time.monotonic() + SECONDS, 0
     while time.monotonic() < until:
-        for property_ in PROPERTIES:
+        for property_, drawn in PROPERTIES.items():
             options = settings(max_examples=500, phases=[Phase.generate, Phase.shrink], **fresh)
-            options(property_)(tmp_path)
+            options(drawn(property_))(tmp_path)
         rounds += 1
     assert rounds
     (tmp_path / "examples.txt").write_text(f"{rounds * 500 * len(PROPERTIES)}\n")

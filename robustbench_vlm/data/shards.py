@@ -171,7 +171,7 @@ def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
         DataError: truncated or damaged anywhere; an image without label, a label without image, a name used
             twice, a label that is no integer below `n_classes`, or a stored key that is no text.
     """
-    images: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tuple[int, int]] = {}  # first byte and size
     texts: dict[str, dict[str, bytes]] = {LABEL_SUFFIX: {}, KEY_SUFFIX: {}}
     ignored = 0
     with shard.open("rb") as file:
@@ -192,16 +192,14 @@ def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
             elif member.size > LARGEST_IMAGE:
                 raise DataError(f"{shard}, {name}", f"an image of {member.size} bytes", "less", AGAIN)
             else:
-                images[name] = member
+                images[name] = (member.offset_data, member.size)
     labels = {name: _label(shard, name, text, n_classes) for name, text in texts[LABEL_SUFFIX].items()}
     lonely = sorted(images.keys() ^ labels.keys()) + sorted(texts[KEY_SUFFIX].keys() - images.keys())
     if lonely:
         lacks = "no label (.cls)" if lonely[0] in images else "no image (.webp .png .jpg .jpeg)"
         raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
     keys = {name: _stored_key(shard, name, text) for name, text in texts[KEY_SUFFIX].items()}
-    found = [
-        Sample(keys.get(name, name), labels[name], shard, m.offset_data, m.size) for name, m in images.items()
-    ]
+    found = [Sample(keys.get(name, name), labels[name], shard, *place) for name, place in images.items()]
     return found, ignored
 
 
@@ -251,6 +249,7 @@ def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                     raise DataError(str(shard), f"truncated in {member.name!r:.80}", "a whole archive", AGAIN)
                 last = member.offset
+                archive.members.clear()  # type: ignore[attr-defined]  # a header object for each file
                 yield member
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:

@@ -20,9 +20,11 @@ CARDS: dict[str, type[cards.Card]] = {
     "suites": cards.Suite,
     "datasets": cards.DatasetCard,
     "recipes": cards.Recipe,
+    "protocols": cards.Protocol,
+    "prompts": cards.PromptPack,
 }
 STARTS = {"tiny-teacher-start": "vlmrob-tiny-teacher"}  # made by `make tiny-weights`, not by a recipe
-KINDS = ("attacks", "datasets", "defenses", "models", "recipes", "suites")
+KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "suites")
 
 
 def _kind(what: str) -> str:

@@ -273,6 +273,7 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
         "no-progress": verdicts.no_progress_share(table) > NO_PROGRESS,
         "square-beats-white-box": blind > BLIND * len(table),
         "untrained-words": bool(what.untrained),
+        "bad-images": bool(what.split.bad),
         "generated-images": (what.split.folder / miniature.MARK).exists(),
     }
     trained_on = what.loaded.card.trained_on

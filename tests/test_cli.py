@@ -260,7 +260,7 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
     code, _, err = vlmrob("eval --model {home}/models/m0 --suite zeroshot --data-root nowhere")
     assert code == 2
     assert "15 of 15 datasets are missing" in err
-    assert "hf download clip-benchmark/wds_food101" in err
+    assert "vlmrob data fetch food101" in err
     assert not (tmp_path / "results").exists()
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worlds import INNER, twin
 
-from robustbench_vlm import cards, cli, store, train
+from robustbench_vlm import cards, cli, prepare, store, train
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
@@ -55,6 +55,20 @@ def write_recipe(folder, table):
     path.write_text(toml(table))
     assert tomllib.loads(path.read_text()) == table
     return path
+
+
+def test_a_dataset_that_is_named_by_its_folder_trains_against_those_names(toy, tmp_path):
+    recipe = toy.recipe("tecoa")
+    card = prepare.prepare(recipe, toy.data, CPU)
+    named = (toy.cards / "datasets" / "toy.toml").read_text().splitlines()
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "toy.toml").write_text(
+        "\n".join('names_from = "folder"' if line.startswith("names = ") else line for line in named)
+    )
+    cards.include([tmp_path, toy.cards])
+    found = prepare.prepare(recipe, toy.data, CPU)
+    assert found.split.card.names == card.split.card.names
+    assert torch.equal(found.roles.text["student"], card.roles.text["student"])
 
 
 # Schedule

@@ -56,6 +56,9 @@ app.command()(models.canary)
 app.command("list")(catalogue.list_)
 app.command()(catalogue.show)
 app.command()(catalogue.doctor)
+data_app.command()(data.fetch)
+data_app.command()(data.check)
+data_app.command()(data.export)
 data_app.command()(data.make)
 
 

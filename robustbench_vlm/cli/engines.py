@@ -64,7 +64,9 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"left out: {text}")
     require_tiny([card.name], data_root)
     (split,) = session.open_data(session.require_data(plan))
-    what = cells.subject(plan.models[0], card, split)
+    what = cells.subject(plan.models[0], split.card, split)
+    for line in what.split.bad:
+        console.remark(f"note: {card.name}: left out: {line}")
     threat = Threat(request.norm, request.ladder[0])
     noise = request.seed if seed is None else seed
     with console.meter() as meter:

@@ -7,6 +7,7 @@ An unknown key, a value of the wrong kind or an unknown name is a `CardError` wi
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -16,8 +17,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robustbench_vlm.errors import CardError, InputError, nearest
+from robustbench_vlm.protocols import PromptPack as PromptPack
+from robustbench_vlm.protocols import Protocol as Protocol
+from robustbench_vlm.protocols import Resize
 from robustbench_vlm.recipes import Card as Card
 from robustbench_vlm.recipes import Recipe as Recipe
+from robustbench_vlm.settings import number
+from robustbench_vlm.settings import override as override
 from robustbench_vlm.threat import Norm
 
 
@@ -43,7 +49,9 @@ class DatasetCard(Card):
         size: images per split; what `data check` counts.
         canvas: `native`, the ball at the images' own resolution; `model`, at the model's input size.
         native_px: side of the images when `canvas` is `native`.
+        resize: how an image comes to a model canvas.
         names: class names in label order; blank names are legal (CLEVR has one).
+        names_from: `folder`, where no public list is at hand: they are those of `classnames.txt`.
         templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
         names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
     """
@@ -56,7 +64,9 @@ class DatasetCard(Card):
     size: dict[str, int]
     canvas: Literal["native", "model"]
     native_px: int = 0
-    names: tuple[str, ...]
+    resize: Resize = "bicubic"
+    names: tuple[str, ...] = ()
+    names_from: Literal["card", "folder"] = "card"
     templates: tuple[str, ...]
     names_sha256: str = ""
     templates_sha256: str = ""
@@ -69,7 +79,10 @@ class DatasetCard(Card):
 
     @model_validator(mode="after")
     def _whole(self) -> DatasetCard:
-        if len(self.names) != self.n_classes:
+        for field, value in (("name", self.name), ("folder", self.folder)):
+            if not PLAIN.fullmatch(value):  # they become paths
+                raise ValueError(f"{field} must be letters, digits and . _ - (found {value!r:.60})")
+        if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
             raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
         if not self.templates or any("{c}" not in template for template in self.templates):
             raise ValueError("templates must be sentences that contain {c}")
@@ -77,7 +90,7 @@ class DatasetCard(Card):
             raise ValueError("canvas = 'native' needs native_px, the side of the images in pixels")
         for field, lines in (("names_sha256", self.names), ("templates_sha256", self.templates)):
             stated = getattr(self, field)
-            if stated and stated != lines_sha256(lines):
+            if stated and lines and stated != lines_sha256(lines):
                 raise ValueError(f"{field} is {lines_sha256(lines)}, expected {stated}: the list was changed")
         return self
 
@@ -132,6 +145,8 @@ class Suite(Card):
         n: images a dataset; 0 means all.
         sample: how they are drawn, by the smallest hashes of seed and key: `hash`, over the whole split;
             `stratified`, class by class in turn, so that few images still hold every class equally.
+        subset: a file of image names, one a line, that are taken in its order instead.
+        subset_sha256: of that file.
         means: further averages beside the one over all datasets, by name; never `unseen`, which is averaged
             over what the model and its parents were not trained on.
     """
@@ -146,6 +161,8 @@ class Suite(Card):
     n: int = Field(default=1000, ge=0)
     sample: Literal["hash", "stratified"] = "hash"
     seed: int = 0
+    subset: str = ""
+    subset_sha256: str = ""
     means: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -157,6 +174,33 @@ class Suite(Card):
         return self
 
 
+class ModelCard(Card):
+    """A public checkpoint: where its weights are, and how they are read.
+
+    Attributes:
+        base: model whose architecture, preprocessing and (without one of its own) text tower it has.
+        loader: `open_clip`, by source; `weights`, a file; `transformers`, a folder; `none`, not published.
+        file: name of the weights file.
+        trained_on: datasets seen; with `"unknown"` when parents saw more than is listed.
+    """
+
+    name: str
+    title: str
+    defense: str
+    base: str
+    eps: str = ""
+    norm: Norm = "linf"
+    loader: Literal["open_clip", "weights", "transformers", "none"]
+    source: str
+    file: str = ""
+    sha256: str = ""
+    licence: str
+    trained_on: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+
 C = TypeVar("C", bound=Card)
 
 FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
@@ -164,6 +208,9 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
     "attacks": ("attacks", AttackCard),
     "suites": (".", Suite),
     "recipes": ("recipes", Recipe),
+    "models": ("models", ModelCard),
+    "protocols": ("protocols", Protocol),
+    "prompts": ("prompts", PromptPack),
 }
 """Kind of card -> folder below each card home, and the record it is read into."""
 
@@ -207,7 +254,11 @@ def read(kind: str, name: str, record: type[C]) -> C:
         CardError: no such card, or the file breaks the schema; the message names file and key.
     """
     where = path(kind, name)
-    return parse(toml(where), record, str(where))
+    card = parse(toml(where), record, str(where))
+    own = str(getattr(card, "name", "x"))
+    if not PLAIN.fullmatch(own):
+        raise CardError(str(where), f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
+    return card
 
 
 def path(kind: str, name: str) -> Path:
@@ -223,10 +274,6 @@ def path(kind: str, name: str) -> Path:
     return found
 
 
-def _float(text: str) -> float | str:
-    return text if text.lstrip("+-") in ("inf", "nan") else float(text)  # JSON has no spelling for those
-
-
 def toml(path: Path) -> dict[str, Any]:
     """The table of a TOML file, with `@file` strings replaced by that file's lines.
 
@@ -234,23 +281,46 @@ def toml(path: Path) -> dict[str, Any]:
     list of a thousand names is written once and shared.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_float)
+        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=number)
     except FileNotFoundError:
         raise CardError(str(path), "no such file", "a TOML card") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CardError(str(path), f"not TOML ({error})", "a TOML card") from None
+    except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
+        raise CardError(str(path), f"not TOML ({error!s:.120})", "a TOML card") from None
     for key in ("names", "templates"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
             table[key] = _lines(path, value.removeprefix("@"))
+        if isinstance(value, dict):
+            files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
+            value.update({name: _lines(path, file.removeprefix("@")) for name, file in files.items()})
     return table
 
 
 def _lines(card: Path, name: str) -> list[str]:
     for root in (card.parent.parent, home()):
-        if (path := root / name).is_file():
-            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        if (path := root / name).is_file() and path.resolve().is_relative_to(root.resolve()):
+            try:
+                return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            except UnicodeDecodeError:
+                raise CardError(str(path), "unreadable", "UTF-8 text") from None
     raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
+
+
+def subset(suite: Suite) -> tuple[str, ...]:
+    """The image names of a suite that takes them from a file; the file must be the one that the suite means.
+
+    Raises:
+        CardError: no such file, or another SHA-256.
+    """
+    name = suite.subset.removeprefix("file:")
+    found = next((at for root in (*_include, home(), Path()) if (at := root / name).is_file()), None)
+    if found is None:
+        raise CardError(f"suite {suite.name}", f"no file {name!r}", "it below a card home")
+    content = found.read_bytes()
+    sha = hashlib.sha256(content).hexdigest()
+    if suite.subset_sha256 and sha != suite.subset_sha256:
+        raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
+    return tuple(content.decode("utf-8", "replace").split())
 
 
 def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
@@ -260,12 +330,17 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
     except ValidationError as error:
         unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
-        place = ".".join(str(part) for part in first["loc"])
+        place = _one_line(".".join(str(part) for part in first["loc"]))
         if unknown:
             do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
             raise CardError(where, f"unknown key {place!r}", do=do) from None
         found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
-        raise CardError(where, f"{place or 'card'}: {first['msg']}{found}") from None
+        raise CardError(where, f"{place or 'card'}: {_one_line(first['msg'])}{found}") from None
+
+
+def _one_line(text: str) -> str:
+    """The text as it is when it can be printed in a line, else quoted."""
+    return text if text.isprintable() else f"{text!r:.200}"
 
 
 def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
@@ -278,27 +353,3 @@ def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[st
         inner = [t for t in kinds if isinstance(t, type)]
         record = next((t for t in inner if issubclass(t, BaseModel)), record)
     return list(record.model_fields)
-
-
-def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """The table with `--set a.b=value` applied; values are TOML (`0.1`, `true`, `"text"`), else plain text.
-
-    Raises:
-        CardError: a setting without `=`.
-    """
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
-        try:
-            value = tomllib.loads(f"v = {text}", parse_float=_float)["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *parents, last = key.split(".")
-        inner = table
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise CardError(f"--set {setting}", f"{parent!r} is not a table")
-        inner[last] = value
-    return table

@@ -20,9 +20,11 @@ CARDS: dict[str, type[cards.Card]] = {
     "suites": cards.Suite,
     "datasets": cards.DatasetCard,
     "recipes": cards.Recipe,
+    "protocols": cards.Protocol,
+    "prompts": cards.PromptPack,
 }
 STARTS = {"tiny-teacher-start": "vlmrob-tiny-teacher"}  # made by `make tiny-weights`, not by a recipe
-KINDS = ("attacks", "datasets", "defenses", "models", "recipes", "suites")
+KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "suites")
 
 
 def _kind(what: str) -> str:
@@ -44,7 +46,12 @@ def names(what: str) -> list[tuple[str, str]]:
         return [(name, str(card.model_dump()["title"])) for name, card in read]
     if kind == "defenses":
         return [(name, _first_line(registry.get(kind, name))) for name in registry.names(kind)]
-    from robustbench_vlm.models import checkpoint, zoo
+    return [(row["name"], row["title"]) for row in models()]
+
+
+def models() -> list[dict[str, str]]:
+    """Packaged and public checkpoints: name, title, defense, architecture, radius, source, licence, place."""
+    from robustbench_vlm.models import checkpoint, public, zoo
 
     rows = []
     for name in zoo.packaged():
@@ -52,9 +59,22 @@ def names(what: str) -> list[tuple[str, str]]:
         seen = (
             "unknown data" if card.trained_on is None else ", ".join(card.trained_on) or "no listed dataset"
         )
-        facts = f"{card.arch}, {card.parameters / 1e3:.0f}k parameters, defense {card.defense}"
-        rows.append((name, f"{facts}, trained on {seen}"))
-    return [*rows, ("ARCH:TAG", "any open_clip name, e.g. ViT-B-32:openai"), ("DIR", "a checkpoint folder")]
+        title = f"{card.parameters / 1e3:.0f}k parameters, trained on {seen}"
+        eps = str((card.recipe.get("inner") or {}).get("eps", ""))
+        rows.append(_row(name, title, card.defense, card.arch, eps, "packaged", "Apache-2.0", "here"))
+    for name in cards.names("models"):
+        known = cards.read("models", name, cards.ModelCard)
+        place = "here" if public.here(known) else "not published" if known.loader == "none" else "not here"
+        rows.append(
+            _row(name, known.title, known.defense, known.base, known.eps, known.source, known.licence, place)
+        )
+    rows.append(_row("ARCH:TAG", "any open_clip name, e.g. ViT-B-32:openai"))
+    return [*rows, _row("DIR", "a checkpoint folder or one of transformers; a weights file with --arch")]
+
+
+def _row(*facts: str) -> dict[str, str]:
+    columns = ("name", "title", "defense", "architecture", "eps", "source", "licence", "weights")
+    return dict(zip(columns, [*facts, *[""] * (len(columns) - len(facts))], strict=True))
 
 
 def details(what: str, name: str) -> dict[str, Any]:
@@ -81,13 +101,19 @@ def details(what: str, name: str) -> dict[str, Any]:
         module = inspect.getmodule(plugin)
         teachers = list(getattr(plugin, "teachers", ()))
         return {"name": name, "fields": fields, "teachers": teachers, "doc": inspect.getdoc(module)}
-    from robustbench_vlm.models import checkpoint, zoo
+    from robustbench_vlm.models import checkpoint, public, zoo
 
     folder = zoo.folder_of(name)
     if folder is None:
-        raise InputError(
-            f"model {name!r}", "no packaged checkpoint or folder", do=nearest(name, zoo.packaged())
-        )
+        listed = cards.names("models")
+        if name in listed:
+            known = cards.read("models", name, cards.ModelCard)
+            where = {"folder": str(public.folder(known)), "here": public.here(known)}
+            fetch = {} if known.loader == "none" else {"fetch": public.fetch(known)}
+            return {**known.model_dump(mode="json"), **where, **fetch}
+        known_names = [*zoo.packaged(), *listed]
+        found = "no packaged or public checkpoint, and no folder"
+        raise InputError(f"model {name!r}", found, do=nearest(name, known_names))
     return checkpoint.read_card(folder).model_dump(mode="json")
 
 

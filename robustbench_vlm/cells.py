@@ -8,7 +8,8 @@ starts from what `aa2` found, n = 500 from n = 100, and a killed run from its la
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ class Request:
         live: rows in use, at most `rows` of the chain; changes speed and memory, never a verdict.
         keep_images: store the adversarial images too.
         sight: how attacks see the model; verdicts are in fp32 whatever it is.
+        marks: what else a row must be told apart by (protocol, list of images); empty for none.
         engine: `native`, or the package that attacks instead.
         mode: of the native engine: `fast`, or `reference`, in lock-step with the reference's noise.
     """
@@ -59,6 +61,7 @@ class Request:
     live: int | None = None
     keep_images: bool = False
     sight: Sight = PLAIN
+    marks: Mapping[str, str] = field(default_factory=dict)
     engine: str = "native"
     mode: str = "fast"
 
@@ -120,12 +123,14 @@ class Subject:
             "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
             "canvas": self.card.canvas,
             "canvas_px": int(self.images.shape[-1]),
+            **({} if self.card.resize == "bicubic" else {"resize": self.card.resize}),
+            **({} if self.loaded.model.preprocess.antialias else {"antialias": False}),
         }
 
 
 def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
     """Decode the images of `split` and encode the sentences of `card` for one model."""
-    decoded = split.images(loaded.model.image_size)
+    split, decoded = split.sound(loaded.model.image_size)
     bank = text_bank(loaded.model, render(card.names, card.templates))
     return Subject(loaded, card, split, as_float(decoded.pixels), tuple(decoded.sha256), bank)
 
@@ -151,6 +156,7 @@ class Cell:
         return {
             **what.facts,
             **self.request.means,
+            **self.request.marks,
             "model": what.loaded.card.name,
             "dataset": card.name,
             "dataset_version": card.version,

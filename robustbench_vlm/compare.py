@@ -73,7 +73,8 @@ def _title(cell: Cell) -> str:
     config = cell.config
     smaller = [eps_text(config["norm"], Fraction(eps)) for eps in config["eps_ladder"][:-1]]
     after = f" after {', '.join(smaller)}" if smaller else ""
-    return f"{config['attack']} {cell.threat}{after} n={config['n_requested'] or 'all'}"
+    under = f" protocol={config['protocol']}" if config.get("protocol") else ""
+    return f"{config['attack']} {cell.threat}{after} n={config['n_requested'] or 'all'}{under}"
 
 
 def _of(cells: Sequence[Cell], name: str) -> dict[tuple[object, ...], Cell]:

@@ -278,10 +278,13 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
         "no-progress": verdicts.no_progress_share(table) > NO_PROGRESS,
         "square-beats-white-box": blind > BLIND * len(table),
         "untrained-words": bool(what.untrained),
+        "bad-images": bool(what.split.bad),
         "generated-images": (what.split.folder / miniature.MARK).exists(),
     }
     trained_on = what.loaded.card.trained_on
-    exposure = "unknown" if trained_on is None else "seen" if what.card.name in trained_on else "unseen"
+    seen = what.card.name in (trained_on or ())
+    whole = trained_on is not None and "unknown" not in trained_on  # of every parent
+    exposure = "seen" if seen else "unseen" if whole else "unknown"
     changed = [
         (stage.name, text) for stage in stages for text in plugin(cell.attack, stage).substitutions(n_classes)
     ]

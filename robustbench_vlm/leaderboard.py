@@ -63,7 +63,8 @@ class Cell:
             "precision",
             "engine",
         )
-        return (*(str(c[name]) for name in shared), ",".join(c["eps_ladder"]))
+        marks = (str(c.get("protocol", "")), str(c.get("subset", "")))
+        return (*(str(c[name]) for name in shared), ",".join(c["eps_ladder"]), *marks)
 
     @property
     def model(self) -> tuple[str, str]:
@@ -127,6 +128,7 @@ def of_suite(cells: Iterable[Cell], suite: Suite) -> list[Cell]:
         for cell in cells
         if cell.config["dataset"] in suite.datasets
         and (cell.config["split"], cell.config["seed"]) == (suite.split, suite.seed)
+        and cell.config.get("subset", "") == (suite.subset and (suite.subset_sha256 or suite.subset))
     ]
     chosen.sort(key=lambda cell: suite.datasets.index(cell.config["dataset"]))
     drawn: dict[tuple[Any, ...], Cell] = {}
@@ -162,6 +164,7 @@ def table(cells: Sequence[Cell], suite: Suite) -> pd.DataFrame:
         eps = float(row["eps"])
         dataset = (order.get(row["dataset"], len(order)), row["dataset"])
         return (
+            row["protocol"],
             row["norm"],
             row["attack"],
             eps,
@@ -181,7 +184,7 @@ def table(cells: Sequence[Cell], suite: Suite) -> pd.DataFrame:
 def _row_names(stages: Sequence[str]) -> list[str]:
     """Columns of the CSV; what is the same for a whole contest stands left, what was measured right."""
     model = "model_id checkpoint_sha256 defense arch params_m train_norm train_eps"
-    data = "dataset exposure split n n_requested n_classes subset_sha256 threat_space canvas_px"
+    data = "dataset exposure split n n_requested n_classes subset_sha256 threat_space canvas_px protocol"
     attack = "attack attack_version attack_config_sha256 engine norm eps eps_ladder precision seed metric"
     clean = "clean clean_ci_low clean_ci_high"
     after = " ".join(f"robust_{stage}" for stage in stages)
@@ -237,6 +240,7 @@ def _shared(cell: Cell, suite: Suite) -> Row:
         "train_eps": model["train_eps"],
         "split": config["split"],
         "n_requested": config["n_requested"],
+        "protocol": config.get("protocol", ""),
         "attack": config["attack"],
         "attack_version": config["attack_version"],
         "attack_config_sha256": config["attack_sha256"],
@@ -286,18 +290,24 @@ def _means(group: Sequence[Cell], suite: Suite, stages: Sequence[str]) -> Iterab
         }
 
 
+def _place(cell: Cell) -> tuple[Any, ...]:
+    """What two attacks must have in common to have seen the same images and the same model."""
+    fields = ("dataset", "norm", "eps", "n_requested", "seed", "split", "precision", "engine")
+    marks = ("protocol", "subset")  # with other sentences, or on another canvas
+    return cell.model, *(cell.config[name] for name in fields), *(cell.config.get(name, "") for name in marks)
+
+
 def _pgd_only(cells: Sequence[Cell]) -> dict[Path, int]:
     """For each cell of a chain: how many of its images a PGD cell of the same threat broke and it did not."""
-    fields = ("dataset", "norm", "eps", "n_requested", "seed", "split", "precision", "engine")
     pgd: dict[tuple[Any, ...], set[str]] = {}
     for cell in cells:
         if cell.config["attack"].startswith("pgd"):
-            place = (cell.model, *(cell.config[f] for f in fields))
+            place = _place(cell)
             found = cell.verdicts()
             pgd.setdefault(place, set()).update(found.key[found.broken_at_eps != ""])
     missed = {}
     for cell in cells:
-        place = (cell.model, *(cell.config[f] for f in fields))
+        place = _place(cell)
         if not cell.config["attack"].startswith("pgd") and place in pgd:
             found = cell.verdicts()
             missed[cell.path] = int(found.key[verdicts.standing(found)].isin(pgd[place]).sum())
@@ -333,15 +343,16 @@ def grids(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     """(title, models x datasets grid of `clean / robust`) of each contest, most robust model first."""
     if rows.empty:
         return
-    names = ["norm", "eps", "attack", "n_requested"]
+    names = ["protocol", "norm", "eps", "attack", "n_requested"]
     exact = ["split", "seed", "precision", "engine", "attack_config_sha256", "eps_ladder"]
     kinds = rows[[*names, *exact]].drop_duplicates().itertuples(index=False, name=None)
     alike = Counter(kind[: len(names)] for kind in kinds)
     for kind, part in rows.groupby([*names, *exact], sort=False):
-        norm, eps, attack, n, _, _, precision, engine, sha, ladder = cast("tuple[str, ...]", kind)
-        remark = f" · chain {sha[:6]}, radii {ladder}" if alike[norm, eps, attack, n] > 1 else ""
+        protocol, norm, eps, attack, n, _, _, precision, engine, sha, ladder = cast("tuple[str, ...]", kind)
+        remark = f" · chain {sha[:6]}, radii {ladder}" if alike[kind[: len(names)]] > 1 else ""
         if not engine.startswith("native/") or precision != "fp32":
             remark += f" · {engine}, {precision}"
+        remark += f" · protocol {protocol}" if protocol else ""
         entries = part.assign(
             entry=part.clean + " / " + part.robust + part.flag.map(lambda flag: " !" if flag else ""),
             row=part.model_id + part.checkpoint_sha256.map(lambda sha: f" ({sha[:6]})"),

@@ -86,6 +86,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
         teacher.model.requires_grad_(False)
     dataset = cards.read("datasets", recipe.data.dataset, DatasetCard)
     split = open_split(dataset, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
+    dataset = split.card  # with the folder's class names, where they are the ones that count
     for role, teacher in teachers.items():
         if defense.needs_text:
             _require_same_sentences(role, teacher, recipe)

@@ -13,10 +13,10 @@ from typing import cast, get_args
 import pandas as pd
 import torch
 
-from robustbench_vlm import cards, cells, evaluate, leaderboard
+from robustbench_vlm import cards, cells, evaluate, leaderboard, regime
 from robustbench_vlm.attacks import canonical, engines
 from robustbench_vlm.attacks.finder import PLAIN, Sight
-from robustbench_vlm.cards import AttackCard, DatasetCard, Suite
+from robustbench_vlm.cards import AttackCard, DatasetCard, Protocol, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
 from robustbench_vlm.errors import DataError, InputError, nearest
@@ -52,6 +52,8 @@ class Order:
     engine: str = "native"
     mode: str = "fast"
     sight: Sight = PLAIN
+    arch: str = ""  # of the models that are weights files
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Plan:
     datasets: tuple[DatasetCard, ...]
     models: tuple[zoo.Loaded, ...]
     request: cells.Request
+    protocol: Protocol | None = None
 
 
 def device(name: str) -> torch.device:
@@ -87,6 +90,8 @@ def plan(order: Order, device: torch.device) -> Plan:
     Raises:
         InputError: an unknown name, norm or radius; a model that cannot be loaded.
     """
+    protocol = cards.read("protocols", order.protocol, Protocol) if order.protocol else None
+    order = under(protocol, order) if protocol else order
     suite = cards.read("suites", order.suite, Suite)
     for name in order.datasets:
         if name not in suite.datasets:
@@ -112,13 +117,43 @@ def plan(order: Order, device: torch.device) -> Plan:
         sight=order.sight,
         engine=order.engine,
         mode=order.mode,
+        marks=regime.marks(protocol, suite),
     )
     for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
         cells.require_norm(card, request.norm)
-    datasets = tuple(cards.read("datasets", name, DatasetCard) for name in chosen)
+    datasets = tuple(regime.placed(cards.read("datasets", name, DatasetCard), protocol) for name in chosen)
     refuse(request, datasets)
-    models = tuple(zoo.load(name, device) for name in order.models)
-    return Plan(order, suite, datasets, models, request)
+    models = tuple(regime.sized(zoo.load(name, device, order.arch), protocol) for name in order.models)
+    return Plan(order, suite, datasets, models, request, protocol)
+
+
+def under(protocol: Protocol, order: Order) -> Order:
+    """The order with all that a protocol fixes, once nothing that was typed contradicts it.
+
+    Raises:
+        InputError: another attack, norm, radius or number of images than the protocol's.
+    """
+    attacks = tuple(cards.SAME.get(("attacks", name), name) for name in order.attacks)
+    radii = [parse_eps(text, protocol.norm) for text in order.eps.split(",")] if order.eps else []
+    fixed = [parse_eps(text, protocol.norm) for text in protocol.eps]
+    typed = {
+        "--attack": (bool(attacks) and attacks != (protocol.attack,), protocol.attack),
+        "--norm": (bool(order.norm) and order.norm != protocol.norm, protocol.norm),
+        "--eps": (bool(radii) and sorted(set(radii)) != sorted(set(fixed)), ",".join(protocol.eps)),
+        "--n": (order.n is not None and order.n != protocol.n, str(protocol.n)),
+    }
+    for flag, (differs, wanted) in typed.items():
+        if differs:
+            do = "leave that out, or --protocol"
+            raise InputError(flag, f"not what protocol {protocol.name} says", wanted, do)
+    return replace(
+        order,
+        suite=order.suite or protocol.suite,
+        attacks=(protocol.attack,),
+        norm=protocol.norm,
+        eps=",".join(protocol.eps),
+        n=protocol.n,
+    )
 
 
 def refuse(request: cells.Request, datasets: Sequence[DatasetCard]) -> None:
@@ -174,7 +209,14 @@ def open_data(plan: Plan) -> list[dataset.Split]:
     """
     opened = (dataset.open_split(card, plan.order.data_root, plan.suite.split) for card in plan.datasets)
     stratified = plan.suite.sample == "stratified"
-    return [split.subset(plan.request.n, plan.request.seed, stratified=stratified) for split in opened]
+    listed = cards.subset(plan.suite) if plan.suite.subset else ()
+    drawn = (
+        split.listed(listed, plan.request.n)
+        if listed
+        else split.subset(plan.request.n, plan.request.seed, stratified=stratified)
+        for split in opened
+    )
+    return [regime.prompted(split, plan.protocol) for split in drawn]
 
 
 def price(plan: Plan) -> list[str]:
@@ -205,6 +247,7 @@ def price(plan: Plan) -> list[str]:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if seconds > LONG:
         models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
+        models += f" --arch {plan.order.arch}" if plan.order.arch else ""
         where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}"
         lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines
@@ -255,7 +298,9 @@ def perform(
             remark(f"note: {split.card.name}: {note}")
     for loaded in plan.models:
         for card, split in zip(plan.datasets, splits, strict=True):
-            what = cells.subject(loaded, card, split)
+            what = cells.subject(loaded, split.card, split)
+            for line in what.split.bad:
+                remark(f"note: {card.name}: left out: {line}")
             if what.untrained:
                 words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
                 remark(f"note: {card.name}: {words}")
@@ -308,7 +353,8 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
     """Member name -> predicted class of the `n` images that a miniature of `card` consists of."""
     with tempfile.TemporaryDirectory() as folder:
         miniature.make(card, Path(folder), n=n, split=split)
-        what = cells.subject(loaded, card, dataset.open_split(card, Path(folder), split))
+        opened = dataset.open_split(card, Path(folder), split)
+        what = cells.subject(loaded, opened.card, opened)
         logits = canonical.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
         found = zip(what.split.keys, logits.argmax(1).tolist(), strict=True)
         return {key.rsplit("/", 1)[-1]: label for key, label in found}

@@ -250,9 +250,14 @@ def _begin(setup: Setup, out: Path) -> State:
         facts = file.metadata() or {}
     if facts.get("recipe") != setup.recipe.fingerprint:
         raise InputError(str(found[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
+    parameters = setup.parameters()
+    for name in tensors:  # before a run goes on without its moments
+        if name not in parameters and not name.startswith(("student.", "optim.", "carry.")):
+            words = f"tensor {name!r}, which this version does not read", "a checkpoint of this version"
+            raise InputError(str(found[-1]), *words, f"finish it with the old one, or delete {out}")
     student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
     checkpoint.fill(setup.model.visual, student, str(found[-1]))
-    for index, (name, parameter) in enumerate(setup.parameters().items()):
+    for index, (name, parameter) in enumerate(parameters.items()):
         if name in tensors:  # prompts outside the student's image tower
             parameter.data.copy_(tensors[name])
         prefix = f"optim.{index}."  # none for a parameter that never got a gradient

@@ -260,7 +260,7 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
     code, _, err = vlmrob("eval --model {home}/models/m0 --suite zeroshot --data-root nowhere")
     assert code == 2
     assert "15 of 15 datasets are missing" in err
-    assert "hf download clip-benchmark/wds_food101" in err
+    assert "vlmrob data fetch food101" in err
     assert not (tmp_path / "results").exists()
 
 
@@ -451,7 +451,8 @@ def test_list_and_show_agree(vlmrob, kind):
     names = [row["name"] for row in json.loads(out)]
     assert code == 0
     assert names
-    assert vlmrob(f"list {kind}")[1].splitlines()[:2] == [f"# {kind}", "name\twhat it is"]
+    more = "\tdefense\tarchitecture\teps\tsource\tlicence\tweights" if kind == "models" else ""
+    assert vlmrob(f"list {kind}")[1].splitlines()[:2] == [f"# {kind}", "name\twhat it is" + more]
     for name in [name for name in names if name not in ("ARCH:TAG", "DIR")]:
         code, out, _ = vlmrob(f"show {kind.removesuffix('s')} {name}")
         assert code == 0

@@ -5,11 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from folders import NAMES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
+from folders import NAMES, TEMPLATES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustbench_vlm import rng
+from robustbench_vlm.data import layout
 from robustbench_vlm.data.dataset import Entry, Split, folder_sha, majority, missing, open_split
 from robustbench_vlm.data.shards import Sample
 from robustbench_vlm.errors import DataError
@@ -57,6 +58,30 @@ def test_opening_decodes_nothing(tmp_path):
         split.read(0, 8)
     with pytest.raises(DataError, match="toy/test/s0"):
         split.images(8)
+
+
+def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
+    rows = samples(2000)
+    rows[7] = ("s0000007", b"<html>sign in", "png", 1)
+    rows[1999] = ("s0001999", encode(noise(1))[:60], "png", 0)
+    layout.write_texts(tmp_path / "wds_toy", NAMES, TEMPLATES)
+    layout.write_split(tmp_path / "wds_toy", "test", rows, 500)
+    split = open_split(card(size={}), tmp_path, "test")
+    whole, images = split.sound(8)
+    assert len(whole) == len(images.pixels) == len(images.keys) == len(images.sha256) == 1998
+    assert len(whole.bad) == 2
+    assert "toy/test/s0000007: not a whole image (a web page)" in whole.bad[0]
+    assert "s0001999" in whole.bad[1]
+    assert whole.sha256 != split.sha256  # such a row is not mistaken for one on all images
+    i = whole.keys.index("toy/test/s0000100")
+    assert np.array_equal(images.pixels[i], noise(100))
+    assert images.labels[i] == 100 % 3
+    with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):
+        split.sound(8, 0.0005)
+    with pytest.raises(DataError, match="s0000007"):
+        split.images(8)
+    clean = split.subset(5)
+    assert clean.sound(8)[0] is clean
 
 
 def test_model_canvas_takes_the_models_size(tmp_path):
@@ -204,7 +229,7 @@ def test_missing_datasets_say_how_to_get_them(tmp_path):
     tiny = card(name="tiny-seen", folder="wds_tiny-seen")
     lines = missing([card(), hub, tiny], tmp_path, "test")
     assert len(lines) == 2
-    assert "hf download clip-benchmark/wds_cars --repo-type dataset --revision abc --local-dir" in lines[0]
+    assert f"vlmrob data fetch cars --root {tmp_path}" in lines[0]
     assert lines[0].startswith("cars: no ")
     assert "vlmrob data make tiny" in lines[1]
     with pytest.raises(

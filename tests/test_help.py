@@ -4,7 +4,10 @@ import resource
 import subprocess
 import sys
 
-VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
+VERBS = (
+    *("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "convert", "canary"),
+    *("list", "show", "doctor", "data"),
+)
 
 
 def test_help_does_not_import_torch_and_names_every_verb():

@@ -206,6 +206,17 @@ def test_what_pgd_alone_broke_is_counted_and_flagged(tmp_path):
     assert row(rows(tmp_path), "m", "one", attack="pgd20").pgd_only == ""
 
 
+def test_what_pgd_broke_under_a_protocol_says_nothing_about_a_chain_outside_it(tmp_path):
+    under = {"protocol": "own/1", "canvas": "model", "canvas_px": 224}
+    cell(tmp_path, "m", "one", 9, {0: "apgd-ce", 1: "square"})
+    cell(tmp_path, "m", "one", 9, {5: "pgd20", 6: "pgd20"}, attack="pgd20", **under)
+    found = row(rows(tmp_path), "m", "one", attack="aa")
+    assert (found.pgd_only, found.flag) == ("", "")
+    cell(tmp_path, "m", "one", 9, {5: "square"}, **under)
+    found = row(rows(tmp_path), "m", "one", attack="aa", protocol="own/1")
+    assert found.pgd_only == 1
+
+
 def test_a_chain_that_covers_pgd_is_not_flagged(tmp_path):
     cell(tmp_path, "m", "one", 9, {0: "apgd-ce", 1: "square"})
     cell(tmp_path, "m", "one", 9, {1: "pgd20"}, attack="pgd20")

@@ -7,8 +7,10 @@ import zlib
 import numpy as np
 import open_clip
 import pytest
+import torch
 from folders import encode, noise
 from PIL import Image, ImageFile
+from torch.nn.functional import interpolate
 
 from robustbench_vlm.data import pixels
 from robustbench_vlm.errors import DataError
@@ -67,6 +69,51 @@ def test_palette_with_transparency_and_animation_and_rotation():
     assert np.array_equal(
         pixels.native(saved(frames[0], exif=exif.tobytes()), 8, "here"), np.asarray(frames[0])
     )
+
+
+def test_sixteen_bit_colour_loses_its_low_byte():
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+
+    def chunk(kind, content):
+        whole = kind + content
+        return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.array_equal(np.asarray(pixels.rgb(content, "here")), (deep >> 8).astype(np.uint8))
+
+
+def test_grey_and_cmyk_and_animated_gif_by_hand():
+    grey = np.array([[0, 7], [200, 255]], dtype=np.uint8)
+    found = pixels.native(saved(Image.fromarray(grey)), 2, "here")
+    assert np.array_equal(found, np.repeat(grey[..., None], 3, axis=2))
+    flat = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # full cyan ink
+    red, green, blue = pixels.native(saved(flat, "JPEG", quality=100), 8, "here")[4, 4]
+    assert red < 8
+    assert green > 247
+    assert blue > 247
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    moving = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (pixels.native(moving, 4, "here") == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_the_resize_in_the_graph_is_as_far_from_pillow_as_is_stated(side):
+    def distance(array, antialias):
+        small = torch.from_numpy(array.transpose(2, 0, 1).copy())[None].float() / 255
+        large = interpolate(small, size=(224, 224), mode="bicubic", antialias=antialias)[0] * 255
+        pillow = pixels.model(saved(Image.fromarray(array)), 224, "here")
+        return np.abs(large.permute(1, 2, 0).numpy() - pillow)
+
+    rough = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    y, x = np.mgrid[:side, :side] / side
+    smooth = (127 + 60 * np.stack([np.sin(3 * x), np.cos(4 * y), np.sin(2 * x * y)], -1)).astype(np.uint8)
+    assert distance(rough, True).mean() < 0.45
+    assert distance(rough, True).max() < 50
+    assert distance(smooth, True).mean() < 0.3
+    assert distance(smooth, True).max() < 1.1
+    assert 3.5 < distance(rough, False).mean() < 4.5
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():

@@ -13,7 +13,7 @@ from robustbench_vlm.data.dataset import open_split
 
 N = 8
 EPS = "1,4"  # radii at which the random model loses some images of every dataset, and keeps some
-LONG = ("imagenet-r", "imagenet-sketch")  # 96,000 of the suite's 104,680 sentences
+LONG = ("imagenet-r", "imagenet-sketch", "imagenet")  # 176,000 of the suites' 184,680 sentences
 STAGES = ("ce", "t", "fab", "square")
 
 
@@ -36,7 +36,8 @@ def write_cards(folder, *, whole):
         card = cards.read("datasets", name, cards.DatasetCard)
         short = {"templates": card.templates[:3], "templates_sha256": ""}
         changed.append(cards.DatasetCard.model_validate(card.model_dump() | short))
-    return toys.write_include(folder, changed, [toys.chain("autoattack", *STAGES, rows=N)])
+    chains = [toys.chain("autoattack", *STAGES, rows=N), toys.pgd("pgd20", rows=N)]
+    return toys.write_include(folder, changed, chains)
 
 
 def read(path):
@@ -80,6 +81,26 @@ def test_the_line_of_the_readme_over_all_fifteen(tmp_path, monkeypatch, capsys, 
     assert pair["n_classes"] == "2"
 
 
+def test_the_full_suite_under_pgd_and_autoattack_in_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, root = toys.save_model(tmp_path / "model"), tmp_path / "data"
+    include = ["--include", write_cards(tmp_path / "cards", whole=False)]
+    make = ["data", "make", "full", "--root", root, "--n", N, "--label-with", model]
+    assert vlmrob(monkeypatch, *include, *make) == 0
+    assert vlmrob(monkeypatch, *include, "data", "check", "full", "--root", root, "--decode") == 0
+    line = ["eval", "--suite", "full", "--attack", "pgd20", "--attack", "autoattack", "--data-root", root]
+    assert vlmrob(monkeypatch, *include, *line, "--model", model, "--eps", EPS, "--device", "cpu") == 0
+    assert vlmrob(monkeypatch, *include, "leaderboard", "--suite", "full") == 0
+    rows, suite = read(Path("leaderboards/full.csv")), cards.read("suites", "full", cards.Suite)
+    assert {row["n_classes"] for row in rows} >= {"2", "10", "1000"}
+    for attack in ("pgd20", "autoattack"):
+        own = [row for row in rows if row["attack"] == attack]
+        for eps in EPS.split(","):
+            names = [row["dataset"] for row in own if row["eps"] == eps]
+            assert names == [*suite.datasets, "mean", "mean:fare-13", "mean:zeroshot"]
+    attackable([row for row in rows if row["attack"] == "autoattack"], suite.datasets)
+
+
 def attackable(rows, datasets):
     """Ruling 19: of every dataset images are attacked, and at one radius one breaks while one stands."""
     for name in datasets:
@@ -104,6 +125,6 @@ def test_with_one_dataset_missing_nothing_is_evaluated(tmp_path, monkeypatch, ca
     assert said.out == ""
     assert "1 of 15 datasets are missing" in said.err
     assert "food101" in said.err
-    assert "hf download clip-benchmark/wds_food101 --repo-type dataset" in said.err
+    assert f"vlmrob data fetch food101 --root {root}" in said.err
     assert "--skip-missing" in said.err
     assert not Path("results").exists()

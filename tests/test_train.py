@@ -13,10 +13,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from worlds import INNER, twin
 
-from robustbench_vlm import cards, cli, store, train
+from robustbench_vlm import cards, cli, prepare, store, train
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
@@ -54,6 +55,20 @@ def write_recipe(folder, table):
     path.write_text(toml(table))
     assert tomllib.loads(path.read_text()) == table
     return path
+
+
+def test_a_dataset_that_is_named_by_its_folder_trains_against_those_names(toy, tmp_path):
+    recipe = toy.recipe("tecoa")
+    card = prepare.prepare(recipe, toy.data, CPU)
+    named = (toy.cards / "datasets" / "toy.toml").read_text().splitlines()
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "toy.toml").write_text(
+        "\n".join('names_from = "folder"' if line.startswith("names = ") else line for line in named)
+    )
+    cards.include([tmp_path, toy.cards])
+    found = prepare.prepare(recipe, toy.data, CPU)
+    assert found.split.card.names == card.split.card.names
+    assert torch.equal(found.roles.text["student"], card.roles.text["student"])
 
 
 # Schedule
@@ -195,6 +210,25 @@ def test_a_truncated_checkpoint_file_is_one_line(toy, tmp_path):
     with pytest.raises(InputError, match="not a whole safetensors file") as error:
         train.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_moments_under_their_old_names_is_refused_in_one_line(toy, tmp_path):
+    recipe = toy.recipe("tecoa")
+    with pytest.raises(Stopped):
+        train.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    tensors = {name.replace("optim.", "adamw."): value for name, value in load_file(path).items()}
+    assert any(name.startswith("adamw.") for name in tensors)
+    save_file(tensors, path, metadata=facts)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    words = r"tensor 'adamw\.\d+\.\w+', which this version does not read"
+    with pytest.raises(InputError, match=words) as error:
+        train.run(recipe, tmp_path, toy.data, CPU, quiet)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_a_finished_folder_is_not_trained_again(toy, whole):

@@ -53,6 +53,8 @@ def test_the_wheel_holds_all_of_the_package_and_its_cards(wheel):
         files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         wanted |= {f"{name}/{path.relative_to(folder).as_posix()}" for path in files}
     assert wanted <= held, sorted(wanted - held)[:5]
+    wanted.add("robustbench_vlm/_leaderboards/published.csv")
+    assert wanted <= held
     others = {name for name in held - wanted if ".dist-info/" not in name}
     assert not others, sorted(others)[:5]
     assert any(name.endswith("licenses/LICENSE") for name in held)

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from robustbench_vlm import __version__, cards, console
-from robustbench_vlm.cli import catalogue, data, engines, experiments
+from robustbench_vlm.cli import catalogue, data, engines, experiments, models
 from robustbench_vlm.errors import Incomplete, VlmrobError
 
 app = typer.Typer(
@@ -51,9 +51,14 @@ app.command()(experiments.leaderboard)
 app.command()(experiments.compare)
 app.command()(experiments.demo)
 app.command()(engines.crosscheck)
+app.command()(models.convert)
+app.command()(models.canary)
 app.command("list")(catalogue.list_)
 app.command()(catalogue.show)
 app.command()(catalogue.doctor)
+data_app.command()(data.fetch)
+data_app.command()(data.check)
+data_app.command()(data.export)
 data_app.command()(data.make)
 
 

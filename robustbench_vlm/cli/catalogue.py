@@ -17,6 +17,14 @@ def list_(
     """List what can be named on the command line."""
     from robustbench_vlm import catalogue
 
+    if what in ("model", "models"):
+        table = catalogue.models()
+        if as_json:
+            console.result_json(table)
+        else:
+            columns = ["name", "what it is", *list(table[0])[2:]]
+            console.show("models", columns, [list(row.values()) for row in table])
+        return
     rows = catalogue.names(what)
     if as_json:
         console.result_json([{"name": name, "title": title} for name, title in rows])

@@ -3,18 +3,205 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustbench_vlm import console
+from robustbench_vlm import cards, console
+from robustbench_vlm.cli.options import AsJson
+from robustbench_vlm.errors import CardError, DataError, nearest
+
+if TYPE_CHECKING:
+    from robustbench_vlm.data.check import Checked
+
+BROKEN = 1
+
+Root = Annotated[
+    Path, typer.Option("--root", "--data-root", envvar="VLMROB_DATA", help="Folder of the datasets.")
+]
+
+
+def chosen(name: str) -> tuple[list[cards.DatasetCard], str]:
+    """The datasets of a suite, or the one dataset, of that name; and the split that the suite is judged on.
+
+    Raises:
+        CardError: neither a suite nor a dataset.
+    """
+    if name.endswith(".toml"):
+        known = "suites" if "datasets" in cards.toml(Path(name)) else "datasets"
+    else:
+        known = next((kind for kind in ("suites", "datasets") if name in cards.names(kind)), "")
+    if known == "suites":
+        suite = cards.read("suites", name, cards.Suite)
+        return [cards.read("datasets", one, cards.DatasetCard) for one in suite.datasets], suite.split
+    if known == "datasets":
+        return [cards.read("datasets", name, cards.DatasetCard)], "test"
+    names = [*cards.names("suites"), *cards.names("datasets")]
+    raise CardError(f"suite or dataset {name!r}", "no such card", do=nearest(name, names))
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="Suite or dataset.")],
+    root: Root = Path("data"),
+    mirror: Annotated[
+        str, typer.Option(help="Address of a hub mirror; default: HF_ENDPOINT, or the hub.")
+    ] = "",
+    offline: Annotated[bool, typer.Option("--offline", help="Use no network: say what is lacking.")] = False,
+    split: Annotated[str, typer.Option(help="Name of the split; default: the suite's.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print licences and sizes, and stop.")] = False,
+) -> None:
+    """Fetch datasets from the hub at pinned commits, told before and verified after; goes on where it was."""
+    from robustbench_vlm.data import check as checking
+    from robustbench_vlm.data import dataset, hub
+    from robustbench_vlm.data import fetch as room
+
+    wanted, usual = chosen(name)
+    split = split or usual
+    lacking = dataset.missing(wanted, root, split)
+    if offline and lacking:
+        do = "fetch them without --offline\n  " + "\n  ".join(lacking)
+        raise DataError(f"--offline, {name}", f"{len(lacking)} datasets are not below {root}", do=do)
+    parcels, by_hand = [], []
+    if not offline:
+        where = hub.site(mirror)
+        for card in wanted:
+            if not card.source.hub:
+                by_hand += dataset.missing([card], root, split)
+            elif not _fetched(card, root, split):
+                parcels.append(room.plan(card, root, split, where))
+        console.show("to fetch", [*room.COLUMNS], [parcel.texts for parcel in parcels])
+        for parcel in parcels:
+            if not parcel.pinned:
+                console.remark(f"note: {parcel.card.name}: the card pins no commit; this one is the newest")
+        room.require_space(parcels, root)
+        if dry_run:
+            return
+        with console.meter() as meter:
+            for parcel in parcels:
+                room.fetch(parcel, root, where, meter)
+    with console.meter() as meter:
+        there = [card for card in wanted if not dataset.missing([card], root, split)]
+        results = [checking.check(card, root, split, meter) for card in there]
+    broken = _told(results, root, as_json=False)
+    for line in by_hand:
+        console.remark(f"problem: not on the hub: {line}")
+    if broken or by_hand:
+        raise typer.Exit(BROKEN)
+
+
+def _fetched(card: cards.DatasetCard, root: Path, split: str) -> bool:
+    """Whether a fetch of that very commit has been finished there; its files are checked anyway."""
+    from robustbench_vlm.data import fetch as room
+    from robustbench_vlm.data import manifest
+
+    known = manifest.read(root / card.folder)
+    wanted = card.source.revision or (known.revision if known else "")
+    return bool(known and known.revision == wanted and room.present(card, root, split))
+
+
+def check(
+    name: Annotated[
+        str, typer.Argument(help="Suite or dataset; default: every dataset below the root.")
+    ] = "",
+    root: Root = Path("data"),
+    split: Annotated[str, typer.Option(help="Name of the split; default: the suite's.")] = "",
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold datasets to their cards and manifests: shards, labels, names, counts, hashes; exit 1 if broken."""
+    from robustbench_vlm.data import check as room
+
+    wanted, usual = chosen(name) if name else (_present(root), "test")
+    found = []
+    with console.meter() as meter:
+        for card in wanted:
+            splits = [split] if split else [usual] if name else _splits(card, root)
+            for one in splits:
+                found.append(room.check(card, root, one, meter, decode=decode))
+    if _told(found, root, as_json=as_json):
+        raise typer.Exit(BROKEN)
+
+
+def _told(found: list[Checked], root: Path, *, as_json: bool) -> bool:
+    """Print what checks found; whether anything is broken."""
+    from dataclasses import asdict
+
+    from robustbench_vlm.data.check import COLUMNS
+
+    for result in found:
+        for note in result.notes:
+            console.remark(f"note: {result.dataset}: {note}")
+        for problem in result.problems:
+            console.remark(f"problem: {result.dataset}: {problem}")
+    if as_json:
+        console.result_json([asdict(result) for result in found])
+    else:
+        console.show(f"datasets below {root}", [*COLUMNS], [result.texts for result in found])
+    return any(result.problems for result in found)
+
+
+def _present(root: Path) -> list[cards.DatasetCard]:
+    """Cards of the datasets whose folder is there."""
+    all_cards = [cards.read("datasets", one, cards.DatasetCard) for one in cards.names("datasets")]
+    return [card for card in all_cards if (root / card.folder).is_dir()]
+
+
+def _splits(card: cards.DatasetCard, root: Path) -> list[str]:
+    """The splits of the card that are there; `test` if none is."""
+    return [split for split in card.size if (root / card.folder / split).is_dir()] or ["test"]
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Folder of class folders, a .jsonl of img and label, or torchvision:Class.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Data root to write to.")] = Path("data"),
+    name: Annotated[str, typer.Option(help="Name of the dataset; a known one keeps its class names.")] = "",
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "test",
+    names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
+    source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Argument of the torchvision class, e.g. split=test.")
+    ] = None,
+) -> None:
+    """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
+    import re
+
+    from robustbench_vlm.data import export as room
+
+    name = name or Path(source.rpartition(":")[2]).stem.lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
+        raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
+    if source.startswith("torchvision:"):
+        arguments = cards.override({}, settings or [])
+        found = room.from_torchvision(source.partition(":")[2], source_root, arguments)
+    elif source.endswith(".jsonl"):
+        found = room.from_records(Path(source))
+    else:
+        found = room.from_folders(Path(source))
+    known = cards.read("datasets", name, cards.DatasetCard) if name in cards.names("datasets") else None
+    classes = found.names
+    if names is not None:
+        classes = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    elif known and known.names:
+        classes = known.names
+    if not classes or (found.names and len(found.names) != len(classes)):
+        raise DataError(source, f"{len(found.names)} classes", f"{len(classes)} class names", "see --names")
+    templates = known.templates if known else room.TEMPLATES
+    with console.meter() as meter:
+        folder = room.export(found, to, name, split, classes, templates, meter)
+    if found.ignored:
+        console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
+    console.result(str(folder))
+    include = ""
+    if known is None:
+        include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
+    console.remark(f"next: vlmrob{include} data check {name} --root {to}")
 
 
 def make(
     suite: Annotated[str, typer.Argument(help="tiny, or a suite to make a generated miniature of.")],
-    root: Annotated[
-        Path, typer.Option("--root", "--data-root", envvar="VLMROB_DATA", help="Folder of the datasets.")
-    ] = Path("data"),
+    root: Root = Path("data"),
     n: Annotated[int, typer.Option(min=1, help="Images a dataset, for a miniature.")] = 16,
     per_class: Annotated[
         int | None, typer.Option(min=1, help="Images of every class instead, for a miniature.")

@@ -14,7 +14,8 @@ N = 32  # images, by default: the reference spends its whole budget on every rob
 
 
 def crosscheck(  # noqa: PLR0913 - one parameter a flag
-    model: Annotated[str, typer.Argument(help="Name, checkpoint folder or ARCH:TAG.")],
+    model: Annotated[str, typer.Argument(help="Name, folder, weights file or ARCH:TAG.")],
+    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
     dataset: Annotated[str, typer.Option(help="Dataset of the suite; default: its first.")] = "",
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     attack: Annotated[str, typer.Option(help="Attack chain.")] = "autoattack",
@@ -49,6 +50,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         eps=eps or chosen.eps[0],
         norm=norm,
         n=n,
+        arch=arch,
     )
     where = place(device)
     plan = session.plan(order, where)
@@ -62,7 +64,9 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"left out: {text}")
     require_tiny([card.name], data_root)
     (split,) = session.open_data(session.require_data(plan))
-    what = cells.subject(plan.models[0], card, split)
+    what = cells.subject(plan.models[0], split.card, split)
+    for line in what.split.bad:
+        console.remark(f"note: {card.name}: left out: {line}")
     threat = Threat(request.norm, request.ladder[0])
     noise = request.seed if seed is None else seed
     with console.meter() as meter:

@@ -67,13 +67,19 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, checkpoint folder or ARCH:TAG; repeatable; default: the newest under runs/."
+            help="Name, folder, weights file or ARCH:TAG; repeatable; default: the newest under runs/."
         ),
     ] = None,
+    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    suite: Annotated[
+        str, typer.Option(help="Suite name or TOML file; default: the protocol's, or tiny.")
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="Evaluate as a paper does: attack, radii, images, prompts, canvas.")
+    ] = "",
     dataset: Annotated[
         list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
     ] = None,
@@ -115,8 +121,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
 
     order = session.Order(
         models=tuple(model or [_newest_checkpoint()]),
-        attacks=tuple(attack or ["autoattack"]),
-        suite=suite,
+        attacks=tuple(attack or ([] if protocol else ["autoattack"])),
+        suite=suite or ("" if protocol else "tiny"),
         datasets=tuple(dataset or []),
         eps=eps,
         norm=norm,
@@ -129,6 +135,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         engine=engine,
         mode=mode,
         sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        arch=arch,
+        protocol=protocol,
     )
     plan = session.plan(order, place(device))
     if dry_run:  # writes nothing, so what would be rendered counts as there
@@ -136,6 +144,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
             console.result(line)
         return
     require_tiny([card.name for card in plan.datasets], data_root)
+    for line in plan.protocol.differs if plan.protocol else ():
+        console.remark(f"note: protocol {protocol}: {line}")
     whole, plan = plan, session.require_data(plan)
     for card in whole.datasets:
         if card not in plan.datasets:
@@ -180,22 +190,41 @@ def leaderboard(
 
 def compare(
     a: Annotated[str, typer.Argument(help="Model name, or the first digits of its fingerprint.")],
-    b: Annotated[str, typer.Argument(help="The other one.")],
+    b: Annotated[str, typer.Argument(help="The other one; none with --published.")] = "",
     results: Results = Path("results"),
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    published: Annotated[
+        bool, typer.Option("--published", help="Beside what papers printed under the same protocol.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Paired test of two models on the same images: exact McNemar, per dataset and over all of them."""
     from robustbench_vlm import compare as hall
     from robustbench_vlm import leaderboard as board
 
+    if published == bool(b):
+        raise InputError("compare", "two models or --published", "one of them", "see vlmrob compare --help")
     cells = board.of_suite(board.read(results), cards.read("suites", suite, cards.Suite))
+    if published:
+        _beside(cells, a, as_json=as_json)
+        return
     lines = [line.texts for line in hall.compare(cells, a, b)]
     if as_json:
         console.result_json([dict(zip(hall.COLUMNS, line, strict=True)) for line in lines])
     else:
         title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
         console.show(title, [*hall.COLUMNS], lines)
+
+
+def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here
+    """Print a model's rows beside those of papers; copied rows say so."""
+    from robustbench_vlm import published as hall
+
+    lines = hall.beside(cells, model)
+    if as_json:
+        console.result_json([dict(zip(hall.COLUMNS, line, strict=True)) for line in lines])
+    else:
+        console.show("measured rows, and copied ones with their source", [*hall.COLUMNS], lines)
 
 
 def demo(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,12 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards import DatasetCard
-from robustbench_vlm.data import pixels, shards
+from robustbench_vlm.data import manifest, pixels, shards, texts
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.store import fingerprint
+
+TOLERATED = 0.001  # share of images that may be bad in an evaluation; they are named, and the row is flagged
+SHOWN = 5  # bad images that an error names
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Split:
         folder: the dataset's folder.
         entries: the images, sorted by key.
         notes: what a careful reader of a result should know about the folder; not errors.
+        bad: images that were left out because they do not decode, one line each.
     """
 
     card: DatasetCard
@@ -85,6 +88,7 @@ class Split:
     folder: Path
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -126,6 +130,28 @@ class Split:
         drawn = ranked[:n]
         return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
 
+    def listed(self, names: Sequence[str], n: int = 0) -> Split:
+        """The images of the first `n` names of a list (0: of all), by their keys with or without extension.
+
+        Raises:
+            DataError: an image of the list is not there.
+        """
+        prefix = f"{self.card.name}/{self.split}/"
+        there = {}
+        for entry in self.entries:
+            key = entry.key.removeprefix(prefix)
+            stem, dot, suffix = key.rpartition(".")
+            there[stem if dot and "/" not in suffix else key] = entry
+        drawn = {}
+        for name in names[: n or None]:
+            stem, dot, suffix = name.rpartition(".")
+            found = there.get(stem if dot and "/" not in suffix else name)
+            if found is None:
+                do = "use class folders, or an export of them, which keeps these names"
+                raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
+            drawn[found.key] = found
+        return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
+
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the card's own when it is native."""
         return self.card.native_px if self.card.canvas == "native" else px
@@ -138,14 +164,12 @@ class Split:
         """
         entry = self.entries[i]
         content = entry.sample.read()
-        decode = pixels.native if self.card.canvas == "native" else pixels.model
         where = f"{entry.sample.path}, {entry.key}"
-        return Example(
-            entry.key,
-            entry.label,
-            hashlib.sha256(content).hexdigest(),
-            decode(content, self.side(px), where),
-        )
+        if self.card.canvas == "native":
+            found = pixels.native(content, self.side(px), where)
+        else:
+            found = pixels.model(content, self.side(px), where, self.card.resize)
+        return Example(entry.key, entry.label, hashlib.sha256(content).hexdigest(), found)
 
     def images(self, px: int) -> Images:
         """All images, decoded by a few threads into one array of N x side x side x 3 bytes.
@@ -153,18 +177,57 @@ class Split:
         Raises:
             DataError: for the first image, in entry order, that cannot be decoded.
         """
+        return self.sound(px, 0.0)[1]
+
+    def sound(self, px: int, tolerated: float = TOLERATED) -> tuple[Split, Images]:
+        """The split without its bad images, which are named in `bad`, and the pixels of the others.
+
+        Args:
+            px: the model's input size.
+            tolerated: share of bad images up to which the others are used; above it nothing is.
+
+        Raises:
+            DataError: more bad images than that; the first ones are named.
+        """
         side = self.side(px)
         array = np.empty((len(self), side, side, 3), dtype=np.uint8)
-        hashes = []
+        hashes: list[str] = []
+        whole: list[Entry] = []
+        bad: list[str] = []
+
+        def attempt(i: int) -> Example | DataError:
+            try:
+                return self.read(i, px)
+            except DataError as error:
+                return error
+
         with ThreadPoolExecutor(threads()) as pool:
             try:
-                for i, example in enumerate(pool.map(lambda i: self.read(i, px), range(len(self)))):
-                    array[i] = example.pixels
-                    hashes.append(example.sha256)
+                for i, found in enumerate(pool.map(attempt, range(len(self)))):
+                    if isinstance(found, DataError):
+                        bad.append(str(found))
+                        _tolerate(self, bad, tolerated, found)
+                        continue
+                    array[len(whole)] = found.pixels
+                    hashes.append(found.sha256)
+                    whole.append(self.entries[i])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return Images(array, self.labels, self.keys, tuple(hashes))
+        split = replace(self, entries=tuple(whole), bad=tuple(bad)) if bad else self
+        return split, Images(array[: len(whole)], split.labels, split.keys, tuple(hashes))
+
+
+def _tolerate(split: Split, bad: Sequence[str], tolerated: float, last: DataError) -> None:
+    """Raise once there are more bad images than are tolerated."""
+    allowed = int(tolerated * len(split))
+    if len(bad) <= allowed:
+        return
+    if not allowed:
+        raise last
+    where = f"dataset {split.card.name}, split {split.split}"
+    named = " | ".join(bad[:SHOWN])
+    raise DataError(where, f"more than {allowed} bad images of {len(split)}: {named}", do="fetch it again")
 
 
 def open_split(card: DatasetCard, root: Path, split: str) -> Split:
@@ -179,13 +242,16 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         raise DataError(f"dataset {card.name}", f"no folder {folder}", do=how_to_get(card, root))
     place = folder / split
     if split in ("", ".", "..") or "/" in split or not place.is_dir():
-        have = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+        inside = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+        have = ", ".join(sorted(inside)) or "none"
         raise DataError(
             f"dataset {card.name}", f"no split {split!r}", f"one of: {have}", how_to_get(card, root)
         )
     sharded = shards.is_sharded(place)
-    notes = _check_texts(card, folder, required=sharded)
+    notes = texts.check(card, folder, required=sharded)
+    card = texts.with_names(card, folder)
     if sharded:
+        _as_recorded(folder, place)
         index = shards.index_shards(place, card.n_classes)
     else:
         index, by_name = shards.index_folders(place, card.names)
@@ -213,13 +279,10 @@ def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
 def how_to_get(card: DatasetCard, root: Path) -> str:
     """The command to type, or the address to go to, for a dataset that is not there."""
     if card.source.hub:
-        revision = f" --revision {card.source.revision}" if card.source.revision else ""
-        target = root / card.folder
-        return (
-            f"get it with: hf download {card.source.hub} --repo-type dataset{revision} --local-dir {target}"
-        )
+        return f"get it with: vlmrob data fetch {card.name} --root {root}"
     if card.source.url:
-        return f"get it from {card.source.url} and lay it out as {root / card.folder}/<split>/<class>/<image>"
+        export = f"vlmrob data export FOLDER --to {root} --name {card.name}"
+        return f"get it from {card.source.url}, then type: {export}"
     if card.name.startswith("tiny"):
         return "make it with: vlmrob data make tiny"
     return f"put it at {root / card.folder}"
@@ -247,52 +310,11 @@ def threads() -> int:
     return min(8, usable)
 
 
-def _check_texts(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
-    """Notes on the folder's text files, once its class names are the card's."""
-    kind = _lines(folder / "dataset_type.txt")
-    if kind and kind[0] not in ("", "classification"):
-        raise DataError(str(folder / "dataset_type.txt"), repr(kind[0]), "classification")
-    notes: list[str] = []
-    names = _lines(folder / "classnames.txt")
-    if names is None and required:
-        where = str(folder / "classnames.txt")
-        raise DataError(where, "no such file", f"the {card.n_classes} class names", "fetch it again")
-    if names is not None:
-        notes = _same_names(card, folder / "classnames.txt", names)
-    templates = _lines(folder / "zeroshot_classification_templates.txt")
-    if templates is None:
-        return [*notes, "no templates file; the card's templates are used"] if required else notes
-    if [line for line in templates if line] != list(card.templates):
-        notes.append("the folder's templates differ from the card's; the card's are used")
-    return notes
-
-
-def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
-    """A note where only the spelling differs (`apple_pie`, `apple pie`); an error for another list."""
-    wanted = list(card.names)
-    while wanted and not wanted[-1]:  # blank names are legal, but trailing blank lines of a file are dropped
-        wanted.pop()
-    for number in range(max(len(wanted), len(found))):
-        here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
-        if _plain(here[0]) != _plain(here[1]):
-            do = f"check that the folder is {card.name}, or give a card with its names by --include"
-            raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
-    if found == wanted:
-        return []
-    return ["class names in the folder are spelt differently from the card's; the card's are used"]
-
-
-def _plain(name: str) -> str:
-    """A class name without the differences between editions of one list: case, `_`, `-` and `/`."""
-    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
-
-
-def _lines(path: Path) -> list[str] | None:
-    """Lines of a UTF-8 text file without trailing blank ones; none if there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(str(path), f"unreadable ({error})", "UTF-8 text") from None
-    return text.rstrip("\n").split("\n") if text.strip() else []
+def _as_recorded(folder: Path, place: Path) -> None:
+    """Refuse a shard that is not as long as the manifest says, where there is one; hashes are `check`'s."""
+    known = manifest.read(folder)
+    for path in sorted(place.glob("*.tar")) if known else ():
+        size, _ = known.files.get(path.relative_to(folder).as_posix(), (-1, "")) if known else (-1, "")
+        if size >= 0 and path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes"
+            raise DataError(str(path), found, f"{size} by {manifest.FILE}", "see vlmrob data check")

@@ -3,7 +3,7 @@
 ```
 <folder>/classnames.txt                        one class per line, line number = label
 <folder>/zeroshot_classification_templates.txt   one sentence per line, with {c}
-<folder>/<split>/0.tar 1.tar ... nshards.txt   members KEY.<ext> and KEY.cls
+<folder>/<split>/0.tar 1.tar ... nshards.txt   members KEY.<ext> and KEY.cls, of an export KEY.key too
 ```
 
 The same samples give the same bytes. A split appears whole or not at all; a finished one is left alone, and
@@ -24,8 +24,9 @@ from typing import BinaryIO
 from robustbench_vlm import store
 from robustbench_vlm.errors import DataError
 
-Sample = tuple[str, bytes, str, int]
-"""Key (member name without extension), encoded image, its extension (`png`, `jpg`, `webp`), label >= 0."""
+Sample = tuple[str, bytes, str, int] | tuple[str, bytes, str, int, str]
+"""Key (member name without extension), encoded image, its extension (`png`, `jpg`, `webp`), label >= 0, and
+the name that the image had before, where it is to keep that as its key."""
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -91,7 +92,8 @@ def write_split(folder: Path, split: str, samples: Iterable[Sample], per_shard: 
 
 def _checked(samples: Iterable[Sample], where: str) -> Iterator[Sample]:
     seen: set[str] = set()
-    for key, image, extension, label in samples:
+    for sample in samples:
+        key, _, extension, label = sample[:4]
         if key in seen:
             raise DataError(where, f"key {key!r} occurs twice", "one sample a key")
         if not key or "." in key or "/" in key:
@@ -101,13 +103,14 @@ def _checked(samples: Iterable[Sample], where: str) -> Iterator[Sample]:
         if label < 0:
             raise DataError(where, f"label {label} of {key}", "a class index from 0")
         seen.add(key)
-        yield key, image, extension, label
+        yield sample
 
 
 def _write_tar(file: BinaryIO, samples: Iterable[Sample]) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, image, extension, label in samples:
-            for suffix, content in ((extension, image), ("cls", str(label).encode())):
+        for key, image, extension, label, *original in samples:
+            fields = [(extension, image), ("cls", str(label).encode())]
+            for suffix, content in [*fields, *(("key", name.encode()) for name in original)]:
                 member = tarfile.TarInfo(f"{key}.{suffix}")  # TarInfo's own defaults: mtime, uid and gid 0
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

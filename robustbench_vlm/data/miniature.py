@@ -24,6 +24,8 @@ MARK = "miniature.txt"
 """A file of this name in a dataset's folder says that the images are generated."""
 
 SHARDS = 3
+FLAT = 0.03  # standard deviation of grey below which a picture shows nothing
+LUMA = np.array([0.299, 0.587, 0.114])
 SHORT = (64, 96, 150, 224, 260, 300)  # shorter side in pixels: some smaller than a model's input, some larger
 ASPECT = (1.0, 4 / 3, 3 / 4, 16 / 9, 1.0, 1 / 2)  # width : height
 NATIVE_FORMATS = (("png", "RGB"), ("webp", "RGB"))  # lossless: a native canvas is attacked pixel by pixel
@@ -80,7 +82,8 @@ def make(
         raise DataError(str(folder), "files of the real dataset", "none", "choose another root")
     mark = f"Generated images, not {card.title}: numbers on them mean nothing.\n"
     store.write(folder / MARK, mark.encode())
-    layout.write_texts(folder, card.names, card.templates)
+    names = card.names or tuple(f"class {i}" for i in range(card.n_classes))
+    layout.write_texts(folder, names, card.templates)
     samples = _samples(card, classes, written, f"{seed}/{split}")
     layout.write_split(folder, split, samples, per_shard=-(-count // SHARDS))
     return folder
@@ -118,8 +121,12 @@ def picture(name: str, kind: str, width: int, height: int) -> np.ndarray:
         np.sin(9 * u) > 0.2,
         np.sin(7 * u) * np.sin(7 * v) > 0,
     )[shape]
-    canvas = np.where(mask[..., None], colour, canvas) + own.normal(0, 0.04, (height, width, 3))
-    return (canvas * 255).round().clip(0, 255).astype(np.uint8)
+    canvas = np.where(mask[..., None], colour, canvas)
+    if (canvas @ LUMA).std() < FLAT:  # colours that happen to be alike when they become grey
+        canvas = canvas + 0.6 * (ramp - 0.5)
+    canvas = canvas + own.normal(0, 0.04, (height, width, 3))
+    found: np.ndarray = (canvas * 255).round().clip(0, 255).astype(np.uint8)
+    return found
 
 
 def encode(pixels: np.ndarray, extension: str, mode: str) -> bytes:

@@ -17,7 +17,9 @@ from robustbench_vlm.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({"webp", "png", "jpg", "jpeg"})
 LABEL_SUFFIX = "cls"
+KEY_SUFFIX = "key"  # of our exports: the name that the image had where it came from
 LARGEST_LABEL = 32  # bytes; a class index needs a dozen, more is not a label
+LARGEST_KEY = 1024  # bytes
 LARGEST_IMAGE = 256 * 2**20  # bytes of one encoded image; more is a damaged header or an attack on memory
 BLOCK = tarfile.BLOCKSIZE
 AGAIN = "fetch or write this shard again"
@@ -28,7 +30,8 @@ class Sample:
     """One labelled image and where its bytes lie.
 
     Attributes:
-        name: member basename without extension, or the path below the split for class folders.
+        name: member basename without extension, the key stored beside it by an export, or the path below the
+            split for class folders.
         label: class index.
         path: the shard, or the image file itself.
         offset: first byte of the encoded image inside `path`.
@@ -83,8 +86,8 @@ def index_shards(folder: Path, n_classes: int) -> Index:
     """
     samples: dict[str, Sample] = {}
     ignored = 0
-    for shard in _shards(folder):
-        found, skipped = _index_shard(shard, n_classes)
+    for shard in shard_files(folder):
+        found, skipped = index_shard(shard, n_classes)
         ignored += skipped
         for sample in found:
             other = samples.setdefault(sample.name, sample)
@@ -128,8 +131,12 @@ def index_folders(folder: Path, names: tuple[str, ...]) -> tuple[Index, bool]:
     return Index(tuple(sorted(samples, key=lambda sample: sample.name)), ignored), by_name
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The shard files that `nshards.txt` promises, in order, once they are exactly those on disk."""
+def shard_files(folder: Path) -> list[Path]:
+    """The shard files that `nshards.txt` promises, in order, once they are exactly those on disk.
+
+    Raises:
+        DataError: no such number, shards missing, or more than promised.
+    """
     stated = folder / "nshards.txt"
     try:
         text = stated.read_bytes()[:64].decode("ascii").strip()
@@ -157,36 +164,56 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in wanted]
 
 
-def _index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
-    """Samples of one archive in member order, and the number of ignored members."""
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
+def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
+    """Samples of one archive in member order, and the number of ignored members.
+
+    Raises:
+        DataError: truncated or damaged anywhere; an image without label, a label without image, a name used
+            twice, a label that is no integer below `n_classes`, or a stored key that is no text.
+    """
+    images: dict[str, tuple[int, int]] = {}  # first byte and size
+    texts: dict[str, dict[str, bytes]] = {LABEL_SUFFIX: {}, KEY_SUFFIX: {}}
     ignored = 0
     with shard.open("rb") as file:
         for member in _members(shard, file.fileno()):
             name, _, suffix = member.name.rpartition("/")[2].partition(".")
             suffix = suffix.lower()
             plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
-            if not plain or not name or suffix not in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+            if not plain or not name or suffix not in (*IMAGE_SUFFIXES, *texts):
                 ignored += 1
                 continue
             _printable(shard, name)
-            if name in (labels if suffix == LABEL_SUFFIX else images):
-                kind = "labels" if suffix == LABEL_SUFFIX else "images"
+            if name in texts.get(suffix, images):
+                kind = {LABEL_SUFFIX: "labels", KEY_SUFFIX: "stored keys"}.get(suffix, "images")
                 raise DataError(str(shard), f"key {name!r} has two {kind}", "each key once", AGAIN)
-            if suffix == LABEL_SUFFIX:
-                text = os.pread(file.fileno(), min(member.size, LARGEST_LABEL), member.offset_data)
-                labels[name] = _label(shard, name, text, n_classes)
+            if suffix in texts:
+                largest = LARGEST_LABEL if suffix == LABEL_SUFFIX else LARGEST_KEY + 1
+                texts[suffix][name] = os.pread(file.fileno(), min(member.size, largest), member.offset_data)
             elif member.size > LARGEST_IMAGE:
                 raise DataError(f"{shard}, {name}", f"an image of {member.size} bytes", "less", AGAIN)
             else:
-                images[name] = member
-    lonely = sorted(images.keys() ^ labels.keys())
+                images[name] = (member.offset_data, member.size)
+    labels = {name: _label(shard, name, text, n_classes) for name, text in texts[LABEL_SUFFIX].items()}
+    lonely = sorted(images.keys() ^ labels.keys()) + sorted(texts[KEY_SUFFIX].keys() - images.keys())
     if lonely:
         lacks = "no label (.cls)" if lonely[0] in images else "no image (.webp .png .jpg .jpeg)"
         raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
-    found = [Sample(name, labels[name], shard, m.offset_data, m.size) for name, m in images.items()]
+    keys = {name: _stored_key(shard, name, text) for name, text in texts[KEY_SUFFIX].items()}
+    found = [Sample(keys.get(name, name), labels[name], shard, *place) for name, place in images.items()]
     return found, ignored
+
+
+def _stored_key(shard: Path, name: str, text: bytes) -> str:
+    """The original name of an exported image."""
+    where = f"{shard}, {name}.{KEY_SUFFIX}"
+    try:
+        key = text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(where, f"{text!r:.80}", "a name in UTF-8", AGAIN) from None
+    if not key or len(text) > LARGEST_KEY:
+        raise DataError(where, f"{len(text)} bytes", f"a name of 1 to {LARGEST_KEY} bytes", AGAIN)
+    _printable(shard, key)
+    return key
 
 
 def _printable(where: Path, name: str) -> None:
@@ -222,6 +249,7 @@ def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                     raise DataError(str(shard), f"truncated in {member.name!r:.80}", "a whole archive", AGAIN)
                 last = member.offset
+                archive.members.clear()  # type: ignore[attr-defined]  # a header object for each file
                 yield member
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from robustbench_vlm import cards, store
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import prompts
+from robustbench_vlm.models.canary import Canary, check_canary, take
 from robustbench_vlm.models.clip import Clip, Preprocess
 
 SCHEMA = "vlmrob-checkpoint/1"
@@ -62,9 +63,11 @@ class CheckpointCard(BaseModel):
 
     Attributes:
         text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
-        trained_on: datasets seen by this model and all its parents; `None` if unknown.
+        trained_on: datasets seen by this model and all its parents, with `"unknown"` among them if some saw
+            more than is listed; `None` if nothing is known.
         prompts: learned tokens inside the towers; those of the text tower are in `prompts.safetensors`.
         sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
+        canary: what it makes of fixed inputs; absent from cards of before there was one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +88,7 @@ class CheckpointCard(BaseModel):
     parameters: int
     recipe: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    canary: Canary | None = None
 
 
 def describe(
@@ -124,7 +128,7 @@ def describe(
 def save_folder(
     folder: Path, model: Clip, card: CheckpointCard, trained_tokens: frozenset[int] | None = None
 ) -> None:
-    """Write the folder; the card comes last, so a folder with a card is whole.
+    """Write the folder; the card comes last, with its canary, so a folder with a card is whole.
 
     Args:
         folder: created if needed.
@@ -132,6 +136,7 @@ def save_folder(
         card: from `describe`.
         trained_tokens: ids of the token rows to store with the text tower.
     """
+    card = with_canary(model, card)
     visual = {name: value.detach().cpu().contiguous() for name, value in model.visual.state_dict().items()}
     store.write(folder / "image.safetensors", save(visual))
     if trained_tokens is not None:
@@ -146,6 +151,17 @@ def save_folder(
         rows = {name: value.detach().cpu().contiguous() for name, value in learned.items()}
         store.write(folder / "prompts.safetensors", save(rows))
     store.write_json(folder / "card.json", card.model_dump(mode="json"))
+
+
+def with_canary(model: Clip, card: CheckpointCard) -> CheckpointCard:
+    """The card with a canary taken now, on the CPU, unless it has one."""
+    if card.canary is not None:
+        return card
+    place = model.mean.device
+    try:
+        return card.model_copy(update={"canary": take(model.cpu())})
+    finally:
+        model.to(place)
 
 
 def spread_rows(rows: Tensor, ids: Tensor, language: nn.Module) -> Tensor:
@@ -243,10 +259,11 @@ def fill_prompts(language: nn.Module, path: Path) -> None:
 
 
 def check(model: Clip, card: CheckpointCard, where: str) -> None:
-    """Hold a loaded model to the hashes in its card.
+    """Hold a model that was loaded to the CPU to the hashes and the canary in its card.
 
     Raises:
-        WeightsError: a tower's bytes are not those that the card was written for.
+        WeightsError: a tower's bytes are not those that the card was written for, or the model does something
+            else with them.
     """
     prints = model.fingerprints()
     for part, stated in (("image", card.image_sha256), ("text", card.text_sha256), ("model", card.sha256)):
@@ -254,6 +271,8 @@ def check(model: Clip, card: CheckpointCard, where: str) -> None:
             raise WeightsError(
                 where, f"{part} fingerprint is {prints[part][:12]}", f"{stated[:12]} as in card.json"
             )
+    if card.canary is not None:
+        check_canary(model, card.canary, where)
 
 
 def preprocess(card: CheckpointCard) -> Preprocess:

@@ -1,4 +1,4 @@
-"""A model id -> a model and its card: packaged checkpoints, checkpoint folders, open_clip names."""
+"""A model id -> a model and its card: checkpoints of ours, open_clip names, public ones, foreign weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from robustbench_vlm import cards
+from robustbench_vlm.cards import ModelCard
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, openclip, prompts
+from robustbench_vlm.models import checkpoint, foreign, openclip, prompts, public, sandbox
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 
@@ -53,38 +55,133 @@ def arch_of(name: str) -> str:
     folder = folder_of(name)
     if folder is not None:
         return checkpoint.read_card(folder).arch
+    if name in cards.names("models"):
+        return arch_of(cards.read("models", name, ModelCard).base)
     if name in openclip.HUB:
         return openclip.HUB[name]
     return "" if name.startswith(openclip.SCHEMAS) else name.partition(":")[0]
 
 
-def load(name: str, device: torch.device | str = "cpu") -> Loaded:
-    """The model called `name`: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:` or `local-dir:`.
+def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loaded:
+    """The model called `name`.
+
+    Args:
+        name: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:`, `local-dir:`, the name of a public
+            checkpoint, a weights file (`.pt`, `.pth.tar`, `.safetensors`) or a folder of transformers.
+        device: where it is put, once its card has been held to it.
+        arch: of a weights file, the model that it was made from.
 
     Raises:
-        WeightsError: nothing of that name, or weights that do not fit their card.
+        WeightsError: nothing of that name, or weights that do not fit their card or architecture.
     """
     folder = folder_of(name)
     if folder is not None:
         return _from_folder(name, folder, torch.device(device))
+    if name in cards.names("models"):
+        return _public(cards.read("models", name, ModelCard), device)
+    if foreign.is_weights(name):
+        return _from_file(name, device, arch)
+    if Path(name).is_dir() and foreign.is_transformers(Path(name)):
+        made = foreign.from_transformers(Path(name))
+        return _described(name, made, device, text_from=str(Path(name).resolve()))
     if ":" not in name and name not in openclip.architectures():
-        if Path(name).exists():
-            raise WeightsError(
-                f"model {name!r}", "no card.json in it", "a checkpoint folder that vlmrob wrote"
-            )
-        known = [*packaged(), "ViT-B-32:openai", "ViT-L-14:openai"]
-        raise WeightsError(
-            f"model {name!r}", "no such model or folder", "an id, ARCH:TAG or a folder", nearest(name, known)
-        )
+        raise _unknown(name)
     model = openclip.load(name).eval().to(device)
-    card = checkpoint.describe(
-        model, name.replace(":", "_").replace("/", "_"), defense="none", trained_on=None, text_from=name
-    )
+    card = checkpoint.describe(model, _plain(name), defense="none", trained_on=None, text_from=name)
     return Loaded(name, model, card)
+
+
+def _plain(name: str) -> str:
+    """A name for tables and folders, from a model id."""
+    return name.replace(":", "_").replace("/", "_")
+
+
+def _unknown(name: str) -> WeightsError:
+    if Path(name).exists():
+        found = (
+            "no card.json in it" if Path(name).is_dir() else "not a file of weights that is known by its name"
+        )
+        expected = (
+            f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(foreign.SUFFIXES)}"
+        )
+        return WeightsError(f"model {name!r}", found, expected)
+    known = [*packaged(), *cards.names("models"), "ViT-B-32:openai", "ViT-L-14:openai"]
+    expected = "an id, ARCH:TAG or a folder"
+    return WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))
+
+
+def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
+    if not arch:
+        expected = "--arch ARCH:TAG, the model that it was made from"
+        raise WeightsError(f"model {name}", "its architecture is not in the file", expected)
+    sandbox.require_file(Path(name))  # before the base is built
+    made = foreign.from_file(Path(name), load(arch).model)
+    if made.old:
+        found = f"an old pickle ({', '.join(made.old)})"
+        raise WeightsError(f"model {name}", found, "one of tensors alone", f"make it one: {foreign.CONVERT}")
+    return _described(name, made, device, text_from="" if made.own_text else address(arch))
+
+
+def _described(name: str, made: foreign.Foreign, device: torch.device | str, text_from: str) -> Loaded:
+    stem = (
+        Path(name).name.removesuffix(".tar").rpartition(".")[0]
+        if foreign.is_weights(name)
+        else Path(name).name
+    )
+    card = checkpoint.describe(
+        made.model,
+        _plain(stem),
+        defense="unknown",
+        trained_on=None,
+        text_from=text_from,
+        training={"scheme": made.scheme},
+    )
+    return Loaded(name, made.model.to(device), card)
+
+
+def _public(known: ModelCard, device: torch.device | str) -> Loaded:
+    """A public checkpoint, with what its card says of defense, radius and training data."""
+    found = _public_weights(known)
+    card = checkpoint.describe(
+        found.model,
+        known.name,
+        defense=known.defense,
+        trained_on=known.trained_on,
+        text_from=found.card.text_from,
+        recipe={"inner": {"eps": known.eps, "norm": known.norm}} if known.eps else {},
+        training={"source": known.source, **found.card.training},
+    )
+    return Loaded(known.name, found.model.to(device), card)
+
+
+def _public_weights(known: ModelCard) -> Loaded:
+    if known.loader == "open_clip" and not public.here(known):
+        if not known.source.startswith(public.HUB):
+            return load(known.source)
+        try:  # open_clip's own cache, or the hub
+            return load(known.source)
+        except WeightsError as error:
+            found = "its weights are neither on this machine nor to be had from the hub"
+            raise WeightsError(f"model {known.name}", found, do=public.fetch(known)) from error
+    place = public.require(known)
+    if (place / "card.json").is_file():
+        return load(str(place))
+    if known.loader == "open_clip":
+        return load(f"local-dir:{place}")
+    return load(str(place / known.file), arch=known.base)
 
 
 def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
     card = checkpoint.read_card(folder)
+    return Loaded(name, open_folder(name, folder, card).to(device), card)
+
+
+def open_folder(name: str, folder: Path, card: CheckpointCard) -> Clip:
+    """The model of a checkpoint folder on the CPU, held to `card`.
+
+    Raises:
+        WeightsError: weights that do not fit the card.
+    """
     model = openclip.build(card.arch, quick_gelu=card.quick_gelu)
     model.preprocess = checkpoint.preprocess(card)
     if model.preprocess.image_size != model.image_size:
@@ -109,6 +206,5 @@ def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
     checkpoint.fill(
         model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
     )
-    model = model.eval().to(device)
-    checkpoint.check(model, card, f"model {name}")
-    return Loaded(name, model, card)
+    checkpoint.check(model.eval(), card, f"model {name}")
+    return model

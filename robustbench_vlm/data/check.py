@@ -1,0 +1,200 @@
+"""Is a dataset on disk what its card says? Everything that is wrong is told at once, one line each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards, texts
+from robustbench_vlm.errors import DataError, InputError
+
+COLUMNS = ("dataset", "split", "images", "classes", "shards", "MB", "manifest", "state")
+IN_FLIGHT = 64  # images decoded at a time: memory does not grow with the dataset
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        dataset: name of the card.
+        split: name of the split.
+        images: images with a label.
+        classes: classes that occur.
+        shards: archives; 0 for class folders.
+        size: bytes of all files.
+        manifest: `recorded` now, `same` as recorded before, or empty.
+        problems: what is wrong, one line each; empty when the dataset is whole.
+        notes: what is worth knowing and not wrong.
+    """
+
+    dataset: str
+    split: str
+    images: int = 0
+    classes: int = 0
+    shards: int = 0
+    size: int = 0
+    manifest: str = ""
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """The line as `COLUMNS` has it."""
+        state = "whole" if not self.problems else f"broken ({len(self.problems)})"
+        counts = (self.images, self.classes, self.shards)
+        return [
+            self.dataset,
+            self.split,
+            *map(str, counts),
+            f"{self.size / 1e6:.1f}",
+            self.manifest or "-",
+            state,
+        ]
+
+
+def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: bool = False) -> Checked:
+    """Hold a dataset to its card and its manifest: texts, every shard to its end, labels, counts, hashes.
+
+    A whole dataset without a manifest gets one; a broken one never does.
+
+    Args:
+        card: the dataset.
+        root: data root.
+        split: name of the split.
+        report: told (what, done, total).
+        decode: decode every image, too.
+    """
+    folder = root / card.folder
+    if not (folder / split).is_dir():
+        lacking = f"no {folder / split}; {dataset.how_to_get(card, root)}"
+        return Checked(card.name, split, problems=(lacking,))
+    problems: list[str] = []
+    notes: list[str] = []
+    sharded = shards.is_sharded(folder / split)
+    try:
+        notes += texts.check(card, folder, required=sharded)
+    except DataError as error:
+        problems.append(str(error))
+    try:
+        card = texts.with_names(card, folder) if sharded else card
+    except DataError as error:
+        problems.append(str(error))
+    index = _sharded(card, folder / split, problems, report) if sharded else None
+    samples = _foldered(card, folder / split, problems) if index is None else index
+    problems += _counted(card, folder, split, len(samples), notes)
+    if decode:
+        problems += _undecodable(card, samples, report)
+    found = manifest.facts(folder, manifest.files_of(folder, split))
+    state = _compared(card, folder, split, found, len(samples), problems)
+    return Checked(
+        dataset=card.name,
+        split=split,
+        images=len(samples),
+        classes=len({sample.label for sample in samples}),
+        shards=sum(path.endswith(".tar") for path in found),
+        size=sum(size for size, _ in found.values()),
+        manifest=state,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _sharded(card: DatasetCard, place: Path, problems: list[str], report: Report) -> list[shards.Sample]:
+    """All samples of the shards that are whole; a line for each that is not, and for keys that repeat."""
+    try:
+        files = shards.shard_files(place)
+    except DataError as error:
+        problems.append(str(error))
+        files = sorted(place.glob("*.tar"))
+    samples: list[shards.Sample] = []
+    for done, shard in enumerate(files):
+        report(f"check {card.name}", done, len(files))
+        try:
+            found, _ = shards.index_shard(shard, card.n_classes)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if not found:
+            problems.append(f"{shard}: no images")
+        samples += found
+    twice = [name for name, count in Counter(sample.name for sample in samples).items() if count > 1]
+    problems += [f"{place}: key {name!r} occurs twice" for name in sorted(twice)]
+    return samples
+
+
+def _foldered(card: DatasetCard, place: Path, problems: list[str]) -> list[shards.Sample]:
+    try:
+        return list(shards.index_folders(place, card.names)[0].samples)
+    except DataError as error:
+        problems.append(str(error))
+        return []
+
+
+def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: list[str]) -> list[str]:
+    """A line if the number of images is not the card's; of a miniature it never is."""
+    wanted = card.size.get(split, count)
+    if count == wanted:
+        return []
+    line = f"{folder / split}: {count} images, where the card says {wanted}"
+    if (folder / miniature.MARK).exists():
+        notes.append(f"a miniature: {line}")
+        return []
+    return [line]
+
+
+def _undecodable(card: DatasetCard, samples: list[shards.Sample], report: Report) -> list[str]:
+    """A line for each image that does not decode, or not to the card's canvas."""
+
+    def problem(sample: shards.Sample) -> str:
+        where = f"{sample.path}, {card.name}/{sample.name}"
+        try:
+            content = sample.read()
+            if card.canvas == "native":
+                pixels.native(content, card.native_px, where)
+            else:
+                pixels.rgb(content, where)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    found: list[str] = []
+    waiting, done = iter(samples), 0
+    with ThreadPoolExecutor(dataset.threads()) as pool:
+        while chunk := list(islice(waiting, IN_FLIGHT)):
+            found += [line for line in pool.map(problem, chunk) if line]
+            done += len(chunk)
+            report(f"decode {card.name}", done, len(samples))
+    return found
+
+
+def _compared(
+    card: DatasetCard,
+    folder: Path,
+    split: str,
+    found: dict[str, tuple[int, str]],
+    count: int,
+    problems: list[str],
+) -> str:
+    """`same` or `recorded`; differences from the manifest become problems."""
+    try:
+        known = manifest.read(folder)
+    except InputError as error:
+        problems.append(str(error))
+        return ""
+    differences = manifest.differences(known, found, split) if known else []
+    problems += [f"{folder / line}" for line in differences]
+    if problems:
+        return ""
+    wanted = (known or manifest.Manifest(card.name)).with_files(found).with_images(split, count)
+    if wanted == known:
+        return "same"
+    manifest.write(folder, wanted)
+    return "recorded" if known is None or not known.images.get(split) else "same"

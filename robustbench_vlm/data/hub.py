@@ -1,0 +1,329 @@
+"""The hub's file protocol: which files a dataset repository has at a commit, and each of them, whole.
+
+Plain HTTP of the standard library, because three things are needed that `huggingface_hub` (2.4) does not do:
+it throws a half-downloaded file away when it fails, it does not hold plain downloads to their hash, and its
+network errors belong to whichever HTTP package it was built on. Its stored token is used, and only at the hub
+itself. The paths are the hub's, so that a mirror will do: `/api/datasets/<repo>/revision/<revision>`,
+`/api/datasets/<repo>/tree/<commit>` and `/datasets/<repo>/resolve/<commit>/<file>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
+
+from robustbench_vlm.errors import DataError, Incomplete, InputError
+
+HUB = "https://huggingface.co"
+TIMEOUT = 30.0  # seconds without a byte
+RETRIES = 5  # connections in a row that bring nothing before a download gives up
+PAUSE = 1.0  # seconds before the first of them; doubled each time
+CHUNK = 2**20
+LARGEST_LISTING = 64 * 2**20  # bytes of JSON
+AGAIN = (408, 429, 500, 502, 503, 504)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+DROPPED = (OSError, http.client.HTTPException)  # what a connection dies of; HTTPError is handled before
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a hub is.
+
+    Attributes:
+        url: scheme and host, maybe a path; no final slash.
+        token: sent to this host alone, never along a redirect; empty for none.
+    """
+
+    url: str
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A dataset repository at one commit."""
+
+    repo: str
+    sha: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a repository.
+
+    Attributes:
+        path: below the repository, `/` between at most two plain names.
+        size: bytes.
+        sha256: in hex, for large files; empty for small ones.
+        blob: git's SHA-1 of a small file; empty for large ones.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    blob: str
+
+
+def site(mirror: str = "") -> Site:
+    """The hub, or its mirror: `mirror`, then the environment's HF_ENDPOINT, then the public one.
+
+    Raises:
+        InputError: no web address.
+    """
+    url = (mirror or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise InputError(f"--mirror {url}", "not a web address", "https://host")
+    if mirror:
+        return Site(url)
+    from huggingface_hub import get_token
+
+    return Site(url, get_token() or "")
+
+
+def commit(where: Site, repo: str, revision: str) -> Commit:
+    """The commit that `revision` (a commit, tag or branch) of a dataset repository means.
+
+    Raises:
+        DataError: no such repository or revision, or one that needs permission.
+        Incomplete: no connection.
+    """
+    address = f"{where.url}/api/datasets/{quote(repo)}/revision/{quote(revision, safe='')}"
+    table, _ = _json(where, address, repo)
+    sha = table.get("sha") if isinstance(table, dict) else None
+    if not isinstance(sha, str) or not re.fullmatch("[0-9a-f]{40}", sha):
+        raise DataError(address, "no commit in the answer", "the hub's JSON", "check the mirror")
+    facts = table.get("cardData")
+    licence = facts.get("license") if isinstance(facts, dict) else None
+    stated = ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "")
+    return Commit(repo, sha, stated)
+
+
+def files(where: Site, at: Commit) -> list[File]:
+    """Every file of the repository at that commit.
+
+    Raises:
+        DataError: an answer that is no listing, or a path that would leave the folder.
+        Incomplete: no connection.
+    """
+    address = f"{where.url}/api/datasets/{quote(at.repo)}/tree/{at.sha}?recursive=true"
+    found: list[File] = []
+    while address:
+        rows, headers = _json(where, address, at.repo)
+        if not isinstance(rows, list):
+            raise DataError(address, "no list of files in the answer", "the hub's JSON", "check the mirror")
+        found += [
+            _file(row, address) for row in rows if not isinstance(row, dict) or row.get("type") == "file"
+        ]
+        link = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link", ""))
+        address = link.group(1) if link else ""
+        if address and not address.startswith(f"{where.url}/"):
+            raise DataError(address, "the listing goes on at another host", where.url, "check the mirror")
+    return found
+
+
+def _file(row: Any, address: str) -> File:  # noqa: ANN401 - JSON of a stranger
+    try:
+        large = row.get("lfs") or {}
+        path, size = str(row["path"]), int(large.get("size", row["size"]))
+        sha256, blob = str(large.get("oid", "")), "" if large else str(row["oid"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(address, f"{row!r:.80}", "a file with path, size and hash") from None
+    if not re.fullmatch("[0-9a-f]{64}" if large else "[0-9a-f]{40}", sha256 or blob) or size < 0:
+        raise DataError(address, f"no hash or size of {path!r:.80}", "a file with path, size and hash")
+    return File(path, size, sha256, blob)
+
+
+def plain(path: str) -> bool:
+    """Whether a path is one or two plain names, so that it stays inside the folder it is written to."""
+    parts = path.split("/")
+    return len(parts) <= 2 and all(NAME.fullmatch(part) for part in parts)
+
+
+def download(where: Site, at: Commit, file: File, target: Path, report: Callable[[int], None]) -> str:
+    """Fetch one file to `target`, which appears only when size and hash are right; returns its SHA-256.
+
+    What was fetched before lies in `<target>.part` and is gone on with, after a dropped connection and in
+    another process alike; a part that turns out wrong is fetched once more from its first byte.
+
+    Args:
+        where: the hub or its mirror.
+        at: repository and commit.
+        file: what to fetch.
+        target: where to put it.
+        report: told how many bytes are there.
+
+    Raises:
+        DataError: a web page, another size or another hash than the listing says; or no permission.
+        Incomplete: the connection died again and again; the same call goes on where it stopped.
+    """
+    part = target.with_name(target.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    resumed = part.exists() and part.stat().st_size > 0
+    _complete(where, at, file, part, report)
+    found = hashed(part, file)
+    if found is None and resumed:
+        part.unlink()
+        _complete(where, at, file, part, report)
+        found = hashed(part, file)
+    if found is None:
+        part.unlink()
+        raise DataError(_address(where, at, file), "other bytes than the hub lists", "its hash", "try again")
+    part.replace(target)
+    return found
+
+
+def _address(where: Site, at: Commit, file: File) -> str:
+    return f"{where.url}/datasets/{quote(at.repo)}/resolve/{at.sha}/{quote(file.path)}"
+
+
+def _complete(where: Site, at: Commit, file: File, part: Path, report: Callable[[int], None]) -> None:
+    """Append to `part` until it has the file's size, over as many connections as bring something."""
+    address, idle = _address(where, at, file), 0
+    if part.exists() and part.stat().st_size > file.size:
+        part.unlink()
+    part.touch()
+    while (there := part.stat().st_size) < file.size:
+        report(there)
+        try:
+            _append(where, address, file, part, report)
+            problem = "the connection closed early"
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code not in AGAIN:
+                raise _refused(address, at.repo, error.code) from None
+            problem = f"HTTP {error.code}"
+        except DROPPED as error:
+            problem = str(error) or type(error).__name__
+        idle = 0 if part.stat().st_size > there else idle + 1
+        if idle >= RETRIES:
+            raise Incomplete(
+                f"{address}: {problem}; {part.stat().st_size} of {file.size} bytes are kept, and the same "
+                "command goes on with them"
+            )
+        if part.stat().st_size < file.size:
+            time.sleep(PAUSE * 2**idle if idle else 0)
+    report(file.size)
+
+
+def _append(where: Site, address: str, file: File, part: Path, report: Callable[[int], None]) -> None:
+    """One connection: the bytes from the end of `part` on, never more than the file has."""
+    begin = part.stat().st_size
+    request = _request(where, address)
+    if begin:
+        request.add_header("Range", f"bytes={begin}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("r+b") as out:  # noqa: S310
+        if answer.status != http.client.PARTIAL_CONTENT:
+            begin = 0  # the server sends the whole file
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {begin}-"):
+            raise http.client.HTTPException("another range than asked for")
+        length = answer.headers.get("Content-Length")
+        stated = begin + int(length) if length and length.isdigit() else file.size
+        if stated != file.size:
+            _no_page(address, answer.headers, answer.read(256))
+            raise DataError(address, f"{stated} bytes", f"{file.size}, as the hub lists", "try again later")
+        out.seek(begin)
+        out.truncate()
+        _copy(address, answer, out, file.size, report)
+
+
+def _copy(
+    address: str,
+    answer: http.client.HTTPResponse,
+    out: BinaryIO,
+    size: int,
+    report: Callable[[int], None],
+) -> None:
+    """Copy an answer to the end of `out` until that has `size` bytes."""
+    first = out.tell() == 0
+    while left := size - out.tell():
+        chunk = answer.read1(min(CHUNK, left))
+        if not chunk:
+            return
+        if first:
+            _no_page(address, answer.headers, chunk)
+            first = False
+        out.write(chunk)
+        report(out.tell())
+    if answer.read1(1):
+        raise DataError(address, f"more than {size} bytes", "as many as the hub lists", "try again later")
+
+
+def _no_page(address: str, headers: Message, begin: bytes) -> None:
+    """Refuse a web page where a file is meant: a sign-in form, a proxy's notice."""
+    page = begin[:256].lstrip().lower().startswith((b"<!doctype", b"<html"))
+    if page or headers.get_content_type() == "text/html":
+        do = "check the network's sign-in page, or the mirror"
+        raise DataError(address, "the server sent a web page (HTML)", "the file", do)
+
+
+def hashed(part: Path, file: File) -> str | None:
+    """SHA-256 of a complete download; none if it is not the file that was listed."""
+    if part.stat().st_size != file.size:
+        return None
+    digest, git = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    with part.open("rb") as content:
+        while chunk := content.read(CHUNK):
+            digest.update(chunk)
+            if file.blob:
+                git.update(chunk)
+    same = git.hexdigest() == file.blob if file.blob else digest.hexdigest() == file.sha256
+    return digest.hexdigest() if same else None
+
+
+def _request(where: Site, address: str) -> urllib.request.Request:
+    request = urllib.request.Request(address, headers={"User-Agent": "vlmrob"})  # noqa: S310 - http(s) by `site`
+    if where.token:
+        request.add_unredirected_header("Authorization", f"Bearer {where.token}")
+    return request
+
+
+def _json(where: Site, address: str, repo: str) -> tuple[Any, Message]:
+    """The JSON at an address, tried again a few times, and the headers that came with it."""
+    for pause in _pauses():
+        time.sleep(pause)
+        try:
+            with urllib.request.urlopen(_request(where, address), timeout=TIMEOUT) as answer:  # noqa: S310
+                content = answer.read(LARGEST_LISTING)
+                _no_page(address, answer.headers, content)
+                return json.loads(content), answer.headers
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code not in AGAIN:
+                raise _refused(address, repo, error.code) from None
+            problem = f"HTTP {error.code}"
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise DataError(address, "not JSON", "the hub's listing", "check the mirror") from None
+        except DROPPED as error:
+            problem = str(error) or type(error).__name__
+    raise Incomplete(f"{address}: {problem}; check the network, name a --mirror, or use --offline")
+
+
+def _pauses() -> Iterator[float]:
+    yield 0.0
+    yield from (PAUSE * 2**i for i in range(RETRIES - 2))
+
+
+def _refused(address: str, repo: str, code: int) -> DataError:
+    if code in (401, 403):
+        do = f"accept its licence at {HUB}/datasets/{repo}, then type: hf auth login"
+        return DataError(
+            address, f"HTTP {code}: it needs your permission", "a public or accepted dataset", do
+        )
+    if code == 404:
+        return DataError(
+            address, "HTTP 404: no such repository, revision or file", do="check card and mirror"
+        )
+    return DataError(address, f"HTTP {code}", do="check the mirror")

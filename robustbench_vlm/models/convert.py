@@ -1,0 +1,99 @@
+"""Weights of other programs -> a checkpoint folder of ours, with card and canary, loaded once to prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from robustbench_vlm import cards, store
+from robustbench_vlm.cards import ModelCard
+from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models import checkpoint, foreign, zoo
+from robustbench_vlm.models.checkpoint import CheckpointCard, Parent
+
+
+def convert(
+    source: Path,
+    out: Path,
+    known: ModelCard,
+    limits: Mapping[str, int] | None = None,
+) -> CheckpointCard:
+    """Write the checkpoint folder `out` of a weights file or a folder of transformers.
+
+    Args:
+        source: what another program wrote; read as data, in a process of its own.
+        out: must hold no checkpoint yet.
+        known: name, base, defense and training data of it; what `trained_on` does not say is unknown.
+        limits: `memory` in bytes and `seconds` of the reading process.
+
+    Returns:
+        The card that was written.
+
+    Raises:
+        WeightsError: refused, damaged, or of another architecture; nothing is written then.
+    """
+    if (out / "card.json").exists():
+        raise WeightsError(f"--out {out}", "a checkpoint is there already", "a new folder")
+    if known.sha256 and source.is_file() and (found := store.file_sha256(source)) != known.sha256:
+        raise WeightsError(str(source), f"SHA-256 {found[:12]}", f"{known.sha256[:12]} as in its card")
+    parents: tuple[Parent, ...] = ()
+    if source.is_dir() and foreign.is_transformers(source):
+        made = foreign.from_transformers(source)
+    else:
+        if not foreign.is_weights(source.name):
+            expected = f"a file in {', '.join(foreign.SUFFIXES)}, or a folder of transformers"
+            raise WeightsError(str(source), "neither weights by its name nor a model's folder", expected)
+        foreign.require_file(source)
+        base = zoo.load(known.base)
+        facts = {"model": base.card.name, "sha256": base.card.sha256, "trained_on": base.card.trained_on}
+        parents = (Parent.model_validate({"role": "base", **facts}),)
+        made = foreign.from_file(source, base.model, limits)
+    digest = store.file_sha256(source) if source.is_file() else ""
+    card = checkpoint.describe(
+        made.model,
+        known.name,
+        defense=known.defense,
+        trained_on=known.trained_on or None,
+        text_from="" if made.own_text else zoo.address(known.base),
+        parents=parents,
+        recipe={"inner": {"eps": known.eps, "norm": known.norm}} if known.eps else {},
+        training={
+            "source": known.source or source.name,
+            "source_sha256": digest,
+            "scheme": made.scheme,
+            "left_out": list(made.old),
+        },
+    )
+    whole = made.model.language.state_dict()[checkpoint.TOKENS].shape[0] if made.own_text else 0
+    checkpoint.save_folder(out, made.model, card, frozenset(range(whole)) if made.own_text else None)
+    return zoo.load(str(out)).card
+
+
+def unlisted(name: str, base: str, defense: str, trained_on: tuple[str, ...]) -> ModelCard:
+    """The card of weights that stand in no list."""
+    facts = {"name": name, "title": name, "defense": defense, "base": base, "trained_on": trained_on}
+    return ModelCard.model_validate({**facts, "loader": "weights", "source": "", "licence": "unknown"})
+
+
+def listed(name: str) -> ModelCard:
+    """The card of a public checkpoint."""
+    return cards.read("models", name, ModelCard)
+
+
+def add_canary(name: str) -> Path:
+    """Take the canary of a checkpoint folder, or of a packaged checkpoint, anew and write it into its card.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        WeightsError: no such folder, or weights that do not fit its card.
+    """
+    folder = zoo.folder_of(name)
+    if folder is None:
+        raise WeightsError(f"model {name!r}", "no packaged checkpoint or folder", "a folder with a card.json")
+    bare = checkpoint.read_card(folder).model_copy(update={"canary": None})
+    model = zoo.open_folder(name, folder, bare)
+    card = checkpoint.with_canary(model, bare)
+    store.write_json(folder / "card.json", card.model_dump(mode="json"))
+    return folder / "card.json"

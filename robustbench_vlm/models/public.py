@@ -1,0 +1,54 @@
+"""Public checkpoints by name: where their weights are looked for, what to download to where if missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from robustbench_vlm import store
+from robustbench_vlm.cards import ModelCard
+from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models.zeroshot import cache_folder
+
+HUB = "hf-hub:"
+
+
+def folder(card: ModelCard) -> Path:
+    """Where the weights of a public checkpoint are looked for: `$VLMROB_MODELS`, or `models` of the cache."""
+    root = os.environ.get("VLMROB_MODELS")
+    return (Path(root) if root else cache_folder() / "models") / card.name
+
+
+def here(card: ModelCard) -> bool:
+    """Whether its weights lie in its folder."""
+    place = folder(card)
+    if card.loader == "weights":
+        return (place / card.file).exists()
+    name = "config.json" if card.loader == "transformers" else "open_clip_config.json"
+    return (place / "card.json").exists() or (place / name).exists()
+
+
+def require(card: ModelCard) -> Path:
+    """The folder of a checkpoint, once its weights are there and are those that its card names.
+
+    Raises:
+        WeightsError: not there, with what to download to where; never published; other bytes than the card's.
+    """
+    if card.loader == "none":
+        raise WeightsError(f"model {card.name}", f"its weights are not published ({card.source})")
+    if not here(card):
+        raise WeightsError(f"model {card.name}", "its weights are not on this machine", do=fetch(card))
+    path = folder(card) / card.file
+    if card.sha256 and (found := store.file_sha256(path)) != card.sha256:
+        raise WeightsError(
+            str(path), f"SHA-256 {found[:12]}", f"{card.sha256[:12]} as in its card", fetch(card)
+        )
+    return folder(card)
+
+
+def fetch(card: ModelCard) -> str:
+    """The one line that says what to download to where."""
+    place = folder(card)
+    if card.source.startswith(HUB):
+        return f"hf download {card.source.removeprefix(HUB)} --local-dir {place}"
+    return f"download {card.source} to {place / card.file}"

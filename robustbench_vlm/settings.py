@@ -1,0 +1,37 @@
+"""`--set key=value`: the table of a card with single entries replaced."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from robustbench_vlm.errors import CardError
+
+
+def number(text: str) -> float | str:
+    """A TOML float; infinities stay text, since JSON has no spelling for them."""
+    return text if text.lstrip("+-") in ("inf", "nan") else float(text)
+
+
+def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The table with `--set a.b=value` applied; values are TOML (`0.1`, `true`, `"text"`), else plain text.
+
+    Raises:
+        CardError: a setting without `=`.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
+        try:
+            value = tomllib.loads(f"v = {text}", parse_float=number)["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, last = key.split(".")
+        inner = table
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise CardError(f"--set {setting}", f"{parent!r} is not a table")
+        inner[last] = value
+    return table

@@ -1,0 +1,188 @@
+"""Exported, a dataset is still itself: the same keys, labels, bytes and verdicts."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import toys
+from folders import encode, noise
+from PIL import Image
+
+from robustbench_vlm import cards, cli
+from robustbench_vlm.data.dataset import folder_sha, open_split
+from robustbench_vlm.errors import DataError
+
+CLASSES = ("cat", "dog", "red_fox")
+
+
+def vlmrob(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        cards.include([])
+    return 0
+
+
+def tree(folder, classes=CLASSES, n=4, px=40):
+    for label, name in enumerate(classes):
+        (folder / name / "deep").mkdir(parents=True)
+        for i in range(n):
+            place = folder / name / ("deep" if i % 2 else "") / f"img {i}.{['png', 'jpg'][i % 2]}"
+            place.write_bytes(encode(noise(10 * label + i, px), ["png", "jpeg"][i % 2]))
+    (folder / classes[0] / "notes.txt").write_text("no image")
+    return folder
+
+
+def opened(root, name):
+    return open_split(cards.read("datasets", name, cards.DatasetCard), root, "test")
+
+
+def identity(split):
+    images = split.images(32)
+    return folder_sha(images.keys, images.labels, images.sha256)
+
+
+def test_folders_and_their_export_are_one_dataset(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "a/wds_pets3/test")
+    to = tmp_path / "b"
+    assert (
+        vlmrob(monkeypatch, "data", "export", tmp_path / "a/wds_pets3/test", "--to", to, "--name", "pets3")
+        == 0
+    )
+    said = capsys.readouterr()
+    assert said.out.strip() == str(to / "wds_pets3")
+    assert "1 files that are no JPEG, PNG or WebP were left out" in said.err
+    assert f"vlmrob --include {to / 'cards'} data check pets3" in said.err
+    assert (
+        vlmrob(monkeypatch, "--include", to / "cards", "data", "check", "pets3", "--root", to, "--decode")
+        == 0
+    )
+    cards.include([to / "cards"])
+    card = cards.read("datasets", "pets3", cards.DatasetCard)
+    assert card.names == ("cat", "dog", "red fox")
+    before, after = opened(tmp_path / "a", "pets3"), opened(to, "pets3")
+    assert before.keys == after.keys
+    assert before.keys[0] == "pets3/test/cat/deep/img 1.jpg"
+    assert before.sha256 == after.sha256
+    assert identity(before) == identity(after)
+    assert before.subset(5).keys == after.subset(5).keys
+    cards.include([])
+
+
+def test_verdicts_bear_the_same_keys_and_say_the_same(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "a/wds_pets3/test")
+    assert vlmrob(monkeypatch, "data", "export", tmp_path / "a/wds_pets3/test", "--to", tmp_path / "b",
+                  "--name", "pets3") == 0  # fmt: skip
+    include = toys.write_include(tmp_path / "b/cards", [], [toys.chain("few", "ce", rows=8)])
+    model = toys.save_model(tmp_path / "model")
+    tables = []
+    for root in ("a", "b"):
+        line = ["--include", include, "eval", "--suite", "pets3", "--attack", "few", "--model", model]
+        more = ["--data-root", tmp_path / root, "--out", tmp_path / f"out-{root}", "--eps", "2"]
+        assert vlmrob(monkeypatch, *line, *more, "--device", "cpu") == 0
+        found = sorted((tmp_path / f"out-{root}").rglob("*.parquet"))
+        assert len(found) == 1
+        tables.append((found[0].name, pd.read_parquet(found[0])))
+    assert tables[0][0] == tables[1][0]  # the cell's name is a hash of all that decides it
+    pd.testing.assert_frame_equal(tables[0][1], tables[1][1])
+    assert len(tables[0][1]) == 12
+    assert (tables[0][1].backwards > 0).sum() >= 2
+
+
+def test_numbered_folders_and_names_from_a_file(tmp_path, monkeypatch):
+    tree(tmp_path / "src", ["001.ak47", "002.car-side-101", "003.t_shirt"], n=1)
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "numbered"]
+    assert vlmrob(monkeypatch, *line) == 0
+    assert (tmp_path / "out/wds_numbered/classnames.txt").read_text() == "ak47\ncar side\nt shirt\n"
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "other"]
+    assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 0
+    assert (tmp_path / "out/wds_other/classnames.txt").read_text() == "x\ny\nz\n"
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "third"]
+    assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
+    assert not (tmp_path / "out/wds_third").exists()
+
+
+def test_records_of_images_and_labels(tmp_path, monkeypatch, capsys):
+    (tmp_path / "img").mkdir()
+    for i in range(3):
+        (tmp_path / f"img/{i}.png").write_bytes(encode(noise(i, 30)))
+    rows = [{"id": i, "img": f"img/{i}.png", "label": i % 2, "text": "x"} for i in range(3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "names.txt").write_text("meme\nhatespeech meme\n")
+    line = ["data", "export", tmp_path / "test.jsonl", "--to", tmp_path / "out", "--name", "memes3"]
+    assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 0
+    cards.include([tmp_path / "out/cards"])
+    split = opened(tmp_path / "out", "memes3")
+    assert split.keys == tuple(f"memes3/test/img/{i}.png" for i in range(3))
+    assert split.labels.tolist() == [0, 1, 0]
+    cards.include([])
+    bad_lines = [
+        *('{"img": "../x.png", "label": 0}', '{"img": "img/9.png", "label": 0}', "[]", "{", ""),
+        *('{"img": 1, "label": 0}', '{"img": "img/0.png", "label": -1}', '{"img": "img/0.png"}'),
+    ]
+    for bad in bad_lines:
+        (tmp_path / "bad.jsonl").write_text(bad + "\n" if bad else "")
+        capsys.readouterr()
+        line = ["data", "export", tmp_path / "bad.jsonl", "--to", tmp_path / "out", "--name", "bad"]
+        assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_torchvision_dataset_keeps_its_pixels_and_order(tmp_path, monkeypatch, capsys):
+    from torchvision.datasets import FakeData
+
+    line = ["data", "export", "torchvision:FakeData", "--to", tmp_path, "--name", "fake", "--names"]
+    (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(3)))
+    more = ["--set", "size=7", "--set", "image_size=[3, 20, 24]", "--set", "num_classes=3"]
+    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", *more) == 2  # its first argument is no root
+    assert "torchvision:FakeData: " in capsys.readouterr().err
+
+    (tmp_path / "tv/eurosat/2750/River").mkdir(parents=True)
+    (tmp_path / "tv/eurosat/2750/Forest").mkdir(parents=True)
+    for i, name in enumerate(("River", "Forest", "River")):
+        Image.fromarray(noise(i, 64)).save(tmp_path / f"tv/eurosat/2750/{name}/{name}_{i}.png")
+    line = [
+        "data",
+        "export",
+        "torchvision:EuroSAT",
+        "--source-root",
+        tmp_path / "tv",
+        "--to",
+        tmp_path / "out",
+    ]
+    assert vlmrob(monkeypatch, *line, "--name", "rivers") == 0
+    cards.include([tmp_path / "out/cards"])
+    split = opened(tmp_path / "out", "rivers")
+    assert split.keys == tuple(f"rivers/test/s{i:07d}" for i in range(3))
+    assert split.labels.tolist() == [0, 1, 1]
+    assert split.card.names == ("Forest", "River")
+    assert np.array_equal(split.read(0, 64).pixels, noise(1, 64))
+    cards.include([])
+    assert vlmrob(monkeypatch, "data", "export", "torchvision:EuroSAX", "--to", tmp_path) == 2
+    assert "did you mean 'EuroSAT'" in capsys.readouterr().err
+    assert FakeData
+
+
+def test_stored_keys_are_held_to_be_names(tmp_path):
+    from folders import one_shard, tar_bytes
+
+    from robustbench_vlm.data.shards import index_shards
+
+    pair = [("s0.png", encode(noise(0))), ("s0.cls", b"0")]
+    found = index_shards(one_shard(tmp_path, tar_bytes([*pair, ("s0.key", b"red/\xc3\xa9.png")])), 1)
+    assert [sample.name for sample in found.samples] == ["red/é.png"]
+    for content in (b"", b"\xff", b"a\nb", b"x" * 1025):
+        with pytest.raises(DataError, match=r"0\.tar"):
+            index_shards(one_shard(tmp_path, tar_bytes([*pair, ("s0.key", content)])), 1)
+    with pytest.raises(DataError, match="'s1' has no image"):
+        index_shards(one_shard(tmp_path, tar_bytes([*pair, ("s1.key", b"x")])), 1)
+    twice = [*pair, ("s0.key", b"x"), ("s1.png", pair[0][1]), ("s1.cls", b"0"), ("s1.key", b"x")]
+    with pytest.raises(DataError, match="key 'x' is also in the same shard"):
+        index_shards(one_shard(tmp_path, tar_bytes(twice)), 1)

@@ -190,13 +190,13 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--every", type=int, default=8, help="model calls between two bare ones, 0 for none")
     add("--threads", type=int, default=1)
     what = asked.parse_args(words)
-    for engine in what.engines:
-        if engine in PACKAGES and importlib.util.find_spec(PACKAGES[engine]) is None:
-            asked.error(f"{PACKAGES[engine]} is not installed; `make bench-attacks` installs it")
     if what.radii and len(what.radii) != len(what.shares):
         asked.error(f"{len(what.radii)} --radii for {len(what.shares)} --shares")
     if what.graphs and what.device != "cuda":
         asked.error("--graphs needs --device cuda")
+    for engine in what.engines:
+        if engine in PACKAGES and importlib.util.find_spec(PACKAGES[engine]) is None:
+            asked.error(f"{PACKAGES[engine]} is not installed; `make bench-attacks` installs it")
     return what
 
 

@@ -156,7 +156,7 @@ def _answers(
     sides = square.window_sides(queries, P, shape[1], shape[2], threat.norm)
     streams = [Stream(named[0], name, threat.norm) for name in named]
     for stream in streams:
-        square._draw(stream, sides, shape, threat.norm)
+        square._draw(stream, np.array(sides), shape, threat.norm)
     drawn = [stream.drawn for stream in streams]
     room = [shape[1 + axis] for axis in (0, 1)]
     numbers = (_linf if threat.norm == "linf" else _l2)(drawn, sides, room, found)

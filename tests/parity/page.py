@@ -141,7 +141,7 @@ def _margins(flip: Record) -> list[str]:
 def _fed_flips(one: Record) -> list[list[Any]]:
     """Disagreements with the same noise, which have no seed and one stage."""
     rounding = one["attack"] == "square" and one["norm"] == "l2"
-    why = "rounding, carried apart by the search (see above)" if rounding else "not explained"
+    why = "rounding may do it (see above); not looked at by itself" if rounding else "not explained"
     name = [NORMS[one["norm"]], _radius(one), "same noise"]
     return [
         [flip["key"], *name, flip["broken by"], one["attack"], *_margins(flip), "", "", why]

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
+from robustbench_vlm.defenses.losses import at_once, kl, kl_terms, of_label
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ class MmtArd:
             robust = roles.teachers["robust"].logit_scale * cosines
             c_robust, c_clean = of_label(cosines, labels), step.targets["c_clean"]
             q_robust = of_label(robust.softmax(dim=-1), labels)
-        student_adv = roles.logits("student", step.adv)
-        student_clean = roles.logits("student", step.batch.images)
+        student_adv, student_clean = at_once(
+            roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images
+        )
         kl_adv, kl_clean = kl(robust, student_adv), kl(step.targets["clean"], student_clean)
         parts = {
             "kl_adv": kl_adv.mean(),

@@ -53,9 +53,9 @@ Hateful Memes brings both sides to the input size (bilinear), as TeCoA does. The
 argmax on those canvases, against the same upstream predictions. `--protocol` with `canvas = "model"` takes
 the canvas of the table above for the first three.
 
-The rule of these figures is that the two resizes are different functions, not that one is wrong; how much a
-model's predictions move depends on the model. A random one looks at noise: its figures are no estimate for
-a trained one. (At 32 px, `tiny` has nothing to resize on CIFAR.)
+Neither resize is wrong: they are two functions, and how many predictions move between them is a property of
+the model. Random models look at everything, so that these shares say nothing about a trained one; they do
+show that the comparison above would see another resize. At 32 px there is nothing to resize on CIFAR.
 
 | dataset | canvas | model | pack | equal argmax | logits |
 |---|---|---|---|---:|---:|
@@ -143,11 +143,13 @@ def _verdict(records: list[Record], names: list[str]) -> str:
     packs = [(one, pack) for one in records for pack in one["packs"]]
     total = sum(one["images"] for one, _ in packs)
     equal = sum(pack["equal"] for _, pack in packs)
+    apart = max(one["input"] for one, _ in packs)
+    pixels = "equal to the last bit" if apart == 0 else f"up to {apart:.1g} apart"
     several = sum(pack["sentences apart"] < pack["classes"] for _, pack in packs)
     said = f"""{equal} of {total} predictions are equal, over {len(packs)} pairs of a dataset and a pack. No
-    logit is further apart than {max(pack["logits"] for _, pack in packs):.1g} of {100}, and what the towers
-    are given is equal to the last bit where the page says nothing else. In {several} pairs some classes have
-    the same sentences, so that their logits tie; the first of them counts on both sides."""
+    logit is further apart than {max(pack["logits"] for _, pack in packs):.1g}, at a scale of 100; the pixels
+    that the towers are given are {pixels}. In {several} pairs some classes have the same sentences, so that
+    their logits tie."""
     lines = [textwrap.fill(" ".join(said.split()), WIDTH) + "\n"]
     lines += [f"- NOT KEPT: {line}\n" for line in broken(records)]
     for tower in TOWERS:

@@ -56,7 +56,7 @@ class Tower:
 
 TOWERS = (
     Tower("tiny", "vlmrob-tiny"),
-    Tower("shallow", SHALLOW),
+    Tower("shallow", SHALLOW, images=24),
     Tower("vit-b-32", "ViT-B-32-quickgelu", images=24, sentences=110),
 )
 

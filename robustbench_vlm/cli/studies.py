@@ -14,17 +14,18 @@ from robustbench_vlm.cli.options import DataRoot, Device, place, require_tiny
 def study(
     name: Annotated[str, typer.Argument(help="efficiency, ablation, or a TOML file.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs; studies share it.")] = Path("runs/study"),
+    tables: Annotated[Path, typer.Option(help="Folder of the tables and the plot.")] = Path("leaderboards"),
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and stop.")] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
-    """Train every arm of a study over its seeds and attack what was trained; goes on if stopped."""
+    """Train every arm of a study over its seeds, attack them all, tabulate and draw; goes on if stopped."""
     card = cards.read("studies", name, cards.Study)
-    from robustbench_vlm import study as hall
+    from robustbench_vlm.study import findings, render, work
 
-    todo = hall.runs(card, out, seeds)
+    todo = work.runs(card, out, seeds)
     if dry_run:
         rows = [
             [
@@ -39,8 +40,10 @@ def study(
         ]
         console.show(f"study {card.name}", ["arm", "seed", "steps", "state", "folder"], rows)
         return
-    where = hall.Place(data_root, str(place(device)), jobs)
+    where = work.Place(data_root, str(place(device)), jobs)
     datasets = {run.recipe.data.dataset for run in todo}
     datasets |= set(cards.read("suites", card.final.suite, cards.Suite).datasets)
     require_tiny(sorted(datasets), data_root)
-    hall.perform(card, todo, where, console.remark)
+    work.perform(card, todo, where, console.remark)
+    for path in render.write(findings.read(card, todo), tables):
+        console.result(str(path))

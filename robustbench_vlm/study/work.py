@@ -222,7 +222,8 @@ def _train_and_attack(run: Run, final: Final, place: Place) -> None:
     if done.exists():
         return
     device = session.device(place.device)
-    model = train.run(run.recipe, run.folder / "model", place.data_root, device, Clock(run.folder))
+    clock: train.Report = Clock(run.folder) if device.type == "cpu" else lambda _: None
+    model = train.run(run.recipe, run.folder / "model", place.data_root, device, clock)
     order = _order(str(model), final, place.data_root, run.folder / "results")
     paths = session.perform(session.require_data(session.plan(order, device)), lambda *_: None)
     store.write_json(done, [str(path.relative_to(run.folder)) for path in paths])
@@ -232,7 +233,7 @@ class Clock:
     """Writes the processor time of every training step: `{"step": 1, "cpu": 0.24}`, probes left out.
 
     The time of a process of one thread is what a quiet core takes, whoever else is on the machine. Steps that
-    a stopped run had done and does again stand there twice.
+    a stopped run had done and does again stand there twice. Not for an accelerator, which works beside it.
     """
 
     def __init__(self, folder: Path) -> None:

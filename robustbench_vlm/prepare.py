@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustbench_vlm import cards, registry
+from robustbench_vlm import cards, embeddings, registry
 from robustbench_vlm.cards import DatasetCard, Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.data.dataset import Split, open_split
+from robustbench_vlm.embeddings import Kept, Recalled
 from robustbench_vlm.errors import CardError
 from robustbench_vlm.models import lora, prompts, zoo
-from robustbench_vlm.models.clip import Clip
+from robustbench_vlm.models.clip import Clip, InBf16
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.zeroshot import render, text_bank
-from robustbench_vlm.types import Batch, Choosy, Defense, Roles
+from robustbench_vlm.types import Batch, Choosy, Defense, Encoder, Roles
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Setup:
         teachers: frozen models by role.
         adapters: LoRA inside the student, or `None`.
         prompted: token ids (C, L) of the class sentences, for every role whose prompts are trained.
+        kept: what frozen teachers said of the training images before, by role.
     """
 
     recipe: Recipe
@@ -44,6 +47,7 @@ class Setup:
     probe: Batch | None
     device: torch.device
     prompted: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
     @property
     def model(self) -> Clip:
@@ -68,9 +72,27 @@ class Setup:
             banks[role] = prompts.bank(model, tokens)
         return replace(self.roles, text={**self.roles.text, **banks}) if banks else self.roles
 
+    def roles_in_training(self, batch: Batch) -> Roles:
+        """The roles in the recipe's precision; frozen teachers know what they said of `batch` before."""
+        now = self.roles_now()
+        bf16 = self.recipe.compute.precision == "bf16"
+        student: Encoder = InBf16(self.model) if bf16 else now.student
+        teachers: dict[str, Encoder] = {}
+        for role, loaded in self.teachers.items():
+            teachers[role] = InBf16(loaded.model) if bf16 else now.teachers[role]
+            if role in self.kept:
+                teachers[role] = Recalled(teachers[role], self.kept[role], batch)
+        return replace(now, student=student, teachers=teachers)
 
-def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
+
+def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path | None = None) -> Setup:
     """Load and check the models, text banks and data that `recipe` names.
+
+    Args:
+        recipe: what to train.
+        data_root: folder of the datasets.
+        device: where to train.
+        cache: folder of embeddings of frozen teachers; with none, every step asks the teachers again.
 
     Raises:
         CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
@@ -112,7 +134,45 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device) -> Setup:
     if isinstance(defense, Choosy):
         defense.require(roles)
     probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
-    return Setup(recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device, prompted)
+    setup = Setup(
+        recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device, prompted
+    )
+    if cache is not None:
+        setup = replace(setup, kept=_kept(setup, cache))
+    _settle(setup)
+    return setup
+
+
+def _settle(setup: Setup) -> None:
+    """Bring the towers into the form that `[compute]` asks for; parameters stay the same objects."""
+    wanted = setup.recipe.compute
+    if wanted.channels_last:
+        setup.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if wanted.compile:
+        for model in (setup.model, *(made.model for made in setup.teachers.values())):
+            model.visual.compile(dynamic=False)
+
+
+def _kept(setup: Setup, cache: Path) -> dict[str, Kept]:
+    """The files of the frozen teachers; none where the folder cannot be written: that costs time alone."""
+    recipe, size = setup.recipe, setup.model.image_size
+    frozen = {r: m for r, m in setup.teachers.items() if r not in getattr(setup.defense, "learners", ())}
+    files = {}
+    for role, loaded in frozen.items():
+        known = embeddings.facts(
+            loaded.card.sha256,
+            setup.split,
+            setup.split.side(size),
+            recipe.optim.batch_size,
+            recipe.compute.model_dump(mode="json"),
+            setup.device,
+        )
+        with torch.no_grad():
+            grey = torch.full((1, 3, size, size), 0.5, device=setup.device)
+            width = loaded.model(grey).shape[-1]
+        with suppress(OSError):
+            files[role] = embeddings.keep(cache, known, setup.split, width)
+    return files
 
 
 def _defense(recipe: Recipe) -> Defense:

@@ -41,6 +41,7 @@ class Grown(Card):
         if (info.context or {}).get("all"):
             return table
         usual = {name: type(self).model_fields[name].default for name in self.later}
+        usual = {n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in usual.items()}
         return {key: value for key, value in table.items() if key not in usual or value != usual[key]}
 
 
@@ -128,6 +129,23 @@ class Prompts(Card):
     init: str = "a photo of a"
 
 
+class Compute(Card):
+    """How the sums are done, where that is not fp32 as PyTorch does it; each may change last bits or more.
+
+    Attributes:
+        precision: of the image towers in training; `bf16` is autocast. Losses, text, probe and weights stay
+            in fp32.
+        compile: image towers through `torch.compile`.
+        channels_last: memory format of the student's convolutions.
+        fused_adamw: AdamW in one kernel.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    fused_adamw: bool = False
+
+
 class Probe(Card):
     """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split."""
 
@@ -146,10 +164,11 @@ class Recipe(Grown):
         defense: plug-in name and its fields.
         inner: the attack; must be absent for a defense without one.
         prompts: train these alone, in place of the whole tower or of adapters.
+        compute: precision and kernels; leave the table out for fp32.
         checkpoint_every: steps between checkpoints (0: only at the end).
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    later: ClassVar[frozenset[str]] = frozenset({"prompts", "compute"})
 
     name: str
     title: str
@@ -161,6 +180,7 @@ class Recipe(Grown):
     optim: Optim
     lora: Lora | None = None
     prompts: Prompts | None = None
+    compute: Compute = Compute()
     probe: Probe | None = None
     seed: int = 0
     checkpoint_every: int = Field(default=0, ge=0)
@@ -172,6 +192,8 @@ class Recipe(Grown):
             raise ValueError("[lora] and [prompts] are two ways to train: leave one out")
         if self.prompts is not None and self.prompts.image + self.prompts.text == 0:
             raise ValueError("[prompts] without a token trains nothing")
+        if self.compute.fused_adamw and self.optim.algorithm != "adamw":
+            raise ValueError(f"compute.fused_adamw is of adamw, optim.algorithm is {self.optim.algorithm}")
         return self
 
     @property

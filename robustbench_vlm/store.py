@@ -12,6 +12,9 @@ from typing import Any
 
 from robustbench_vlm.errors import InputError
 
+Facts = Mapping[str, Any]
+"""What something on disk was made from: plain JSON values."""
+
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
     """The one spelling of a JSON value: sorted keys, no spaces, UTF-8; what fingerprints are taken of."""

@@ -32,6 +32,7 @@ from robustbench_vlm.prepare import Setup, prepare
 from robustbench_vlm.recipes import Inner, Optim, Recipe
 from robustbench_vlm.types import Batch, Roles, Step, Terms
 
+CPU = torch.device("cpu")
 GAUSSIAN = 0.001  # deviation of the `gaussian` start, in pixel units
 
 Line = Mapping[str, Any]
@@ -60,7 +61,14 @@ class State:
     carry: Mapping[str, Tensor]
 
 
-def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report: Report) -> Path:
+def run(
+    recipe: Recipe,
+    out: Path,
+    data_root: Path,
+    device: torch.device,
+    report: Report,
+    cache: Path | None = None,
+) -> Path:
     """Train `recipe` into the checkpoint folder `out`; goes on where an earlier run of it stopped.
 
     Args:
@@ -70,6 +78,7 @@ def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report
         data_root: folder of the datasets.
         device: where to train.
         report: called with every line of the log.
+        cache: folder of what frozen teachers say of clean images; it changes the time and no bit.
 
     Returns:
         `out`.
@@ -81,7 +90,9 @@ def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report
     _refuse_foreign(out, recipe)
     if (out / "card.json").exists():
         return out
-    setup = prepare(recipe, data_root, device)  # before anything is written: a bad recipe claims no folder
+    setup = prepare(
+        recipe, data_root, device, cache
+    )  # before anything is written: a bad recipe claims no folder
     resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
     store.write_json(out / "recipe.json", resolved)
     state = _begin(setup, out)
@@ -115,14 +126,13 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     recipe, model, defense = setup.recipe, setup.model, setup.defense
     with held(model):
         with torch.no_grad():
-            roles = setup.roles_now()
+            roles = setup.roles_in_training(batch)
             targets = defense.targets(roles, batch)
         adv = batch.images if recipe.inner is None else _attack(setup, roles, state.step, batch, targets)
     model.visual.train()
     with _keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
         step = Step(batch, adv, targets, state.carry, state.step / recipe.optim.steps)
-        terms = defense.outer(setup.roles_now(), step)
-    _require_finite(terms, state.step, batch)
+        terms = defense.outer(setup.roles_in_training(batch), step)
     rate = lr(state.step, recipe.optim)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
@@ -130,14 +140,11 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
     terms.total.backward()  # type: ignore[no-untyped-call]
     parameters = list(setup.parameters().values())
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.grad_clip or math.inf)
-    if not torch.isfinite(norm):
-        raise TrainingError(f"step {state.step}: the gradient is not finite; first image {batch.keys[0]}")
+    line = _finite(terms, norm, state.step, batch)  # before the update: a bad step changes nothing
     state.optimiser.step()
     model.visual.eval()
     state.carry = terms.carry
-    parts = {name: round(float(value), 6) for name, value in terms.parts.items()}
-    loss = round(float(terms.total.detach()), 6)
-    return {"lr": rate, "loss": loss, **parts, "grad_norm": round(float(norm), 6)}
+    return {"lr": rate, **line}
 
 
 def _attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
@@ -211,11 +218,22 @@ def _keyed_dropout(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _require_finite(terms: Terms, step: int, batch: Batch) -> None:
-    for name, value in {**terms.parts, "total": terms.total.detach()}.items():
-        if not torch.isfinite(value).all():
-            keys = ", ".join(batch.keys[:3])
-            raise TrainingError(f"step {step}: term {name!r} is {float(value):g}; images {keys}, ...")
+def _finite(terms: Terms, norm: Tensor, step: int, batch: Batch) -> dict[str, float]:
+    """Loss, terms and gradient norm as numbers, fetched from the device in one go.
+
+    Raises:
+        TrainingError: one of them is not finite.
+    """
+    named = {"loss": terms.total.detach(), **terms.parts, "grad_norm": norm}
+    values = torch.stack([value.double() for value in named.values()]).tolist()
+    line = dict(zip(named, values, strict=True))
+    for name in (*terms.parts, "loss"):  # a term is to blame before what came of it
+        if not math.isfinite(line[name]):
+            term, keys = "total" if name == "loss" else name, ", ".join(batch.keys[:3])
+            raise TrainingError(f"step {step}: term {term!r} is {line[name]:g}; images {keys}, ...")
+    if not math.isfinite(line["grad_norm"]):
+        raise TrainingError(f"step {step}: the gradient is not finite; first image {batch.keys[0]}")
+    return {name: round(value, 6) for name, value in line.items()}
 
 
 def _refuse_foreign(out: Path, recipe: Recipe) -> None:
@@ -234,7 +252,8 @@ def _optimiser(setup: Setup) -> torch.optim.Optimizer:
     optim, parameters = setup.recipe.optim, list(setup.parameters().values())
     if optim.algorithm == "sgd":
         return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
+    fused = setup.recipe.compute.fused_adamw
+    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
 
 
 def _begin(setup: Setup, out: Path) -> State:
@@ -263,7 +282,8 @@ def _begin(setup: Setup, out: Path) -> State:
         prefix = f"optim.{index}."  # none for a parameter that never got a gradient
         saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if saved:
-            optimiser.state[parameter] = {k: v.cpu() if k == "step" else v for k, v in saved.items()}
+            count = setup.device if setup.recipe.compute.fused_adamw else CPU  # where AdamW counts its steps
+            optimiser.state[parameter] = {k: v.to(count) if k == "step" else v for k, v in saved.items()}
     carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
     step = int(facts["step"])
     lines = [line for line in store.records(log) if line["step"] <= step]

@@ -31,22 +31,36 @@ class Batch:
         images: (B, 3, H, W) float32 in [0, 1], unnormalised.
         labels: (B,) int64.
         keys: the identity of each image for ever, `dataset/split/member`.
+        sha256: of the encoded bytes of each image, in hex; empty where nobody asked.
     """
 
     images: Tensor
     labels: Tensor
     keys: tuple[str, ...]
+    sha256: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.images.to(device), self.labels.to(device), self.keys)
+        return Batch(self.images.to(device), self.labels.to(device), self.keys, self.sha256)
 
 
 class Encoder(Protocol):
     """An image tower that owns its preprocessing, with the text tower it was trained against."""
 
-    image_size: int
-    logit_scale: float
+    @property
+    def image_size(self) -> int:
+        """Side of the tower's square input."""
+        ...
+
+    @property
+    def logit_scale(self) -> float:
+        """S of the cosine logits."""
+        ...
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether no row of a call depends on the others: false where batch norms are in train mode."""
+        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D) embeddings as the tower gives them, not unit length."""

@@ -21,6 +21,7 @@ LAYERS = (
     {"protocols", "studies"},
     {"registry", "cards", "cost", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
+    {"embeddings"},
     {"provenance", "cells", "prepare", "regime"},
     {"train", "evaluate", "leaderboard", "pretrain"},  # the halls: likewise
     {"api", "compare", "crosscheck", "published"},

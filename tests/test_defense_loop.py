@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from worlds import INNER
 
 from robustbench_vlm import cards, registry, store, train
+from robustbench_vlm.defenses.losses import at_once
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.types import Priced
 
@@ -47,13 +48,14 @@ def first_batch(setup, size=8):
 
 
 def watched(setup):
-    """A list that fills with (role, training, graph) at every forward of an image tower."""
+    """A list that fills with (role, training, graph, image) for every batch's worth of a tower's forward."""
     seen = []
     models = {"student": setup.model} | {role: made.model for role, made in setup.teachers.items()}
     for role, model in models.items():
 
         def note(module, args, role=role):
-            seen.append((role, module.training, torch.is_grad_enabled(), args[0].requires_grad))
+            worth = len(args[0]) // setup.recipe.optim.batch_size  # x and x' may share a forward
+            seen.extend([(role, module.training, torch.is_grad_enabled(), args[0].requires_grad)] * worth)
 
         model.visual.register_forward_pre_hook(note)
     return seen
@@ -293,3 +295,21 @@ def test_a_teacher_of_other_sentences_is_refused_in_one_line(toy, tmp_path):
     assert not (tmp_path / "out").exists()
     same = table | {"data": {"dataset": "toy", "template": "a {c} picture"}}
     train.prepare(cards.parse(same, cards.Recipe, "a test"), toy.data, CPU)
+
+
+def test_clean_and_adversarial_images_share_a_forward_unless_rows_see_each_other(toy, tmp_path):
+    setup, _ = prepared(toy, tmp_path, toy.recipe("tecoa"))
+    rows = []
+    setup.model.visual.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    one, other = torch.rand(3, 3, 32, 32), torch.rand(5, 3, 32, 32)
+    apart = [setup.model(one), setup.model(other)]
+    joined = at_once(setup.model, setup.model, one, other)
+    assert rows == [3, 5, 8]
+    for a, b in zip(apart, joined, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    model = with_batch_norm(setup).model
+    model.visual.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    at_once(model, model, one, other)
+    model.visual.train()
+    at_once(model, model, one, other)
+    assert rows[3:] == [8, 3, 5]

@@ -153,6 +153,7 @@ class Linear(torch.nn.Module):
     """A real encoder small enough for a hand calculation: images (B, 3, 1, 1) times a (3, D) matrix."""
 
     image_size = 1
+    rows_apart = True
 
     def __init__(self, seed: int, logit_scale: float, width: int = 3) -> None:
         super().__init__()

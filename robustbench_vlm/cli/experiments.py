@@ -31,10 +31,15 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Checkpoint folder; default runs/<recipe>-<hash>.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on in a folder that was started before.")] = True,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Keep what frozen teachers say of clean images; changes the time and no bit."),
+    ] = True,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
     """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
+    from robustbench_vlm import embeddings
     from robustbench_vlm import train as hall
 
     chosen = _recipe(recipe, recipe_option, settings or [])
@@ -58,7 +63,7 @@ def train(
             else:
                 meter(chosen.name, line["step"], total, f"loss {line['loss']:.4f}")
 
-        hall.run(chosen, folder, data_root, where, report)
+        hall.run(chosen, folder, data_root, where, report, embeddings.folder() if cache else None)
     console.result(str(folder))
     console.remark(f"next: vlmrob eval --model {folder} --attack autoattack --suite tiny")
 

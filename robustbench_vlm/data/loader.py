@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robustbench_vlm import rng
-from robustbench_vlm.data.dataset import Split, threads
+from robustbench_vlm.data.dataset import Example, Split, threads
 from robustbench_vlm.types import Batch
 
 IN_MEMORY = 512 * 2**20  # bytes of uint8 pixels up to which a split is decoded once and kept
@@ -49,9 +49,9 @@ def batches(
     chosen = (positions(split, batch_size, seed, step) for step in range(start_step, stop_step))
     labels, keys = split.labels, split.keys
     kept = len(split) * split.side(px) ** 2 * 3 <= IN_MEMORY
-    for where, pixels in _kept(split, px, chosen) if kept else _streamed(split, px, chosen):
+    for where, pixels, shas in _kept(split, px, chosen) if kept else _streamed(split, px, chosen):
         named = tuple(keys[i] for i in where)
-        yield Batch(as_float(pixels), torch.from_numpy(labels[where]), named)
+        yield Batch(as_float(pixels), torch.from_numpy(labels[where]), named, shas)
 
 
 def positions(split: Split, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -71,24 +71,32 @@ def _order(name: str, n: int) -> np.ndarray:
     return rng.generator(name).permutation(n)
 
 
-def _kept(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions and pixels of each batch, from one array decoded at the first."""
-    pixels = split.images(px).pixels
+Piece = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+"""Positions, pixels and hashes of a batch."""
+
+
+def _kept(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Piece]:
+    """Each batch from one array decoded at the first."""
+    images = split.images(px)
     for where in chosen:
-        yield where, pixels[where]
+        yield where, images.pixels[where], tuple(images.sha256[i] for i in where)
 
 
-def _streamed(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions and pixels of each batch, decoded by threads a few batches ahead."""
-    waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
+def _streamed(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Piece]:
+    """Each batch decoded by threads, a few batches ahead."""
+    waiting: deque[tuple[np.ndarray, list[Future[Example]]]] = deque()
     pool = ThreadPoolExecutor(threads())
+
+    def piece(where: np.ndarray, futures: list[Future[Example]]) -> Piece:
+        found = [future.result() for future in futures]
+        return where, np.stack([example.pixels for example in found]), tuple(e.sha256 for e in found)
+
     try:
         for where in chosen:
-            waiting.append((where, [pool.submit(lambda i: split.read(i, px).pixels, int(i)) for i in where]))
+            waiting.append((where, [pool.submit(split.read, int(i), px) for i in where]))
             if len(waiting) > AHEAD:
-                where, futures = waiting.popleft()
-                yield where, np.stack([future.result() for future in futures])
-        for where, futures in waiting:
-            yield where, np.stack([future.result() for future in futures])
+                yield piece(*waiting.popleft())
+        for ready in waiting:
+            yield piece(*ready)
     finally:  # also when the caller stops early or an image is bad: nobody waits for what is not needed
         pool.shutdown(wait=False, cancel_futures=True)

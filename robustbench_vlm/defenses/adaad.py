@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, kl, reduced
+from robustbench_vlm.defenses.losses import Reduction, at_once, kl, reduced
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ class AdaAd:
         with torch.no_grad():
             robust = roles.logits("robust", step.adv)
         classes = robust.shape[1]
-        kl_adv = reduced(kl(robust, roles.logits("student", step.adv)), classes, self.reduction)
+        images = (step.adv, step.batch.images) if self.alpha < 1 else (step.adv,)
+        students = at_once(roles.student, lambda x: roles.logits("student", x), *images)
+        kl_adv = reduced(kl(robust, students[0]), classes, self.reduction)
         parts, total = {"kl_adv": kl_adv.detach()}, self.alpha * kl_adv
         if self.alpha < 1:
-            clean = roles.logits("student", step.batch.images)
-            kl_clean = reduced(kl(step.targets["robust"], clean), classes, self.reduction)
+            kl_clean = reduced(kl(step.targets["robust"], students[1]), classes, self.reduction)
             parts["kl_clean"], total = kl_clean.detach(), total + (1 - self.alpha) * kl_clean
         return Terms(total, parts)
 

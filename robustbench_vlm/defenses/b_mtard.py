@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, balanced, ce, entropy, kl, rate_at, reduced
+from robustbench_vlm.defenses.losses import Reduction, at_once, balanced, ce, entropy, kl, rate_at, reduced
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class BMtard:
         t = step.carry.get("temperature", start)
         robust, clean = robust / t[0], step.targets["clean"] / t[1]
         classes = robust.shape[1]
-        kl_adv = reduced(kl(robust, roles.logits("student", step.adv)), classes, self.reduction)
-        kl_clean = reduced(kl(clean, roles.logits("student", step.batch.images)), classes, self.reduction)
+        students = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
+        kl_adv = reduced(kl(robust, students[0]), classes, self.reduction)
+        kl_clean = reduced(kl(clean, students[1]), classes, self.reduction)
         now = torch.stack([kl_adv, kl_clean])
         first = step.carry.get("first", now.detach())
         before = step.carry.get("weight", torch.full_like(first, 0.5))

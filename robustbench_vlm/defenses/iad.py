@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import ce, kl, of_label
+from robustbench_vlm.defenses.losses import at_once, ce, kl, of_label
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Iad:
         with torch.no_grad():
             right = of_label(roles.logits("robust", step.adv).softmax(dim=-1), labels)
             trust = right.pow(self.beta) if step.progress >= self.begin else torch.ones_like(right)
-        adv, clean = roles.logits("student", step.adv), roles.logits("student", step.batch.images)
+        adv, clean = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
         teacher = t**2 * kl(step.targets["robust"] / t, adv / t)
         if self.form == "weighted":
             teacher = trust * teacher

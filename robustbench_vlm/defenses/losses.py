@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -67,6 +68,17 @@ def cosine(embeddings: Tensor, anchor: Tensor) -> Tensor:
 def of_label(values: Tensor, labels: Tensor) -> Tensor:
     """The entry of each row's own label: (B, C) and (B,) -> (B,)."""
     return values.gather(1, labels[:, None])[:, 0]
+
+
+def at_once(encoder: Encoder, call: Callable[[Tensor], Tensor], *images: Tensor) -> tuple[Tensor, ...]:
+    """What `call` gives for each of several batches of images: from one forward of `encoder` over them all.
+
+    Where rows of a forward see each other (batch norm in train mode), from one forward each, as the
+    literature does.
+    """
+    if not encoder.rows_apart:
+        return tuple(call(batch) for batch in images)
+    return torch.split(call(torch.cat(images)), [len(batch) for batch in images])
 
 
 def balanced(weight: Tensor, now: Tensor, first: Tensor, rate: float, exponent: float) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustbench_vlm.defenses.losses import ce, kl, kl_terms, of_label
+from robustbench_vlm.defenses.losses import at_once, ce, kl, kl_terms, of_label
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ class MmtArd:
             loss = kl(robust, roles.logits("student", step.adv)).mean()
             return Terms(loss, {"kl_adv": loss.detach(), "c_robust": c_robust.mean()})
         c_clean = step.targets["c_clean"]
-        student_adv = roles.logits("student", step.adv)
-        student_clean = roles.logits("student", step.batch.images)
+        student_adv, student_clean = at_once(
+            roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images
+        )
         kl_adv, kl_clean = kl(robust, student_adv), kl(step.targets["clean"], student_clean)
         parts = {
             "kl_adv": kl_adv.mean(),

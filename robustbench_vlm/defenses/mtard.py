@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, balanced, ce, kl, rate_at, reduced
+from robustbench_vlm.defenses.losses import Reduction, at_once, balanced, ce, kl, rate_at, reduced
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class Mtard:
         with torch.no_grad():
             robust = roles.logits("robust", step.adv)
         classes = robust.shape[1]
-        kl_adv = reduced(kl(robust, roles.logits("student", step.adv)), classes, self.reduction)
-        student = roles.logits("student", step.batch.images)
-        kl_clean = reduced(kl(step.targets["clean"], student), classes, self.reduction)
+        adv, clean = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
+        kl_adv = reduced(kl(robust, adv), classes, self.reduction)
+        kl_clean = reduced(kl(step.targets["clean"], clean), classes, self.reduction)
         now = self.factor * torch.stack([kl_adv, kl_clean])
         first = step.carry.get("first", now.detach())
         before = step.carry.get("weight", torch.full_like(first, 0.5))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import ce, kl, reduced
+from robustbench_vlm.defenses.losses import at_once, ce, kl, reduced
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class PmgAft:
         """The three terms; the clean one has a gradient through both of its predictions."""
         with torch.no_grad():
             original = self._logits(roles, "anchor", step.adv)
-        adv = self._logits(roles, "student", step.adv)
-        clean = self._logits(roles, "student", step.batch.images)
+        adv, clean = at_once(
+            roles.student, lambda x: self._logits(roles, "student", x), step.adv, step.batch.images
+        )
         robust = ce(adv, step.batch.labels).mean()
         how: Literal["sum", "batchmean"] = "sum" if self.form == "released" else "batchmean"
         general = reduced(kl(original, adv), adv.shape[1], how)

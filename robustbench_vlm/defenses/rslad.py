@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, kl, reduced
+from robustbench_vlm.defenses.losses import Reduction, at_once, kl, reduced
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class Rslad:
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The two terms of the class."""
         robust = step.targets["robust"]
+        students = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
         kl_adv, kl_clean = (
-            reduced(kl(robust, roles.logits("student", images)), robust.shape[1], self.reduction)
-            for images in (step.adv, step.batch.images)
+            reduced(kl(robust, student), robust.shape[1], self.reduction) for student in students
         )
         total = self.factor * (self.adv_share * kl_adv + (1 - self.adv_share) * kl_clean)
         return Terms(total, {"kl_adv": kl_adv.detach(), "kl_clean": kl_clean.detach()})

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from robustbench_vlm.defenses.losses import cosine, l2, require_one_space
+from robustbench_vlm.defenses.losses import at_once, cosine, l2, require_one_space
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ class SimClip:
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The mean over the batch of the form's loss."""
-        adv = roles.student(step.adv)
         if self.form == "released":
+            adv = roles.student(step.adv)
             near = cosine(adv, step.targets["anchor"]).mean()
             return Terms(-0.5 * near, {"cosine": near.detach()})
-        clean = roles.student(step.batch.images)
+        adv, clean = at_once(roles.student, roles.student, step.adv, step.batch.images)
         near = (cosine(adv, clean.detach()) + cosine(clean, adv.detach())).mean()
         return Terms(-0.5 * near, {"cosine": near.detach() / 2})
 

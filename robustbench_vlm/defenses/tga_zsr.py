@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from robustbench_vlm.defenses.losses import TINY, ce, grey
+from robustbench_vlm.defenses.losses import TINY, at_once, ce, grey
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TgaZsr:
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The three terms of the class."""
         student, labels = roles.student, step.batch.labels
-        adv, clean = student.tokens(step.adv), student.tokens(step.batch.images)
+        adv, clean = at_once(student, student.tokens, step.adv, step.batch.images)
         logits = student.logit_scale * roles.cosines("student", adv[:, 0])
         robust = ce(logits, labels).mean()
         there = step.targets["attention"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.store import fingerprint
@@ -70,6 +71,11 @@ class Clip(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether no row of a call depends on the others: false where batch norms are in train mode."""
+        return not any(isinstance(m, _BatchNorm) and m.training for m in self.visual.modules())
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, D) embeddings as the tower gives them, not unit length."""
@@ -143,6 +149,44 @@ class Clip(nn.Module):
             "quick_gelu": self.facts["quick_gelu"],
         }
         return {"image": image, "text": text, "model": fingerprint(whole)}
+
+
+@dataclass(frozen=True)
+class InBf16:
+    """An encoder whose image tower runs under bf16 autocast; embeddings come back in fp32."""
+
+    model: Clip
+
+    @property
+    def image_size(self) -> int:
+        """The model's."""
+        return self.model.image_size
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's."""
+        return self.model.logit_scale
+
+    @property
+    def rows_apart(self) -> bool:
+        """The model's."""
+        return self.model.rows_apart
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) float32."""
+        with torch.autocast(images.device.type, torch.bfloat16):
+            embeddings: Tensor = self.model(images)
+        return embeddings.float()
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 1 + N, D) float32."""
+        with torch.autocast(images.device.type, torch.bfloat16):
+            rows = self.model.tokens(images)
+        return rows.float()
+
+    def text(self, sentences: Sequence[str]) -> Tensor:
+        """The model's, in fp32."""
+        return self.model.text(sentences)
 
 
 def state_sha256(module: nn.Module) -> str:

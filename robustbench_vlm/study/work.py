@@ -223,7 +223,8 @@ def _train_and_attack(run: Run, final: Final, place: Place) -> None:
         return
     device = session.device(place.device)
     clock: train.Report = Clock(run.folder) if device.type == "cpu" else lambda _: None
-    model = train.run(run.recipe, run.folder / "model", place.data_root, device, clock)
+    kept = run.folder / "teachers"  # of its own: a run that found another's would look cheaper than it is
+    model = train.run(run.recipe, run.folder / "model", place.data_root, device, clock, kept)
     order = _order(str(model), final, place.data_root, run.folder / "results")
     paths = session.perform(session.require_data(session.plan(order, device)), lambda *_: None)
     store.write_json(done, [str(path.relative_to(run.folder)) for path in paths])

@@ -26,27 +26,32 @@ STYLE: Any = {
 
 
 def svg(findings: Findings) -> bytes:
-    """Robust accuracy above, clean below; steps (and images, above the axis) left, time right."""
+    """The picture of `figure`, without a date or anything else that differs from one time to the next."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 6.6), layout="constrained", facecolor="white")
-        FigureCanvasSVG(figure)
-        grid = figure.subplots(2, 2, sharey="row", sharex="col")
-        for row, what in enumerate(("robust", "clean")):
-            for column, timed in enumerate((False, True)):
-                _curves(grid[row][column], findings, what, timed=timed)
-            grid[row][0].set_ylabel(f"{what} accuracy on {findings.study.probe.split}, %")
-        batch = findings.of(findings.study.baseline)[0].run.recipe.optim.batch_size
-        images = grid[0][0].secondary_xaxis("top", functions=(lambda s: s * batch, lambda i: i / batch))
-        images.set_xlabel("training images")
-        grid[1][0].set_xlabel("steps")
-        grid[1][1].set_xlabel(f"training time, in whole runs of {findings.study.baseline}")
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        words = f"mean over {len(findings.seeds)} seeds; bands: 95 % t interval"
-        figure.suptitle(f"{findings.study.title}\n{words}", fontsize=10)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure(findings).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
+
+
+def figure(findings: Findings) -> Figure:
+    """Robust accuracy above, clean below; steps (and images, above the axis) left, time right."""
+    made = Figure(figsize=(9.0, 6.6), layout="constrained", facecolor="white")
+    FigureCanvasSVG(made)
+    grid = made.subplots(2, 2, sharey="row", sharex="col")
+    for row, what in enumerate(("robust", "clean")):
+        for column, timed in enumerate((False, True)):
+            _curves(grid[row][column], findings, what, timed=timed)
+        grid[row][0].set_ylabel(f"{what} accuracy on {findings.study.probe.split}, %")
+    batch = findings.of(findings.study.baseline)[0].run.recipe.optim.batch_size
+    images = grid[0][0].secondary_xaxis("top", functions=(lambda s: s * batch, lambda i: i / batch))
+    images.set_xlabel("training images")
+    grid[1][0].set_xlabel("steps")
+    grid[1][1].set_xlabel(f"training time, in whole runs of {findings.study.baseline}")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    words = f"mean over {len(findings.seeds)} seeds; bands: 95 % t interval"
+    made.suptitle(f"{findings.study.title}\n{words}", fontsize=10)
+    return made
 
 
 def _curves(axes: Axes, findings: Findings, what: str, *, timed: bool) -> None:

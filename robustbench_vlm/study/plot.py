@@ -73,3 +73,4 @@ def _curves(axes: Axes, findings: Findings, what: str, *, timed: bool) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_xlim(left=0)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # a band may pass zero, an accuracy does not

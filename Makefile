@@ -6,7 +6,7 @@ PARITY := .venv/.parity
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint parity parity-full bench-attacks tiny-weights
+.PHONY: help .venv demo test lint parity parity-full bench-attacks bench-train tiny-weights
 
 help: ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ parity-full: $(PARITY) ## the same with full budgets, into benchmarks/parity.md;
 
 bench-attacks: $(PARITY) ## benchmarks/attacks.md: our attacks beside the references (25 minutes, one thread)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attacks.py
+
+bench-train: $(READY) ## benchmarks/training.md: a training step beside the released way and the floor (one minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 
 tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
 	@$(BIN)/python -m robustbench_vlm.tiny_weights

@@ -11,9 +11,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import multiprocessing
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -24,6 +21,7 @@ from typing import Any
 import table
 import torch
 from engines import CHAIN, PACKAGES, REFERENCES, Size, judged, ours
+from process import about, alone
 from subject import ROWS, Subject, load, radii, threat
 from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
 
@@ -89,31 +87,6 @@ def _same_precision() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def alone(call: Callable[[], Any], device: str) -> Any:  # noqa: ANN401 - what `call` gives
-    """What `call` gives in a process of its own.
-
-    On the CPU a copy of this one, which never computes a gradient, so that the memory it starts with is the
-    same for all; a CUDA device cannot be used in a copy.
-    """
-    way = "fork" if device == "cpu" and hasattr(multiprocessing, "get_context") else "spawn"
-    context = multiprocessing.get_context(way)
-    ours_end, its_end = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(its_end, call))
-    child.start()
-    its_end.close()
-    try:
-        given = ours_end.recv()
-    except EOFError:
-        child.join()
-        raise SystemExit(f"a measurement ended without a result, exit status {child.exitcode}") from None
-    child.join()
-    return given
-
-
-def _send(end: Any, call: Callable[[], Any]) -> None:  # noqa: ANN401 - a pipe
-    end.send(call())
-
-
 def _measure(plan: Line, what: argparse.Namespace, index: list[int], labels: list[int]) -> Line:
     """As `measure`, where the model must be loaded first."""
     torch.set_num_threads(what.threads)
@@ -140,30 +113,6 @@ def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
                         "size": {"steps": what.steps, "queries": what.queries, "targets": what.targets},
                         "every": what.every,
                     }  # fmt: skip
-
-
-def about(what: argparse.Namespace) -> Line:
-    """What all lines of one run share."""
-    git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=False)
-    commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-    changed = git(["git", "status", "--porcelain", "--", "../robustbench_vlm", "."]).stdout
-    dirty = [line for line in changed.splitlines() if line.endswith(".py")]
-    own = {key: value for key, value in vars(what).items() if key != "out"}
-    return {
-        "settings": own,
-        "commit": commit + "+changes" * bool(dirty),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": _processor(),
-        "device": torch.cuda.get_device_name() if what.device == "cuda" else "cpu",
-    }
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text("utf-8").splitlines() if facts.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,19 @@
 """The benchmark scripts, at the smallest sizes: they run, count right, go on after a kill, never mix runs."""
 
+import importlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import open_clip
 import pytest
+from open_clip.transformer import VisionTransformer
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from robustbench_vlm import cards, cost
+from robustbench_vlm.data import miniature
 
 HERE = Path(__file__).parent.parent / "benchmarks"
 TINY = [
@@ -125,3 +133,62 @@ def test_torchattacks_is_measured_beside(tmp_path):
     found = {(line["attack"], line["engine"]): line for line in measured(out.with_suffix(".jsonl"))}
     assert found["apgd-ce", "torchattacks"]["backward_rows"] == 9
     assert len(found) == 10
+
+
+# Training
+
+
+def test_a_training_step_is_measured_every_way_once(tmp_path):
+    out = tmp_path / "steps.md"
+    words = ["--rounds", "2", "--batch", "8", "--steps", "1", "--out", out]
+    ran = script(*words, name="training.py")
+    assert ran.returncode == 0, ran.stderr
+    _, line = lines(out.with_suffix(".jsonl"))
+    assert set(line["seconds"]) == set(line["flops"]) == set(line["mib"])
+    assert all(seconds["cpu"] > 0 for seconds in line["seconds"].values())
+    rows = [row.split(" | ") for row in out.read_text("utf-8").splitlines() if row.startswith("| 8 |")]
+    assert [row[2] for row in rows] == ["ours", "ours, nothing kept", "released", "floor"]
+    assert float(rows[3][4]) == 1.0
+    again = script(*words, name="training.py")
+    assert again.stdout.strip() == out.read_text("utf-8").strip()
+    assert len(lines(out.with_suffix(".jsonl"))) == 2
+    other = script(*words, "--threads", "2", name="training.py")
+    assert "of another run" in other.stderr
+
+
+def test_every_way_takes_the_passes_that_it_is_charged_for(tmp_path, monkeypatch):
+    """Rows through each tower, in batches: what the FLOP of the table count."""
+    monkeypatch.syspath_prepend(str(HERE))
+    training = importlib.import_module("training")
+    what = training.parsed(["--batch", "8", "--steps", "2"])
+    recipe = training.recipe_of(what, 8, "fp32")
+    card = cards.read("datasets", recipe.data.dataset, cards.DatasetCard)
+    miniature.make(card, tmp_path, n=16, split="train")
+    passes = dict.fromkeys(training.WAYS)
+    calls = training.ways(what, recipe, tmp_path)
+    student, teacher = (
+        cost.tower(open_clip.get_model_config(name)).flops for name in ("vlmrob-tiny", "vlmrob-tiny-teacher")
+    )
+    for t in range(2):  # fills the file of the clean teacher
+        calls["ours"](t)
+    for way in training.WAYS:
+        seen = Counter()
+        handle = register_module_forward_pre_hook(
+            lambda module, args, seen=seen: (
+                seen.update({module.transformer.resblocks[0].ln_1.normalized_shape: len(args[0]) // 8})
+                if isinstance(module, VisionTransformer)
+                else None
+            )
+        )
+        calls[way](0)
+        handle.remove()
+        passes[way] = {width[0]: count for width, count in seen.items()}
+    k = 2
+    assert passes == {
+        "ours": {80: k + 2, 128: 1},
+        "ours, nothing kept": {80: k + 2, 128: 2},
+        "released": {80: k + 2, 128: 3},
+        "floor": {80: k + 2, 128: 1},
+    }
+    for way, flops in training.flops(what, recipe).items():
+        assert flops == student * (2 * k + 2 * 3) + teacher * passes[way][128]

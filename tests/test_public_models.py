@@ -131,6 +131,8 @@ def test_weights_that_are_there_load_with_what_their_card_says(listed):
 def test_the_architecture_of_a_public_checkpoint_is_known_before_its_weights_are_there(listed):
     assert zoo.arch_of("toy-fare") == "vlmrob-tiny"
     assert zoo.arch_of("fare2-vit-l-14") == "ViT-L-14"
+    assert zoo.arch_of("hf-hub:chs20/tecoa2-clip") == "ViT-L-14"  # by the card that names it as its source
+    assert zoo.arch_of("hf-hub:nobody/knows") == ""
     assert not listed[1].exists()
 
 

@@ -20,12 +20,6 @@ CONFIGS = Path(__file__).parent / "configs"
 SCHEMAS = ("hf-hub:", "local-dir:")
 
 
-HUB = dict.fromkeys(
-    (f"hf-hub:chs20/{name}-clip" for name in ("tecoa2", "tecoa4", "fare2", "fare4")), "ViT-L-14"
-)
-"""Architectures of public towers whose config would have to be downloaded."""
-
-
 @cache
 def _register_own() -> None:
     open_clip.add_model_config(CONFIGS)

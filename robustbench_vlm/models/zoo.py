@@ -57,9 +57,10 @@ def arch_of(name: str) -> str:
         return checkpoint.read_card(folder).arch
     if name in cards.names("models"):
         return arch_of(cards.read("models", name, ModelCard).base)
-    if name in openclip.HUB:
-        return openclip.HUB[name]
-    return "" if name.startswith(openclip.SCHEMAS) else name.partition(":")[0]
+    if name.startswith(openclip.SCHEMAS):  # its config is a download away, unless a card tells
+        known = (cards.read("models", card, ModelCard) for card in cards.names("models"))
+        return next((arch_of(card.base) for card in known if card.source == name), "")
+    return name.partition(":")[0]
 
 
 def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loaded:
@@ -113,7 +114,8 @@ def _unknown(name: str) -> WeightsError:
 def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
     if not arch:
         expected = "--arch ARCH:TAG, the model that it was made from"
-        raise WeightsError(f"model {name}", "its architecture is not in the file", expected)
+        do = f"in a recipe, name the folder that this makes: {foreign.CONVERT}"
+        raise WeightsError(f"model {name}", "its architecture is not in the file", expected, do)
     sandbox.require_file(Path(name))  # before the base is built
     made = foreign.from_file(Path(name), load(arch).model)
     if made.old:

@@ -1,0 +1,282 @@
+"""A training step of MMT-ARD beside the released way and the bare network: `make bench-train`.
+
+One process takes a step of each way in turn, so that all meet the same machine; then each way runs in a
+process of its own for its peak memory. `--arch ViT-B-32 --teacher ViT-L-14 --device cuda` measures the
+paper's sizes with random weights. The images are generated; every way gets the same ones. What is measured
+is appended to T.jsonl at once, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from process import about, alone
+from torch import Tensor
+from training_table import WAYS, render
+from watch import memory
+
+from robustbench_vlm import cards, cost, prepare, store, train
+from robustbench_vlm.cards import DatasetCard, Recipe
+from robustbench_vlm.data import loader, miniature
+from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
+from robustbench_vlm.models import openclip
+from robustbench_vlm.models.clip import held
+from robustbench_vlm.prepare import Setup
+from robustbench_vlm.types import Batch, Roles
+
+HERE = Path(__file__).parent
+CLOCKS = ("wall", "cpu")
+BATCHES = 2  # distinct batches, met in turn
+
+Line = dict[str, Any]
+
+
+def released(setup: Setup, state: train.State, batch: Batch, origin: Any) -> None:  # noqa: ANN401 - an encoder
+    """One step as the released code does it: three teachers, a forward for each use, nothing kept.
+
+    As read there: the attack differentiates the student with its weights unfrozen, with respect to the
+    images; the log's numbers and the probe are left out.
+    """
+    roles, inner, defense = setup.roles, setup.recipe.inner, setup.defense
+    x, labels, eps, alpha = batch.images, batch.labels, float(inner.threat.eps), float(inner.step)
+    student = _logits(setup, roles, "student")
+    clean, robust = _logits(setup, roles, "clean"), _logits(setup, roles, "robust")
+    setup.model.visual.eval()
+    with torch.no_grad():
+        z_clean = clean(x)
+        z_origin = _of(setup, origin)(x)
+    d = torch.empty_like(x).uniform_(-eps, eps)
+    for _ in range(inner.steps):
+        d.requires_grad_()
+        loss = kl(z_clean, student(x + d)).mean()
+        (gradient,) = torch.autograd.grad(loss, d)
+        with torch.no_grad():
+            d = (d + alpha * gradient.sign()).clamp(-eps, eps)
+            d = (x + d).clamp(0, 1) - x
+    adv = (x + d).detach()
+    setup.model.visual.train()
+    on_x = student(x)
+    on_adv = student(adv)
+    with torch.no_grad():
+        z_robust = robust(adv)
+    scales = roles.teachers["robust"].logit_scale, roles.teachers["clean"].logit_scale
+    c_robust, c_clean = of_label(z_robust, labels) / scales[0], of_label(z_clean, labels) / scales[1]
+    terms = defense.robust_weight * c_robust[:, None] * kl_terms(z_robust, on_adv)
+    terms = terms + defense.clean_weight * c_clean[:, None] * kl_terms(z_clean, on_x)
+    kl(z_origin, on_x).mean()  # computed there in every step, and left out of the loss
+    state.optimiser.zero_grad()
+    terms.mean().backward()
+    state.optimiser.step()
+    setup.model.visual.eval()
+
+
+def floor(setup: Setup, batch: Batch) -> None:
+    """Nothing but the passes that no way can do without: K of the attack, R on x', the outer one."""
+    roles, x = setup.roles, batch.images
+    student, robust = _embed(setup, roles, "student"), _embed(setup, roles, "robust")
+    with held(setup.model):
+        for _ in range(setup.recipe.inner.steps):
+            leaf = x.detach().requires_grad_()
+            torch.autograd.grad(student(leaf).sum(), leaf)
+    with torch.no_grad():
+        robust(x)
+    for parameter in setup.parameters().values():
+        parameter.grad = None
+    setup.model.visual.train()
+    student(torch.cat([x, x])).sum().backward()
+    setup.model.visual.eval()
+
+
+def _embed(setup: Setup, roles: Roles, role: str) -> Callable[[Tensor], Tensor]:
+    return _in_precision(setup, roles.encoder(role))
+
+
+def _in_precision(setup: Setup, encoder: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 - an encoder
+    if setup.recipe.compute.precision == "fp32":
+        return encoder
+
+    def call(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return encoder(images).float()
+
+    return call
+
+
+def _logits(setup: Setup, roles: Roles, role: str) -> Callable[[Tensor], Tensor]:
+    embed, scale = _embed(setup, roles, role), roles.encoder(role).logit_scale
+    return lambda images: scale * roles.cosines(role, embed(images))
+
+
+def _of(setup: Setup, origin: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 - an encoder
+    embed = _in_precision(setup, origin)
+    return lambda images: origin.logit_scale * setup.roles.cosines("clean", embed(images))
+
+
+def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Callable[[int], None]]:
+    """Every way to take step t, with models, optimiser and images of its own setup."""
+    device = torch.device(what.device)
+    with_kept = prepare.prepare(recipe, root, device, root / "embeddings")
+    without = dataclasses.replace(with_kept, kept={})
+    origin = copy.deepcopy(with_kept.teachers["clean"].model)
+    stream = loader.batches(
+        with_kept.split, recipe.optim.batch_size, 0, 0, BATCHES, with_kept.model.image_size
+    )
+    batches = [batch.to(device) for batch in stream]
+    state = train._begin(with_kept, root / "no checkpoint")
+    return {
+        "ours": lambda t: train.advance(with_kept, state, batches[t % BATCHES]) and None,
+        "ours, nothing kept": lambda t: train.advance(without, state, batches[t % BATCHES]) and None,
+        "released": lambda t: released(with_kept, state, batches[t % BATCHES], origin),
+        "floor": lambda t: floor(with_kept, batches[t % BATCHES]),
+    }
+
+
+def timed(what: argparse.Namespace, recipe: Recipe, root: Path) -> Line:
+    """Seconds of one step of every way: medians over rounds in which each takes one."""
+    torch.set_num_threads(what.threads)
+    _in_full()
+    calls = ways(what, recipe, root)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for t in range(-2 * BATCHES, what.rounds):  # kernels are chosen and files filled before the count
+        for name, call in calls.items():
+            _settle(what.device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            call(t)
+            _settle(what.device)
+            if t >= 0:
+                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    seconds = {
+        name: {clock: float(np.median([s[i] for s in spent])) for i, clock in enumerate(CLOCKS)}
+        for name, spent in found.items()
+    }
+    return {"seconds": seconds}
+
+
+def held_at_most(what: argparse.Namespace, recipe: Recipe, root: Path, way: str) -> float:
+    """MiB of one way beyond the loaded models."""
+    torch.set_num_threads(what.threads)
+    _in_full()
+    call = ways(what, recipe, root)[way]
+    before, _ = memory(torch.device(what.device))
+    if what.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for t in range(2 * BATCHES):
+        call(t)
+    return memory(torch.device(what.device))[1] - before
+
+
+def _in_full() -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def flops(what: argparse.Namespace, recipe: Recipe) -> dict[str, float]:
+    """Operations of a step and image of each way, by the cost model of `robustbench_vlm.cost`."""
+    openclip.architectures()  # registers ours
+    student, teacher = (cost.tower(open_clip.get_model_config(name)).flops for name in archs(what))
+    backward = 2 if recipe.lora is None else 1
+    attack, outer = student * 2 * recipe.inner.steps, student * 2 * (1 + backward)
+    ours = attack + outer + teacher
+    return {
+        "ours": ours,
+        "ours, nothing kept": ours + teacher,
+        "released": ours + 2 * teacher,
+        "floor": ours,
+    }
+
+
+def archs(what: argparse.Namespace) -> tuple[str, str]:
+    if what.arch:
+        return what.arch, what.teacher
+    return "vlmrob-tiny", "vlmrob-tiny-teacher"
+
+
+def recipe_of(what: argparse.Namespace, batch_size: int, precision: str) -> Recipe:
+    """The tiny recipe, or the paper's at the sizes asked for; without its probe."""
+    table = cards.toml(cards.path("recipes", "paper-mmt-ard" if what.arch else "tiny-mmt-ard"))
+    table["optim"]["batch_size"] = batch_size
+    table["inner"]["steps"] = what.steps
+    table["compute"] = {"precision": precision, "compile": what.compiled}
+    del table["probe"]
+    if what.arch:
+        table |= {"student": f"{what.arch}:random"}
+        table["teachers"] = dict.fromkeys(("robust", "clean"), f"{what.teacher}:random")
+        if what.full:
+            del table["lora"]
+    return cards.parse(table, Recipe, "the benchmark's recipe")
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    asked = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = asked.add_argument
+    add("--out", type=Path, default=HERE / "training.md", help="the table; FILE.jsonl beside it goes on")
+    add("--arch", default="", help="student with random weights; by default the tiny world's models")
+    add("--teacher", default="ViT-L-14", help="both teachers, beside --arch")
+    add("--full", action="store_true", help="with --arch: train the whole tower, not adapters")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--batch", type=int, nargs="+", default=[128])
+    add("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    add("--compiled", action="store_true", help="our side through torch.compile")
+    add("--steps", type=int, default=5, help="K of the attack; the paper's is 10")
+    add("--rounds", type=int, default=30, help="steps of every way that are timed")
+    add("--peak", type=float, nargs="*", default=[], help="TFLOP/s of the matrix units, one a precision")
+    add("--threads", type=int, default=1)
+    what = asked.parse_args(words)
+    if what.peak and len(what.peak) != len(what.precision):
+        asked.error(f"{len(what.peak)} --peak for {len(what.precision)} --precision")
+    return what
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure what is missing, then write the table."""
+    what = parsed(words)
+    lines, head = what.out.with_suffix(".jsonl"), json.loads(json.dumps(about(what)))
+    store.mend(lines)
+    known = list(store.records(lines))
+    if known and known[0] != head:
+        raise SystemExit(f"{lines}: of another run (settings, commit or machine); remove it or choose --out")
+    if not known:
+        store.append(lines, head)
+    done = {(line["batch"], line["precision"]) for line in known[1:]}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for batch_size in what.batch:
+            for precision in what.precision:
+                if (batch_size, precision) in done:
+                    continue
+                recipe = recipe_of(what, batch_size, precision)
+                place = root / f"{batch_size}"
+                card = cards.read("datasets", recipe.data.dataset, DatasetCard)
+                miniature.make(card, place, n=BATCHES * batch_size, split=recipe.data.split)
+                line = {"batch": batch_size, "precision": precision, "flops": flops(what, recipe)}
+                line |= alone(partial(timed, what, recipe, place), "spawned")
+                line["mib"] = {
+                    way: alone(partial(held_at_most, what, recipe, place, way), "spawned") for way in WAYS
+                }
+                store.append(lines, line)
+                print(f"batch {batch_size}, {precision}: {line['seconds']}", file=sys.stderr, flush=True)
+    text = render(list(store.records(lines)))
+    store.write(what.out, text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -102,7 +102,7 @@ def _way(findings: Findings) -> list[str]:
                 _ratio(findings.speedups(arm.name, timed=False)),
                 _mean(findings.cost(arm.name)),
                 _ratio(findings.speedups(arm.name, timed=True)),
-                f"{median(whole, 0.0):.2f}x",
+                _middle(whole),
             ]
         )
     return [
@@ -120,10 +120,17 @@ def _way(findings: Findings) -> list[str]:
 
 
 def _ratio(ratios: Sequence[float | None]) -> str:
+    """`1.20x [1.05, 1.37]`; with a seed that never got there the median, which says so."""
     mean = geometric(ratios)
     if mean is not None:
-        return _mean(mean) + "x" if math.isnan(mean.low) else f"{_mean(mean)}".replace(" [", "x [", 1)
-    return f"{median(ratios, 0.0):.2f}x (median)"
+        return _mean(mean).replace(" [", "x [") if "[" in _mean(mean) else f"{_mean(mean)}x"
+    return _middle(ratios, " (median)")
+
+
+def _middle(ratios: Sequence[float | None], words: str = "") -> str:
+    """The median with what was never reached as 0."""
+    middle = median(ratios, 0.0)
+    return f"{middle:.2f}x{words}" if middle else "never"
 
 
 def _claims(findings: Findings) -> list[str]:

@@ -24,6 +24,7 @@ from robustbench_vlm.recipes import Card as Card
 from robustbench_vlm.recipes import Recipe as Recipe
 from robustbench_vlm.settings import number
 from robustbench_vlm.settings import override as override
+from robustbench_vlm.studies import Study as Study
 from robustbench_vlm.threat import Norm
 
 
@@ -211,6 +212,7 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
     "models": ("models", ModelCard),
     "protocols": ("protocols", Protocol),
     "prompts": ("prompts", PromptPack),
+    "studies": ("studies", Study),
 }
 """Kind of card -> folder below each card home, and the record it is read into."""
 
@@ -231,6 +233,16 @@ def include(folders: list[Path]) -> None:
             raise InputError(f"--include {folder}", "no such folder", "a folder laid out like suites/")
     _include[:] = folders
     _paths.cache_clear()
+
+
+def singular(kind: str) -> str:
+    """`study` for `studies`, `suite` for `suites`."""
+    return f"{kind[:-3]}y" if kind.endswith("ies") else kind.removesuffix("s")
+
+
+def included() -> list[Path]:
+    """The folders that `include` was given."""
+    return list(_include)
 
 
 @cache
@@ -270,7 +282,7 @@ def path(kind: str, name: str) -> Path:
     file = SAME.get((kind, name), name)
     found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
     if found is None:
-        raise CardError(f"{kind.removesuffix('s')} {name!r}", "no such card", do=nearest(name, _paths(kind)))
+        raise CardError(f"{singular(kind)} {name!r}", "no such card", do=nearest(name, _paths(kind)))
     return found
 
 

@@ -22,13 +22,14 @@ CARDS: dict[str, type[cards.Card]] = {
     "recipes": cards.Recipe,
     "protocols": cards.Protocol,
     "prompts": cards.PromptPack,
+    "studies": cards.Study,
 }
 STARTS = {"tiny-teacher-start": "vlmrob-tiny-teacher"}  # made by `make tiny-weights`, not by a recipe
-KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "suites")
+KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "studies", "suites")
 
 
 def _kind(what: str) -> str:
-    kind = what if what.endswith("s") else f"{what}s"
+    kind = {"study": "studies"}.get(what, what if what.endswith("s") else f"{what}s")
     if kind not in KINDS:
         raise InputError(f"{what!r}", "not a kind of thing", do=nearest(kind, KINDS))
     return kind

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,50 @@ def mcnemar(a: list[bool], b: list[bool]) -> Paired:
     decided = only_a + only_b
     p = float(binomtest(only_a, decided).pvalue) if decided else 1.0
     return Paired(only_a, only_b, len(a), p)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over repetitions.
+
+    Attributes:
+        low, high: two-sided 95 % interval; NaN where one repetition leaves the spread unknown.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def t_mean(values: Sequence[float]) -> Mean:
+    """Mean of independent repetitions, with Student's t interval: mean ± t(0.975, n - 1) s / sqrt(n).
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("a mean of nothing")
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Mean(mean, math.nan, math.nan)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Mean(mean, mean - half, mean + half)
+
+
+def first_reach(steps: Sequence[float], values: Sequence[float], target: float) -> float | None:
+    """Where a curve first is at `target`: linear between its points; None if it never gets there.
+
+    Raises:
+        ValueError: lists of different length, or empty ones.
+    """
+    if len(steps) != len(values) or not steps:
+        raise ValueError(f"{len(steps)} steps and {len(values)} values, expected equally many, at least one")
+    if values[0] >= target:
+        return float(steps[0])
+    for i in range(1, len(steps)):
+        if values[i] >= target:
+            share = (target - values[i - 1]) / (values[i] - values[i - 1])
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return None

@@ -18,7 +18,7 @@ LAYERS = (
     {"threat", "types", "rng"},
     {"store", "settings"},
     {"recipes"},
-    {"protocols"},
+    {"protocols", "studies"},
     {"registry", "cards", "cost", "stats", "verdicts"},
     {"data", "models", "attacks", "defenses"},  # the rooms: siblings never import each other
     {"embeddings"},
@@ -27,7 +27,7 @@ LAYERS = (
     {"api", "compare", "crosscheck", "published"},
     {"session", "catalogue"},  # what a command needs from several halls
     {"console"},
-    {"demo", "tiny_weights"},
+    {"demo", "tiny_weights", "study"},
     {"cli"},
     {"__main__", "__init__"},
 )

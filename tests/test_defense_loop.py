@@ -22,6 +22,9 @@ PRICED = [
     ("adaad", {"alpha": 0.5}),
     ("sim-clip", {"form": "paper"}),
     ("mmt-ard", {"weighting": "full", "consistency": 1.0}),
+    ("mmt-ard", {"attack_target": "robust"}),
+    ("mmt-ard", {"attack_target": "label", "robust_input": "clean"}),
+    ("mmt-ard", {"weighting": "static", "clean_weight": 0, "attack_target": "robust"}),
 ]
 
 
@@ -60,7 +63,8 @@ def watched(setup):
 
 @pytest.mark.parametrize(("name", "fields"), PRICED, ids=str)
 def test_a_step_costs_what_its_defense_says_and_runs_in_the_recipes_mode(toy, tmp_path, name, fields):
-    recipe = recipe_of(toy, name, fields)
+    defense = registry.build("defenses", name, fields, "a test")
+    recipe = recipe_of(toy, name, fields, teachers=toy.teachers(*defense.teachers))
     setup, state = prepared(toy, tmp_path, recipe)
     seen = watched(setup)
     train.advance(setup, state, first_batch(setup))

@@ -239,7 +239,7 @@ def test_the_consistency_of_full_has_no_gradient_at_the_clean_prediction():
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("focus", ["hard", "confident", "none"])
+@pytest.mark.parametrize("focus", ["hard", "student", "confident", "none"])
 @given(
     data=st.lists(st.tuples(*[st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1)]), min_size=1, max_size=9)
 )
@@ -296,6 +296,68 @@ def test_the_weights_are_constants_to_the_gradient(weighting):
     cross = -(p * here.roles.logits("student", other).log_softmax(-1)).sum(-1)
     (expected,) = torch.autograd.grad((torch.tensor(factor) * cross).mean(), other)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def student_says(here, images):
+    student = here.roles.student
+    return softmax(student.logit_scale * cosines_by_hand(student, here.roles.text["student"], images))
+
+
+def test_the_softmax_gap_compares_softmax_confidences_and_the_student_focus_its_own():
+    here = scene(40)
+    a, b, _, _, q_r = here.numbers()
+    i, y = np.arange(B), here.batch.labels.numpy()
+    clean = here.roles.teachers["clean"]
+    q_k = softmax(clean.logit_scale * cosines_by_hand(clean, here.roles.text["clean"], here.batch.images))[
+        i, y
+    ]
+    q_s = student_says(here, here.adv)[i, y]
+    score = [(q - q.mean()) / q.std() for q in (q_r, q_k)]
+    w = 1 / (1 + np.exp(-(math.log(10) + score[0] - score[1])))
+    h = (1 - q_s) ** 2 / ((1 - q_s) ** 2).mean()
+    expected = (h * (w * a.sum(1) + (1 - w) * b.sum(1))).mean()
+    terms = here.loss(MmtArd("paper", gap="softmax", focus="student", gamma=2.0))
+    assert terms.total.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_robust_teacher_on_x_teaches_the_student_on_x_prime():
+    here = scene(41)
+    robust, text, y = here.roles.teachers["robust"], here.roles.text["robust"], here.batch.labels.numpy()
+    _, b, _, c_k, _ = here.numbers()
+    cosines = cosines_by_hand(robust, text, here.batch.images)
+    p = softmax(robust.logit_scale * cosines)
+    kl = kl_by_hand(p, student_says(here, here.adv)).sum(1)
+    expected = (50 * cosines[np.arange(B), y] * kl + 5 * c_k * b.sum(1)).sum() / (B * C)
+    terms = here.loss(MmtArd("released", robust_input="clean"))
+    assert terms.total.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("target", ["clean", "robust", "label"])
+def test_the_attack_drives_the_student_from_the_target_that_is_named(target):
+    here = scene(42)
+    defense = MmtArd(attack_target=target)
+    found = defense.inner(here.roles, here.batch, defense.targets(here.roles, here.batch))(here.adv)
+    said = student_says(here, here.adv)
+    if target == "label":
+        expected = -np.log(said[np.arange(B), here.batch.labels.numpy()])
+    else:
+        teacher = here.roles.teachers[target]
+        cosines = cosines_by_hand(teacher, here.roles.text[target], here.batch.images)
+        expected = kl_by_hand(softmax(teacher.logit_scale * cosines), said).sum(1)
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-9)
+
+
+def test_without_a_clean_term_the_loss_is_the_robust_teachers_alone_and_the_other_does_not_run():
+    here = scene(43)
+    a, *_ = here.numbers()
+    alone = MmtArd("static", clean_weight=0.0, attack_target="robust")
+    assert alone.teachers == ("robust",)
+    del here.roles.teachers["clean"]
+    assert here.loss(alone).total.item() == pytest.approx(a.sum(1).mean(), rel=1e-9)
+    assert MmtArd("static", clean_weight=0.0).teachers == ("robust", "clean")  # the attack still asks it
+    assert MmtArd.teachers == ("robust", "clean")
+    with pytest.raises(CardError, match="clean_weight = 0 goes with weighting 'static' alone, not 'paper'"):
+        registry.build("defenses", "mmt-ard", {"weighting": "paper", "clean_weight": 0}, "recipe x")
 
 
 @pytest.mark.parametrize(

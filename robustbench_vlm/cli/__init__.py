@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from robustbench_vlm import __version__, cards, console
-from robustbench_vlm.cli import catalogue, data, engines, experiments, models
+from robustbench_vlm.cli import catalogue, data, engines, experiments, models, studies
 from robustbench_vlm.errors import Incomplete, VlmrobError
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command("eval")(experiments.evaluate)
 app.command()(experiments.leaderboard)
 app.command()(experiments.compare)
 app.command()(experiments.demo)
+app.command()(studies.study)
 app.command()(engines.crosscheck)
 app.command()(models.convert)
 app.command()(models.canary)

@@ -11,7 +11,9 @@ from robustbench_vlm.cli.options import AsJson
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, datasets, models or recipes.")],
+    what: Annotated[
+        str, typer.Argument(help="defenses, attacks, suites, datasets, models, recipes or studies.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """List what can be named on the command line."""
@@ -33,7 +35,7 @@ def list_(
 
 
 def show(
-    what: Annotated[str, typer.Argument(help="defense, attack, suite, dataset, model or recipe.")],
+    what: Annotated[str, typer.Argument(help="defense, attack, suite, dataset, model, recipe or study.")],
     name: Annotated[str, typer.Argument(help="Its name.")],
 ) -> None:
     """Print everything that is known about one of them, as JSON."""

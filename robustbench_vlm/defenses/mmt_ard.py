@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from robustbench_vlm.defenses.losses import at_once, kl, kl_terms, of_label
+from robustbench_vlm.defenses.losses import at_once, ce, kl, kl_terms, of_label
 from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
@@ -47,60 +47,82 @@ class MmtArd:
     Attributes:
         weighting: `released`, `paper` (gate and focus below), `full` (that in both directions) or `static`.
         robust_weight: factor of the robust teacher's term; 50 in the released code.
-        clean_weight: factor of the clean teacher's term; 5 in the released code.
+        clean_weight: factor of the clean teacher's term; 5 in the released code. 0, with `static`, leaves it
+            out: the clean teacher then runs for the attack only, or, with another target, not at all.
         gap: what the gate compares, for `paper`: `standardised`, each teacher's cosine confidence minus its
-            running mean, over its running deviation (removes a teacher's constant bias); `log`, the
-            difference of log-cosines, which is the released gate exactly.
+            running mean, over its running deviation (removes a teacher's constant bias); `softmax`, the same
+            with softmax confidences; `log`, the difference of log-cosines: the released gate exactly.
         kappa: slope of the gate; 0 leaves the constant mix robust_weight : clean_weight.
         focus: per-sample factor of mean 1, for `paper`: `none`; `hard`, (1 - q_R)^gamma, the "focus on harder
             samples" of the abstract, which on the tiny world costs most of the robustness: the samples that
-            the robust teacher gets wrong then lead; `confident`, the released direction.
-        gamma: exponent of the `hard` focus.
+            the robust teacher gets wrong then lead; `student`, (1 - q_S)^gamma with the student's own
+            confidence on x'; `confident`, the released direction.
+        gamma: exponent of the `hard` and `student` focus.
         momentum: decay of the running mean and deviation of the confidences, and of the losses of `full`.
         text_scale: for `full`: s_t of the logits of one class over the images of the batch.
         kappa_modality: for `full`: slope of the gate between the directions; 0 leaves both at one half.
         consistency: for `full`: weight of KL(sg P_S(x) || P_S(x')).
+        attack_target: whom the attack drives the student away from: `clean`, P_K(x), as released; `robust`,
+            P_R(x); `label`, y, by cross-entropy.
+        robust_input: what the robust teacher sees: `adv`, x', as released; `clean`, x.
     """
 
     weighting: Literal["paper", "full", "released", "static"] = "released"
     robust_weight: Annotated[float, Field(gt=0)] = 50.0
-    clean_weight: Annotated[float, Field(gt=0)] = 5.0
-    gap: Literal["standardised", "log"] = "standardised"
+    clean_weight: Annotated[float, Field(ge=0)] = 5.0
+    gap: Literal["standardised", "softmax", "log"] = "standardised"
     kappa: float = 1.0
-    focus: Literal["hard", "confident", "none"] = "none"
+    focus: Literal["hard", "student", "confident", "none"] = "none"
     gamma: Annotated[float, Field(ge=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     text_scale: Annotated[float, Field(gt=0)] = 100.0
     kappa_modality: Annotated[float, Field(ge=0)] = 5.0
     consistency: Annotated[float, Field(ge=0)] = 0.0
+    attack_target: Literal["clean", "robust", "label"] = "clean"
+    robust_input: Literal["adv", "clean"] = "adv"
 
     teachers: ClassVar[tuple[str, ...]] = ("robust", "clean")
     needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.clean_weight == 0 and self.weighting != "static":
+            raise ValueError(f"clean_weight = 0 goes with weighting 'static' alone, not {self.weighting!r}")
+        if self.clean_weight == 0 and self.attack_target != "clean":  # what changes nothing is not asked for
+            object.__setattr__(self, "teachers", ("robust",))
+
     def passes(self) -> Passes:
-        """The student on x and x', the robust teacher on x', the clean one on x."""
-        return Passes(2, {"robust": 1, "clean": 1})
+        """The student on x' and, with a clean term, x; the teachers on what the loss and the attack need."""
+        on_x = self.attack_target == "robust" or self.robust_input == "clean"
+        robust = on_x + (self.robust_input == "adv")
+        clean = {"clean": 1} if "clean" in self.teachers else {}
+        return Passes(2 if self.clean_weight else 1, {"robust": robust, **clean})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """The clean teacher on x: {"clean": logits Z_K (B, C), "c_clean": cosines c_K (B,)}."""
-        cosines = roles.cosines("clean", roles.teachers["clean"](batch.images))
-        scale = roles.teachers["clean"].logit_scale
-        return {"clean": scale * cosines, "c_clean": of_label(cosines, batch.labels)}
+        """Teachers on x: logits Z_K and, if it is asked, Z_R (B, C), with their cosines c_K, c_R (B,)."""
+        on_x = self.attack_target == "robust" or self.robust_input == "clean"
+        said: dict[str, Tensor] = {}
+        for role in ("clean", *(("robust",) if on_x else ())):
+            if role in self.teachers:
+                cosines = roles.cosines(role, roles.teachers[role](batch.images))
+                said[role] = roles.teachers[role].logit_scale * cosines
+                said[f"c_{role}"] = of_label(cosines, batch.labels)
+        return said
 
     def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """KL(P_K(x_i) || P_S(x'_i)), (B,), for the adversary to maximise; no label is used."""
-        del batch
-        return lambda adv: kl(targets["clean"], roles.logits("student", adv))
+        """KL(P_K(x_i) || P_S(x'_i)), (B,), for the adversary to maximise; or another target's."""
+        if self.attack_target == "label":
+            return lambda adv: ce(roles.logits("student", adv), batch.labels)
+        return lambda adv: kl(targets[self.attack_target], roles.logits("student", adv))
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The weighted sum of KL(P_R(x') || P_S(x')) and KL(P_K(x) || P_S(x)); see the module's sources."""
         labels = step.batch.labels
-        with torch.no_grad():
-            cosines = roles.cosines("robust", roles.teachers["robust"](step.adv))
-            robust = roles.teachers["robust"].logit_scale * cosines
-            c_robust, c_clean = of_label(cosines, labels), step.targets["c_clean"]
-            q_robust = of_label(robust.softmax(dim=-1), labels)
+        robust, c_robust = self._robust(roles, step)
+        if self.clean_weight == 0:
+            loss = kl(robust, roles.logits("student", step.adv)).mean()
+            return Terms(loss, {"kl_adv": loss.detach(), "c_robust": c_robust.mean()})
+        c_clean = step.targets["c_clean"]
         student_adv, student_clean = at_once(
             roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images
         )
@@ -125,9 +147,14 @@ class MmtArd:
             w = self.robust_weight / (self.robust_weight + self.clean_weight)
             total = (w * kl_adv + (1 - w) * kl_clean).mean()
         else:
-            gap, carry = self._gap(c_robust, c_clean, step.carry)
+            q_robust, q_clean, q_student = (
+                of_label(logits.detach().softmax(dim=-1), labels)
+                for logits in (robust, step.targets["clean"], student_adv)
+            )
+            sure = (q_robust, q_clean) if self.gap == "softmax" else (c_robust, c_clean)
+            gap, carry = self._gap(*sure, step.carry)
             w_i = torch.sigmoid(math.log(self.robust_weight / self.clean_weight) + self.kappa * gap)
-            h_i = self._focus(c_robust, c_clean, q_robust)
+            h_i = self._focus(c_robust, c_clean, q_student if self.focus == "student" else q_robust)
             total = (h_i * (w_i * kl_adv + (1 - w_i) * kl_clean)).mean()
             parts["gate"] = w_i.mean()
             if self.weighting == "full":
@@ -140,6 +167,14 @@ class MmtArd:
                 total = 2 * (beta * total + (1 - beta) * back) + self.consistency * itself
                 carry = {**carry, **losses}
         return Terms(total, {name: value.detach() for name, value in parts.items()}, carry)
+
+    def _robust(self, roles: Roles, step: Step) -> tuple[Tensor, Tensor]:
+        """The robust teacher on its input: logits Z_R (B, C) and cosines c_R (B,), without gradient."""
+        if self.robust_input == "clean":
+            return step.targets["robust"], step.targets["c_robust"]
+        with torch.no_grad():
+            cosines = roles.cosines("robust", roles.teachers["robust"](step.adv))
+            return roles.teachers["robust"].logit_scale * cosines, of_label(cosines, step.batch.labels)
 
     def _back(self, roles: Roles, role: str, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
         """Text to image: mean over the batch's classes of KL between softmaxes over its images, a scalar.
@@ -182,12 +217,12 @@ class MmtArd:
             scores[role] = (confidence - running[role][0]) / running[role][1].clamp(min=TINY)
         return scores["robust"] - scores["clean"], running
 
-    def _focus(self, c_robust: Tensor, c_clean: Tensor, q_robust: Tensor) -> Tensor:
-        """h_i, (B,), of mean 1 over the batch."""
+    def _focus(self, c_robust: Tensor, c_clean: Tensor, sure: Tensor) -> Tensor:
+        """h_i, (B,), of mean 1 over the batch; `sure` is the confidence that `hard` and `student` look at."""
         if self.focus == "none":
-            return torch.ones_like(q_robust)
-        if self.focus == "hard":
-            raw = (1 - q_robust).clamp(min=TINY).pow(self.gamma)
+            return torch.ones_like(sure)
+        if self.focus in ("hard", "student"):
+            raw = (1 - sure).clamp(min=TINY).pow(self.gamma)
         else:
             ratio = self.clean_weight / self.robust_weight
             raw = c_robust.clamp(min=FLOOR) + ratio * c_clean.clamp(min=FLOOR)

@@ -1,0 +1,409 @@
+"""Studies: statistics by hand, cards read strictly, and a small one killed, resumed, worked off by two."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from robustbench_vlm import cards, stats, store
+from robustbench_vlm.errors import CardError, DataError, InputError
+from robustbench_vlm.study import findings as hall
+from robustbench_vlm.study import page, render, tables, work
+from robustbench_vlm.study.findings import Curve, Findings, Outcome
+
+PATIENCE = 300.0  # seconds; every process imports torch first
+
+STUDY = """
+name = "small"
+title = "Two arms on four colours"
+baseline = "one"
+seeds = [0, 1]
+set = ["checkpoint_every=1"]
+curves = true
+
+[probe]
+every = 2
+n = 8
+steps = 1
+
+[final]
+attack = "{chain}"
+suite = "{suite}"
+n = 6
+
+[[arm]]
+name = "one"
+title = "one teacher"
+recipe = "{one}"
+
+[[arm]]
+name = "two"
+title = "two teachers"
+recipe = "{two}"
+set = ["defense.weighting=static"]
+
+[[claim]]
+measure = "robust"
+value = 4.32
+words = "+4.32 % robust accuracy"
+source = "somewhere"
+
+[[claim]]
+measure = "speed"
+value = 2.3
+words = "2.3x training efficiency"
+source = "somewhere"
+"""
+
+
+# --- statistics, by hand -----------------------------------------------------------------------------------
+
+
+def test_the_t_interval_is_students():
+    """1, 2, 3, 4, 5: s = sqrt(2.5), t(0.975, 4) = 2.776445 of any table: 3 ± 1.963243."""
+    found = stats.t_mean([1, 2, 3, 4, 5])
+    assert found.value == 3
+    assert (found.low, found.high) == pytest.approx((3 - 1.963243, 3 + 1.963243), abs=1e-6)
+    pair = stats.t_mean([1.0, 3.0])  # t(0.975, 1) = 12.706205, s / sqrt(2) = 1
+    assert (pair.low, pair.high) == pytest.approx((2 - 12.706205, 2 + 12.706205), abs=1e-5)
+
+
+def test_one_repetition_has_a_mean_and_no_interval():
+    found = stats.t_mean([7.0])
+    assert found.value == 7
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    with pytest.raises(ValueError, match="nothing"):
+        stats.t_mean([])
+
+
+@pytest.mark.parametrize(
+    ("target", "at"),
+    [(10, 0), (20, 10), (25, 12.5), (40, 20), (40.1, None), (35, 17.5), (5, 0)],
+)
+def test_a_target_is_reached_where_the_line_between_two_probes_crosses_it(target, at):
+    assert stats.first_reach([0, 10, 20, 30], [10, 20, 40, 30], target) == at
+
+
+def test_the_first_crossing_counts_even_when_the_curve_falls_again():
+    assert stats.first_reach([0, 10, 20, 30], [0, 30, 10, 40], 20) == pytest.approx(20 / 3)
+    with pytest.raises(ValueError, match="2 steps and 1 values"):
+        stats.first_reach([0, 1], [0.0], 1)
+
+
+def outcome(arm, seed, robust, step_seconds=1.0, right=((True, True),)):
+    """A run with probes at 0, 10, 20, 30; verdicts are (clean, robust) of the images of one unseen set."""
+    study = made()
+    recipe = work.recipe_of(study, next(a for a in study.arm if a.name == arm), seed)
+    table = pd.DataFrame(right, columns=["clean", "robust"]).assign(key=[f"i{i}" for i in range(len(right))])
+    curve = Curve((0, 10, 20, 30), tuple(100.0 - r for r in robust), tuple(robust))
+    run = work.Run(arm, seed, recipe, None)
+    return Outcome(run, curve, step_seconds, 30, "processor", {"far": table}, {"far": "unseen"})
+
+
+def made(**changes):
+    table = cards.toml(cards.path("studies", "efficiency"))
+    arms = [arm for arm in table["arm"] if arm["name"] in ("single-teacher", "paper")]
+    return cards.parse(table | {"arm": arms, "seeds": [0, 1]} | changes, cards.Study, "a test")
+
+
+def two_seeds(second=(0.0, 20.0, 30.0, 50.0)):
+    """single-teacher ends at 40 and at 30; `paper` is at 40 after 15 steps, and at 30 as `second` has it."""
+    runs = [
+        outcome("single-teacher", 0, [0, 10, 20, 40], 1.0, [(True, True), (True, False), (False, False)]),
+        outcome("paper", 0, [0, 20, 60, 60], 2.0, [(True, True), (True, True), (True, True)]),
+        outcome("single-teacher", 1, [0, 15, 30, 30], 1.0, [(True, True), (True, True), (True, True)]),
+        outcome("paper", 1, second, 2.0, [(True, True), (True, True), (False, False)]),
+    ]
+    found = {(run.run.arm, run.run.seed): run for run in runs}
+    return Findings(made(), found, (0, 1))
+
+
+def test_differences_are_of_runs_with_the_same_seed():
+    """Robust at the end: 60 - 40 and 50 - 30, so 20 without spread; unpaired intervals would be wide."""
+    found = two_seeds()
+    gap = found.difference("paper", "val", "robust")
+    assert (gap.value, gap.low, gap.high) == (20, 20, 20)
+    assert found.mean("paper", "val", "robust").value == 55
+    unseen = found.difference("paper", "unseen", "robust")  # 3/3 - 1/3 and 2/3 - 3/3, in points
+    assert unseen.value == pytest.approx((200 / 3 - 100 / 3) / 2)
+    assert unseen.high - unseen.value == pytest.approx(12.706205 * 50, rel=1e-6)  # s / sqrt(2) = 50
+    assert found.places == ("val", "unseen")
+
+
+def test_each_seed_has_its_exact_mcnemar_test():
+    """Seed 0: two images robust with `paper` alone, p = 2 / 4; seed 1: one with the baseline alone, p = 1."""
+    assert two_seeds().p_values("paper", "unseen", "robust") == pytest.approx([0.5, 1.0])
+    found = two_seeds()
+    run = found.outcomes["paper", 1]
+    other = replace(run, right={"far": run.right["far"].assign(key=["a", "b", "c"])})
+    with pytest.raises(DataError, match="other images"):
+        replace(found, outcomes=found.outcomes | {("paper", 1): other}).p_values("paper", "unseen", "clean")
+
+
+def test_steps_to_the_baselines_last_accuracy_and_the_ratio_in_steps_and_time():
+    """Baseline: 40 at step 30, 30 at step 20. `paper`: 40 at 10 + 20/40 * 10 = 15, 30 at 20."""
+    found = two_seeds()
+    assert found.reach("single-teacher") == [30, 20]
+    assert found.reach("paper") == [15, 20]
+    assert found.speedups("paper", timed=False) == [2, 1]
+    assert found.speedups("paper", timed=True) == [1, 0.5]  # its steps take twice as long
+    mean = hall.geometric([2, 1])
+    assert mean.value == pytest.approx(math.sqrt(2))
+    assert mean.low * mean.high == pytest.approx(2)  # symmetric in the logarithm
+    assert mean.high == pytest.approx(math.exp(math.log(2) / 2 * (1 + 12.706205)), rel=1e-5)
+
+
+def test_a_target_never_reached_is_counted_and_not_dropped():
+    found = two_seeds(second=(0.0, 10.0, 20.0, 29.9))
+    assert found.reach("paper") == [15, None]
+    assert found.speedups("paper", timed=False) == [2, None]
+    assert hall.geometric([2, None]) is None
+    assert hall.median([15, None], math.inf) == math.inf
+    assert hall.median([2, None], 0.0) == 1
+    row = tables.summary(found).set_index("arm").loc["paper"]
+    assert row.reached == "1"
+    assert row.steps_to_target == "15.0 never"
+    assert row.steps_to_target_median == "never"
+    assert row.speedup == ""
+    text = page.markdown(found).decode()
+    assert "| paper | 1 of 2 | never | 1.00x (median) |" in text
+    assert tables.seconds(found).seconds_to_target.tolist() == ["30.0", "20.0", "30.0", "never"]
+
+
+def test_what_was_reached_at_the_start_counts_as_one_step():
+    found = two_seeds(second=(35.0, 10.0, 20.0, 30.0))
+    assert found.reach("paper") == [15, 1]
+
+
+def test_the_page_has_the_papers_numbers_beside_ours_whatever_they_are():
+    text = page.markdown(two_seeds()).decode()
+    claims = [line for line in text.splitlines() if line.startswith("| +3.5") or line.startswith("| 2.3x")]
+    assert len(claims) == 2  # the suite of this test has no seen set, so +4.32 has nothing beside it
+    assert "+0.00 [-423.54, +423.54]" in claims[0]  # clean on unseen: +1/3 and -1/3
+    assert "1.41x [0.02, 115.61] (0.71x [0.01, 57.80])" in claims[1]
+
+
+# --- cards -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cards.names("studies"))
+def test_every_study_names_recipes_chains_and_a_suite_that_exist(name, tmp_path):
+    study = cards.read("studies", name, cards.Study)
+    runs = work.runs(study, tmp_path)
+    assert len(runs) == len(study.arm) * len(study.seeds)
+    assert all(run.recipe.probe == study.probe for run in runs)
+    assert {run.cells(study.final).parent for run in runs} == {run.folder for run in runs}
+    starts = {(run.recipe.student, run.recipe.data, run.recipe.optim, run.recipe.inner) for run in runs}
+    assert len(starts) == 1, "arms differ in more than the defense and its teachers"
+
+
+def test_studies_share_the_runs_that_are_one_recipe(tmp_path):
+    a, b = (work.runs(cards.read("studies", n, cards.Study), tmp_path, 2) for n in ("efficiency", "ablation"))
+    shared = {run.folder for run in a} & {run.folder for run in b}
+    assert len(shared) == 2 * 5
+
+
+def test_a_note_in_the_recipe_card_makes_no_other_run(tmp_path):
+    study = made()
+    arm = study.arm[1]
+    first = work.recipe_of(study, arm, 0)
+    assert first.notes == ()
+    changed = cards.override(cards.toml(cards.path("recipes", arm.recipe)), [])
+    changed["notes"] = ["something learned later"]
+    assert work.recipe_of(study, arm, 0).fingerprint == first.fingerprint
+    assert work.recipe_of(study, arm, 1).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"baseline": "nobody"}, "baseline 'nobody' is no arm; arms: single-teacher, paper"),
+        ({"seeds": []}, "seeds must differ, and there must be one"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"seeds": [-1]}, "greater than or equal to 0"),
+        ({"basline": "x"}, "unknown key 'basline'; did you mean 'baseline'"),
+        ({"final": {"attack": "aa2", "suite": "tiny", "n": 0}}, "final.n"),
+        ({"arm": [{"name": "a/b", "title": "", "recipe": "x"}], "baseline": "a/b"}, "letters, digits"),
+        ({"arm": [{"name": "a", "title": "", "recipe": "x"}] * 2, "baseline": "a"}, "arm names must differ"),
+    ],
+)
+def test_a_study_that_cannot_be_is_one_line(changes, words):
+    with pytest.raises(CardError, match=re.escape(words)) as error:
+        made(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_arms_that_cannot_be_are_found_before_anything_runs(tmp_path):
+    arm = {"name": "b", "title": "", "recipe": "tiny-single-teacher"}
+    same = made(arm=[arm | {"name": "a"}, arm], baseline="a")
+    with pytest.raises(CardError, match="arms a and b are one recipe"):
+        work.runs(same, tmp_path)
+    typo = made(arm=[arm | {"set": ["optim.stepps=3"]}], baseline="b")
+    with pytest.raises(CardError, match=r"study efficiency, arm b: unknown key 'optim.stepps'; did you mean"):
+        work.runs(typo, tmp_path)
+    with pytest.raises(CardError, match=r"recipe 'tiny-singel'.*did you mean 'tiny-single-teacher'"):
+        work.runs(made(arm=[arm | {"recipe": "tiny-singel"}], baseline="b"), tmp_path)
+    with pytest.raises(InputError, match=r"--seeds 3: study efficiency has 2 seeds"):
+        work.runs(made(), tmp_path, 3)
+
+
+# --- the whole ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world_of_study(world, tmp_path_factory):
+    """Cards of a study of four runs of four steps, over the toy data as a seen and an unseen set."""
+    root = tmp_path_factory.mktemp("study")
+    for folder in ("datasets", "attacks", "recipes", "studies"):
+        (root / "cards" / folder).mkdir(parents=True)
+    own = (world.cards / "datasets" / "toy.toml").read_text()
+    (root / "cards" / "datasets" / "toy.toml").write_text(own)
+    (root / "cards" / "datasets" / "far.toml").write_text(own.replace('name = "toy"', 'name = "far"'))
+    (root / "cards" / "short.toml").write_text(
+        'name = "short"\ntitle = "short"\ndatasets = ["toy", "far"]\neps = ["4/255"]\n'
+    )
+    (root / "cards" / "attacks" / "step.toml").write_text(
+        'name = "step"\ntitle = "step"\nrows = 8\nstop = "last"\n[[stage]]\nname = "pgd"\nattack = "pgd"\n'
+        'loss = "ce"\nsteps = 2\nstep_size = "eps/2"\nrestarts = 1\nrandom_start = true\n'
+    )
+    for name, defense, roles in (
+        ("one", "single-teacher", ["robust"]),
+        ("two", "mmt-ard", ["robust", "clean"]),
+    ):
+        teachers = "\n".join(f'{role} = "{path}"' for role, path in world.teachers(*roles).items())
+        (root / "cards" / "recipes" / f"{name}.toml").write_text(
+            f'name = "{name}"\ntitle = "{name}"\nstudent = "{world.student}"\n'
+            f'[teachers]\n{teachers}\n[defense]\nname = "{defense}"\n'
+            '[data]\ndataset = "toy"\ntemplate = "a photo of a {c}"\n'
+            '[inner]\neps = "4/255"\nsteps = 2\nstep_size = "2/255"\n'
+            "[optim]\nlr = 1e-3\nsteps = 4\nwarmup = 1\nbatch_size = 8\n"
+        )
+    text = STUDY.format(chain="step", suite="short", one="one", two="two")
+    (root / "cards" / "studies" / "small.toml").write_text(text)
+    return root, world.data
+
+
+def command(root, data, out, *options):
+    typed = (
+        f"--include {root / 'cards'} study small --data-root {data} --device cpu --out {out} --tables {out}/t"
+    )
+    return [sys.executable, "-m", "robustbench_vlm", *typed.split(), *options]
+
+
+def steps_done(out):
+    return sum(path.read_bytes().count(b'"loss"') for path in out.rglob("log.jsonl"))
+
+
+def killed_at(root, data, out, least):
+    """Start the study with two processes, and kill their parent once that many steps are done."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(root, data, out, "--jobs", "2"), **silent)
+    began = time.monotonic()
+    while steps_done(out) < least:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return steps_done(out)
+
+
+def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_ran_through(
+    world_of_study, tmp_path
+):
+    root, data = world_of_study
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    ran = subprocess.run(command(root, data, whole), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "study small: 4 runs, 0 finished" in ran.stderr
+    killed_at(root, data, torn, 3)
+    time.sleep(1.0)  # children end with their parent, and let go of their folders
+    left = steps_done(torn)
+    time.sleep(0.5)
+    assert steps_done(torn) == left < 16
+    ran = subprocess.run(
+        command(root, data, torn, "--jobs", "2"), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    same = ("small.csv", "small-summary.csv")
+    for name in same:
+        assert (torn / "t" / name).read_bytes() == (whole / "t" / name).read_bytes(), name
+    weights = sorted(path.relative_to(whole) for path in whole.rglob("image.safetensors"))
+    assert len(weights) == 4
+    assert all((whole / path).read_bytes() == (torn / path).read_bytes() for path in weights)
+
+    table = pd.read_csv(whole / "t" / "small.csv")
+    assert table.groupby(["arm", "seed"]).steps.apply(list).tolist() == [[0, 2, 4]] * 4
+    assert (table.images == 8 * table.steps).all()
+    summary = pd.read_csv(whole / "t" / "small-summary.csv").set_index("arm")
+    assert {"seen_robust", "unseen_robust_diff", "val_clean_high"} <= set(summary.columns)
+    assert summary.loc["one"].filter(like="diff").isna().all()
+    seconds = pd.read_csv(whole / "t" / "small-seconds.csv")
+    assert (seconds.clock == "processor").all()
+    assert (seconds.seconds_per_step > 0).all()
+    picture = ET.fromstring((whole / "t" / "small.svg").read_bytes())
+    assert picture.tag.endswith("svg")
+    assert "![curves](small.svg)" in (whole / "t" / "small.md").read_text()
+
+    study = cards.parse(cards.toml(root / "cards" / "studies" / "small.toml"), cards.Study, "small")
+    cards.include([root / "cards"])
+    try:
+        runs = work.runs(study, whole)
+        found = hall.read(study, runs)
+        again = render.write(found, tmp_path / "again")
+        assert all(path.read_bytes() == (whole / "t" / path.name).read_bytes() for path in again)
+        runs[0].cells(study.final).unlink()
+        with pytest.raises(InputError, match="not finished; run vlmrob study small again"):
+            hall.read(study, runs)
+    finally:
+        cards.include([])
+
+
+def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_study, tmp_path):
+    root, data = world_of_study
+    options = ("--jobs", "2", "--seeds", "1")
+    out = tmp_path / "out"
+    first = work_folder(root, out)
+    store.write_json(first / "model" / "recipe.json", {"fingerprint": "another"})
+    ran = subprocess.run(command(root, data, out, *options), capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: one, seed 0: --out ")
+    assert "holds a run of another recipe (another)" in last
+
+
+def work_folder(root, out):
+    cards.include([root / "cards"])
+    try:
+        return work.runs(cards.read("studies", "small", cards.Study), out)[0].folder
+    finally:
+        cards.include([])
+
+
+def test_a_mistyped_study_is_told_the_nearest_one():
+    typed = [sys.executable, "-m", "robustbench_vlm", "study", "eficiency"]
+    ran = subprocess.run(typed, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "study 'eficiency': no such card; did you mean 'efficiency'?" in ran.stderr
+
+
+def test_a_dry_run_lists_the_runs_and_makes_nothing(world_of_study, tmp_path):
+    root, data = world_of_study
+    out = tmp_path / "none"
+    ran = subprocess.run(command(root, data, out, "--dry-run"), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0
+    lines = ran.stdout.strip().splitlines()
+    assert lines[0] == "# study small"
+    assert [line.split("\t")[:4] for line in lines[2:]] == [
+        [arm, seed, "4", "to do"] for seed in "01" for arm in ("one", "two")
+    ]
+    assert not out.exists()

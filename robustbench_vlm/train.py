@@ -60,7 +60,14 @@ class State:
     carry: Mapping[str, Tensor]
 
 
-def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report: Report) -> Path:
+def run(
+    recipe: Recipe,
+    out: Path,
+    data_root: Path,
+    device: torch.device,
+    report: Report,
+    remark: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Train `recipe` into the checkpoint folder `out`; goes on where an earlier run of it stopped.
 
     Args:
@@ -70,6 +77,7 @@ def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report
         data_root: folder of the datasets.
         device: where to train.
         report: called with every line of the log.
+        remark: called with what a careful reader should know of the images and class names.
 
     Returns:
         `out`.
@@ -82,6 +90,8 @@ def run(recipe: Recipe, out: Path, data_root: Path, device: torch.device, report
     if (out / "card.json").exists():
         return out
     setup = prepare(recipe, data_root, device)  # before anything is written: a bad recipe claims no folder
+    for note in setup.notes:
+        remark(f"note: {recipe.data.dataset}: {note}")
     resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
     store.write_json(out / "recipe.json", resolved)
     state = _begin(setup, out)

@@ -193,10 +193,13 @@ def export(
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))
-    include = ""
+    include, sizes = cards.included(), known.size if known else {}
     if known is None:
-        include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
-    console.remark(f"next: vlmrob{include} data check {name} --root {to}")
+        home = room.write_cards(to, name, split, classes, found.count)
+        include, sizes = f" --include {home}", cards.toml(home / "datasets" / f"{name}.toml")["size"]
+    if split not in sizes:
+        console.remark(f"note: the card of {name} counts no {split}: add {split} = {found.count} to its size")
+    console.remark(f"next: vlmrob{include} data check {name} --root {to} --split {split}")
 
 
 def make(

@@ -23,7 +23,7 @@ TRAINED = ("digits-clean", "digits-tecoa", "digits-mmt-ard")
 FEW = (
     "--set optim.steps=3 --set optim.warmup=1 --set optim.batch_size=20 --set probe.n=20 --set probe.steps=2"
 )
-SORTED = "note: my-digits: class folders are matched to class names by sorted order"
+SORTED = "note: my-digits: class folders are matched to class names by sorted order: 0 is zero, 1 is one, "
 
 
 @pytest.fixture(scope="module")

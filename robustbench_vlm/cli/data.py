@@ -193,11 +193,11 @@ def export(
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))
-    include, sizes = cards.included(), known.size if known else {}
+    include = cards.included()
+    own = cards.path("datasets", name) if known else to / "cards" / "datasets" / f"{name}.toml"
     if known is None:
-        home = room.write_cards(to, name, split, classes, found.count)
-        include, sizes = f" --include {home}", cards.toml(home / "datasets" / f"{name}.toml")["size"]
-    if split not in sizes:
+        include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
+    if own.parents[1] != cards.home() and split not in cards.toml(own).get("size", {}):
         console.remark(f"note: the card of {name} counts no {split}: add {split} = {found.count} to its size")
     console.remark(f"next: vlmrob{include} data check {name} --root {to} --split {split}")
 

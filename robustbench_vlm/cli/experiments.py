@@ -284,8 +284,8 @@ def _suite_of(dataset: str) -> str:
     found = []
     for name in cards.names("suites"):
         path = cards.path("suites", name)
-        members = cards.toml(path).get("datasets", ())
-        if dataset in members:
+        members = cards.toml(path).get("datasets")
+        if isinstance(members, list) and dataset in members:
             found.append((path.parent == cards.home(), len(members), name))
     return min(found)[2] if found else ""
 

@@ -245,6 +245,11 @@ def included() -> list[Path]:
     return list(_include)
 
 
+def as_typed() -> str:
+    """The folders of `include` as they are typed, behind any command line; empty without one."""
+    return "".join(f" --include {folder}" for folder in _include)
+
+
 @cache
 def _paths(kind: str) -> dict[str, Path]:
     folder, _ = FOLDERS[kind]
@@ -342,7 +347,9 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
     except ValidationError as error:
         unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
-        place = _one_line(".".join(str(part) for part in first["loc"]))
+        missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
+        places = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
+        place = ", ".join(places)
         if unknown:
             do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
             raise CardError(where, f"unknown key {place!r}", do=do) from None

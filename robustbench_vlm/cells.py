@@ -26,7 +26,7 @@ from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.models.zeroshot import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.threat import Norm, Threat
 
@@ -111,9 +111,7 @@ class Subject:
     @cached_property
     def untrained(self) -> list[str]:
         """Class names with a word that the text tower never met in training."""
-        sentences = {name: self.card.templates[0].replace("{c}", name) for name in self.card.names}
-        found = set(self.loaded.model.untrained_words(list(sentences.values())))
-        return [name for name, sentence in sentences.items() if sentence in found]
+        return untrained(self.loaded.model, self.card.names, self.card.templates[0])
 
     @cached_property
     def facts(self) -> dict[str, Any]:

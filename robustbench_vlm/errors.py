@@ -13,9 +13,10 @@ VlmrobError             exit 1: something failed while running
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SHOWN = 24  # known names in one line of error
+FEW = 5  # names that a remark lists before it only counts
 
 
 class VlmrobError(Exception):
@@ -61,6 +62,12 @@ class DataError(InputError):
 
 class WeightsError(InputError):
     """A checkpoint does not belong to the architecture, or its bytes are not the ones its card names."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of a list of names, and how many more there are."""
+    more = len(names) - FEW
+    return ", ".join(names[:FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,11 +16,11 @@ from robustbench_vlm.cards import DatasetCard, Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.data.dataset import Split, open_split
 from robustbench_vlm.embeddings import Kept, Recalled
-from robustbench_vlm.errors import CardError
+from robustbench_vlm.errors import CardError, some
 from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, InBf16
 from robustbench_vlm.models.lora import Adapters
-from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.models.zeroshot import render, text_bank, untrained
 from robustbench_vlm.types import Batch, Choosy, Defense, Encoder, Roles
 
 
@@ -53,6 +53,13 @@ class Setup:
     def model(self) -> Clip:
         """The student's encoder."""
         return self.student.model
+
+    @property
+    def notes(self) -> list[str]:
+        """What a careful reader of the run should know of its images and class names; not errors."""
+        names = untrained(self.model, self.card.names, self.recipe.data.template) if self.roles.text else []
+        words = f"class names with words that {self.student.card.name} never met: {some(names)}"
+        return [*self.split.notes, *([words] if names else [])]
 
     def parameters(self) -> dict[str, Tensor]:
         """What the optimiser changes, by a name that checkpoints keep."""

@@ -147,10 +147,10 @@ class Compute(Card):
 
 
 class Probe(Card):
-    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split."""
+    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split (n = 0: all)."""
 
     every: int = Field(ge=1)
-    n: int = Field(default=256, ge=1)
+    n: int = Field(default=256, ge=0)
     split: str = "test"
     steps: int = Field(default=10, ge=1)
 

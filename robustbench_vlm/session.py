@@ -19,13 +19,12 @@ from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.cards import AttackCard, DatasetCard, Protocol, Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.data.tiny import write as tiny
-from robustbench_vlm.errors import DataError, InputError, nearest
+from robustbench_vlm.errors import DataError, InputError, nearest, some
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zeroshot import ZeroShot
 from robustbench_vlm.threat import Norm, Threat, parse_eps
 
 LONG = 3600.0  # seconds of worst case from which the smaller command is printed too
-SHOWN = 5  # names that a remark lists before it only counts
 TIMED = 3  # repetitions when one batch is timed
 ROWS = 32  # shape of the model calls that label a miniature
 BACKWARD = 1.3  # an image gradient in forward passes, where only the forward was timed
@@ -248,7 +247,7 @@ def price(plan: Plan) -> list[str]:
     if seconds > LONG:
         models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
         models += f" --arch {plan.order.arch}" if plan.order.arch else ""
-        where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}"
+        where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}{cards.as_typed()}"
         lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines
 
@@ -302,15 +301,10 @@ def perform(
             for line in what.split.bad:
                 remark(f"note: {card.name}: left out: {line}")
             if what.untrained:
-                words = f"class names with words that {loaded.card.name} never met: {_some(what.untrained)}"
+                words = f"class names with words that {loaded.card.name} never met: {some(what.untrained)}"
                 remark(f"note: {card.name}: {words}")
             paths += evaluate.evaluate(what, plan.request, report)
     return paths
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:

@@ -68,6 +68,7 @@ def run(
     device: torch.device,
     report: Report,
     cache: Path | None = None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train `recipe` into the checkpoint folder `out`; goes on where an earlier run of it stopped.
 
@@ -79,6 +80,7 @@ def run(
         device: where to train.
         report: called with every line of the log.
         cache: folder of what frozen teachers say of clean images; it changes the time and no bit.
+        remark: called with what a careful reader should know of the images and class names.
 
     Returns:
         `out`.
@@ -90,9 +92,9 @@ def run(
     _refuse_foreign(out, recipe)
     if (out / "card.json").exists():
         return out
-    setup = prepare(
-        recipe, data_root, device, cache
-    )  # before anything is written: a bad recipe claims no folder
+    setup = prepare(recipe, data_root, device, cache)  # first of all: a bad recipe claims no folder
+    for note in setup.notes:
+        remark(f"note: {recipe.data.dataset}: {note}")
     resolved = {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
     store.write_json(out / "recipe.json", resolved)
     state = _begin(setup, out)

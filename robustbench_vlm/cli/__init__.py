@@ -24,7 +24,10 @@ app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130  # how typer leaves after Ctrl-C
 
-Include = Annotated[list[Path] | None, typer.Option(help="Folder of further TOML cards; repeatable.")]
+Include = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of further TOML cards; repeatable; before or after the command."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -63,6 +66,24 @@ data_app.command()(data.export)
 data_app.command()(data.make)
 
 
+def _in_front(words: list[str]) -> list[str]:
+    """The words with every `--include FOLDER` moved before the verb, whose option it is."""
+    front: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            rest += [word, *left]
+        elif word == "--include":
+            folder = next(left, None)
+            if folder is None:
+                return [word]  # so that it is missed here, and the verb not taken for it
+            front += [word, folder]
+        else:
+            (front if word.startswith("--include=") else rest).append(word)
+    return [*front, *rest]
+
+
 def _exit(error: VlmrobError) -> NoReturn:
     console.err.print(f"error: {error}", style="bold red", markup=False)
     sys.exit(error.exit_code)
@@ -71,7 +92,7 @@ def _exit(error: VlmrobError) -> NoReturn:
 def main() -> None:
     """Run the command line; every known error is one line and an exit code."""
     try:
-        app()
+        app(_in_front(sys.argv[1:]))
     except VlmrobError as error:
         _exit(error)
     except SystemExit as stop:

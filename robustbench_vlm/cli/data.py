@@ -193,10 +193,13 @@ def export(
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))
-    include = ""
+    include = cards.as_typed()
+    own = cards.path("datasets", name) if known else to / "cards" / "datasets" / f"{name}.toml"
     if known is None:
         include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
-    console.remark(f"next: vlmrob{include} data check {name} --root {to}")
+    if own.parents[1] != cards.home() and split not in cards.toml(own).get("size", {}):
+        console.remark(f"note: the card of {name} counts no {split}: add {split} = {found.count} to its size")
+    console.remark(f"next: vlmrob{include} data check {name} --root {to} --split {split}")
 
 
 def make(

@@ -51,6 +51,7 @@ def train(
     if (folder / "card.json").exists() and (folder / "recipe.json").exists():
         console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
     where = place(device)
+    judged = _suite_of(chosen.data.dataset)
     require_tiny([chosen.data.dataset], data_root)
     threat = chosen.inner.threat if chosen.inner else "no adversary"
     console.remark(f"training {chosen.name}: {chosen.optim.steps} steps, {threat}, on {where}, into {folder}")
@@ -63,9 +64,14 @@ def train(
             else:
                 meter(chosen.name, line["step"], total, f"loss {line['loss']:.4f}")
 
-        hall.run(chosen, folder, data_root, where, report, embeddings.folder() if cache else None)
+        kept = embeddings.folder() if cache else None
+        hall.run(chosen, folder, data_root, where, report, kept, console.remark)
     console.result(str(folder))
-    console.remark(f"next: vlmrob eval --model {folder} --attack autoattack --suite tiny")
+    if not judged:
+        console.remark(f"no suite has {chosen.data.dataset}: write one, or take one of other datasets")
+    told = "" if data_root == Path("data") else f" --data-root {data_root}"
+    line = f"vlmrob eval --model {folder} --attack autoattack --suite {judged or 'SUITE'}{told}"
+    console.remark(f"next: {line}{cards.as_typed()}")
 
 
 def evaluate(  # noqa: PLR0913 - one parameter a flag
@@ -164,9 +170,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        console.remark(
-            f"results in {out}; next: vlmrob leaderboard --results {out} --suite {plan.suite.name}"
-        )
+        line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{cards.as_typed()}"
+        console.remark(f"results in {out}; next: {line}")
     marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
     flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
     for line in flagged:
@@ -275,6 +280,20 @@ def _recipe(name: str, option: str | None, settings: list[str]) -> cards.Recipe:
         found = f"a recipe of {recipe.defense.get('name')!r}"
         raise CardError(f"--recipe {option}", found, f"one of {name!r}")
     return recipe
+
+
+def _suite_of(dataset: str) -> str:
+    """The suite to judge a model by that was trained on `dataset`; empty if none has it.
+
+    One of --include before the project's own, then the one of fewest datasets.
+    """
+    found = []
+    for name in cards.names("suites"):
+        path = cards.path("suites", name)
+        members = cards.toml(path).get("datasets")
+        if isinstance(members, list) and dataset in members:
+            found.append((path.parent == cards.home(), len(members), name))
+    return min(found)[2] if found else ""
 
 
 def _require_defense(name: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from robustbench_vlm import rng
 from robustbench_vlm.cards import DatasetCard
 from robustbench_vlm.data import manifest, pixels, shards, texts
-from robustbench_vlm.errors import DataError
+from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.store import fingerprint
 
 TOLERATED = 0.001  # share of images that may be bad in an evaluation; they are named, and the row is flagged
@@ -256,7 +256,9 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
     else:
         index, by_name = shards.index_folders(place, card.names)
         if not by_name:
-            notes.append("class folders are matched to class names by sorted order")
+            of = {one.name.partition("/")[0]: card.names[one.label] for one in index.samples}
+            pairs = some([f"{folder} is {name}" for folder, name in of.items()])  # 10 sorts before 2
+            notes.append(f"class folders are matched to class names by sorted order: {pairs}")
     if index.ignored:
         notes.append(f"{index.ignored} files that are neither images nor labels were ignored")
     count = len(index.samples)

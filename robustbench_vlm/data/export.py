@@ -179,8 +179,12 @@ def export(
 
 
 def write_cards(to: Path, name: str, split: str, names: tuple[str, ...], count: int) -> Path:
-    """A dataset card and a suite of that one dataset below `to/cards`, unless they are there; that folder."""
-    quoted = {"name": json.dumps(name), "split": json.dumps(split)}
+    """A dataset card and a suite of that one dataset below `to/cards`, unless they are there; that folder.
+
+    The suite is judged on `split`, on `test` where that is what models are trained or chosen on.
+    """
+    judged = "test" if split in ("train", "val") else split
+    quoted = {"name": json.dumps(name), "split": json.dumps(judged)}
     lists = {key: json.dumps(list(lines), ensure_ascii=False) for key, lines in (("names", names),)}
     facts = {"folder": json.dumps(f"wds_{name}"), "n_classes": len(names), "count": count}
     texts = {

@@ -22,6 +22,13 @@ def render(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     return [[template.replace("{c}", name) for template in templates] for name in names]
 
 
+def untrained(model: Clip, names: Sequence[str], template: str) -> list[str]:
+    """Class names whose sentence has a word that the text tower never met in training."""
+    sentences = [template.replace("{c}", name) for name in names]
+    found = set(model.untrained_words(sentences))
+    return [name for name, sentence in zip(names, sentences, strict=True) if sentence in found]
+
+
 def cache_folder() -> Path:
     """Where text banks are kept between runs: `$VLMROB_CACHE`, else `$XDG_CACHE_HOME/vlmrob`."""
     if "VLMROB_CACHE" in os.environ:

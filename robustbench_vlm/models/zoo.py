@@ -106,6 +106,10 @@ def _unknown(name: str) -> WeightsError:
             f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(foreign.SUFFIXES)}"
         )
         return WeightsError(f"model {name!r}", found, expected)
+    if "/" in name:
+        expected = f"a checkpoint folder (below {Path.cwd()}, if not a full path) or hf-hub:ORG/NAME"
+        do = "train or convert it first"
+        return WeightsError(f"model {name!r}", "no such model or folder", expected, do)
     known = [*packaged(), *cards.names("models"), "ViT-B-32:openai", "ViT-L-14:openai"]
     expected = "an id, ARCH:TAG or a folder"
     return WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))

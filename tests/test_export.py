@@ -186,3 +186,23 @@ def test_stored_keys_are_held_to_be_names(tmp_path):
     twice = [*pair, ("s0.key", b"x"), ("s1.png", pair[0][1]), ("s1.cls", b"0"), ("s1.key", b"x")]
     with pytest.raises(DataError, match="key 'x' is also in the same shard"):
         index_shards(one_shard(tmp_path, tar_bytes(twice)), 1)
+
+
+def test_an_export_for_a_card_of_ones_own_goes_to_the_folder_that_it_names(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "src")
+    (tmp_path / "cards/datasets").mkdir(parents=True)
+    facts = {"name": "pets4", "title": "Pets", "folder": "elsewhere", "n_classes": 3, "names": list(CLASSES)}
+    facts |= {"canvas": "native", "native_px": 40, "templates": ["a {c}"], "licence": "none"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in facts.items()]
+    (tmp_path / "cards/datasets/pets4.toml").write_text("\n".join([*lines, "size = { test = 12 }"]))
+    line = ["--include", tmp_path / "cards", "data", "export", tmp_path / "src", "--name", "pets4"]
+    assert vlmrob(monkeypatch, *line, "--to", tmp_path / "out") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out/elsewhere")
+    cards.include([tmp_path / "cards"])
+    assert len(opened(tmp_path / "out", "pets4")) == 12
+    tree(tmp_path / "in/elsewhere/test")
+    line[4] = tmp_path / "in/elsewhere/test"
+    before = sorted((tmp_path / "in").rglob("*"))
+    assert vlmrob(monkeypatch, *line, "--to", tmp_path / "in") == 2  # onto itself
+    assert not set(before) - set((tmp_path / "in").rglob("*"))
+    cards.include([])

@@ -189,7 +189,8 @@ def export(
         raise DataError(source, f"{len(found.names)} classes", f"{len(classes)} class names", "see --names")
     templates = known.templates if known else room.TEMPLATES
     with console.meter() as meter:
-        folder = room.export(found, to, name, split, classes, templates, meter)
+        place = to / (known.folder if known else f"wds_{name}")
+        folder = room.export(found, place, split, classes, templates, meter)
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))

@@ -148,21 +148,20 @@ def spelt(classes: list[str] | tuple[str, ...]) -> list[str]:
 
 def export(
     source: Source,
-    to: Path,
-    name: str,
+    folder: Path,
     split: str,
     names: tuple[str, ...],
     templates: tuple[str, ...],
     report: Report,
     per_shard: int = PER_SHARD,
 ) -> Path:
-    """Write a source below `to` as `wds_<name>/<split>`; returns that folder.
+    """Write a source as `folder/<split>`; returns `folder`, which is that of the dataset's card.
 
     Raises:
         DataError: a label outside the class names, an image format that the layout does not have, or another
             dataset in the way.
     """
-    folder = to / f"wds_{name}"
+    name = folder.name.removeprefix("wds_")
 
     def numbered() -> Iterator[layout.Sample]:
         for i, (key, content, extension, label) in enumerate(source.samples):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
 from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
+from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard
@@ -177,9 +178,13 @@ class _Arena:
         for ledger in ledgers.values():
             store.mend(ledger)
 
-        def take(finding: Finding, image: Tensor) -> None:
+        pixels: dict[str, Tensor] = {}  # of the images under attack, on the CPU
+
+        def take(finding: Finding) -> None:
             nonlocal done
             i = self.places[finding.key]
+            over = finding.broken or bool(finding.error) or finding.stage == names[-1]
+            image = pixels.pop(finding.key) if over else pixels[finding.key]
             if i not in begin:
                 return
             line = verdicts.line(finding, image, what.image_shas[i], int(what.split.labels[i]), cell.threat)
@@ -188,39 +193,16 @@ class _Arena:
                 store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
             store.append(ledger, line)
             verdicts.enter(self.table, i, line, finding.stage, self.eps)
-            done += _ended(line) or finding.stage == names[-1]
+            done += over
             report(name, done, len(alive))
 
         # where noise is drawn in batches, a batch is run again whole: then a line that is there is met again
         members = engines.batches(request.by, alive, begin, cell.attack.rows)
         parts = what.images.parts(members, cell.attack.rows)
-        return engines.total([self.run(stages, part, begin, take) for part in parts])
-
-    def run(
-        self,
-        stages: Sequence[tuple[str, Attack]],
-        members: Sequence[int],
-        begin: Mapping[int, int],
-        take: Callable[[Finding, Tensor], None],
-    ) -> Cost:
-        """Attack as many images as may be in memory together.
-
-        Args:
-            stages: name and attack of each.
-            members: positions of the images.
-            begin: the stage in which an image begins, by its position; of others the first.
-            take: called with each finding and the clean image (3, H, W) on the CPU.
-        """
-        cell, request, what = self.cell, self.cell.request, self.cell.what
-        images = what.images.floats(members)
-        keys = [what.split.keys[i] for i in members]
-        order = {key: place for place, key in enumerate(keys)}
-        return engines.run(
+        return engines.stream(
             request.by,
             self.classify,
-            images.to(request.device),
-            what.labels[members].to(request.device),
-            keys,
+            (self.block(part, begin, pixels) for part in parts),
             stages,
             cell.threat,
             seed=request.seed,
@@ -228,11 +210,24 @@ class _Arena:
             rows=cell.attack.rows,
             live=None if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
-            clean=self.clean.rows(members).to(request.device),
-            begin=[begin.get(i, 0) for i in members],
             find=self.find,
-            on_finding=lambda finding: take(finding, images[order[finding.key]]),
+            on_finding=take,
         )
+
+    def block(self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]) -> Block:
+        """Images that are read together; their pixels on the CPU are put into `pixels` as well, by key.
+
+        Args:
+            members: positions of the images.
+            begin: the stage in which an image begins, by its position; of others the first.
+            pixels: to be filled.
+        """
+        device, what = self.cell.request.device, self.cell.what
+        images = what.images.floats(members)
+        keys = [what.split.keys[i] for i in members]
+        pixels.update((key, image.clone()) for key, image in zip(keys, images, strict=True))
+        logits, labels = self.clean.rows(members).to(device), what.labels[members].to(device)
+        return Block(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
 
     def resumed(self, ledgers: Mapping[str, Path], alive: Sequence[int]) -> dict[int, int]:
         """Enter what the ledgers say about the images at `alive`; where the others go on.

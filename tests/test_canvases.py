@@ -45,9 +45,8 @@ def test_parts_are_whole_calls_that_fit(tmp_path, monkeypatch):
     write_toy(tmp_path)
     images = canvases.sound(open_split(card(), tmp_path, "test"), 8)
     image = 3 * 8 * 8 * 4  # bytes
-    for bound, least, size in ((0, 1, 5), (image * 10, 1, 10), (image * 14, 1, 10), (image * 14, 3, 15)):
+    for bound, size in ((0, 5), (image * 10 - 1, 5), (image * 10, 10), (image * 14, 10)):
         monkeypatch.setattr(canvases, "AT_ONCE", bound)
-        monkeypatch.setattr(canvases, "LEAST", least)
         parts = [list(part) for part in images.parts(list(range(1, 24)), 5)]
         assert [i for part in parts for i in part] == list(range(1, 24))
         assert {len(part) for part in parts[:-1]} == {size}
@@ -105,8 +104,7 @@ def streamed(patch, calls):
     """Nothing is kept in memory, and parts have so many calls; returns the sizes of what is read."""
     read, floats = [], canvases.Canvases.floats
     patch.setattr(canvases, "IN_MEMORY", 0)
-    patch.setattr(canvases, "AT_ONCE", 0)
-    patch.setattr(canvases, "LEAST", calls)
+    patch.setattr(canvases, "AT_ONCE", calls * 4 * 3 * toys.PX**2 * 4)
     patch.setattr(
         canvases.Canvases, "floats", lambda self, where: read.append(len(where)) or floats(self, where)
     )

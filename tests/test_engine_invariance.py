@@ -7,6 +7,7 @@ half are broken.
 import multiprocessing
 import random
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import toys
 from attack_models import blobs, classifier, findings
 from kills import forks, killed, outcome
 
-from robustbench_vlm.attacks import canonical, engine
+from robustbench_vlm.attacks import canonical, engine, engines
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
+from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.square import Square
@@ -93,6 +95,56 @@ def test_stages_that_share_rows_find_the_same_in_any_order():
         assert found.keys() == whole.keys()
         for name, finding in found.items():
             same(finding, whole[name])
+
+
+def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
+    """The next block is opened when it is needed, and forgotten when its images are done."""
+    model, images, labels = data(150)
+    clean = canonical.logits(model, images, 8)
+    stages = [("ce", Apgd("ce", 6, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 6, 0.75, 1, 3))]
+    opened, most = [], []
+
+    def cut(size):
+        for i in range(0, 150, size):
+            most.append(sum(block() is not None for block in opened))
+            part = slice(i, i + size)
+            own = images[part].clone()
+            opened.append(weakref.ref(own))
+            block = Block(
+                own, labels[part], [f"image/{k}" for k in range(150)[part]], clean[part], [0] * len(own)
+            )
+            del own
+            yield block
+            del block
+
+    def run(size):
+        found, when = {}, []
+
+        def take(finding):
+            found[finding.key, finding.stage] = finding
+            when.append(len(opened))
+
+        opened.clear()
+        most.clear()
+        cost = engines.stream(
+            engines.Means(), model, cut(size), stages, THREATS["linf"], seed=0, n_classes=10, rows=8,
+            on_finding=take,
+        )  # fmt: skip
+        return found, cost, when
+
+    whole, cost, _ = run(150)
+    broken = {key for (key, _), finding in whole.items() if finding.broken}
+    assert 30 < len(broken) < 120
+    for size in (8, 24):
+        found, other, when = run(size)
+        # survivors of the first stage come before images that were not there yet, so juries are others
+        assert abs(other.gradients - cost.gradients) <= 0.02 * cost.gradients
+        assert abs(other.canonical - cost.canonical) <= 2
+        assert found.keys() == whole.keys()
+        for name, finding in found.items():
+            same(finding, whole[name])
+        assert when[0] <= 32 // size + 1 < len(opened)  # the rest was not opened before it was needed
+        assert max(most) <= 2  # the first, and the one that was just taken
 
 
 # --- kills -------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from robustbench_vlm.data.dataset import TOLERATED, Example, Split, in_order
 from robustbench_vlm.data.loader import IN_MEMORY
 from robustbench_vlm.errors import DataError
 
-AT_ONCE = 512 * 2**20  # bytes of float32 pixels that are worked on together
-LEAST = 8  # model calls that they fill at least: the last of them is seldom full
+AT_ONCE = 32 * 2**20  # bytes of float32 pixels that are read together
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Canvases:
     def parts(self, positions: Sequence[int], rows: int) -> Iterator[Sequence[int]]:
         """The positions in parts that may be in memory together: each but the last fills calls of `rows`."""
         calls = AT_ONCE // (rows * 3 * self.side**2 * np.dtype(np.float32).itemsize)
-        size = max(calls, LEAST) * rows
+        size = max(calls, 1) * rows
         return (positions[begin : begin + size] for begin in range(0, len(positions), size))
 
     def _pixels(self, positions: Sequence[int]) -> Iterator[np.ndarray]:

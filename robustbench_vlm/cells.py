@@ -23,8 +23,8 @@ from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard, DatasetCard, Stage
+from robustbench_vlm.data.canvases import Canvases, sound
 from robustbench_vlm.data.dataset import Split
-from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models.zeroshot import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
@@ -85,28 +85,29 @@ class Subject:
     """One model on one dataset, ready to be attacked.
 
     Attributes:
-        images: (N, 3, H, W) float32 in [0, 1] on the canvas, on the CPU.
-        image_shas: SHA-256 of each image's file.
+        images: N of them, whose pixels are read when they are needed.
         bank: (C, D) unit text rows.
     """
 
     loaded: Loaded
     card: DatasetCard
-    split: Split
-    images: Tensor
-    image_shas: tuple[str, ...]
+    images: Canvases
     bank: Tensor
+
+    @property
+    def split(self) -> Split:
+        """Keys and labels of the images."""
+        return self.images.split
+
+    @property
+    def image_shas(self) -> tuple[str, ...]:
+        """SHA-256 of each image's file."""
+        return self.images.sha256
 
     @property
     def labels(self) -> Tensor:
         """(N,) int64."""
         return torch.from_numpy(self.split.labels)
-
-    @property
-    def identities(self) -> dict[str, tuple[str, int]]:
-        """SHA-256 of each image's file and its label, by key."""
-        facts = zip(self.image_shas, self.split.labels.tolist(), strict=True)
-        return dict(zip(self.split.keys, facts, strict=True))
 
     @cached_property
     def untrained(self) -> list[str]:
@@ -120,17 +121,17 @@ class Subject:
             "model_sha256": self.loaded.card.sha256,
             "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
             "canvas": self.card.canvas,
-            "canvas_px": int(self.images.shape[-1]),
+            "canvas_px": self.images.side,
             **({} if self.card.resize == "bicubic" else {"resize": self.card.resize}),
             **({} if self.loaded.model.preprocess.antialias else {"antialias": False}),
         }
 
 
 def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
-    """Decode the images of `split` and encode the sentences of `card` for one model."""
-    split, decoded = split.sound(loaded.model.image_size)
+    """Look at the images of `split` and encode the sentences of `card` for one model."""
+    images = sound(split, loaded.model.image_size)
     bank = text_bank(loaded.model, render(card.names, card.templates))
-    return Subject(loaded, card, split, as_float(decoded.pixels), tuple(decoded.sha256), bank)
+    return Subject(loaded, card, images, bank)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class _Arena:
     ) -> None:
         self.card, self.threat, self.stages, self.seed = card, threat, stages, seed
         self.classify = ZeroShot(what.loaded.model, what.bank).to(device)
-        images, labels = what.images.to(device), what.labels.to(device)
+        images, labels = what.images.floats(range(len(what.images))).to(device), what.labels.to(device)
         clean = canonical.logits(self.classify, images, card.rows)
         self.right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
         if not self.right:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from robustbench_vlm import provenance, store, verdicts
 from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
+from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.cards import AttackCard
@@ -31,6 +34,7 @@ CONSTANT = 0.95  # share of one class among the clean predictions from which a m
 ZERO_GRADIENT = 0.01  # share of attacked images with an exactly zero gradient from which CE is unreliable
 NO_PROGRESS = 0.01  # share of survivors whose objective never rose from which an attack did not work
 BLIND = 0.002  # share of images that only a black-box stage broke from which gradients are not to be trusted
+SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
 Line = dict[str, Any]
 Report = Callable[[str, int, int], None]
@@ -58,12 +62,13 @@ def evaluate(what: Subject, request: Request, report: Report) -> Iterator[Path]:
 
 def _examine(what: Subject, card: AttackCard, request: Request) -> checks.Examined:
     """What the chain takes for granted about the model, on images of this subset."""
-    device = request.device
+    device, keys = request.device, what.split.keys
+    looked_at = checks.chosen(keys, card.rows, request.seed)
     return checks.examine(
         ZeroShot(what.loaded.model, what.bank).to(device),
-        what.images.to(device),
-        what.labels.to(device),
-        what.split.keys,
+        what.images.floats(looked_at).to(device),
+        what.labels[looked_at].to(device),
+        [keys[i] for i in looked_at],
         rows=card.rows,
         seed=request.seed,
         **needs(card, what.card.n_classes),
@@ -75,40 +80,33 @@ def _fill(cell: Cell, smaller: Cell | None, report: Report, examine: Examine) ->
 
     What the cell of the next smaller radius broke is lost here too, with the same image as evidence.
     """
-    with finder.numerics(tf32=cell.request.sight.tf32):
-        _measure(cell, smaller, report, examine)
+    with finder.numerics(tf32=cell.request.sight.tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+        _measure(cell, smaller, report, examine, canonical.Record(file))
 
 
-def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine) -> None:
+def _measure(
+    cell: Cell, smaller: Cell | None, report: Report, examine: Examine, clean: canonical.Record
+) -> None:
     started = time.perf_counter()
     examined = examine()
-    what, request = cell.what, cell.request
+    what, request, rows = cell.what, cell.request, cell.attack.rows
     classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
-    images = what.images.to(request.device)
-    clean = canonical.logits(classify, images, cell.attack.rows)
-    margins = losses.judge(clean, what.labels.to(clean.device)).cpu().numpy()
-    predictions = clean.argmax(1).cpu().numpy()
+    predictions, margins = _clean(what, classify, rows, clean, request.device)
     lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
     lost = None if lost is None else lost[lost.broken_at_eps != ""]
     table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
     lower = ZeroShot(what.loaded.model, what.bank, bf16=True).to(request.device)
-    sample = canonical.padded(images[: cell.attack.rows], cell.attack.rows)
-    arena = _Arena(cell, classify, images, clean, finder.finder(classify, request.sight, sample, lower))
-    eps = eps_text(request.norm, cell.threat.eps)
+    sample = canonical.padded(what.images.floats(range(len(table))[:rows]).to(request.device), rows)
+    arena = _Arena(cell, classify, clean, finder.finder(classify, request.sight, sample, lower), table)
     stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
     number, costs = 0, []
     for group in engines.tables(cell.request.by, stages):
-        alive = [int(i) for i in table.index[verdicts.standing(table)]]
-        lines, cost = arena.attack(number, group, alive, report)
-        costs.append(cost)
-        for i in alive:
-            for name, line in lines[what.split.keys[i]].items():
-                verdicts.enter(table, i, line, name, eps)
+        costs.append(arena.attack(number, group, report))
         number += len(group)
     store.write(cell.path.with_suffix(".parquet"), table.to_parquet(index=False))
     if request.keep_images:
         kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
-        store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images(table, eps)))
+        store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images()))
     outcome = tally(cell, table, examined.failed)
     content = {
         "config": cell.config,
@@ -124,27 +122,45 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine)
     store.write_json(cell.path, whole)
 
 
+def _clean(
+    what: Subject, classify: ZeroShot, rows: int, record: canonical.Record, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canonical clean pass: (N,) int64 predictions and (N,) float32 margins; logits go to the record."""
+    predictions, margins = [], []
+    for part in what.images.parts(range(len(what.images)), rows):
+        found = canonical.logits(classify, what.images.floats(part).to(device), rows)
+        record.add(found)
+        predictions.append(found.argmax(1).cpu().numpy())
+        margins.append(losses.judge(found, what.labels[part].to(device)).cpu().numpy())
+    return np.concatenate(predictions), np.concatenate(margins)
+
+
 @dataclass(frozen=True)
 class _Arena:
-    """A cell with its model and pixels on the device."""
+    """A cell with its model on the device, and the table of its verdicts, which attacks fill."""
 
     cell: Cell
     classify: ZeroShot
-    images: Tensor  # (N, 3, H, W)
-    clean: Tensor  # (N, C) logits of the canonical clean pass
+    clean: canonical.Record  # of the canonical clean pass
     find: Classify  # the model as attacks see it
+    table: pd.DataFrame
 
-    def attack(
-        self, number: int, stages: Sequence[tuple[str, Attack]], alive: Sequence[int], report: Report
-    ) -> tuple[dict[str, dict[str, Line]], Cost]:
-        """The findings of stages that share rows on the images at `alive`: by key, then by stage.
+    @property
+    def eps(self) -> str:
+        """The radius, as the table has it."""
+        return eps_text(self.cell.request.norm, self.cell.threat.eps)
 
-        Also what it took now.
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The position of each image, by its key."""
+        return {key: i for i, key in enumerate(self.cell.what.split.keys)}
+
+    def attack(self, number: int, stages: Sequence[tuple[str, Attack]], report: Report) -> Cost:
+        """Run stages that share rows on the images that stand, and enter what they find; what it took now.
 
         Args:
             number: position of the first of these stages in the chain.
             stages: name and attack of each.
-            alive: positions of the images.
             report: told as images finish.
 
         Only what the ledgers lack is run.
@@ -152,42 +168,41 @@ class _Arena:
         cell, request, what = self.cell, self.cell.request, self.cell.what
         names = [name for name, _ in stages]
         ledgers = {name: cell.ledger(number + i) for i, name in enumerate(names)}
-        lines, begin = self.resumed(ledgers, alive)
+        alive = [int(i) for i in self.table.index[verdicts.standing(self.table)]]
+        begin = self.resumed(ledgers, alive)
         name = f"{what.loaded.card.name} · {what.card.name} · {' + '.join(names)} · {cell.threat}"
         done = len(alive) - len(begin)
         report(name, done, len(alive))
         if not begin:
-            return lines, engines.total([])
+            return engines.total([])
         for ledger in ledgers.values():
             store.mend(ledger)
-        rows = {what.split.keys[i]: i for i in begin}
+
+        pixels: dict[str, Tensor] = {}  # of the images under attack, on the CPU
 
         def take(finding: Finding) -> None:
             nonlocal done
-            i = rows.get(finding.key)
-            if i is None:
+            i = self.places[finding.key]
+            over = finding.broken or bool(finding.error) or finding.stage == names[-1]
+            image = pixels.pop(finding.key) if over else pixels[finding.key]
+            if i not in begin:
                 return
-            line = verdicts.line(
-                finding, what.images[i], what.image_shas[i], int(what.labels[i]), cell.threat
-            )
+            line = verdicts.line(finding, image, what.image_shas[i], int(what.split.labels[i]), cell.threat)
             ledger = ledgers[finding.stage]
             if request.keep_images:
                 store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
             store.append(ledger, line)
-            lines[finding.key][finding.stage] = line
-            done += _ended(line) or finding.stage == names[-1]
+            verdicts.enter(self.table, i, line, finding.stage, self.eps)
+            done += over
             report(name, done, len(alive))
 
         # where noise is drawn in batches, a batch is run again whole: then a line that is there is met again
         members = engines.batches(request.by, alive, begin, cell.attack.rows)
-        index = torch.tensor(members)
-        chosen = index.to(self.images.device)
-        cost = engines.run(
+        parts = what.images.parts(members, cell.attack.rows)
+        return engines.stream(
             request.by,
             self.classify,
-            self.images[chosen],
-            what.labels[index].to(self.images.device),
-            [what.split.keys[i] for i in members],
+            (self.block(part, begin, pixels) for part in parts),
             stages,
             cell.threat,
             seed=request.seed,
@@ -195,55 +210,62 @@ class _Arena:
             rows=cell.attack.rows,
             live=None if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
-            clean=self.clean[chosen],
-            begin=[begin.get(i, 0) for i in members],
             find=self.find,
             on_finding=take,
         )
-        return lines, cost
 
-    def resumed(
-        self, ledgers: Mapping[str, Path], alive: Sequence[int]
-    ) -> tuple[dict[str, dict[str, Line]], dict[int, int]]:
-        """What the ledgers say about the images at `alive`, and where each of the others begins.
+    def block(self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]) -> Block:
+        """Images that are read together; their pixels on the CPU are put into `pixels` as well, by key.
+
+        Args:
+            members: positions of the images.
+            begin: the stage in which an image begins, by its position; of others the first.
+            pixels: to be filled.
+        """
+        device, what = self.cell.request.device, self.cell.what
+        images = what.images.floats(members)
+        keys = [what.split.keys[i] for i in members]
+        pixels.update((key, image.clone()) for key, image in zip(keys, images, strict=True))
+        logits, labels = self.clean.rows(members).to(device), what.labels[members].to(device)
+        return Block(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
+
+    def resumed(self, ledgers: Mapping[str, Path], alive: Sequence[int]) -> dict[int, int]:
+        """Enter what the ledgers say about the images at `alive`; where the others go on.
 
         Returns:
-            Lines by key and stage, and the stage in which each unfinished image goes on, by its position.
+            The stage in which each unfinished image begins, by its position.
         """
-        known = {name: self.known(ledger) for name, ledger in ledgers.items()}
-        lines: dict[str, dict[str, Line]] = {}
-        begin: dict[int, int] = {}
-        for i in alive:
-            key = self.cell.what.split.keys[i]
-            met = lines[key] = {}
-            for stage, (name, found) in enumerate(known.items()):
-                if key not in found:
-                    begin[i] = stage
-                    break
-                met[name] = found[key]
-                if _ended(found[key]):
-                    break
-        return lines, begin
+        begin = dict.fromkeys(alive, 0)
+        for stage, (name, ledger) in enumerate(ledgers.items()):
+            for i, line in self.known(ledger):
+                if begin.get(i) != stage:
+                    continue
+                verdicts.enter(self.table, i, line, name, self.eps)
+                begin[i] = stage + 1
+                if _ended(line) or stage + 1 == len(ledgers):
+                    del begin[i]
+        return begin
 
-    def known(self, ledger: Path) -> dict[str, Line]:
-        """The lines of a ledger about this subset's own images: the same files, with the same labels."""
-        facts, keep = self.cell.what.identities, self.cell.request.keep_images
-        return {
-            line["key"]: line
-            for line in store.records(ledger)
-            if facts.get(line["key"]) == (line["image"], line["label"])
-            and (not keep or _image_path(ledger, line).exists())
-        }
+    def known(self, ledger: Path) -> Iterator[tuple[int, Line]]:
+        """Position and line of this subset's own images in a ledger: the same files, with the same labels."""
+        what = self.cell.what
+        for line in store.records(ledger):
+            i = self.places.get(line["key"])
+            if i is None or (line["image"], line["label"]) != (what.image_shas[i], what.split.labels[i]):
+                continue
+            if not self.cell.request.keep_images or _image_path(ledger, line).exists():
+                yield i, line
 
-    def broken_images(self, table: pd.DataFrame, eps: str) -> dict[str, Tensor]:
+    def broken_images(self) -> dict[str, Tensor]:
         """Key -> (3, H, W) adversarial image of every image that was broken at this cell's own radius."""
         found: dict[str, Tensor] = {}
-        own = table[table.broken_at_eps == eps]
+        own = self.table[self.table.broken_at_eps == self.eps]
         for number, stage in enumerate(self.cell.attack.stage):
             ledger = self.cell.ledger(number)
-            lines = self.known(ledger)
-            for key in own.key[own.broken_by == stage.name]:
-                found[key] = load_file(_image_path(ledger, lines[key]))["adv"]
+            wanted = set(own.index[own.broken_by == stage.name])
+            for i, line in self.known(ledger):
+                if i in wanted:
+                    found[line["key"]] = load_file(_image_path(ledger, line))["adv"]
         return found
 
 

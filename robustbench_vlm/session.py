@@ -349,6 +349,9 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
         miniature.make(card, Path(folder), n=n, split=split)
         opened = dataset.open_split(card, Path(folder), split)
         what = cells.subject(loaded, opened.card, opened)
-        logits = canonical.logits(ZeroShot(loaded.model, what.bank), what.images, ROWS)
-        found = zip(what.split.keys, logits.argmax(1).tolist(), strict=True)
-        return {key.rsplit("/", 1)[-1]: label for key, label in found}
+        classify = ZeroShot(loaded.model, what.bank)
+        found: list[int] = []
+        for part in what.images.parts(range(len(what.images)), ROWS):
+            found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()
+        pairs = zip(what.split.keys, found, strict=True)
+        return {key.rsplit("/", 1)[-1]: label for key, label in pairs}

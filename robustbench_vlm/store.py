@@ -81,14 +81,19 @@ def mend(path: Path) -> None:
     """Cut a half-written last line (a process killed while appending) so that lines can be added again."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        write(path, content[: content.rfind(b"\n") + 1])
+    whole = 0
+    with path.open("rb") as file:
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a ledger; a half-written last line is not there yet."""
     if not path.exists():
         return
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        yield json.loads(line)
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

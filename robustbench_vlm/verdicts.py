@@ -141,22 +141,23 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
         eps: the radius as text.
     """
     for column in SPENT:
-        table.loc[i, column] += line[column]
-    table.loc[i, "adv_prediction"] = line["prediction"]
-    table.loc[i, "adv_margin"] = np.float32("nan" if line["margin"] is None else line["margin"])
-    table.loc[i, "distance"] = np.float32(line["distance"])
-    table.loc[i, "adv_sha256"] = line["adv_sha256"]
-    table.loc[i, "error"] = line["error"]
+        table.at[i, column] += line[column]
+    table.at[i, "adv_prediction"] = line["prediction"]
+    table.at[i, "adv_margin"] = np.float32("nan" if line["margin"] is None else line["margin"])
+    table.at[i, "distance"] = np.float32(line["distance"])
+    table.at[i, "adv_sha256"] = line["adv_sha256"]
+    table.at[i, "error"] = line["error"]
     again = line["backwards"] > line["restart"] + 1  # one step alone (FGSM) has nothing to rise above
     if again and not line["broken"] and not line["error"]:
         rise = line.get("progress")  # not in ledgers of the first version
         rise = np.float32(math.nan if rise is None else rise)
-        table.loc[i, "progress"] = np.fmin(table.progress[i], rise)
+        least: Any = table.at[i, "progress"]
+        table.at[i, "progress"] = np.fmin(least, rise)
     if line["broken"]:
-        table.loc[i, "broken_by"] = stage
-        table.loc[i, "broken_at_eps"] = eps
+        table.at[i, "broken_by"] = stage
+        table.at[i, "broken_at_eps"] = eps
         for column in ("target", "restart", "iteration"):
-            table.loc[i, column] = line[column]
+            table.at[i, column] = line[column]
 
 
 def robust_after(table: pd.DataFrame, stages: Iterable[str], eps: str) -> dict[str, int]:

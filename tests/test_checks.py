@@ -303,7 +303,7 @@ class Before(nn.Module):
 def changed(what, change):
     """The subject with a model that is given `change(images)`."""
     holder = type(what.loaded)("changed", Before(toys.model(), change), what.loaded.card)
-    found = cells.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
+    found = cells.Subject(holder, what.card, what.images, what.bank)
     found.__dict__["untrained"] = []
     return found
 

@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from folders import NAMES, TEMPLATES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustbench_vlm import rng
-from robustbench_vlm.data import layout
+from robustbench_vlm.data import canvases, layout
 from robustbench_vlm.data.dataset import Entry, Split, folder_sha, majority, missing, open_split
 from robustbench_vlm.data.shards import Sample
 from robustbench_vlm.errors import DataError
@@ -67,21 +68,23 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     layout.write_texts(tmp_path / "wds_toy", NAMES, TEMPLATES)
     layout.write_split(tmp_path / "wds_toy", "test", rows, 500)
     split = open_split(card(size={}), tmp_path, "test")
-    whole, images = split.sound(8)
-    assert len(whole) == len(images.pixels) == len(images.keys) == len(images.sha256) == 1998
+    images = canvases.sound(split, 8)
+    whole, floats = images.split, images.floats(range(1998))
+    assert len(whole) == len(images) == len(images.kept) == len(images.sha256) == 1998
     assert len(whole.bad) == 2
     assert "toy/test/s0000007: not a whole image (a web page)" in whole.bad[0]
     assert "s0001999" in whole.bad[1]
     assert whole.sha256 != split.sha256  # such a row is not mistaken for one on all images
     i = whole.keys.index("toy/test/s0000100")
-    assert np.array_equal(images.pixels[i], noise(100))
-    assert images.labels[i] == 100 % 3
+    assert np.array_equal(images.kept[i], noise(100))
+    assert torch.equal(floats[i], torch.from_numpy(noise(100)).permute(2, 0, 1).to(torch.float32).div(255))
+    assert whole.labels[i] == 100 % 3
     with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):
-        split.sound(8, 0.0005)
+        canvases.sound(split, 8, 0.0005)
     with pytest.raises(DataError, match="s0000007"):
         split.images(8)
     clean = split.subset(5)
-    assert clean.sound(8)[0] is clean
+    assert canvases.sound(clean, 8).split is clean
 
 
 def test_model_canvas_takes_the_models_size(tmp_path):

@@ -4,27 +4,25 @@ Breakers, iterations, counts and adversarial images are compared, not verdicts a
 half are broken.
 """
 
-import json
 import multiprocessing
-import os
 import random
 import shutil
-import signal
+import weakref
 
 import pytest
 import torch
 import toys
 from attack_models import blobs, classifier, findings
-from safetensors.torch import load_file
+from kills import forks, killed, outcome
 
-from robustbench_vlm.attacks import canonical, engine
+from robustbench_vlm.attacks import canonical, engine, engines
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
+from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.models.zeroshot import ZeroShot
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 100
@@ -99,7 +97,54 @@ def test_stages_that_share_rows_find_the_same_in_any_order():
             same(finding, whole[name])
 
 
-forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on
+def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
+    """The next block is opened when it is needed, and forgotten when its images are done."""
+    model, images, labels = data(150)
+    clean = canonical.logits(model, images, 8)
+    stages = [("ce", Apgd("ce", 6, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 6, 0.75, 1, 3))]
+    opened, most = [], []
+
+    def cut(size):
+        for i in range(0, 150, size):
+            most.append(sum(block() is not None for block in opened))
+            part = slice(i, i + size)
+            own = images[part].clone()
+            opened.append(weakref.ref(own))
+            block = Block(
+                own, labels[part], [f"image/{k}" for k in range(150)[part]], clean[part], [0] * len(own)
+            )
+            del own
+            yield block
+            del block
+
+    def run(size):
+        found, when = {}, []
+
+        def take(finding):
+            found[finding.key, finding.stage] = finding
+            when.append(len(opened))
+
+        opened.clear()
+        most.clear()
+        cost = engines.stream(
+            engines.Means(), model, cut(size), stages, THREATS["linf"], seed=0, n_classes=10, rows=8,
+            on_finding=take,
+        )  # fmt: skip
+        return found, cost, when
+
+    whole, cost, _ = run(150)
+    broken = {key for (key, _), finding in whole.items() if finding.broken}
+    assert 30 < len(broken) < 120
+    for size in (8, 24):
+        found, other, when = run(size)
+        # survivors of the first stage come before images that were not there yet, so juries are others
+        assert abs(other.gradients - cost.gradients) <= 0.02 * cost.gradients
+        assert abs(other.canonical - cost.canonical) <= 2
+        assert found.keys() == whole.keys()
+        for name, finding in found.items():
+            same(finding, whole[name])
+        assert when[0] <= 32 // size + 1 < len(opened)  # the rest was not opened before it was needed
+        assert max(most) <= 2  # the first, and the one that was just taken
 
 
 # --- kills -------------------------------------------------------------------------------------------------
@@ -116,50 +161,6 @@ def order(results, *stages, norm="linf", eps=("4/255",), rows=16, stop="first", 
     ladder = [str(parse_eps(text, norm)) for text in eps]
     chain = toys.chain("aa", *(stages or ("ce", "t", "fab", "square")), rows=rows, stop=stop)
     return toys.request(results, chain, norm=norm, eps=ladder, keep_images=True, **more)
-
-
-def evaluate(what, request, calls, counted=None):
-    """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
-    forward, left = ZeroShot.forward, [calls]
-
-    def counting(self, images):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if counted is not None:
-            counted.value += 1
-        return forward(self, images)
-
-    ZeroShot.forward = counting
-    toys.run(what, request)
-
-
-def killed(what, request, calls, counted=None):
-    """Whether the evaluation was killed at that model call; False when it had ended before."""
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=evaluate, args=(what, request, calls, counted))
-    child.start()
-    child.join()
-    assert child.exitcode in (0, -signal.SIGKILL)
-    return child.exitcode != 0
-
-
-def outcome(results):
-    """Everything that was found, by file: ledgers as records (their order is scheduling's), cells, images."""
-    found = {}
-    for path in sorted(results.rglob("*")):
-        name = path.relative_to(results).as_posix()
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            assert len({line["key"] for line in lines}) == len(lines)
-            found[name] = sorted(lines, key=lambda line: line["key"])
-        elif path.suffix == ".json":
-            found[name] = {key: part for key, part in json.loads(path.read_text()).items() if key != "run"}
-        elif path.suffix == ".safetensors":
-            found[name] = {key: image.tolist() for key, image in load_file(path).items()}
-        elif path.suffix == ".parquet":
-            found[name] = path.read_bytes()
-    return found
 
 
 @forks

@@ -43,6 +43,11 @@ def ledgers(results):
     return {path.name: path.read_bytes().count(b"\n") for path in (results / "ledger").rglob("*.jsonl")}
 
 
+def pixels(what):
+    """(N, 3, H, W) of all images."""
+    return what.images.floats(range(len(what.images)))
+
+
 def without_run(content):
     return {name: value for name, value in content.items() if name != "run"}
 
@@ -150,8 +155,8 @@ def test_a_constant_predictor_is_flagged(card, tmp_path):
     what = toys.subject(card, toys.write(card, tmp_path, n=4))
     bank = what.bank.clone()
     bank[1:] = -bank[0]  # every other class is opposite to the first
-    flat = cells.Subject(what.loaded, card, what.split, what.images, what.image_shas, bank)
-    sign = torch.sign(ZeroShot(what.loaded.model, bank)(what.images)[:, 0])
+    flat = cells.Subject(what.loaded, card, what.images, bank)
+    sign = torch.sign(ZeroShot(what.loaded.model, bank)(pixels(what))[:, 0])
     assert (sign == sign[0]).all()  # so one class is predicted for all of them
     ((_, content),) = toys.run(flat, toys.request(tmp_path, toys.pgd()))
     assert content["outcome"]["flags"] == ["constant-predictor"]
@@ -182,10 +187,10 @@ def test_a_model_that_gives_nan_is_neither_robust_nor_broken(what, tmp_path):
             return torch.where(dark, torch.full_like(found, torch.nan), found)
 
     broken = Nan(toys.model())
-    means = what.images.mean(dim=(1, 2, 3)).sort().values
+    means = pixels(what).mean(dim=(1, 2, 3)).sort().values
     broken.limit = float(means[4:6].mean())  # five images of twelve, and what drifts there under attack
     holder = type(what.loaded)("nan", broken, what.loaded.card)
-    sick = cells.Subject(holder, what.card, what.split, what.images, what.image_shas, what.bank)
+    sick = cells.Subject(holder, what.card, what.images, what.bank)
     sick.__dict__["untrained"] = []
     order = toys.request(tmp_path, toys.chain("aa", *FULL))
     ((path, content),) = toys.run(sick, order)
@@ -354,9 +359,10 @@ def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
 
 def test_logits_of_an_image_do_not_depend_on_its_company(what):
     classify = ZeroShot(what.loaded.model, what.bank)
-    together = canonical.logits(classify, what.images, 64)
-    alone = torch.cat([canonical.logits(classify, image[None], 64) for image in what.images])
-    turned = canonical.logits(classify, what.images.flip(0), 64).flip(0)
+    images = pixels(what)
+    together = canonical.logits(classify, images, 64)
+    alone = torch.cat([canonical.logits(classify, image[None], 64) for image in images])
+    turned = canonical.logits(classify, images.flip(0), 64).flip(0)
     assert torch.equal(together, alone)
     assert torch.equal(together, turned)
 
@@ -376,13 +382,13 @@ def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_pa
     kept = load_file(path.with_suffix(".safetensors"))
     assert set(kept) == set(found.index[found.broken_at_eps != ""])
     radius = float(Threat(norm, parse_eps(eps, norm)).eps)
-    place = {key: i for i, key in enumerate(what.split.keys)}
+    clean = dict(zip(what.split.keys, pixels(what), strict=True))
     keys = list(kept)
     adversarial = torch.stack([kept[key] for key in keys])
     logits = canonical.logits(ZeroShot(what.loaded.model, what.bank), adversarial, chain.rows)
     for key, image, row in zip(keys, adversarial, logits, strict=True):
         assert 0 <= float(image.min()) <= float(image.max()) <= 1
-        delta = (image.double() - what.images[place[key]].double()).flatten()
+        delta = (image.double() - clean[key].double()).flatten()
         length = float(delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm]))
         assert length <= radius + max(1e-6, 1e-6 * radius)
         assert length == pytest.approx(found.distance[key], abs=1e-7)

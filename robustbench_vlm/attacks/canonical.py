@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +33,34 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
                 raise AttackError(f"the model returns {what} for {rows} images; expected {wanted}")
             found.append(said[: len(chunk)].float())
     return torch.cat(found)
+
+
+class Record:
+    """(N, C) canonical logits, written down in order and read again by position.
+
+    Of many images and classes they take more memory than all else that is known about an image, and little
+    of them is wanted at a time.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """`file` is empty; a temporary one will do."""
+        self._file = file
+        self._classes = 0
+
+    def add(self, found: Tensor) -> None:
+        """(n, C) float32, of the next n images."""
+        self._classes = found.shape[1]
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(found.cpu().contiguous().numpy().tobytes())
+
+    def rows(self, positions: Sequence[int]) -> Tensor:
+        """(n, C) float32 of the images at n positions, on the CPU."""
+        found = np.empty((len(positions), self._classes), dtype=np.float32)
+        width = found.itemsize * self._classes
+        for place, i in enumerate(positions):
+            self._file.seek(i * width)
+            found[place] = np.frombuffer(self._file.read(width), dtype=np.float32)
+        return torch.from_numpy(found)
 
 
 def position_dependence(classify: Classify, images: Tensor, rows: int) -> float:

@@ -147,10 +147,10 @@ def examine(
     Raises:
         AttackError: the model returns anything but logits (rows, C).
     """
-    chosen = sorted(range(len(keys)), key=lambda i: rng.rank(seed, keys[i]))[:rows]
-    index = torch.tensor(chosen, device=images.device)
+    looked_at = chosen(keys, rows, seed)
+    index = torch.tensor(looked_at, device=images.device)
     state = _state(classify)
-    sample = _begin(classify, images[index], labels[index], tuple(keys[i] for i in chosen), rows)
+    sample = _begin(classify, images[index], labels[index], tuple(keys[i] for i in looked_at), rows)
     again = _random_output(sample)
     company = _batch_dependent(sample, again.value or 0.0)
     found = [again, company, _probabilities(sample)]
@@ -160,6 +160,11 @@ def examine(
     found += [_training_mode(classify), _state_changed(state, _state(classify))]
     calls = sample.oracle.calls
     return Examined(tuple(found), calls.forwards, calls.gradients)
+
+
+def chosen(keys: Sequence[str], rows: int, seed: int) -> list[int]:
+    """Positions of the images that `examine` looks at."""
+    return sorted(range(len(keys)), key=lambda i: rng.rank(seed, keys[i]))[:rows]
 
 
 def _begin(classify: Classify, images: Tensor, labels: Tensor, keys: tuple[str, ...], rows: int) -> _Sample:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import canonical, geometry, jury, shapes, walks
+from robustbench_vlm.attacks.blocks import Block, check, checked
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, scatter, single, take
 from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.shapes import Shapes
@@ -53,9 +55,8 @@ class _Run:
 
     oracle: Oracle
     classify: Classify
-    images: Tensor
-    labels: Tensor
-    keys: Sequence[str]
+    device: torch.device
+    blocks: Iterator[Block]  # images that nobody has looked at yet
     stages: Sequence[tuple[str, Attack]]
     attack: Attack  # steps the rows of all stages
     threat: Threat
@@ -64,7 +65,10 @@ class _Run:
     live: int
     stop: Stop
     on_finding: Callable[[Finding], None]
-    wrong: list[list[int]] = field(default_factory=list)  # other classes of each image, most likely first
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: dict[int, Tensor] = field(default_factory=dict)  # those that wait or walk
+    wrong: dict[int, list[int]] = field(default_factory=dict)  # their other classes, most likely first
     waiting: deque[Walk] = field(default_factory=deque)
     walking: list[Walk] = field(default_factory=list)
     held: deque[Leg] = field(default_factory=deque)
@@ -73,6 +77,29 @@ class _Run:
     shapes: Shapes | None = None  # none where all calls have the full one
     judged: int = 0
     unconfirmed: int = 0
+
+    def plan(self, block: Block, *, own: bool) -> None:
+        """A walk for every image that is attackable; the others are reported at once.
+
+        Args:
+            block: the images.
+            own: whether to copy those that walk, so that nothing holds on to the whole block.
+        """
+        first = len(self.keys)
+        self.keys += block.keys
+        self.labels += block.labels.tolist()
+        wrong = jury.wrong_classes(block.clean, block.labels)
+        names = [self.stages[stage][0] for stage in block.begin]
+        for i in jury.attackable(block.clean, block.images, block.labels, block.keys, names, self.on_finding):
+            image = block.images[i]
+            self.images[first + i], self.wrong[first + i] = image.clone() if own else image, wrong[i]
+            self.waiting.append(self.walk(first + i, block.begin[i]))
+
+    def more(self) -> bool:
+        """Whether there is work left; a block is opened before all rows could use up the last one."""
+        while len(self.waiting) < 2 * self.rows and (block := next(self.blocks, None)) is not None:
+            self.plan(block, own=True)
+        return bool(self.waiting or self.walking)
 
     def walk(self, index: int, stage: int) -> Walk:
         """The trajectories of an image in a stage."""
@@ -83,14 +110,14 @@ class _Run:
 
     def begin(self, legs: list[Leg]) -> State:
         """Fresh rows for trajectories of one stage."""
-        index = torch.tensor([leg.walk.index for leg in legs], device=self.images.device)
+        index = [leg.walk.index for leg in legs]
         paths = [leg.walk.path[leg.number] for leg in legs]
         stage, attack = self.stages[legs[0].walk.stage]
         names = [f"{self.seed}/{self.keys[leg.walk.index]}/{stage}" for leg in legs]
         rows = Rows(
-            images=self.images.index_select(0, index),
-            labels=self.labels.index_select(0, index),
-            targets=torch.tensor([target for target, _ in paths], device=self.images.device),
+            images=torch.stack([self.images[i] for i in index]),
+            labels=torch.tensor([self.labels[i] for i in index], device=self.device),
+            targets=torch.tensor([target for target, _ in paths], device=self.device),
             noise=Keyed(tuple(f"{name}/{t}/{r}" for name, (t, r) in zip(names, paths, strict=True))),
             restarts=tuple(restart for _, restart in paths),
             stop=self.stop,
@@ -259,6 +286,8 @@ class _Run:
         self.walking.remove(walk)
         if not finding.broken and not finding.error and walk.stage + 1 < len(self.stages):
             self.waiting.append(self.walk(walk.index, walk.stage + 1))
+        else:
+            del self.images[walk.index], self.wrong[walk.index]
         self.on_finding(finding)
 
     def trouble(self, leg: Leg, end: End) -> str:
@@ -282,6 +311,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
     stop: Stop = "first",
     clean: Tensor | None = None,
     begin: Sequence[int] | None = None,
+    more: Iterable[Block] = (),
     find: Classify | None = None,
     on_finding: Callable[[Finding], None],
 ) -> Cost:
@@ -305,6 +335,7 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
         stop: see `interface.Rows`.
         clean: (N, n_classes) logits of `canonical.logits(classify, images, rows)`, when already known.
         begin: the stage in which each image begins; the first by default.
+        more: further images, if `images` is not empty; each block is opened when those before run out.
         find: the model as attacks see it, when that is not `classify`: in lower precision, compiled. Verdicts
             are `classify`'s in any case.
         on_finding: called once per image and stage. A misclassified clean image is reported as broken without
@@ -324,18 +355,21 @@ def run(  # noqa: PLR0913 - the arguments are the experiment, and nothing else
     if tuple(clean.shape) != (len(images), n_classes):
         raise InputError("clean logits", str(tuple(clean.shape)), str((len(images), n_classes)))
     oracle, attack = Oracle(find or classify, once=find not in (None, classify)), walks.joined(stages)
+    blocks = map(
+        partial(checked, stages=stages, threat=threat, rows=rows, live=live, n_classes=n_classes), more
+    )
     what = _Run(
-        oracle, classify, images, labels, keys, stages, attack, threat, seed, rows, live, stop, on_finding
+        oracle, classify, images.device, blocks, stages, attack, threat, seed, rows, live, stop, on_finding
     )
     what.judged = judged
     if oracle.classify is classify and images.device.type == "cpu":  # elsewhere idle rows cost little
         what.shapes = Shapes(oracle, images, labels, clean, rows, attack.cost(n_classes)[1] > 0)
-    _plan(what, clean, begin or [0] * len(images))
+    what.plan(Block(images, labels, keys, clean, begin or [0] * len(images)), own=False)
     poll = POLL.get(images.device.type, 1)
     slots: dict[int, Leg] = {}
     state: State | None = None
     changed = True
-    while what.waiting or what.walking:
+    while what.more():
         if changed:
             state = what.fill(state, slots)
             state = what.muster(state, slots) if attack.crews and state is not None else state
@@ -354,47 +388,3 @@ def _active(state: State) -> Tensor:
     """(S,) rows that have not ended and so may move."""
     ended = state.done | state.nonfinite
     return ~(ended | state.broken) if state.stop == "first" else ~ended
-
-
-def _plan(what: _Run, clean: Tensor, begin: Sequence[int]) -> None:
-    """A walk for every image that is attackable; the others are reported at once."""
-    what.wrong = jury.wrong_classes(clean, what.labels)
-    names = [what.stages[stage][0] for stage in begin]
-    for index in jury.attackable(clean, what.images, what.labels, what.keys, names, what.on_finding):
-        what.waiting.append(what.walk(index, begin[index]))
-
-
-def check(
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    stages: Sequence[tuple[str, Attack]],
-    threat: Threat,
-    rows: int,
-    live: int,
-    n_classes: int,
-) -> None:
-    """Refuse arguments of `run` that disagree.
-
-    Raises:
-        InputError: which, and why.
-    """
-    for name, attack in stages:
-        if threat.norm not in attack.norms:
-            kind = type(attack).__name__.lower()
-            raise InputError(
-                f"stage {name}, attack {kind}", f"norm {threat.norm!r}", " or ".join(attack.norms)
-            )
-    if not 1 <= live <= rows:
-        raise InputError("live rows", str(live), f"1 to {rows}, the rows of every model call")
-    if not len(images) == len(labels) == len(keys) or len(set(keys)) != len(keys):
-        found = f"{len(images)} images, {len(labels)} labels, {len(set(keys))} distinct of {len(keys)} keys"
-        raise InputError("attack", found, "as many labels and distinct keys as images")
-    if not len(images):
-        return
-    if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
-        low, high = float(images.min()), float(images.max())
-        raise InputError("images", f"{images.dtype} in [{low:.4g}, {high:.4g}]", "float32 pixels in [0, 1]")
-    if int(labels.min()) < 0 or int(labels.max()) >= n_classes:
-        found = f"{int(labels.min())} to {int(labels.max())}"
-        raise InputError("labels", found, f"0 to {n_classes - 1}, the classes of the model")

@@ -8,7 +8,7 @@ are `rows` consecutive images.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.attacks import engine, lockstep, packages, walks
+from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.finder import PLAIN, Sight
 from robustbench_vlm.attacks.interface import Attack, Stop
@@ -196,6 +197,38 @@ def total(costs: Sequence[Cost]) -> Cost:
     return Cost(**{name: sum(getattr(cost, name) for cost in costs) for name in names})
 
 
+def stream(  # noqa: PLR0913 - as `run`
+    means: Means,
+    classify: Classify,
+    blocks: Iterable[Block],
+    stages: Stages,
+    threat: Threat,
+    *,
+    seed: int,
+    n_classes: int,
+    rows: int,
+    live: int | None = None,
+    stop: Stop = "first",
+    find: Classify | None = None,
+    on_finding: Callable[[Finding], None],
+) -> Cost:
+    """`run` over blocks of images; each but the last holds whole batches of `rows`.
+
+    The native engine takes the next block when it is about to run out of images, so its rows stay full; the
+    others do one after another.
+    """
+    left = iter(blocks)
+
+    def attack(block: Block, more: Iterable[Block]) -> Cost:
+        return run(
+            means, classify, block.images, block.labels, block.keys, stages, threat, seed=seed,
+            n_classes=n_classes, rows=rows, live=live, stop=stop, clean=block.clean, begin=block.begin,
+            more=more, find=find, on_finding=on_finding,
+        )  # fmt: skip
+
+    return total([attack(block, left if means.keyed else ()) for block in left])
+
+
 def run(  # noqa: PLR0913 - as `engine.run`
     means: Means,
     classify: Classify,
@@ -212,10 +245,11 @@ def run(  # noqa: PLR0913 - as `engine.run`
     stop: Stop = "first",
     clean: Tensor | None = None,
     begin: Sequence[int] | None = None,
+    more: Iterable[Block] = (),
     find: Classify | None = None,
     on_finding: Callable[[Finding], None],
 ) -> Cost:
-    """`engine.run` by whoever is meant; args as there, `stages` one of `tables`.
+    """`engine.run` by whoever is meant; args as there, `stages` one of `tables`, `more` in mode fast alone.
 
     Raises:
         InputError: what cannot be carried out so, or arguments that disagree.
@@ -235,5 +269,5 @@ def run(  # noqa: PLR0913 - as `engine.run`
         )  # fmt: skip
     return engine.run(
         classify, images, labels, keys, stages, threat, seed=seed, n_classes=n_classes, rows=rows, live=live,
-        stop=stop, clean=clean, begin=begin, find=find, on_finding=on_finding,
+        stop=stop, clean=clean, begin=begin, more=more, find=find, on_finding=on_finding,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from robustbench_vlm.attacks import canonical, geometry, jury, lockstep_square, losses, walks
 from robustbench_vlm.attacks.apgd import Apgd
-from robustbench_vlm.attacks.engine import Cost, check
+from robustbench_vlm.attacks.blocks import check
+from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.interface import Attack, Oracle, Rows, State, Stop, hold, take
 from robustbench_vlm.attacks.square import Square

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from robustbench_vlm.store import fingerprint
 
 TOLERATED = 0.001  # share of images that may be bad in an evaluation; they are named, and the row is flagged
 SHOWN = 5  # bad images that an error names
+AHEAD = 64  # images that are decoded before they are asked for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """The N keys, sorted."""
         return tuple(entry.key for entry in self.entries)
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """(N,) int64 class indices, in entry order."""
         return np.array([entry.label for entry in self.entries], dtype=np.int64)
@@ -177,22 +181,33 @@ class Split:
         Raises:
             DataError: for the first image, in entry order, that cannot be decoded.
         """
-        return self.sound(px, 0.0)[1]
+        side = self.side(px)
+        array = np.empty((len(self), side, side, 3), dtype=np.uint8)
 
-    def sound(self, px: int, tolerated: float = TOLERATED) -> tuple[Split, Images]:
-        """The split without its bad images, which are named in `bad`, and the pixels of the others.
+        def keep(place: int, found: Example) -> None:
+            array[place] = found.pixels
+
+        _, hashes = self.scan(px, keep, 0.0)
+        return Images(array, self.labels, self.keys, hashes)
+
+    def scan(
+        self, px: int, each: Callable[[int, Example], None], tolerated: float = TOLERATED
+    ) -> tuple[Split, tuple[str, ...]]:
+        """Decode every image once, in entry order; only hashes are kept.
 
         Args:
             px: the model's input size.
+            each: given every good image, with its position among the good ones.
             tolerated: share of bad images up to which the others are used; above it nothing is.
+
+        Returns:
+            The split without its bad images, which are named in `bad`, and SHA-256 of the others' files.
 
         Raises:
             DataError: more bad images than that; the first ones are named.
         """
-        side = self.side(px)
-        array = np.empty((len(self), side, side, 3), dtype=np.uint8)
         hashes: list[str] = []
-        whole: list[Entry] = []
+        whole: list[int] = []
         bad: list[str] = []
 
         def attempt(i: int) -> Example | DataError:
@@ -201,21 +216,31 @@ class Split:
             except DataError as error:
                 return error
 
-        with ThreadPoolExecutor(threads()) as pool:
-            try:
-                for i, found in enumerate(pool.map(attempt, range(len(self)))):
-                    if isinstance(found, DataError):
-                        bad.append(str(found))
-                        _tolerate(self, bad, tolerated, found)
-                        continue
-                    array[len(whole)] = found.pixels
-                    hashes.append(found.sha256)
-                    whole.append(self.entries[i])
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        split = replace(self, entries=tuple(whole), bad=tuple(bad)) if bad else self
-        return split, Images(array[: len(whole)], split.labels, split.keys, tuple(hashes))
+        for i, found in enumerate(in_order(attempt, range(len(self)))):
+            if isinstance(found, DataError):
+                bad.append(str(found))
+                _tolerate(self, bad, tolerated, found)
+                continue
+            each(len(whole), found)
+            hashes.append(found.sha256)
+            whole.append(i)
+        split = replace(self, entries=tuple(self.entries[i] for i in whole), bad=tuple(bad)) if bad else self
+        return split, tuple(hashes)
+
+
+def in_order(call: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
+    """`call(i)` for each position, in order, by a few threads that run a little ahead."""
+    waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(threads())
+    try:
+        for i in positions:
+            waiting.append(pool.submit(call, i))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when the caller stops early or an image is bad: nobody waits for what is not needed
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _tolerate(split: Split, bad: Sequence[str], tolerated: float, last: DataError) -> None:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_vlm.attacks import canonical, geometry, jury, losses
-from robustbench_vlm.attacks.engine import Cost, check
+from robustbench_vlm.attacks.blocks import check
+from robustbench_vlm.attacks.engine import Cost
 from robustbench_vlm.attacks.interface import Attack, Stop
 from robustbench_vlm.attacks.packages.seen import Seen
 from robustbench_vlm.errors import AttackError, InputError

@@ -1,0 +1,122 @@
+"""Peak memory of an evaluation, by the number of images: `python benchmarks/evaluate_memory.py 1000 10000`.
+
+Each size runs in a process of its own on generated shards whose labels are the model's own predictions, so
+every image is attacked: the shards are indexed, every image is looked at once, then come the canonical clean
+pass, the attack, verdicts and files. Peaks are above a process that has imported everything and loaded the
+model: the shipped tiny one, which shrinks larger images to its 32 px itself.
+"""
+
+import argparse
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from data_memory import peak
+from PIL import Image
+
+from robustbench_vlm import cards, cells, evaluate
+from robustbench_vlm.attacks import canonical
+from robustbench_vlm.cards import AttackCard, DatasetCard
+from robustbench_vlm.data import canvases, layout
+from robustbench_vlm.data.dataset import open_split
+from robustbench_vlm.data.loader import as_float
+from robustbench_vlm.models import zoo
+from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.zoo import Loaded
+
+DIFFERENT = 64  # images that are really different; the others repeat them under other keys
+ROWS = 64
+
+
+def dataset(n: int, px: int) -> DatasetCard:
+    return DatasetCard(
+        name="flat",
+        title="Generated",
+        folder="wds_flat",
+        n_classes=10,
+        size={"test": n},
+        canvas="native",
+        native_px=px,
+        names=tuple(f"class {i}" for i in range(10)),
+        templates=("a {c}",),
+        licence="none",
+    )
+
+
+def attack(name: str) -> AttackCard:
+    """`fgsm`, or `pgd2`: two steps of PGD, judged by the last."""
+    if name == "fgsm":
+        return cards.read("attacks", name, AttackCard)
+    pgd = cards.read("attacks", "pgd10", AttackCard)
+    stage = pgd.stage[0].model_copy(update={"steps": 2})
+    return pgd.model_copy(update={"name": "pgd2", "stage": (stage,)})
+
+
+def write(root: Path, card: DatasetCard, n: int, px: int, loaded: Loaded) -> None:
+    dice = np.random.default_rng(0)
+    pixels = dice.integers(0, 256, (DIFFERENT, px, px, 3), dtype=np.uint8)
+    files = []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG", compress_level=1)
+        files.append(file.getvalue())
+    classify = ZeroShot(loaded.model, text_bank(loaded.model, render(card.names, card.templates)))
+    labels = canonical.logits(classify, as_float(pixels), ROWS).argmax(1).tolist()
+    layout.write_texts(root / card.folder, card.names, card.templates)
+    rows = ((f"s{i:07d}", files[i % DIFFERENT], "png", labels[i % DIFFERENT]) for i in range(n))
+    layout.write_split(root / card.folder, "test", rows, 10_000)
+
+
+def measure(root: Path, n: int, px: int, chain: AttackCard) -> None:
+    card, loaded = dataset(n, px), zoo.load("tiny")
+    imported, started = peak(), time.perf_counter()
+    what = cells.subject(loaded, card, open_split(card, root, "test"))
+    looked = peak() - imported
+    order = cells.Request(
+        attacks=(chain,),
+        norm="linf",
+        ladder=(Fraction(1, 255),),
+        n=0,
+        seed=0,
+        results=root / "results",
+        device=torch.device("cpu"),
+    )
+    (path,) = evaluate.evaluate(what, order, lambda *_: None)
+    assert path.with_suffix(".parquet").exists()
+    kept = 0 if what.images.kept is None else what.images.kept.nbytes / 2**20
+    seconds = time.perf_counter() - started
+    sizes = (n * px * px * 12 / 2**20, kept, looked, peak() - imported)
+    print("\t".join([str(n), str(px), *(f"{size:.0f}" for size in sizes), f"{seconds:.0f}"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sizes", nargs="*", type=int, default=[1000, 10_000, 50_000])
+    parser.add_argument("--attack", choices=("fgsm", "pgd2"), default="fgsm")
+    parser.add_argument("--px", type=int, default=32)
+    parser.add_argument("--keep", type=float, help="MiB of decoded images up to which they stay in memory")
+    parser.add_argument("--measure", type=Path)
+    options = parser.parse_args()
+    if options.keep is not None:
+        canvases.IN_MEMORY = int(options.keep * 2**20)
+    if options.measure:
+        measure(options.measure, options.sizes[0], options.px, attack(options.attack))
+        return
+    print("images\tpx\tas float32, MB\tkept, MB\tlooked at, MB\tevaluated, MB\ttook, s", flush=True)
+    loaded = zoo.load("tiny")
+    words = ["--attack", options.attack, "--px", str(options.px)]
+    words += [] if options.keep is None else ["--keep", str(options.keep)]
+    for n in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), dataset(n, options.px), n, options.px, loaded)
+            subprocess.run([sys.executable, __file__, str(n), *words, "--measure", folder], check=True)
+
+
+if __name__ == "__main__":
+    main()

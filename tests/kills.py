@@ -1,0 +1,58 @@
+"""Evaluations that are killed in the middle of a model call, and everything that they leave behind."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import toys
+from safetensors.torch import load_file
+
+from robustbench_vlm.models.zeroshot import ZeroShot
+
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on
+
+
+def evaluate(what, request, calls, counted=None):
+    """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
+    forward, left = ZeroShot.forward, [calls]
+
+    def counting(self, images):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if counted is not None:
+            counted.value += 1
+        return forward(self, images)
+
+    ZeroShot.forward = counting
+    toys.run(what, request)
+
+
+def killed(what, request, calls, counted=None):
+    """Whether the evaluation was killed at that model call; False when it had ended before."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=evaluate, args=(what, request, calls, counted))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def outcome(results):
+    """Everything that was found, by file: ledgers as records (their order is scheduling's), cells, images."""
+    found = {}
+    for path in sorted(results.rglob("*")):
+        name = path.relative_to(results).as_posix()
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert len({line["key"] for line in lines}) == len(lines)
+            found[name] = sorted(lines, key=lambda line: line["key"])
+        elif path.suffix == ".json":
+            found[name] = {key: part for key, part in json.loads(path.read_text()).items() if key != "run"}
+        elif path.suffix == ".safetensors":
+            found[name] = {key: image.tolist() for key, image in load_file(path).items()}
+        elif path.suffix == ".parquet":
+            found[name] = path.read_bytes()
+    return found

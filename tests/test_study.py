@@ -12,8 +12,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from robustbench_vlm import cards, stats, store
+from robustbench_vlm.cli import app
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.study import findings as hall
 from robustbench_vlm.study import page, render, tables, work
@@ -390,17 +392,19 @@ def work_folder(root, out):
 
 
 def test_a_mistyped_study_is_told_the_nearest_one():
-    typed = [sys.executable, "-m", "robustbench_vlm", "study", "eficiency"]
-    ran = subprocess.run(typed, capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert "study 'eficiency': no such card; did you mean 'efficiency'?" in ran.stderr
+    typed = CliRunner().invoke(app, ["study", "eficiency"])
+    assert isinstance(typed.exception, CardError)
+    assert "study 'eficiency': no such card; did you mean 'efficiency'?" in str(typed.exception)
 
 
 def test_a_dry_run_lists_the_runs_and_makes_nothing(world_of_study, tmp_path):
     root, data = world_of_study
     out = tmp_path / "none"
-    ran = subprocess.run(command(root, data, out, "--dry-run"), capture_output=True, text=True, check=False)
-    assert ran.returncode == 0
+    try:
+        ran = CliRunner().invoke(app, command(root, data, out, "--dry-run")[3:])
+    finally:
+        cards.include([])
+    assert ran.exit_code == 0, ran.output
     lines = ran.stdout.strip().splitlines()
     assert lines[0] == "# study small"
     assert [line.split("\t")[:4] for line in lines[2:]] == [

@@ -33,11 +33,12 @@ def _head(findings: Findings) -> list[str]:
     optim, probe = first.run.recipe.optim, study.probe
     inner = first.run.recipe.inner
     ball = f" at {inner.threat}" if inner else ""
+    fewer = f" --seeds {len(findings.seeds)}" if len(findings.seeds) < len(study.seeds) else ""
     files = [f"`{study.name}.csv`", *([f"`{study.name}-summary.csv`"] if study.curves else [])]
     return [
         f"# {study.title}",
         "",
-        f"Made by `vlmrob study {study.name}`; the numbers are in {' and '.join(files)}.",
+        f"Made by `vlmrob study {study.name}{fewer}`; the numbers are in {' and '.join(files)}.",
         f"{len(study.arm)} arms, {_count(len(findings.seeds), 'seed')} each: {optim.steps} steps of batch "
         f"{optim.batch_size}, all from `{first.run.recipe.student}`; runs of one seed see the same images in",
         f"the same order. Probe: PGD-{probe.steps}{ball} on {probe.n} images of {probe.split}, every "
@@ -62,20 +63,19 @@ def _differences(findings: Findings) -> list[str]:
     """Paired differences from the baseline."""
     study, places = findings.study, findings.places
     columns = ["arm", *(f"{PLACES[p]}, {what}" for p in places for what in WHATS)]
-    columns += [f"p, {PLACES[p]}, robust" for p in places if p != VAL]
+    tested = [(place, what) for place in places if place != VAL for what in WHATS]
+    columns += [f"p, {PLACES[p]}, {what}" for p, what in tested]
     rows = []
     for arm in study.arm:
         if arm.name == study.baseline:
             continue
         row = [arm.name, *(_mean(findings.difference(arm.name, p, w), "+") for p in places for w in WHATS)]
-        for place in places:
-            if place != VAL:
-                row.append(", ".join(f"{p:.2g}" for p in findings.p_values(arm.name, place, "robust")))
+        row += [", ".join(f"{p:.2g}" for p in findings.p_values(arm.name, *test)) for test in tested]
         rows.append(row)
     return [
         f"## Points above `{study.baseline}`, seed by seed",
         "",
-        "p: exact McNemar test of the final verdicts, one for each seed, on the images of all sets together.",
+        "p: exact McNemar test of the verdicts, one for each seed, on the images of all sets together.",
         "",
         *_table(columns, rows),
     ]

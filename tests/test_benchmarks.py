@@ -125,6 +125,15 @@ def test_graphs_without_a_gpu_are_refused_at_once():
     assert "--graphs needs --device cuda" in ran.stderr
 
 
+def test_the_memory_of_an_evaluation_is_measured():
+    ran = script(70, "--px", 40, "--keep", 0.1, name="evaluate_memory.py")
+    assert ran.returncode == 0, ran.stderr
+    head, row = (line.split("\t") for line in ran.stdout.splitlines())
+    assert head[:2] + row[:2] == ["images", "px", "70", "40"]
+    assert row[3] == "0"  # 0.3 MB are over the bound
+    assert 0 < float(row[5]) < 500
+
+
 @pytest.mark.parity
 def test_torchattacks_is_measured_beside(tmp_path):
     out = tmp_path / "three.md"

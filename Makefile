@@ -21,9 +21,11 @@ $(READY): pyproject.toml
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-# Kept apart because its wheel pins an old requests and carries files of another project: only parity needs it.
-$(PARITY): $(READY)
-	@$(PIP) --no-deps torchattacks
+# Kept apart because only parity needs them: torchattacks pins an old requests and carries files of another
+# project, CLIP_benchmark wants captioning metrics that nobody here calls.
+$(PARITY): $(READY) Makefile
+	@$(PIP) webdataset requests
+	@$(PIP) --no-deps torchattacks clip-benchmark
 	@touch $@
 
 demo: $(READY) ## the whole loop on the built-in tiny world: train, attack, compare

@@ -23,8 +23,8 @@ the zero-shot head in calls of 32 rows.
 
 Written by
 
-    pip install --target DEPS webdataset requests
-    PYTHONPATH=DEPS python tests/parity/upstream.py --clip-benchmark CHECKOUT
+    make .venv/.parity
+    python tests/parity/upstream.py
 
 from `parity-suites.jsonl` beside it; a run that is killed goes on where it was.
 

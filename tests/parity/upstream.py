@@ -1,11 +1,10 @@
 """Predictions of LAION-AI/CLIP_benchmark and ours: every dataset card, both prompt packs, the same weights.
 
-The checkout of it is driven as a black box on the folders of `vlmrob data make`: its loader of models, its
-reader of webdatasets, its zero-shot classifier and its evaluation loop, in fp32. What it needs beside the
-project's packages lies in a folder of its own:
+It is driven as a black box on the folders of `vlmrob data make`: its loader of models, its reader of
+webdatasets, its zero-shot classifier and its evaluation loop, in fp32. `make .venv/.parity` installs its
+package and what it needs; `--clip-benchmark CHECKOUT` takes another version of it:
 
-    pip install --target DEPS webdataset requests
-    PYTHONPATH=DEPS python tests/parity/upstream.py --clip-benchmark CHECKOUT
+    python tests/parity/upstream.py
 
 Every comparison is appended to `benchmarks/parity-suites.jsonl` as soon as it is made, so a killed run goes
 on where it was, and `benchmarks/parity-suites.md` is written from what is there. Exit code 1 if an argmax
@@ -49,7 +48,7 @@ from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 REPOSITORY = Path(__file__).parents[2]
 RECORDS = REPOSITORY / "benchmarks" / "parity-suites.jsonl"
 NEEDED = ("webdataset", "requests")
-INSTALL = "pip install --target DEPS webdataset requests, and put DEPS on PYTHONPATH"
+INSTALL = "make .venv/.parity"
 DRIVEN = ("datasets/builder.py", "metrics/zeroshot_classification.py", "models/open_clip.py")
 SPLIT = "test"
 ROWS = 32  # of every model call of ours
@@ -80,8 +79,16 @@ KEYS = {
 """Card -> keys of upstream's own lists of names and templates; it cuts those of ImageNet-A and -R in code."""
 
 
+def installed() -> Path:
+    """The folder that holds the installed package."""
+    found = importlib.util.find_spec("clip_benchmark")
+    if found is None or found.origin is None:
+        raise SystemExit(f"CLIP_benchmark is not installed; type: {INSTALL}")
+    return Path(found.origin).parents[1]
+
+
 class Upstream:
-    """A checkout of CLIP_benchmark."""
+    """A checkout of CLIP_benchmark, or the folder of its package."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "clip_benchmark" / "datasets" / "builder.py").is_file():
@@ -157,7 +164,7 @@ class Side:
 def main() -> int:
     """Make what is missing, then the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--clip-benchmark", type=Path, help="a checkout of LAION-AI/CLIP_benchmark")
+    parser.add_argument("--clip-benchmark", type=Path, help="a checkout; the package by default")
     parser.add_argument("--page", action="store_true", help="only write the page from what is there")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, help="folder for weights and generated images (1.5 GB)")
@@ -166,8 +173,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=0, help="of each dataset, instead of the model's own")
     typed = parser.parse_args()
     if not typed.page:
-        if typed.clip_benchmark is None:
-            parser.error("--clip-benchmark CHECKOUT is needed")
+        typed.clip_benchmark = typed.clip_benchmark or installed()
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as temporary:
             make(typed, typed.work or Path(temporary))
@@ -318,12 +324,16 @@ def told(keys: Sequence[str], ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 
 def about(upstream: Upstream) -> dict[str, Any]:
     """Where the numbers come from."""
-    asked = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(asked, cwd=upstream.folder, capture_output=True, text=True, check=False)
+    if (upstream.folder / ".git").exists():
+        asked = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(asked, cwd=upstream.folder, capture_output=True, text=True, check=True)
+        version = done.stdout.strip()
+    else:
+        version = f"package {importlib.metadata.version('clip_benchmark')}"
     files = [upstream.folder / "clip_benchmark" / name for name in DRIVEN]
     names = ("torch", "open_clip_torch", "torchvision", "pillow", "webdataset")
     return {
-        "upstream": done.stdout.strip() if done.returncode == 0 else "not a git checkout",
+        "upstream": version,
         "files": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
         "versions": {
             "python": platform.python_version(),

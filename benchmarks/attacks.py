@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import Any
 import table
 import torch
 from engines import CHAIN, PACKAGES, REFERENCES, Size, judged, ours
-from process import about, alone
+from process import alone, begun
 from subject import ROWS, Subject, load, radii, threat
 from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
 
@@ -153,13 +152,8 @@ def main(words: list[str] | None = None) -> None:
     """Measure what is missing, then write the table."""
     what = parsed(words)
     torch.set_num_threads(what.threads)
-    lines, head = what.out.with_suffix(".jsonl"), json.loads(json.dumps(about(what)))
-    store.mend(lines)
-    known = list(store.records(lines))
-    if known and known[0] != head:
-        raise SystemExit(f"{lines}: of another run (settings, commit or machine); remove it or choose --out")
-    if not known:
-        store.append(lines, head)
+    lines = what.out.with_suffix(".jsonl")
+    known = begun(lines, what)
     subject = load(what, range(CANDIDATES * what.n)).first(what.n)
     if len(subject.keys) < what.n:
         raise SystemExit(f"only {len(subject.keys)} of {CANDIDATES * what.n} images are right; lower --n")
@@ -169,14 +163,14 @@ def main(words: list[str] | None = None) -> None:
         importlib.import_module(PACKAGES[engine])
     if found is None:
         search = partial(radii, subject, what.shares)
-        found = what.radii or (alone(search, what.device) if copied else search())
+        found = what.radii or (alone(search, copied=True) if copied else search())
         store.append(lines, {"radii": found})
     done = {_name(line) for line in known[1:] if "engine" in line}
     ahead = [plan for plan in plans(what, found) if _name(plan) not in done]
     index, labels = list(subject.index), subject.labels.tolist()
     for number, plan in enumerate(ahead, 1):
         call = partial(measure, plan, subject) if copied else partial(_measure, plan, what, index, labels)
-        line = alone(call, what.device)
+        line = alone(call, copied=copied)
         store.append(lines, line)
         print(f"{number}/{len(ahead)} {table.brief(line)}", file=sys.stderr, flush=True)
     text = table.render(list(store.records(lines)))

@@ -22,7 +22,7 @@ from robustbench_vlm.data.dataset import open_split
 DRAWN = 1000
 
 
-def card(n: int) -> DatasetCard:
+def card(n: int, px: int = 32) -> DatasetCard:
     return DatasetCard(
         name="flat",
         title="Generated",
@@ -30,7 +30,7 @@ def card(n: int) -> DatasetCard:
         n_classes=10,
         size={"test": n},
         canvas="native",
-        native_px=32,
+        native_px=px,
         names=tuple(f"class {i}" for i in range(10)),
         templates=("a {c}",),
         licence="none",

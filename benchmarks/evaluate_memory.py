@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_memory import peak
+from data_memory import card, peak
 from PIL import Image
 
 from robustbench_vlm import cards, cells, evaluate
 from robustbench_vlm.attacks import canonical
-from robustbench_vlm.cards import AttackCard, DatasetCard
+from robustbench_vlm.cards import AttackCard
 from robustbench_vlm.data import canvases, layout
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
@@ -34,21 +34,6 @@ DIFFERENT = 64  # images that are really different; the others repeat them under
 ROWS = 64
 
 
-def dataset(n: int, px: int) -> DatasetCard:
-    return DatasetCard(
-        name="flat",
-        title="Generated",
-        folder="wds_flat",
-        n_classes=10,
-        size={"test": n},
-        canvas="native",
-        native_px=px,
-        names=tuple(f"class {i}" for i in range(10)),
-        templates=("a {c}",),
-        licence="none",
-    )
-
-
 def attack(name: str) -> AttackCard:
     """`fgsm`, or `pgd2`: two steps of PGD, judged by the last."""
     if name == "fgsm":
@@ -58,7 +43,8 @@ def attack(name: str) -> AttackCard:
     return pgd.model_copy(update={"name": "pgd2", "stage": (stage,)})
 
 
-def write(root: Path, card: DatasetCard, n: int, px: int, loaded: Loaded) -> None:
+def write(root: Path, n: int, px: int, loaded: Loaded) -> None:
+    known = card(n, px)
     dice = np.random.default_rng(0)
     pixels = dice.integers(0, 256, (DIFFERENT, px, px, 3), dtype=np.uint8)
     files = []
@@ -66,17 +52,17 @@ def write(root: Path, card: DatasetCard, n: int, px: int, loaded: Loaded) -> Non
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG", compress_level=1)
         files.append(file.getvalue())
-    classify = ZeroShot(loaded.model, text_bank(loaded.model, render(card.names, card.templates)))
+    classify = ZeroShot(loaded.model, text_bank(loaded.model, render(known.names, known.templates)))
     labels = canonical.logits(classify, as_float(pixels), ROWS).argmax(1).tolist()
-    layout.write_texts(root / card.folder, card.names, card.templates)
+    layout.write_texts(root / known.folder, known.names, known.templates)
     rows = ((f"s{i:07d}", files[i % DIFFERENT], "png", labels[i % DIFFERENT]) for i in range(n))
-    layout.write_split(root / card.folder, "test", rows, 10_000)
+    layout.write_split(root / known.folder, "test", rows, 10_000)
 
 
 def measure(root: Path, n: int, px: int, chain: AttackCard) -> None:
-    card, loaded = dataset(n, px), zoo.load("tiny")
+    known, loaded = card(n, px), zoo.load("tiny")
     imported, started = peak(), time.perf_counter()
-    what = cells.subject(loaded, card, open_split(card, root, "test"))
+    what = cells.subject(loaded, known, open_split(known, root, "test"))
     looked = peak() - imported
     order = cells.Request(
         attacks=(chain,),
@@ -114,7 +100,7 @@ def main() -> None:
     words += [] if options.keep is None else ["--keep", str(options.keep)]
     for n in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), dataset(n, options.px), n, options.px, loaded)
+            write(Path(folder), n, options.px, loaded)
             subprocess.run([sys.executable, __file__, str(n), *words, "--measure", folder], check=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import platform
 import subprocess
@@ -13,19 +14,20 @@ from typing import Any
 
 import torch
 
+from robustbench_vlm import store
+
 HERE = Path(__file__).parent
 
 Line = dict[str, Any]
 
 
-def alone(call: Callable[[], Any], device: str) -> Any:  # noqa: ANN401 - what `call` gives
+def alone(call: Callable[[], Any], *, copied: bool = False) -> Any:  # noqa: ANN401 - what `call` gives
     """What `call` gives in a process of its own.
 
-    On the CPU a copy of this one, which never computes a gradient, so that the memory it starts with is the
-    same for all; a CUDA device cannot be used in a copy.
+    Copied from this one, which then must never compute a gradient, the memory that it starts with is the same
+    for all; a CUDA device cannot be used in a copy.
     """
-    way = "fork" if device == "cpu" and hasattr(multiprocessing, "get_context") else "spawn"
-    context = multiprocessing.get_context(way)
+    context = multiprocessing.get_context("fork" if copied else "spawn")
     ours_end, its_end = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(its_end, call))
     child.start()
@@ -65,3 +67,18 @@ def _processor() -> str:
     lines = facts.read_text("utf-8").splitlines() if facts.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def begun(path: Path, what: argparse.Namespace) -> list[Line]:
+    """The head of a run and what it has measured; of one that was stopped, or of a new one.
+
+    A run of other settings, another commit or another machine is never gone on with.
+    """
+    head = json.loads(json.dumps(about(what)))
+    store.mend(path)
+    known = list(store.records(path))
+    if known and known[0] != head:
+        raise SystemExit(f"{path}: of another run (settings, commit or machine); remove it or choose --out")
+    if not known:
+        store.append(path, head)
+    return known or [head]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -23,8 +22,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from process import about, alone
-from torch import Tensor
+from process import alone, begun
 from training_table import WAYS, render
 from watch import memory
 
@@ -33,9 +31,9 @@ from robustbench_vlm.cards import DatasetCard, Recipe
 from robustbench_vlm.data import loader, miniature
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
 from robustbench_vlm.models import openclip
-from robustbench_vlm.models.clip import held
+from robustbench_vlm.models.clip import InBf16, held
 from robustbench_vlm.prepare import Setup
-from robustbench_vlm.types import Batch, Roles
+from robustbench_vlm.types import Batch, Encoder
 
 HERE = Path(__file__).parent
 CLOCKS = ("wall", "cpu")
@@ -44,20 +42,19 @@ BATCHES = 2  # distinct batches, met in turn
 Line = dict[str, Any]
 
 
-def released(setup: Setup, state: train.State, batch: Batch, origin: Any) -> None:  # noqa: ANN401 - an encoder
+def released(setup: Setup, state: train.State, batch: Batch, origin: Encoder) -> None:
     """One step as the released code does it: three teachers, a forward for each use, nothing kept.
 
     As read there: the attack differentiates the student with its weights unfrozen, with respect to the
     images; the log's numbers and the probe are left out.
     """
-    roles, inner, defense = setup.roles, setup.recipe.inner, setup.defense
+    roles, inner, defense = setup.roles_in_training(batch), setup.recipe.inner, setup.defense
     x, labels, eps, alpha = batch.images, batch.labels, float(inner.threat.eps), float(inner.step)
-    student = _logits(setup, roles, "student")
-    clean, robust = _logits(setup, roles, "clean"), _logits(setup, roles, "robust")
+    student = partial(roles.logits, "student")
     setup.model.visual.eval()
     with torch.no_grad():
-        z_clean = clean(x)
-        z_origin = _of(setup, origin)(x)
+        z_clean = roles.logits("clean", x)
+        z_origin = origin.logit_scale * roles.cosines("clean", origin(x))
     d = torch.empty_like(x).uniform_(-eps, eps)
     for _ in range(inner.steps):
         d.requires_grad_()
@@ -71,7 +68,7 @@ def released(setup: Setup, state: train.State, batch: Batch, origin: Any) -> Non
     on_x = student(x)
     on_adv = student(adv)
     with torch.no_grad():
-        z_robust = robust(adv)
+        z_robust = roles.logits("robust", adv)
     scales = roles.teachers["robust"].logit_scale, roles.teachers["clean"].logit_scale
     c_robust, c_clean = of_label(z_robust, labels) / scales[0], of_label(z_clean, labels) / scales[1]
     terms = defense.robust_weight * c_robust[:, None] * kl_terms(z_robust, on_adv)
@@ -85,44 +82,18 @@ def released(setup: Setup, state: train.State, batch: Batch, origin: Any) -> Non
 
 def floor(setup: Setup, batch: Batch) -> None:
     """Nothing but the passes that no way can do without: K of the attack, R on x', the outer one."""
-    roles, x = setup.roles, batch.images
-    student, robust = _embed(setup, roles, "student"), _embed(setup, roles, "robust")
+    roles, x = setup.roles_in_training(batch), batch.images
     with held(setup.model):
         for _ in range(setup.recipe.inner.steps):
             leaf = x.detach().requires_grad_()
-            torch.autograd.grad(student(leaf).sum(), leaf)
+            torch.autograd.grad(roles.student(leaf).sum(), leaf)
     with torch.no_grad():
-        robust(x)
+        roles.teachers["robust"](x)
     for parameter in setup.parameters().values():
         parameter.grad = None
     setup.model.visual.train()
-    student(torch.cat([x, x])).sum().backward()
+    roles.student(torch.cat([x, x])).sum().backward()
     setup.model.visual.eval()
-
-
-def _embed(setup: Setup, roles: Roles, role: str) -> Callable[[Tensor], Tensor]:
-    return _in_precision(setup, roles.encoder(role))
-
-
-def _in_precision(setup: Setup, encoder: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 - an encoder
-    if setup.recipe.compute.precision == "fp32":
-        return encoder
-
-    def call(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return encoder(images).float()
-
-    return call
-
-
-def _logits(setup: Setup, roles: Roles, role: str) -> Callable[[Tensor], Tensor]:
-    embed, scale = _embed(setup, roles, role), roles.encoder(role).logit_scale
-    return lambda images: scale * roles.cosines(role, embed(images))
-
-
-def _of(setup: Setup, origin: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 - an encoder
-    embed = _in_precision(setup, origin)
-    return lambda images: origin.logit_scale * setup.roles.cosines("clean", embed(images))
 
 
 def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Callable[[int], None]]:
@@ -130,7 +101,9 @@ def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Call
     device = torch.device(what.device)
     with_kept = prepare.prepare(recipe, root, device, root / "embeddings")
     without = dataclasses.replace(with_kept, kept={})
-    origin = copy.deepcopy(with_kept.teachers["clean"].model)
+    origin: Encoder = copy.deepcopy(with_kept.teachers["clean"].model)
+    if recipe.compute.precision == "bf16":
+        origin = InBf16(origin)
     stream = loader.batches(
         with_kept.split, recipe.optim.batch_size, 0, 0, BATCHES, with_kept.model.image_size
     )
@@ -139,8 +112,8 @@ def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Call
     return {
         "ours": lambda t: train.advance(with_kept, state, batches[t % BATCHES]) and None,
         "ours, nothing kept": lambda t: train.advance(without, state, batches[t % BATCHES]) and None,
-        "released": lambda t: released(with_kept, state, batches[t % BATCHES], origin),
-        "floor": lambda t: floor(with_kept, batches[t % BATCHES]),
+        "released": lambda t: released(without, state, batches[t % BATCHES], origin),
+        "floor": lambda t: floor(without, batches[t % BATCHES]),
     }
 
 
@@ -248,13 +221,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Measure what is missing, then write the table."""
     what = parsed(words)
-    lines, head = what.out.with_suffix(".jsonl"), json.loads(json.dumps(about(what)))
-    store.mend(lines)
-    known = list(store.records(lines))
-    if known and known[0] != head:
-        raise SystemExit(f"{lines}: of another run (settings, commit or machine); remove it or choose --out")
-    if not known:
-        store.append(lines, head)
+    lines = what.out.with_suffix(".jsonl")
+    known = begun(lines, what)
     done = {(line["batch"], line["precision"]) for line in known[1:]}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -267,10 +235,8 @@ def main(words: list[str] | None = None) -> None:
                 card = cards.read("datasets", recipe.data.dataset, DatasetCard)
                 miniature.make(card, place, n=BATCHES * batch_size, split=recipe.data.split)
                 line = {"batch": batch_size, "precision": precision, "flops": flops(what, recipe)}
-                line |= alone(partial(timed, what, recipe, place), "spawned")
-                line["mib"] = {
-                    way: alone(partial(held_at_most, what, recipe, place, way), "spawned") for way in WAYS
-                }
+                line |= alone(partial(timed, what, recipe, place))
+                line["mib"] = {way: alone(partial(held_at_most, what, recipe, place, way)) for way in WAYS}
                 store.append(lines, line)
                 print(f"batch {batch_size}, {precision}: {line['seconds']}", file=sys.stderr, flush=True)
     text = render(list(store.records(lines)))

@@ -25,7 +25,7 @@ from robustbench_vlm import store
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models.zeroshot import cache_folder
-from robustbench_vlm.types import Batch, Encoder
+from robustbench_vlm.types import Batch, Encoder, Wrapped
 
 MARK = 16  # bytes of the hash before each embedding
 
@@ -148,43 +148,18 @@ def _require_same(beside: Path, whole: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class Recalled(Wrapped):
     """A frozen teacher that remembers what it said of the clean images of one batch.
 
-    Any other images, adversarial ones above all, it is asked about anew.
+    Any other images, adversarial ones above all, it is asked about anew; patch tokens are never kept: those
+    of a dataset would fill a disk.
     """
 
-    teacher: Encoder
     kept: Kept
     batch: Batch
 
-    @property
-    def image_size(self) -> int:
-        """The teacher's."""
-        return self.teacher.image_size
-
-    @property
-    def logit_scale(self) -> float:
-        """The teacher's."""
-        return self.teacher.logit_scale
-
-    @property
-    def rows_apart(self) -> bool:
-        """The teacher's."""
-        return self.teacher.rows_apart
-
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D)."""
-        return (
-            self.kept.recall(self.batch, self.teacher)
-            if images is self.batch.images
-            else self.teacher(images)
-        )
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """The teacher's, never kept: patches of a data set would fill a disk."""
-        return self.teacher.tokens(images)
-
-    def text(self, sentences: Sequence[str]) -> Tensor:
-        """The teacher's."""
-        return self.teacher.text(sentences)
+        if images is self.batch.images:
+            return self.kept.recall(self.batch, self.encoder)
+        return self.encoder(images)

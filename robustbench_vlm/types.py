@@ -80,6 +80,40 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Wrapped:
+    """An encoder seen through something that changes how it is called and nothing that it is."""
+
+    encoder: Encoder
+
+    @property
+    def image_size(self) -> int:
+        """The encoder's."""
+        return self.encoder.image_size
+
+    @property
+    def logit_scale(self) -> float:
+        """The encoder's."""
+        return self.encoder.logit_scale
+
+    @property
+    def rows_apart(self) -> bool:
+        """The encoder's."""
+        return self.encoder.rows_apart
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D)."""
+        return self.encoder(images)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 1 + N, D)."""
+        return self.encoder.tokens(images)
+
+    def text(self, sentences: Sequence[str]) -> Tensor:
+        """N sentences -> (N, D) float32, unit length."""
+        return self.encoder.text(sentences)
+
+
+@dataclass(frozen=True)
 class Roles:
     """Who takes part in a training step.
 

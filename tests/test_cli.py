@@ -4,14 +4,14 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import time
 
+import doors
 import pytest
 import toys
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cards
 from robustbench_vlm.attacks.packages import torchattacks
 
 VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
@@ -37,15 +37,8 @@ def vlmrob(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def typed(line, *more):
-        argv = ["vlmrob", "--include", str(home / "cards"), *line.format(home=home).split(), *more]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            cards.include([])
+        words = ["--include", home / "cards", *line.format(home=home).split(), *more]
+        code = doors.typed(monkeypatch, *words)
         said = capsys.readouterr()
         return code, said.out, said.err
 

@@ -10,11 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import doors
 import pandas as pd
 import pytest
 from PIL import Image
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cards
 from robustbench_vlm.cards import DatasetCard, Recipe, Suite
 
 HOME = Path(__file__).parent.parent
@@ -51,15 +52,7 @@ def vlmrob(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def typed(line):
-        monkeypatch.setattr(sys, "argv", ["vlmrob", *line.split()])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            cards.include([])
-        return Said(code, *capsys.readouterr())
+        return Said(doors.typed(monkeypatch, *line.split()), *capsys.readouterr())
 
     return typed
 

@@ -1,15 +1,15 @@
 """What frozen teachers say of clean images is kept: it saves passes, changes no bit, refuses others."""
 
 import json
-import sys
 from pathlib import Path
 
+import doors
 import pytest
 import torch
 from test_train import write_recipe
 from worlds import INNER
 
-from robustbench_vlm import cli, embeddings, prepare, store, train
+from robustbench_vlm import embeddings, prepare, store, train
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.types import Batch
@@ -155,17 +155,10 @@ def test_the_command_keeps_them_unless_told(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLMROB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, toy.table("mmt-ard", *ROLES))
-    line = ["vlmrob", "--include", str(toy.cards), "train", str(path), "--data-root", str(toy.data)]
-
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", [*line, *more])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-
-    run("--out", "a", "--no-cache")
+    line = ["--include", toy.cards, "train", path, "--data-root", toy.data]
+    assert doors.typed(monkeypatch, *line, "--out", "a", "--no-cache") == 0
     assert not embeddings.folder().exists()
-    run("--out", "b")
+    assert doors.typed(monkeypatch, *line, "--out", "b") == 0
     assert len(files(embeddings.folder(), ".rows")) == 2
     assert Path("a/image.safetensors").read_bytes() == Path("b/image.safetensors").read_bytes()
     capsys.readouterr()

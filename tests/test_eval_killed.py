@@ -1,20 +1,18 @@
 """A killed evaluation goes on where it was, and ends with the bytes of one that was never killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 
+import doors
 import pandas as pd
 import pytest
 import toys
 
 from robustbench_vlm import verdicts
-
-PATIENCE = 240.0  # seconds; a subprocess imports torch first
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +40,8 @@ def lines(out):
 
 
 def kill_at(root, out, least):
-    """Start the evaluation, and kill it as soon as the ledgers have `least` lines; how many they had then."""
-    process = subprocess.Popen(command(root, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    began = time.monotonic()
-    while lines(out) < least:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() - began < PATIENCE
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return lines(out)
+    """Kill the evaluation as soon as the ledgers have `least` lines; how many they had then."""
+    return doors.killed(command(root, out), lambda: lines(out), least)
 
 
 def cells(out):
@@ -96,10 +86,10 @@ def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
     began = time.monotonic()
     while not lines(tmp_path / "stopped"):
         assert process.poll() is None
-        assert time.monotonic() - began < PATIENCE
+        assert time.monotonic() - began < doors.PATIENCE
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=doors.PATIENCE)
     assert process.returncode == 75, err
     assert out == ""
     assert err.splitlines()[-1] == "error: stopped; the same command goes on where it was"

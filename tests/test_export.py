@@ -1,31 +1,20 @@
 """Exported, a dataset is still itself: the same keys, labels, bytes and verdicts."""
 
 import json
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import toys
+from doors import typed as vlmrob
 from folders import encode, noise
 from PIL import Image
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cards
 from robustbench_vlm.data.dataset import folder_sha, open_split
 from robustbench_vlm.errors import DataError
 
 CLASSES = ("cat", "dog", "red_fox")
-
-
-def vlmrob(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        cards.include([])
-    return 0
 
 
 def tree(folder, classes=CLASSES, n=4, px=40):

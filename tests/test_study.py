@@ -1,15 +1,14 @@
 """Studies: statistics by hand, cards read strictly, and a small one killed, resumed, worked off by two."""
 
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import doors
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -20,8 +19,6 @@ from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.study import findings as hall
 from robustbench_vlm.study import page, render, tables, work
 from robustbench_vlm.study.findings import Curve, Findings, Outcome
-
-PATIENCE = 300.0  # seconds; every process imports torch first
 
 STUDY = """
 name = "small"
@@ -307,16 +304,7 @@ def steps_done(out):
 
 def killed_at(root, data, out, least):
     """Start the study with two processes, and kill their parent once that many steps are done."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(root, data, out, "--jobs", "2"), **silent)
-    began = time.monotonic()
-    while steps_done(out) < least:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() - began < PATIENCE
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return steps_done(out)
+    return doors.killed(command(root, data, out, "--jobs", "2"), lambda: steps_done(out), least)
 
 
 def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_ran_through(

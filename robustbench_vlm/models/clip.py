@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.store import fingerprint
+from robustbench_vlm.types import Wrapped
 
 TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
 
@@ -151,42 +152,20 @@ class Clip(nn.Module):
         return {"image": image, "text": text, "model": fingerprint(whole)}
 
 
-@dataclass(frozen=True)
-class InBf16:
+class InBf16(Wrapped):
     """An encoder whose image tower runs under bf16 autocast; embeddings come back in fp32."""
-
-    model: Clip
-
-    @property
-    def image_size(self) -> int:
-        """The model's."""
-        return self.model.image_size
-
-    @property
-    def logit_scale(self) -> float:
-        """The model's."""
-        return self.model.logit_scale
-
-    @property
-    def rows_apart(self) -> bool:
-        """The model's."""
-        return self.model.rows_apart
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D) float32."""
         with torch.autocast(images.device.type, torch.bfloat16):
-            embeddings: Tensor = self.model(images)
+            embeddings = self.encoder(images)
         return embeddings.float()
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 1 + N, D) float32."""
         with torch.autocast(images.device.type, torch.bfloat16):
-            rows = self.model.tokens(images)
+            rows = self.encoder.tokens(images)
         return rows.float()
-
-    def text(self, sentences: Sequence[str]) -> Tensor:
-        """The model's, in fp32."""
-        return self.model.text(sentences)
 
 
 def state_sha256(module: nn.Module) -> str:

@@ -50,7 +50,7 @@ def run(
     """Do the whole job below `out`; what is there already is kept, so a stopped demo goes on.
 
     Args:
-        out: gets `models/`, `results/` and `leaderboards/`.
+        out: gets `models/`, `teachers/` (what they say of clean images), `results/` and `leaderboards/`.
         data_root: the tiny world is rendered into it.
         device: where to train and attack.
         meter: progress, called with (what, done, total).
@@ -72,7 +72,14 @@ def run(
     for name in (BASELINE, OURS, *((TECOA,) if full else ())):
         recipe = cards.read("recipes", name, Recipe)
         with phase(f"train {name}"):
-            train.run(recipe, out / "models" / name, data_root, device, _report(recipe, meter, remark))
+            train.run(
+                recipe,
+                out / "models" / name,
+                data_root,
+                device,
+                _report(recipe, meter, remark),
+                out / "teachers",
+            )
     results, n = out / "results", FULL_N if full else None
     main = (UNDEFENDED, str(out / "models" / BASELINE), str(out / "models" / OURS))
     further = (str(out / "models" / TECOA), *TEACHERS)

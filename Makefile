@@ -52,4 +52,4 @@ bench-train: $(READY) ## benchmarks/training.md: a training step beside the rele
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 
 tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
-	@$(BIN)/python -m robustbench_vlm.tiny_weights
+	@$(BIN)/python -m robustbench_vlm.demo.weights

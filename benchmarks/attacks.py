@@ -25,7 +25,7 @@ from subject import ROWS, Subject, load, radii, threat
 from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
 
 from robustbench_vlm import store
-from robustbench_vlm.attacks import canonical, finder
+from robustbench_vlm.engine import attacked_view, canonical
 
 HERE = Path(__file__).parent
 WHOLE = "chain"
@@ -50,11 +50,11 @@ def measure(plan: Line, who: Subject) -> Line:
         bare(who.model, probe.images, kind)
     run: Callable[[], Any]
     if engine == "ours":
-        how = finder.Sight(**plan["sight"]) if mode else finder.PLAIN
-        seen = finder.finder(who.model, how, probe.images, who.lower)
+        how = attacked_view.Sight(**plan["sight"]) if mode else attacked_view.PLAIN
+        seen = attacked_view.finder(who.model, how, probe.images, who.lower)
         classify, find = (Watched(model, counts, probe) for model in (who.model, seen))
         run = partial(ours, who, classify, find if mode else classify, ball, names, size)
-        with finder.numerics(tf32=how.tf32):
+        with attacked_view.numerics(tf32=how.tf32):
             outcome = clock.time(run, device)
     else:
         _same_precision()
@@ -95,7 +95,7 @@ def _measure(plan: Line, what: argparse.Namespace, index: list[int], labels: lis
 def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
     """Everything to be measured, engines next to each other so that they meet the same machine."""
     sight = {"precision": what.precision, "graphs": what.graphs, "compiled": what.compiled}
-    lower = "ours " + finder.Sight(**sight).label
+    lower = "ours " + attacked_view.Sight(**sight).label
     for share, eps255 in zip(what.shares, found, strict=True):
         for attack in what.attacks:
             for engine in what.engines:

@@ -15,10 +15,11 @@ import torch
 from subject import ROWS, Subject
 from torch import Tensor, nn
 
-from robustbench_vlm import cards, cells
-from robustbench_vlm.attacks import canonical, engine, walks
-from robustbench_vlm.attacks.interface import Attack
-from robustbench_vlm.cards import AttackCard
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import canonical, scheduler, trajectories
+from robustbench_vlm.engine.interface import Attack
+from robustbench_vlm.evaluation import chain
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
 
@@ -68,12 +69,12 @@ def ours(
     alive = list(range(len(who.keys)))
     clean = canonical.logits(classify, who.images, ROWS)
     unconfirmed = 0
-    for group in walks.tables(stages(names, size)):
+    for group in trajectories.tables(stages(names, size)):
         if not alive:
             break
         index = torch.tensor(alive, device=who.images.device)
         keys = [who.keys[i] for i in alive]
-        cost = engine.run(
+        cost = scheduler.run(
             classify, who.images[index], who.labels[index], keys, group, ball, seed=SEED, rows=ROWS,
             n_classes=who.n_classes, clean=clean[index], find=find, on_finding=found.append,
         )  # fmt: skip
@@ -89,13 +90,13 @@ def ours(
 
 def stages(names: Sequence[str], size: Size) -> list[tuple[str, Attack]]:
     """Stages of the shipped chain at another length."""
-    card = cards.read("attacks", "autoattack", AttackCard)
+    card = reader.read("attacks", "autoattack", AttackCard)
     sizes = {"steps": size.steps, "queries": size.queries, "targets": size.targets}
     found = []
     for stage in card.stage:
         if stage.name in names:
             own = {key: value for key, value in sizes.items() if stage.fields.get(key)}
-            found.append((stage.name, cells.plugin(card, stage.model_copy(update=own))))
+            found.append((stage.name, chain.plugin(card, stage.model_copy(update=own))))
     return found
 
 

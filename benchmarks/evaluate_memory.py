@@ -20,12 +20,13 @@ import torch
 from data_memory import card, peak
 from PIL import Image
 
-from robustbench_vlm import cards, cells, evaluate
-from robustbench_vlm.attacks import canonical
-from robustbench_vlm.cards import AttackCard
-from robustbench_vlm.data import canvases, layout
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.data import canvas_images, layout
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 from robustbench_vlm.models.zoo import Loaded
@@ -37,8 +38,8 @@ ROWS = 64
 def attack(name: str) -> AttackCard:
     """`fgsm`, or `pgd2`: two steps of PGD, judged by the last."""
     if name == "fgsm":
-        return cards.read("attacks", name, AttackCard)
-    pgd = cards.read("attacks", "pgd10", AttackCard)
+        return reader.read("attacks", name, AttackCard)
+    pgd = reader.read("attacks", "pgd10", AttackCard)
     stage = pgd.stage[0].model_copy(update={"steps": 2})
     return pgd.model_copy(update={"name": "pgd2", "stage": (stage,)})
 
@@ -59,7 +60,7 @@ def write(root: Path, n: int, px: int, loaded: Loaded) -> None:
     layout.write_split(root / known.folder, "test", rows, 10_000)
 
 
-def measure(root: Path, n: int, px: int, chain: AttackCard) -> None:
+def one(root: Path, n: int, px: int, chain: AttackCard) -> None:
     known, loaded = card(n, px), zoo.load("tiny")
     imported, started = peak(), time.perf_counter()
     what = cells.subject(loaded, known, open_split(known, root, "test"))
@@ -73,7 +74,7 @@ def measure(root: Path, n: int, px: int, chain: AttackCard) -> None:
         results=root / "results",
         device=torch.device("cpu"),
     )
-    (path,) = evaluate.evaluate(what, order, lambda *_: None)
+    (path,) = measure.evaluate(what, order, lambda *_: None)
     assert path.with_suffix(".parquet").exists()
     kept = 0 if what.images.kept is None else what.images.kept.nbytes / 2**20
     seconds = time.perf_counter() - started
@@ -90,9 +91,9 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     options = parser.parse_args()
     if options.keep is not None:
-        canvases.IN_MEMORY = int(options.keep * 2**20)
+        canvas_images.IN_MEMORY = int(options.keep * 2**20)
     if options.measure:
-        measure(options.measure, options.sizes[0], options.px, attack(options.attack))
+        one(options.measure, options.sizes[0], options.px, attack(options.attack))
         return
     print("images\tpx\tas float32, MB\tkept, MB\tlooked at, MB\tevaluated, MB\ttook, s", flush=True)
     loaded = zoo.load("tiny")

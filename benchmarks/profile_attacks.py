@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from watch import Clock, Counts, Probe, Watched, bare
 
-from robustbench_vlm.attacks import canonical, engine
-from robustbench_vlm.attacks.interface import Attack, Oracle, Rows
-from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.engine import canonical, scheduler
+from robustbench_vlm.engine.interface import Attack, Oracle, Rows
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.types import Classify
 
 STAGES = ("apgd-t", "fab-t", "square")
@@ -114,7 +114,7 @@ def whole(name: str, classify: Classify, images: Tensor, labels: Tensor, n_class
 
     def run() -> None:
         keys = [str(i) for i in range(len(images))]
-        engine.run(
+        scheduler.run(
             watched, images, labels, keys, stages([name], WHOLE), threat(EPS), seed=0, n_classes=n_classes,
             rows=ROWS, on_finding=lambda _: None,
         )  # fmt: skip

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustbench_vlm import cards
-from robustbench_vlm.attacks import canonical, engine
 from robustbench_vlm.attacks.apgd import Apgd
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
+from robustbench_vlm.engine import canonical, scheduler
 from robustbench_vlm.models import openclip, zoo
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 from robustbench_vlm.threat import Threat
@@ -95,7 +95,7 @@ def _resized(images: Tensor, px: int) -> Tensor:
 
 
 def _packaged(name: str, device: torch.device) -> ZeroShot:
-    card = cards.read("datasets", DATASET, DatasetCard)
+    card = reader.read("datasets", DATASET, DatasetCard)
     model = zoo.load(name, device).model
     return ZeroShot(model, text_bank(model, render(card.names, card.templates))).to(device)
 
@@ -103,7 +103,7 @@ def _packaged(name: str, device: torch.device) -> ZeroShot:
 def _random(arch: str, px: int, device: torch.device) -> ZeroShot:
     """An untrained tower whose classes are the directions of some images, so that predictions differ."""
     model = openclip.build(arch).to(device)
-    classes = cards.read("datasets", DATASET, DatasetCard).n_classes
+    classes = reader.read("datasets", DATASET, DatasetCard).n_classes
     anchors = _resized(as_float(worlds.images(DATASET, "val", np.arange(classes))), px).to(device)
     with torch.no_grad():
         embeddings = model(anchors).float()
@@ -142,7 +142,7 @@ def radii(who: Subject, shares: Sequence[float]) -> list[float]:
 def _sound(who: Subject, ball: Threat) -> int:
     lost: list[str] = []
     stages = [(loss, Apgd(loss, SOUNDING, 0.75, restarts=1, targets=0)) for loss in ("ce", "margin")]
-    engine.run(
+    scheduler.run(
         who.model, who.images, who.labels, who.keys, stages, ball, seed=0, n_classes=who.n_classes, rows=ROWS,
         on_finding=lambda finding: lost.append(finding.key) if finding.broken else None,
     )  # fmt: skip

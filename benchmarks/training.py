@@ -26,13 +26,16 @@ from process import alone, begun
 from training_table import WAYS, render
 from watch import memory
 
-from robustbench_vlm import cards, cost, prepare, store, train
-from robustbench_vlm.cards import DatasetCard, Recipe
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader, miniature
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
 from robustbench_vlm.models import openclip
 from robustbench_vlm.models.clip import InBf16, held
-from robustbench_vlm.prepare import Setup
+from robustbench_vlm.training import cost, loop, prepare
+from robustbench_vlm.training.prepare import Setup
 from robustbench_vlm.types import Batch, Encoder
 
 HERE = Path(__file__).parent
@@ -42,7 +45,7 @@ BATCHES = 2  # distinct batches, met in turn
 Line = dict[str, Any]
 
 
-def released(setup: Setup, state: train.State, batch: Batch, origin: Encoder) -> None:
+def released(setup: Setup, state: loop.State, batch: Batch, origin: Encoder) -> None:
     """One step as the released code does it: three teachers, a forward for each use, nothing kept.
 
     As read there: the attack differentiates the student with its weights unfrozen, with respect to the
@@ -108,10 +111,10 @@ def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Call
         with_kept.split, recipe.optim.batch_size, 0, 0, BATCHES, with_kept.model.image_size
     )
     batches = [batch.to(device) for batch in stream]
-    state = train._begin(with_kept, root / "no checkpoint")
+    state = loop._begin(with_kept, root / "no checkpoint")
     return {
-        "ours": lambda t: train.advance(with_kept, state, batches[t % BATCHES]) and None,
-        "ours, nothing kept": lambda t: train.advance(without, state, batches[t % BATCHES]) and None,
+        "ours": lambda t: loop.advance(with_kept, state, batches[t % BATCHES]) and None,
+        "ours, nothing kept": lambda t: loop.advance(without, state, batches[t % BATCHES]) and None,
         "released": lambda t: released(without, state, batches[t % BATCHES], origin),
         "floor": lambda t: floor(without, batches[t % BATCHES]),
     }
@@ -183,7 +186,7 @@ def archs(what: argparse.Namespace) -> tuple[str, str]:
 
 def recipe_of(what: argparse.Namespace, batch_size: int, precision: str) -> Recipe:
     """The tiny recipe, or the paper's at the sizes asked for; without its probe."""
-    table = cards.toml(cards.path("recipes", "paper-mmt-ard" if what.arch else "tiny-mmt-ard"))
+    table = reader.toml(reader.path("recipes", "paper-mmt-ard" if what.arch else "tiny-mmt-ard"))
     table["optim"]["batch_size"] = batch_size
     table["inner"]["steps"] = what.steps
     table["compute"] = {"precision": precision, "compile": what.compiled}
@@ -193,7 +196,7 @@ def recipe_of(what: argparse.Namespace, batch_size: int, precision: str) -> Reci
         table["teachers"] = dict.fromkeys(("robust", "clean"), f"{what.teacher}:random")
         if what.full:
             del table["lora"]
-    return cards.parse(table, Recipe, "the benchmark's recipe")
+    return reader.parse(table, Recipe, "the benchmark's recipe")
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
@@ -232,7 +235,7 @@ def main(words: list[str] | None = None) -> None:
                     continue
                 recipe = recipe_of(what, batch_size, precision)
                 place = root / f"{batch_size}"
-                card = cards.read("datasets", recipe.data.dataset, DatasetCard)
+                card = reader.read("datasets", recipe.data.dataset, DatasetCard)
                 miniature.make(card, place, n=BATCHES * batch_size, split=recipe.data.split)
                 line = {"batch": batch_size, "precision": precision, "flops": flops(what, recipe)}
                 line |= alone(partial(timed, what, recipe, place))

@@ -11,11 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm import cards, verdicts
-from robustbench_vlm.attacks import canonical, checks, engines, finder, losses
-from robustbench_vlm.cards import AttackCard
-from robustbench_vlm.cells import needs, plugin, require_norm
+from robustbench_vlm.backends import backend
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluation.chain import needs, plugin, require_norm
+from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
 
@@ -39,7 +41,7 @@ class Attacked:
     robust: dict[str, int]
     engine: str
     precision: str
-    checks: checks.Examined
+    checks: model_checks.Examined
 
 
 def attack(  # noqa: PLR0913 - what a command line says in flags
@@ -54,7 +56,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     live: int | None = None,
     engine: str = "native",
     mode: str = "fast",
-    precision: finder.Precision = "fp32",
+    precision: attacked_view.Precision = "fp32",
 ) -> Attacked:
     """Run a chain of attacks on any callable that maps pixels to logits.
 
@@ -85,8 +87,8 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         AttackError: the attack left the ball or the box, or the model gives no gradient.
     """
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
-    card = cards.read("attacks", chain, AttackCard)
-    means = engines.Means(engine, mode, finder.Sight(precision))
+    card = reader.read("attacks", chain, AttackCard)
+    means = backend.Means(engine, mode, attacked_view.Sight(precision))
     stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
     require_norm(card, ball.norm)
     if live is not None and live < 1:
@@ -105,7 +107,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         raise InputError(
             "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
         )
-    examined = checks.examine(
+    examined = model_checks.examine(
         model, images, labels, names, rows=card.rows, seed=seed, **needs(card, clean.shape[1])
     )
     margins, predictions = losses.judge(clean, labels), clean.argmax(1)
@@ -124,7 +126,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
 
     alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
     chosen = alive.to(images.device)
-    engines.chain(
+    backend.chain(
         means,
         model,
         images[chosen],
@@ -138,7 +140,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         clean=clean[chosen],
         live=None if live is None else min(live, card.rows),
         stop=card.stop,
-        find=finder.finder(model, means.sight, canonical.padded(images[: card.rows], card.rows)),
+        find=attacked_view.finder(model, means.sight, canonical.padded(images[: card.rows], card.rows)),
         on_finding=take,
     )
     after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)

@@ -11,18 +11,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from robustbench_vlm import cards, cost, registry
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.card import Card
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.model import ModelCard
+from robustbench_vlm.cards.protocol import PromptPack, Protocol
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.study import Study
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import InputError, nearest
+from robustbench_vlm.training import cost
 from robustbench_vlm.types import Priced
 
-CARDS: dict[str, type[cards.Card]] = {
-    "attacks": cards.AttackCard,
-    "suites": cards.Suite,
-    "datasets": cards.DatasetCard,
-    "recipes": cards.Recipe,
-    "protocols": cards.Protocol,
-    "prompts": cards.PromptPack,
-    "studies": cards.Study,
+CARDS: dict[str, type[Card]] = {
+    "attacks": AttackCard,
+    "suites": Suite,
+    "datasets": DatasetCard,
+    "recipes": Recipe,
+    "protocols": Protocol,
+    "prompts": PromptPack,
+    "studies": Study,
 }
 STARTS = {"tiny-teacher-start": "vlmrob-tiny-teacher"}  # made by `make tiny-weights`, not by a recipe
 KINDS = ("attacks", "datasets", "defenses", "models", "prompts", "protocols", "recipes", "studies", "suites")
@@ -43,10 +52,10 @@ def names(what: str) -> list[tuple[str, str]]:
     """
     kind = _kind(what)
     if kind in CARDS:
-        read = [(name, cards.read(kind, name, CARDS[kind])) for name in cards.names(kind)]
+        read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
         return [(name, str(card.model_dump()["title"])) for name, card in read]
     if kind == "defenses":
-        return [(name, _first_line(registry.get(kind, name))) for name in registry.names(kind)]
+        return [(name, _first_line(plugins.get(kind, name))) for name in plugins.names(kind)]
     return [(row["name"], row["title"]) for row in models()]
 
 
@@ -63,8 +72,8 @@ def models() -> list[dict[str, str]]:
         title = f"{card.parameters / 1e3:.0f}k parameters, trained on {seen}"
         eps = str((card.recipe.get("inner") or {}).get("eps", ""))
         rows.append(_row(name, title, card.defense, card.arch, eps, "packaged", "Apache-2.0", "here"))
-    for name in cards.names("models"):
-        known = cards.read("models", name, cards.ModelCard)
+    for name in reader.names("models"):
+        known = reader.read("models", name, ModelCard)
         place = "here" if public.here(known) else "not published" if known.loader == "none" else "not here"
         rows.append(
             _row(name, known.title, known.defense, known.base, known.eps, known.source, known.licence, place)
@@ -86,15 +95,15 @@ def details(what: str, name: str) -> dict[str, Any]:
     """
     kind = _kind(what)
     if kind == "recipes":
-        recipe = cards.read(kind, name, cards.Recipe)
+        recipe = reader.read(kind, name, Recipe)
         defense = _defense(recipe)
         table = recipe.model_dump(mode="json", context={"all": True})
         table["defense"] = {"name": recipe.defense["name"], **dataclasses.asdict(defense)}
         return {**table, "estimate": estimate(recipe, defense)}
     if kind in CARDS:
-        return cards.read(kind, name, CARDS[kind]).model_dump(mode="json")
+        return reader.read(kind, name, CARDS[kind]).model_dump(mode="json")
     if kind == "defenses":
-        plugin = registry.get(kind, name)
+        plugin = plugins.get(kind, name)
         fields = {
             field.name: {"default": field.default, "type": str(field.type)}
             for field in dataclasses.fields(plugin)
@@ -106,9 +115,9 @@ def details(what: str, name: str) -> dict[str, Any]:
 
     folder = zoo.folder_of(name)
     if folder is None:
-        listed = cards.names("models")
+        listed = reader.names("models")
         if name in listed:
-            known = cards.read("models", name, cards.ModelCard)
+            known = reader.read("models", name, ModelCard)
             where = {"folder": str(public.folder(known)), "here": public.here(known)}
             fetch = {} if known.loader == "none" else {"fetch": public.fetch(known)}
             return {**known.model_dump(mode="json"), **where, **fetch}
@@ -118,12 +127,12 @@ def details(what: str, name: str) -> dict[str, Any]:
     return checkpoint.read_card(folder).model_dump(mode="json")
 
 
-def _defense(recipe: cards.Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
+def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
     fields = {key: value for key, value in recipe.defense.items() if key != "name"}
-    return registry.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
+    return plugins.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
 
 
-def estimate(recipe: cards.Recipe, defense: object) -> dict[str, Any]:
+def estimate(recipe: Recipe, defense: object) -> dict[str, Any]:
     """Epochs, operations and memory of a recipe (`cost.estimate`), or what keeps them from being known."""
     if not isinstance(defense, Priced):
         return {"unknown": f"defense {recipe.defense['name']} does not say what a step costs"}
@@ -133,7 +142,7 @@ def estimate(recipe: cards.Recipe, defense: object) -> dict[str, Any]:
         if config is None:
             return {"unknown": f"the architecture of {role} {model!r}, which is not on this machine"}
         towers[role] = cost.tower(config)
-    data = cards.read("datasets", recipe.data.dataset, cards.DatasetCard)
+    data = reader.read("datasets", recipe.data.dataset, DatasetCard)
     images = recipe.data.n or data.size.get(recipe.data.split, 0)
     return cost.estimate(recipe, defense.passes(), towers.pop("student"), towers, images)
 
@@ -143,8 +152,8 @@ def _config(model: str) -> dict[str, Any] | None:
     from robustbench_vlm.models import openclip, zoo
 
     name = Path(model).name
-    while zoo.folder_of(model) is None and model != name and name in cards.names("recipes"):
-        model = cards.read("recipes", name, cards.Recipe).student
+    while zoo.folder_of(model) is None and model != name and name in reader.names("recipes"):
+        model = reader.read("recipes", name, Recipe).student
         name = Path(model).name
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))
 
@@ -158,7 +167,7 @@ def doctor() -> list[tuple[str, str, str]]:
     """(what, what was found, what to do about it) for everything that decides what this machine can do."""
     import torch
 
-    from robustbench_vlm.attacks import engines
+    from robustbench_vlm.backends import backend
     from robustbench_vlm.models import zoo
 
     rows = [
@@ -176,7 +185,7 @@ def doctor() -> list[tuple[str, str, str]]:
         rows.append(("gpu", "none", "ImageNet-sized models need one; the tiny world does not"))
     for package in ("open_clip_torch", "peft", "safetensors", "pandas", "pyarrow"):
         rows.append((package, _version(package), ""))
-    for engine, (found, how) in engines.there().items():
+    for engine, (found, how) in backend.there().items():
         rows.append((f"engine {engine}", found or "not there", "" if found else how))
     rows.append(
         (

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm.attacks import engine
+from robustbench_vlm.engine import scheduler
 from robustbench_vlm.types import Finding
 
 SIDE = 12
@@ -51,7 +51,7 @@ def findings(model, images, labels, attack, threat, *, order=None, keys=None, **
     more = {"seed": 0, "rows": 16, **more}
     stages = [(more.pop("stage", "s"), attack)]
     more.setdefault("n_classes", int(model(images[:1]).shape[1]))
-    engine.run(
+    scheduler.run(
         model,
         images[order],
         labels[order],

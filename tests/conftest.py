@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,6 +33,6 @@ def world(tmp_path_factory):
 @pytest.fixture
 def toy(world):
     """The same, with its cards included for the time of the test."""
-    cards.include([world.cards])
+    reader.include([world.cards])
     yield world
-    cards.include([])
+    reader.include([])

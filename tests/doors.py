@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
 
 PATIENCE = 300.0  # seconds; every process imports torch first
 
@@ -19,7 +20,7 @@ def typed(monkeypatch, *words):
     except SystemExit as stop:
         return stop.code or 0
     finally:
-        cards.include([])
+        reader.include([])
     return 0
 
 

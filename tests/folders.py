@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout
 
 NAMES = ("red", "green", "blue")

@@ -27,13 +27,14 @@ import pytest
 import torch
 from attack_models import blobs, classifier, findings
 
-from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import canonical, engine, losses, square, walks
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.attacks.interface import Oracle, Rows
-from robustbench_vlm.attacks.noise import Keyed
-from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.attacks.square import Square, square
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import canonical, losses, scheduler, trajectories
+from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.threat import Threat
 
 ROWS = 16
@@ -208,7 +209,7 @@ def test_stages_that_share_rows_find_what_each_finds_alone(norm):
     model, images, labels = data(40)
     stages = [("ce", Apgd("ce", 3, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 3, 0.75, 1, 3))]
     keys, shared = [f"blobs/test/{i}" for i in range(40)], {}
-    engine.run(
+    scheduler.run(
         model, images, labels, keys, stages, THREATS[norm], seed=0, n_classes=10, rows=ROWS,
         on_finding=lambda f: shared.__setitem__((f.stage, f.key), f),
     )  # fmt: skip
@@ -315,8 +316,8 @@ def test_square_passing_over_and_looking_ahead_find_what_one_proposal_at_a_time_
 
 def shipped():
     """The stages of the packaged AutoAttack."""
-    card = cards.read("attacks", "autoattack", cards.AttackCard)
-    return [(s.name, registry.build("attacks", s.attack, s.fields, card.name)) for s in card.stage]
+    card = reader.read("attacks", "autoattack", AttackCard)
+    return [(s.name, plugins.build("attacks", s.attack, s.fields, card.name)) for s in card.stage]
 
 
 def test_an_image_that_survives_the_shipped_chain_costs_what_is_written_down():
@@ -324,8 +325,8 @@ def test_an_image_that_survives_the_shipped_chain_costs_what_is_written_down():
     index = int((model(images).argmax(1) == labels).nonzero()[0])
     image, label = images[[index]], labels[[index]]
     tiny, spent = Threat("linf", Fraction(1, 25500)), {}
-    for group in walks.tables(shipped()):
-        engine.run(
+    for group in trajectories.tables(shipped()):
+        scheduler.run(
             model, image, label, ["a"], group, tiny, seed=0, n_classes=10, rows=ROWS,
             on_finding=lambda f: spent.__setitem__(f.stage, (f.broken, f.forwards, f.backwards)),
         )  # fmt: skip
@@ -357,9 +358,9 @@ def test_the_shipped_chain_runs_with_any_number_of_classes_and_omits_nothing(n_c
     order = [name for name, _ in chain]
     for eps, all_survive in ((Fraction(1, 2550000), True), (Fraction(1, 30), False)):
         left, entered = list(range(12)), dict.fromkeys(order, 0)
-        for group in walks.tables(chain):
+        for group in trajectories.tables(chain):
             found = []
-            engine.run(
+            scheduler.run(
                 model, images[left], labels[left], [str(i) for i in left], group, Threat("linf", eps),
                 seed=0, n_classes=n_classes, rows=ROWS, on_finding=found.append,
             )  # fmt: skip

@@ -7,18 +7,21 @@ import pytest
 import torch
 from attack_models import blobs, classifier, findings
 
-from robustbench_vlm import api, cards, cells, registry
-from robustbench_vlm.attacks import engine, walks
+from robustbench_vlm import api
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.fgsm import Fgsm
-from robustbench_vlm.attacks.interface import Oracle, Rows
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
-from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import scheduler, trajectories
+from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluation.chain import plugin
 from robustbench_vlm.threat import Threat
 
 LINF, L2 = Threat("linf", Fraction(1, 10)), Threat("l2", Fraction(1, 2))
@@ -162,12 +165,12 @@ def test_draws_are_no_business_of_other_stages():
 
 # --- chains ------------------------------------------------------------------------------------------------
 
-CHAINS = cards.names("attacks")
+CHAINS = reader.names("attacks")
 
 
 def chain(name, **short):
     """(stage, attack) of a chain with fewer steps, queries, draws and restarts."""
-    card = cards.read("attacks", name, cards.AttackCard)
+    card = reader.read("attacks", name, AttackCard)
     found = []
     for stage in card.stage:
         fields = {**stage.fields}
@@ -178,7 +181,7 @@ def chain(name, **short):
         fields |= {"queries": short.get("queries", 4)} if "queries" in fields else {}
         fields |= {"eot": 2} if "eot" in fields else {}
         fields |= {"restarts": 1} if "restarts" in fields else {}
-        found.append((stage.name, registry.build("attacks", stage.attack, fields, name)))
+        found.append((stage.name, plugins.build("attacks", stage.attack, fields, name)))
     return card, found
 
 
@@ -186,8 +189,8 @@ def attacked(model, images, labels, name, threat, n_classes, **short):
     """Findings of a chain by (key, stage)."""
     card, stages = chain(name, **short)
     left, found = list(range(len(images))), {}
-    for group in walks.tables(stages):
-        engine.run(
+    for group in trajectories.tables(stages):
+        scheduler.run(
             model, images[left], labels[left], [str(i) for i in left], group, threat, seed=0,
             n_classes=n_classes, rows=8, stop=card.stop,
             on_finding=lambda finding: found.__setitem__((finding.key, finding.stage), finding),
@@ -224,8 +227,8 @@ def test_every_chain_runs_whatever_the_number_of_classes(name, n_classes):
 
 def test_what_stands_in_is_said_with_its_reason():
     def said(name, n_classes):
-        card = cards.read("attacks", name, cards.AttackCard)
-        return {s.name: cells.plugin(card, s).substitutions(n_classes) for s in card.stage}
+        card = reader.read("attacks", name, AttackCard)
+        return {s.name: plugin(card, s).substitutions(n_classes) for s in card.stage}
 
     assert said("autoattack", 2) == {
         "apgd-ce": [],
@@ -291,18 +294,16 @@ def test_l1_goes_all_the_way_from_pixels_to_a_table():
 
 
 def test_the_names_of_the_literature_are_the_same_cards():
-    assert cards.read("attacks", "standard", cards.AttackCard) == cards.read(
-        "attacks", "autoattack", cards.AttackCard
-    )
-    for file, name in cards.SAME.items():
-        assert file not in {("attacks", known) for known in cards.names("attacks")}
-        assert name in cards.names("attacks")
+    assert reader.read("attacks", "standard", AttackCard) == reader.read("attacks", "autoattack", AttackCard)
+    for file, name in reader.SAME.items():
+        assert file not in {("attacks", known) for known in reader.names("attacks")}
+        assert name in reader.names("attacks")
 
 
 def test_chains_are_those_of_the_released_code():
     def stages(name):
-        card = cards.read("attacks", name, cards.AttackCard)
-        return {stage.name: cells.plugin(card, stage) for stage in card.stage}
+        card = reader.read("attacks", name, AttackCard)
+        return {stage.name: plugin(card, stage) for stage in card.stage}
 
     fab = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
     plus = stages("plus")

@@ -8,11 +8,12 @@ from attack_models import blobs, classifier, findings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_vlm.attacks import geometry, l1, square, windows
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.attacks.interface import Oracle, Rows
-from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.attacks.square import Square, windows
+from robustbench_vlm.engine import geometry, l1
+from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -188,7 +189,7 @@ def test_square_patterns_have_unit_mass_and_its_proposals_stay_in_ball_and_box()
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(3, dtype=torch.int64)
     rows = Rows(images, labels, labels - 1, Keyed(("a", "b", "c")), (0, 0, 0))
-    attack, oracle = square.Square(60, 0.8, 1), Oracle(_brightness)
+    attack, oracle = Square(60, 0.8, 1), Oracle(_brightness)
     state = attack.start(rows, BALL)
     assert geometry.excess(state.x, images, BALL).abs().max() <= 1e-5
     moved = 0
@@ -236,7 +237,7 @@ def test_the_largest_change_of_a_linear_classifier_is_found_where_it_is():
 def test_the_four_l1_attacks_break_what_each_radius_leaves_them():
     """More radius breaks more, and what one breaks at a radius lies on it or within."""
     model, (images, labels) = classifier(10), blobs(20, 10, seed=1)
-    for attack in (ApgdL1("ce", (6,), (1.0,), 1, 0), Fab(5, 3, 1, 0.1, 1.05, 0.9), square.Square(40, 0.8, 1)):
+    for attack in (ApgdL1("ce", (6,), (1.0,), 1, 0), Fab(5, 3, 1, 0.1, 1.05, 0.9), Square(40, 0.8, 1)):
         counts = []
         for eps in ("1/2", "2", "8"):
             ball = Threat("l1", Fraction(eps))

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_vlm.attacks import apgd, geometry, hyperplane, losses, pgd, square, windows
-from robustbench_vlm.attacks.interface import Oracle, Rows
-from robustbench_vlm.attacks.noise import Keyed
+from robustbench_vlm.attacks import apgd, pgd
+from robustbench_vlm.attacks.fab import projection
+from robustbench_vlm.attacks.square import Square, square, windows
+from robustbench_vlm.engine import geometry, losses
+from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.threat import Threat
 
 LINF, L2 = Threat("linf", Fraction(8, 255)), Threat("l2", Fraction(1, 2))
@@ -107,7 +110,7 @@ def test_square_changes_one_window_and_touches_the_radius():
     labels, names = torch.zeros(3, dtype=torch.int64), Keyed(("a", "b", "c"))
     rows = Rows(images, labels, labels - 1, names, (0, 0, 0))
     for threat in (LINF, L2):
-        attack = square.Square(50, 0.8, 1)
+        attack = Square(50, 0.8, 1)
         state = attack.start(rows, threat)
         assert torch.allclose(
             geometry.excess(state.x, images, threat), torch.zeros(3, dtype=torch.float64), atol=1e-6
@@ -148,7 +151,7 @@ def _greedy(way, size, total):
 def _moves(points, normals, falls, norm, eased=1.0):
     """(N, d) one move a row, onto a hyperplane of its own."""
     start = torch.full((1, len(falls)), eased)
-    found = hyperplane.Hyperplanes.of(normals, norm).moves([points], falls[None], start)
+    found = projection.Hyperplanes.of(normals, norm).moves([points], falls[None], start)
     return found.turn[0][:, None] * normals.sign() * found.reach[0], found.lengths[0]
 
 
@@ -207,7 +210,7 @@ def test_corrections_that_must_not_be_asked_for_more_end_short_of_the_hyperplane
     for share, exact in ((0.5, True), (0.99, False)):
         total = (share * most)[None]
         lower = total / sizes.sum(1)
-        m = hyperplane.newton(sizes, breaks, total, lower, lower, hyperplane.CORRECTIONS)
+        m = projection.newton(sizes, breaks, total, lower, lower, projection.CORRECTIONS)
         reached = (sizes * torch.minimum(breaks, m[..., None])).sum(-1) / total
         assert reached.max() <= 1 + 1e-6
         assert not exact or reached.min() >= 1 - 1e-5

@@ -8,20 +8,21 @@ import pytest
 import torch
 from attack_models import blobs, classifier, findings
 
-from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import canonical, engine, geometry, losses
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
-from robustbench_vlm.attacks.ascent import ascend
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
-from robustbench_vlm.attacks.noise import Keyed
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import canonical, geometry, losses, scheduler
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
+from robustbench_vlm.training.inner import ascend
 
 LINF, L2, L1 = Threat("linf", Fraction(5, 255)), Threat("l2", Fraction(1, 4)), Threat("l1", Fraction(2))
 PLUGINS = {
@@ -69,7 +70,7 @@ def _home(attack):
 
 def test_every_attack_of_the_package_is_in_the_table():
     kinds = {type(attack) for attack, _ in PLUGINS.values()}
-    assert {registry.get("attacks", name) for name in registry.names("attacks")} == kinds
+    assert {plugins.get("attacks", name) for name in plugins.names("attacks")} == kinds
     for kind in kinds:
         stops = {stop for attack, stop in PLUGINS.values() if type(attack) is kind}
         assert kind in (ApgdEot, Fgsm) or stops == {"first", "last", "best"}
@@ -134,7 +135,7 @@ def test_looking_at_the_flags_less_often_changes_nothing(name, monkeypatch):
     attack, stop = PLUGINS[name]
     model, images, labels = _data()
     often = findings(model, images, labels, attack, _home(attack), stop=stop)
-    monkeypatch.setitem(engine.POLL, "cpu", 5)
+    monkeypatch.setitem(scheduler.POLL, "cpu", 5)
     rarely = findings(model, images, labels, attack, _home(attack), stop=stop, live=9)
     for a, b in zip(often, rarely, strict=True):
         _same(a, b)
@@ -422,7 +423,7 @@ def test_ascent_stays_inside_raises_the_objective_and_is_the_attacks_kernel(thre
 
 
 def test_chains_are_read_and_autoattack_begins_with_aa2():
-    chain = {name: cards.read("attacks", name, cards.AttackCard) for name in cards.names("attacks")}
+    chain = {name: reader.read("attacks", name, AttackCard) for name in reader.names("attacks")}
     assert {"pgd20", "pgd100", "aa2", "autoattack", "fare", "plus", "rand", "custom"} <= set(chain)
     assert [s.name for s in chain["autoattack"].stage] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert chain["autoattack"].stage[:2] == chain["aa2"].stage
@@ -430,5 +431,5 @@ def test_chains_are_read_and_autoattack_begins_with_aa2():
     for card in chain.values():
         assert card.rows == 64
         for stage in card.stage:
-            plugin = registry.build("attacks", stage.attack, stage.fields, card.name)
+            plugin = plugins.build("attacks", stage.attack, stage.fields, card.name)
             assert set(vars(plugin)) == set(stage.fields), "every number is written out"

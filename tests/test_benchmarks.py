@@ -12,8 +12,10 @@ import pytest
 from open_clip.transformer import VisionTransformer
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from robustbench_vlm import cards, cost
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import miniature
+from robustbench_vlm.training import cost
 
 HERE = Path(__file__).parent.parent / "benchmarks"
 TINY = [
@@ -171,7 +173,7 @@ def test_every_way_takes_the_passes_that_it_is_charged_for(tmp_path, monkeypatch
     training = importlib.import_module("training")
     what = training.parsed(["--batch", "8", "--steps", "2"])
     recipe = training.recipe_of(what, 8, "fp32")
-    card = cards.read("datasets", recipe.data.dataset, cards.DatasetCard)
+    card = reader.read("datasets", recipe.data.dataset, DatasetCard)
     miniature.make(card, tmp_path, n=16, split="train")
     passes = dict.fromkeys(training.WAYS)
     calls = training.ways(what, recipe, tmp_path)

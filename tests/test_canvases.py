@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kills import forks, killed, outcome
 
-from robustbench_vlm.data import canvases, dataset
+from robustbench_vlm.data import canvas_images, dataset
 from robustbench_vlm.data.dataset import in_order, open_split
 from robustbench_vlm.errors import DataError
 
@@ -32,8 +32,8 @@ def test_floats_are_those_of_the_files_kept_or_not(tmp_path, positions, kept):
     if not (tmp_path / "wds_toy").exists():
         write_toy(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvases, "IN_MEMORY", 24 * 8 * 8 * 3 - (not kept))
-        images = canvases.sound(open_split(card(), tmp_path, "test"), 8)
+        patch.setattr(canvas_images, "IN_MEMORY", 24 * 8 * 8 * 3 - (not kept))
+        images = canvas_images.sound(open_split(card(), tmp_path, "test"), 8)
     assert (images.kept is not None) == kept
     found = images.floats(positions)
     assert (found.shape, found.dtype) == ((len(positions), 3, 8, 8), torch.float32)
@@ -43,10 +43,10 @@ def test_floats_are_those_of_the_files_kept_or_not(tmp_path, positions, kept):
 
 def test_parts_are_whole_calls_that_fit(tmp_path, monkeypatch):
     write_toy(tmp_path)
-    images = canvases.sound(open_split(card(), tmp_path, "test"), 8)
+    images = canvas_images.sound(open_split(card(), tmp_path, "test"), 8)
     image = 3 * 8 * 8 * 4  # bytes
     for bound, size in ((0, 5), (image * 10 - 1, 5), (image * 10, 10), (image * 14, 10)):
-        monkeypatch.setattr(canvases, "AT_ONCE", bound)
+        monkeypatch.setattr(canvas_images, "AT_ONCE", bound)
         parts = [list(part) for part in images.parts(list(range(1, 24)), 5)]
         assert [i for part in parts for i in part] == list(range(1, 24))
         assert {len(part) for part in parts[:-1]} == {size}
@@ -55,13 +55,13 @@ def test_parts_are_whole_calls_that_fit(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_replaced_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(canvases, "IN_MEMORY", 0)
+    monkeypatch.setattr(canvas_images, "IN_MEMORY", 0)
     place = write_toy(tmp_path, n=1)
     images = [encode(noise(seed)) for seed in (0, 1)]
     for image in images:
         one_shard(place, tar_bytes([("s0.png", image), ("s0.cls", b"0")]))
         if image == images[0]:
-            found = canvases.sound(open_split(card(size={}), tmp_path, "test"), 8)
+            found = canvas_images.sound(open_split(card(size={}), tmp_path, "test"), 8)
             assert len(found.floats([0])) == 1
     assert len(images[0]) == len(images[1])
     with pytest.raises(DataError, match=r"toy/test/s0: another file than at the start"):
@@ -102,11 +102,11 @@ def evaluated(root, results, way, stages=("ce", "t", "square")):
 
 def streamed(patch, calls):
     """Nothing is kept in memory, and parts have so many calls; returns the sizes of what is read."""
-    read, floats = [], canvases.Canvases.floats
-    patch.setattr(canvases, "IN_MEMORY", 0)
-    patch.setattr(canvases, "AT_ONCE", calls * 4 * 3 * toys.PX**2 * 4)
+    read, floats = [], canvas_images.Canvases.floats
+    patch.setattr(canvas_images, "IN_MEMORY", 0)
+    patch.setattr(canvas_images, "AT_ONCE", calls * 4 * 3 * toys.PX**2 * 4)
     patch.setattr(
-        canvases.Canvases, "floats", lambda self, where: read.append(len(where)) or floats(self, where)
+        canvas_images.Canvases, "floats", lambda self, where: read.append(len(where)) or floats(self, where)
     )
     return read
 
@@ -128,10 +128,10 @@ def test_parts_of_any_size_find_the_same_to_the_last_byte(root, way, tmp_path, m
 
 
 def test_logits_that_went_to_disk_come_back_the_same(root, tmp_path, monkeypatch):
-    from robustbench_vlm import evaluate
+    from robustbench_vlm.evaluation import measure
 
     whole = evaluated(root, tmp_path / "whole", {}, ("ce", "square"))
-    monkeypatch.setattr(evaluate, "SPOOLED", 1)
+    monkeypatch.setattr(measure, "SPOOLED", 1)
     assert evaluated(root, tmp_path / "disk", {}, ("ce", "square")) == whole
 
 
@@ -158,7 +158,7 @@ def test_kills_between_and_inside_parts_leave_no_trace(root, way, tmp_path, monk
 
 def test_bad_images_are_left_out_wherever_pixels_lie(tmp_path, monkeypatch):
     """Positions among the good images are not positions on disk."""
-    monkeypatch.setattr(canvases, "TOLERATED", 0.1)
+    monkeypatch.setattr(canvas_images, "TOLERATED", 0.1)
     shard = [("s0.png", b"<html>"), ("s0.cls", b"0")]
     for i in range(1, 20):
         shard += [(f"s{i}.png", encode(noise(i))), (f"s{i}.cls", b"0")]
@@ -166,8 +166,8 @@ def test_bad_images_are_left_out_wherever_pixels_lie(tmp_path, monkeypatch):
     split = open_split(card(size={}), tmp_path, "test")
     found = []
     for bound in (0, 10**6):
-        monkeypatch.setattr(canvases, "IN_MEMORY", bound)
-        images = canvases.sound(split, 8, 0.1)
+        monkeypatch.setattr(canvas_images, "IN_MEMORY", bound)
+        images = canvas_images.sound(split, 8, 0.1)
         assert (len(images), len(images.split.bad)) == (19, 1)
         found.append(images.floats(range(19)))
         i = images.split.keys.index("toy/test/s7")

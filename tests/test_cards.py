@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.threat import SNAP, Threat, parse_eps
 
@@ -82,16 +84,16 @@ MINIMAL = tomllib.loads(MINIMAL_TOML)
 
 
 def dataset(name):
-    return cards.read("datasets", name, cards.DatasetCard)
+    return reader.read("datasets", name, DatasetCard)
 
 
 def all_cards():
-    return [(kind, name) for kind in cards.FOLDERS for name in cards.names(kind)]
+    return [(kind, name) for kind in reader.FOLDERS for name in reader.names(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), all_cards())
 def test_every_card_is_read_and_bears_the_name_of_its_file(kind, name):
-    card = cards.read(kind, name, cards.FOLDERS[kind][1])
+    card = reader.read(kind, name, reader.FOLDERS[kind][1])
     assert card.name == name
     assert card.title
     assert "\n" not in card.title
@@ -130,17 +132,17 @@ def test_order_of_labels():
 def test_order_of_keys_is_the_same_in_every_card():
     orders = set()
     for name in SIXTEEN:
-        text = (cards.home() / "datasets" / f"{name}.toml").read_text()
+        text = (reader.home() / "datasets" / f"{name}.toml").read_text()
         orders.add(tuple(tomllib.loads(text)))
     assert len(orders) == 2
     short, long = sorted(orders, key=len)
     assert tuple(key for key in long if key != "native_px") == short
 
 
-@pytest.mark.parametrize("name", cards.names("suites"))
+@pytest.mark.parametrize("name", reader.names("suites"))
 def test_suites_name_cards_that_exist(name):
-    suite = cards.read("suites", name, cards.Suite)
-    known = cards.names("datasets")
+    suite = reader.read("suites", name, Suite)
+    known = reader.names("datasets")
     assert set(suite.datasets) <= set(known)
     assert len(set(suite.datasets)) == len(suite.datasets)
     for subset in suite.means.values():
@@ -151,19 +153,19 @@ def test_suites_name_cards_that_exist(name):
 
 
 def test_zeroshot_is_the_fifteen():
-    suite = cards.read("suites", "zeroshot", cards.Suite)
+    suite = reader.read("suites", "zeroshot", Suite)
     assert list(suite.datasets) == FIFTEEN
     assert (suite.version, suite.norm, suite.n, suite.seed) == (1, "linf", 1000, 0)
     assert suite.eps == ("2/255", "4/255")
     assert set(suite.means["fare-13"]) == set(FIFTEEN) - {"food101", "sun397"}
     assert set(suite.means["without-pcam"]) == set(FIFTEEN) - {"pcam"}
-    assert cards.read("suites", "imagenet", cards.Suite).datasets == ("imagenet",)
+    assert reader.read("suites", "imagenet", Suite).datasets == ("imagenet",)
 
 
 def refusal(**changes):
     table = {key: value for key, value in (MINIMAL | changes).items() if value is not None}
     with pytest.raises(CardError) as caught:
-        cards.parse(table, cards.DatasetCard, "two.toml")
+        reader.parse(table, DatasetCard, "two.toml")
     message = str(caught.value)
     assert message.startswith("two.toml: ")
     assert "\n" not in message
@@ -193,7 +195,7 @@ def test_what_is_wrong_is_said_in_one_line(changes, says):
 
 
 def test_a_card_is_frozen_and_blank_names_are_legal():
-    card = cards.parse(MINIMAL | {"names": ["cat", ""]}, cards.DatasetCard, "two.toml")
+    card = reader.parse(MINIMAL | {"names": ["cat", ""]}, DatasetCard, "two.toml")
     assert card.names == ("cat", "")
     with pytest.raises(ValueError, match="frozen"):
         card.n_classes = 3
@@ -225,21 +227,21 @@ def test_files(tmp_path):
 def test_folders_of_further_cards(tmp_path):
     (tmp_path / "more.toml").write_text('name = "more"\ntitle = "One"\ndatasets = ["dtd"]\neps = ["1/255"]\n')
     try:
-        cards.include([tmp_path])
-        assert "more" in cards.names("suites")
-        assert "zeroshot" in cards.names("suites")
-        assert cards.read("suites", "more", cards.Suite).n == 1000
+        reader.include([tmp_path])
+        assert "more" in reader.names("suites")
+        assert "zeroshot" in reader.names("suites")
+        assert reader.read("suites", "more", Suite).n == 1000
     finally:
-        cards.include([])
-    assert "more" not in cards.names("suites")
+        reader.include([])
+    assert "more" not in reader.names("suites")
     with pytest.raises(InputError, match="no such folder"):
-        cards.include([tmp_path / "absent"])
+        reader.include([tmp_path / "absent"])
 
 
 def test_set():
     table = {"optim": {"lr": 0.1}, "seed": 0}
     settings = ["optim.lr=0.2", "optim.steps=7", "seed=3", "title=a b", 'name="x"', "lora.r=4", "eps=2/255"]
-    assert cards.override(table, settings) == {
+    assert overrides.override(table, settings) == {
         "optim": {"lr": 0.2, "steps": 7},
         "seed": 3,
         "title": "a b",
@@ -252,12 +254,12 @@ def test_set():
 @pytest.mark.parametrize("setting", ["seed", "=3", ""])
 def test_set_needs_a_key_and_a_value(setting):
     with pytest.raises(CardError, match="no '='"):
-        cards.override({}, [setting])
+        overrides.override({}, [setting])
 
 
 def test_set_does_not_enter_a_number():
     with pytest.raises(CardError, match="'seed' is not a table"):
-        cards.override({"seed": 0}, ["seed.deep=1"])
+        overrides.override({"seed": 0}, ["seed.deep=1"])
 
 
 @pytest.mark.parametrize(

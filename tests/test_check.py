@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from folders import NAMES, TEMPLATES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import check, layout, manifest, miniature
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError
@@ -137,14 +140,14 @@ def vlmrob(monkeypatch, *argv):
     except SystemExit as stop:
         return stop.code or 0
     finally:
-        cards.include([])
+        reader.include([])
     return 0
 
 
 def test_the_command_prints_a_table_and_exits_1_when_broken(tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
     for name in ("dtd", "pcam"):
-        miniature.make(cards.read("datasets", name, cards.DatasetCard), root, n=6)
+        miniature.make(reader.read("datasets", name, DatasetCard), root, n=6)
     assert vlmrob(monkeypatch, "data", "check", "--root", root) == 0
     said = capsys.readouterr()
     lines = [line.split("\t") for line in said.out.splitlines()[1:]]
@@ -165,8 +168,8 @@ def test_the_command_prints_a_table_and_exits_1_when_broken(tmp_path, monkeypatc
 
 
 def test_a_whole_suite_is_checked_by_its_name(tmp_path, monkeypatch, capsys):
-    suite = cards.read("suites", "zeroshot", cards.Suite)
-    miniature.make(cards.read("datasets", "dtd", cards.DatasetCard), tmp_path, n=2)
+    suite = reader.read("suites", "zeroshot", Suite)
+    miniature.make(reader.read("datasets", "dtd", DatasetCard), tmp_path, n=2)
     assert vlmrob(monkeypatch, "data", "check", "zeroshot", "--root", tmp_path) == 1
     states = [line.split("\t") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[0] for line in states] == list(suite.datasets)

@@ -12,9 +12,10 @@ from attack_models import blobs, classifier
 from torch import nn
 
 import robustbench_vlm
-from robustbench_vlm import cells, rng
-from robustbench_vlm.attacks import checks, derivatives, interface
+from robustbench_vlm import rng
+from robustbench_vlm.engine import gradient_check, interface, model_checks
 from robustbench_vlm.errors import AttackError
+from robustbench_vlm.evaluation import cells
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zeroshot import ZeroShot, text_bank
 
@@ -25,7 +26,7 @@ def examine(model, images=None, labels=None, rows=32, seed=0, **more):
     images = blobs(N, 10, seed=1)[0] if images is None else images
     labels = classifier()(images).argmax(1) if labels is None else labels
     keys = [f"image{i}" for i in range(len(images))]
-    return checks.examine(model, images, labels, keys, rows=rows, seed=seed, **more)
+    return model_checks.examine(model, images, labels, keys, rows=rows, seed=seed, **more)
 
 
 # --- honest models ------------------------------------------------------------------------------------------
@@ -219,11 +220,11 @@ def test_order_and_company_change_nothing_and_the_global_generator_is_left_alone
     labels = classifier()(images).argmax(1)
     keys = [f"image{i}" for i in range(40)]
     before = torch.get_rng_state()
-    straight = checks.examine(classifier(), images, labels, keys, rows=16, seed=0)
+    straight = model_checks.examine(classifier(), images, labels, keys, rows=16, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
-    turned = checks.examine(classifier(), images.flip(0), labels.flip(0), keys[::-1], rows=16, seed=0)
+    turned = model_checks.examine(classifier(), images.flip(0), labels.flip(0), keys[::-1], rows=16, seed=0)
     assert turned == straight
-    assert checks.examine(classifier(), images, labels, keys, rows=16, seed=1) != straight
+    assert model_checks.examine(classifier(), images, labels, keys, rows=16, seed=1) != straight
 
 
 @pytest.mark.parametrize(("rows", "n"), [(64, 24), (16, 24), (4, 24), (1, 24), (64, 1), (2, 1)])
@@ -265,7 +266,9 @@ def test_the_error_of_a_gradient_that_says_four_fifths_is_one_fifth():
 
     images, _ = blobs(4, 10, seed=1)
     zeros, oracle = torch.zeros(4, dtype=torch.int64), interface.Oracle(model)
-    errors = derivatives.errors(oracle, oracle.logits, images, zeros, list("abcd"), rows=4, seed=0, noise=0)
+    errors = gradient_check.errors(
+        oracle, oracle.logits, images, zeros, list("abcd"), rows=4, seed=0, noise=0
+    )
     # of the smallest step, which is the kindest here, rounding takes off up to a tenth of the slope of 0.8
     assert all(0.12 <= error <= 0.2001 for error in errors)
     assert len(errors) == 4
@@ -325,8 +328,8 @@ def test_a_cell_stores_its_checks_and_a_failed_one_is_a_flag(what, tmp_path):
 
 def test_checks_run_once_a_chain_and_not_for_finished_cells(what, tmp_path, monkeypatch):
     met = []
-    real = checks.examine
-    monkeypatch.setattr(checks, "examine", lambda *a, **k: met.append(k) or real(*a, **k))
+    real = model_checks.examine
+    monkeypatch.setattr(model_checks, "examine", lambda *a, **k: met.append(k) or real(*a, **k))
     chains = [toys.chain("one", "ce"), toys.chain("blind", "square")]
     order = toys.request(tmp_path, *chains, eps=("2/255", "4/255"))
     toys.run(what, order)

@@ -11,8 +11,8 @@ import doors
 import pytest
 import toys
 
-from robustbench_vlm import cards
-from robustbench_vlm.attacks.packages import torchattacks
+from robustbench_vlm.backends import torchattacks
+from robustbench_vlm.cards import reader
 
 VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
 
@@ -325,13 +325,13 @@ def test_numbers_out_of_range_are_wrong_input(vlmrob, line):
 
 
 def test_a_recipe_with_an_unknown_key(vlmrob, tmp_path):
-    text = (cards.home() / "recipes" / "tiny-tecoa.toml").read_text()
+    text = (reader.home() / "recipes" / "tiny-tecoa.toml").read_text()
     (tmp_path / "mine.toml").write_text(text.replace("weight_decay", "wieght_decay"))
     one_line(*vlmrob("train mine.toml"), "mine.toml", "optim.wieght_decay", "did you mean 'weight_decay'")
 
 
 def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(vlmrob, tmp_path):
-    text = (cards.home() / "attacks" / "pgd20.toml").read_text()
+    text = (reader.home() / "attacks" / "pgd20.toml").read_text()
     (tmp_path / "mine.toml").write_text(text.replace("random_start", "random_strat"))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
     one_line(*vlmrob(line), "random_strat", "did you mean 'random_start'")
@@ -349,7 +349,7 @@ def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(v
     ],
 )
 def test_a_chain_that_cannot_run_stops_before_the_model_is_loaded(vlmrob, tmp_path, chain, change, words):
-    text = (cards.home() / "attacks" / f"{chain}.toml").read_text()
+    text = (reader.home() / "attacks" / f"{chain}.toml").read_text()
     assert change[0] in text
     (tmp_path / "mine.toml").write_text(text.replace(*change))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
@@ -357,7 +357,7 @@ def test_a_chain_that_cannot_run_stops_before_the_model_is_loaded(vlmrob, tmp_pa
 
 
 def test_a_norm_that_an_attack_lacks_stops_before_the_model_is_loaded(vlmrob, tmp_path):
-    text = (cards.home() / "attacks" / "pgd20.toml").read_text()
+    text = (reader.home() / "attacks" / "pgd20.toml").read_text()
     (tmp_path / "mine.toml").write_text(text.replace('attack = "pgd"', 'attack = "test_api:OnlyLinf"'))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
     one_line(*vlmrob(line + " --norm l1 --eps 12"), "stage pgd20: norm 'l1'; expected linf; chains for l1")

@@ -7,7 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from robustbench_vlm import cards, catalogue, cost, registry
+from robustbench_vlm import catalogue
+from robustbench_vlm.cards import overrides, plugins, reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.training import cost
 from robustbench_vlm.types import Passes
 
 PROFILE = {  # open_clip, docs/model_profile.csv: GFLOP of an image forward, weights of both in millions
@@ -79,15 +82,15 @@ def test_weights_and_memory_are_those_of_the_built_tower(config):
 
 
 def recipe(name, **settings):
-    table = cards.toml(cards.path("recipes", name))
-    return cards.parse(
-        cards.override(table, [f"{k}={v}" for k, v in settings.items()]), cards.Recipe, "a test"
+    table = reader.toml(reader.path("recipes", name))
+    return reader.parse(
+        overrides.override(table, [f"{k}={v}" for k, v in settings.items()]), Recipe, "a test"
     )
 
 
 def gflop(name, student="ViT-B-32", attack=10, lora=False, **fields):
     """GFLOP of an image and step of a defense with a ViT-L-14 as every teacher but the anchor."""
-    defense = registry.build("defenses", name, fields, "a test")
+    defense = plugins.build("defenses", name, fields, "a test")
     steps = {"inner.steps": attack} if defense.adversarial else {}
     made = recipe(f"tiny-{name}", **steps, **({"lora.r": 16} if lora else {}))
     roles = {role: towers(student if role == "anchor" else "ViT-L-14")[0] for role in defense.teachers}
@@ -145,13 +148,13 @@ def test_sgd_keeps_one_moment_and_unknown_images_no_epochs():
     assert found["gib"]["gradients_and_moments"] == round(2 * student.parameters * 4 / 2**30, 3)
 
 
-@pytest.mark.parametrize("name", cards.names("recipes"))
+@pytest.mark.parametrize("name", reader.names("recipes"))
 def test_every_recipe_is_shown_resolved_and_estimated(name):
     shown = catalogue.details("recipe", name)
     json.dumps(shown)
     assert shown["optim"]["algorithm"] in ("adamw", "sgd")
     assert shown["inner"] is None or shown["inner"]["start"]
-    plugin = registry.get("defenses", shown["defense"]["name"])
+    plugin = plugins.get("defenses", shown["defense"]["name"])
     assert set(shown["defense"]) == {"name", *(field.name for field in dataclasses.fields(plugin))}
     assert set(shown["teachers"]) == set(plugin.teachers)
     estimate = shown["estimate"]
@@ -168,6 +171,6 @@ def test_the_papers_run_sees_an_eighth_of_imagenet():
 
 def test_a_teacher_that_must_be_downloaded_first_is_said_to_be_unknown():
     made = recipe("tiny-single-teacher", **{"teachers.robust": '"hf-hub:nobody/nothing"'})
-    defense = registry.build("defenses", "single-teacher", {}, "a test")
+    defense = plugins.build("defenses", "single-teacher", {}, "a test")
     said = catalogue.estimate(made, defense)["unknown"]
     assert said == "the architecture of robust 'hf-hub:nobody/nothing', which is not on this machine"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustbench_vlm import rng
-from robustbench_vlm.data import canvases, layout
+from robustbench_vlm.data import canvas_images, layout
 from robustbench_vlm.data.dataset import Entry, Split, folder_sha, majority, missing, open_split
 from robustbench_vlm.data.shards import Sample
 from robustbench_vlm.errors import DataError
@@ -68,7 +68,7 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     layout.write_texts(tmp_path / "wds_toy", NAMES, TEMPLATES)
     layout.write_split(tmp_path / "wds_toy", "test", rows, 500)
     split = open_split(card(size={}), tmp_path, "test")
-    images = canvases.sound(split, 8)
+    images = canvas_images.sound(split, 8)
     whole, floats = images.split, images.floats(range(1998))
     assert len(whole) == len(images) == len(images.kept) == len(images.sha256) == 1998
     assert len(whole.bad) == 2
@@ -80,11 +80,11 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     assert torch.equal(floats[i], torch.from_numpy(noise(100)).permute(2, 0, 1).to(torch.float32).div(255))
     assert whole.labels[i] == 100 % 3
     with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):
-        canvases.sound(split, 8, 0.0005)
+        canvas_images.sound(split, 8, 0.0005)
     with pytest.raises(DataError, match="s0000007"):
         split.images(8)
     clean = split.subset(5)
-    assert canvases.sound(clean, 8).split is clean
+    assert canvas_images.sound(clean, 8).split is clean
 
 
 def test_model_canvas_takes_the_models_size(tmp_path):

@@ -8,13 +8,16 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from worlds import INNER
 
-from robustbench_vlm import cards, registry, store, train
+from robustbench_vlm import store
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.defenses.losses import at_once
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.training import loop
 from robustbench_vlm.types import Priced
 
 CPU = torch.device("cpu")
-NAMES = registry.names("defenses")
+NAMES = plugins.names("defenses")
 K = INNER["steps"]
 PRICED = [
     *((name, {}) for name in NAMES),
@@ -30,8 +33,8 @@ PRICED = [
 
 def recipe_of(toy, name, fields=None, **changes):
     """A short recipe of any defense: its teachers, and start and mode of the attack as in its tiny recipe."""
-    plugin = registry.get("defenses", name)
-    known = cards.read("recipes", f"tiny-{name}", cards.Recipe)
+    plugin = plugins.get("defenses", name)
+    known = reader.read("recipes", f"tiny-{name}", Recipe)
     inner = known.inner and INNER | {"start": known.inner.start, "mode": known.inner.mode}
     prompts = known.prompts and {"image": 1, "text": 1, "depth": 2}
     table = {"defense": {"name": name, **(fields or {})}, "inner": inner, "prompts": prompts}
@@ -39,12 +42,12 @@ def recipe_of(toy, name, fields=None, **changes):
 
 
 def prepared(toy, tmp_path, recipe):
-    setup = train.prepare(recipe, toy.data, CPU)
-    return setup, train._begin(setup, tmp_path)
+    setup = loop.prepare(recipe, toy.data, CPU)
+    return setup, loop._begin(setup, tmp_path)
 
 
 def first_batch(setup, size=8):
-    return next(train.loader.batches(setup.split, size, 3, 0, 1, 32))
+    return next(loop.loader.batches(setup.split, size, 3, 0, 1, 32))
 
 
 def watched(setup):
@@ -63,11 +66,11 @@ def watched(setup):
 
 @pytest.mark.parametrize(("name", "fields"), PRICED, ids=str)
 def test_a_step_costs_what_its_defense_says_and_runs_in_the_recipes_mode(toy, tmp_path, name, fields):
-    defense = registry.build("defenses", name, fields, "a test")
+    defense = plugins.build("defenses", name, fields, "a test")
     recipe = recipe_of(toy, name, fields, teachers=toy.teachers(*defense.teachers))
     setup, state = prepared(toy, tmp_path, recipe)
     seen = watched(setup)
-    train.advance(setup, state, first_batch(setup))
+    loop.advance(setup, state, first_batch(setup))
     assert isinstance(setup.defense, Priced)
     passes = setup.defense.passes()
     steps = K if setup.defense.adversarial else 0
@@ -89,13 +92,13 @@ def test_modes_are_those_of_the_sources():
     """As published: the TeCoA family, ARD and IAD attack in train mode, all others in eval mode."""
     modes = {}
     for name in NAMES:
-        inner = cards.read("recipes", f"tiny-{name}", cards.Recipe).inner
+        inner = reader.read("recipes", f"tiny-{name}", Recipe).inner
         modes[name] = (inner.start, inner.mode) if inner else None
     train_mode = {name for name, mode in modes.items() if mode and mode[1] == "train"}
     assert train_mode == {"pmg-aft", "tga-zsr", "ard", "iad"}
     assert {n for n, m in modes.items() if m and m[0] == "gaussian"} == {"rslad", "adaad", "mtard", "b-mtard"}
     assert {n for n, m in modes.items() if m is None} == {"clean", "ammkd"}
-    paper = cards.read("recipes", "paper-tecoa-original", cards.Recipe).inner
+    paper = reader.read("recipes", "paper-tecoa-original", Recipe).inner
     assert (paper.start, paper.mode) == ("uniform", "train")
 
 
@@ -111,10 +114,10 @@ def with_batch_norm(setup):
 @pytest.mark.parametrize(("mode", "updates"), [("eval", 2), ("train", 2 + K)])
 def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, updates):
     recipe = toy.recipe("mmt-ard", "robust", "clean", inner={**INNER, "mode": mode})
-    setup = with_batch_norm(train.prepare(recipe, toy.data, CPU))
-    state = train._begin(setup, tmp_path)
+    setup = with_batch_norm(loop.prepare(recipe, toy.data, CPU))
+    state = loop._begin(setup, tmp_path)
     before = setup.model.visual.bn1.running_mean.clone()
-    train.advance(setup, state, first_batch(setup))
+    loop.advance(setup, state, first_batch(setup))
     assert setup.model.visual.bn1.num_batches_tracked.item() == updates
     assert not torch.equal(setup.model.visual.bn1.running_mean, before)
     assert not setup.model.visual.bn1.training
@@ -123,7 +126,7 @@ def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, up
 def attacked_with(toy, mode, dropout):
     """The adversarial images of a first step, with adapters that matter."""
     lora = {"r": 4, "alpha": 400, "dropout": dropout}
-    setup = train.prepare(toy.recipe("tecoa", inner={**INNER, "mode": mode}, lora=lora), toy.data, CPU)
+    setup = loop.prepare(toy.recipe("tecoa", inner={**INNER, "mode": mode}, lora=lora), toy.data, CPU)
     with torch.no_grad():
         for name, parameter in setup.parameters().items():
             if "lora_B" in name:
@@ -131,7 +134,7 @@ def attacked_with(toy, mode, dropout):
     kept = []
     object.__setattr__(setup, "defense", Spy(setup.defense, kept))
     torch.rand(3)  # the global generator moves on; nothing may depend on it
-    train.advance(setup, train.State(0, train._optimiser(setup), {}), first_batch(setup))
+    loop.advance(setup, loop.State(0, loop._optimiser(setup), {}), first_batch(setup))
     return kept[0]
 
 
@@ -160,7 +163,7 @@ def test_starts_are_where_the_recipe_says(toy):
     names = ["a", "b", "c"]
 
     def start(how):
-        return train._start(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
+        return loop._start(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
 
     eps = 4 / 255
     inside, outside, near = start("uniform"), start("unclipped"), start("gaussian")
@@ -171,7 +174,7 @@ def test_starts_are_where_the_recipe_says(toy):
     torch.testing.assert_close(outside.clamp(0, 1), inside)
     assert ((outside - images).abs().amax((1, 2, 3)) > 0.9 * eps).all()
     assert (near - images).std().item() == pytest.approx(0.001, rel=0.1)
-    assert torch.equal(near[1:2], train._start(
+    assert torch.equal(near[1:2], loop._start(
         toy.recipe("tecoa", inner={**INNER, "start": "gaussian"}).inner, images[1:2], names[1:2]
     ))  # fmt: skip
 
@@ -185,7 +188,7 @@ def test_sgd_is_the_rule_with_momentum(toy, tmp_path):
     velocity, rates = torch.zeros_like(weight), [0.1, 0.05]
     for step in range(2):
         before = weight.detach().clone()
-        line = train.advance(setup, state, first_batch(setup))
+        line = loop.advance(setup, state, first_batch(setup))
         assert line["lr"] == pytest.approx(rates[step])
         velocity = 0.9 * velocity + weight.grad
         torch.testing.assert_close(weight.detach(), before - rates[step] * velocity)
@@ -214,11 +217,11 @@ def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fiel
     optim = {"lr": 1e-2, "steps": 4, "warmup": 1, "batch_size": 8, **sgd}
     recipe = recipe_of(toy, name, fields, optim=optim, checkpoint_every=1)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    train.run(recipe, whole, toy.data, CPU, lambda line: None)
+    loop.run(recipe, whole, toy.data, CPU, lambda line: None)
     for step in (2, 3):
         with pytest.raises(Stopped):
-            train.run(recipe, torn, toy.data, CPU, stop_after(step))
-    train.run(recipe, torn, toy.data, CPU, lambda line: None)
+            loop.run(recipe, torn, toy.data, CPU, stop_after(step))
+    loop.run(recipe, torn, toy.data, CPU, lambda line: None)
     for file in ("image.safetensors", "card.json"):
         assert (torn / file).read_bytes() == (whole / file).read_bytes(), file
     a, b = (load_file(folder / "checkpoints" / "step_0000004.safetensors") for folder in (whole, torn))
@@ -242,8 +245,8 @@ def test_carries_change_from_step_to_step(toy, tmp_path):
     for name in ("mtard", "b-mtard"):
         setup, state = prepared(toy, tmp_path, recipe_of(toy, name))
         weights = []
-        for batch in train.loader.batches(setup.split, 8, 3, 0, 3, 32):
-            train.advance(setup, state, batch)
+        for batch in loop.loader.batches(setup.split, 8, 3, 0, 3, 32):
+            loop.advance(setup, state, batch)
             state.step += 1
             weights.append(state.carry["weight"])
         assert not torch.equal(weights[0], weights[2])
@@ -268,7 +271,7 @@ def test_patch_tokens_begin_with_the_embedding_and_share_its_projection(toy, tmp
 
 
 def test_a_tower_without_a_class_token_is_refused_by_tga_zsr_in_one_line(toy, tmp_path):
-    setup = with_batch_norm(train.prepare(recipe_of(toy, "tga-zsr"), toy.data, CPU))
+    setup = with_batch_norm(loop.prepare(recipe_of(toy, "tga-zsr"), toy.data, CPU))
     with pytest.raises(InputError, match="patch tokens: vlmrob-tiny has no class token") as error:
         setup.defense.require(setup.roles)
     assert "\n" not in str(error.value)
@@ -282,19 +285,19 @@ def trained_teacher(toy, folder, template):
         "clean", inner=None, optim={"lr": 1e-3, "steps": 1, "batch_size": 4},
         data={"dataset": "toy", "template": template},
     )  # fmt: skip
-    return str(train.run(recipe, folder, toy.data, CPU, lambda line: None))
+    return str(loop.run(recipe, folder, toy.data, CPU, lambda line: None))
 
 
 def test_a_teacher_of_other_sentences_is_refused_in_one_line(toy, tmp_path):
     teacher = trained_teacher(toy, tmp_path / "teacher", "a {c} picture")
     table = toy.table("single-teacher", "robust") | {"teachers": {"robust": teacher}}
-    recipe = cards.parse(table, cards.Recipe, "a test")
+    recipe = reader.parse(table, Recipe, "a test")
     with pytest.raises(InputError, match=r"trained with the sentences 'a \{c\} picture'") as e:
-        train.run(recipe, tmp_path / "out", toy.data, CPU, lambda line: None)
+        loop.run(recipe, tmp_path / "out", toy.data, CPU, lambda line: None)
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
     same = table | {"data": {"dataset": "toy", "template": "a {c} picture"}}
-    train.prepare(cards.parse(same, cards.Recipe, "a test"), toy.data, CPU)
+    loop.prepare(reader.parse(same, Recipe, "a test"), toy.data, CPU)
 
 
 def test_clean_and_adversarial_images_share_a_forward_unless_rows_see_each_other(toy, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
 
-from robustbench_vlm import registry
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.defenses import losses
 from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.types import Batch, Roles, Step
@@ -19,7 +19,7 @@ I = np.arange(B)  # noqa: E741 - index of the images
 
 
 def build(name, **fields):
-    return registry.build("defenses", name, fields, "a test")
+    return plugins.build("defenses", name, fields, "a test")
 
 
 class Scene:

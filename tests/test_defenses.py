@@ -6,14 +6,14 @@ import pytest
 import torch
 from worlds import twin
 
-from robustbench_vlm import registry
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.errors import TrainingError
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import held
 from robustbench_vlm.models.zeroshot import render, text_bank
 from robustbench_vlm.types import Batch, Roles, Step
 
-NAMES = registry.names("defenses")
+NAMES = plugins.names("defenses")
 ROLES = ("robust", "clean", "anchor", "first", "second")
 VARIANTS = [
     *((name, {}) for name in NAMES),
@@ -39,7 +39,7 @@ B = 4
 
 
 def build(name, fields=None):
-    return registry.build("defenses", name, fields or {}, "a test")
+    return plugins.build("defenses", name, fields or {}, "a test")
 
 
 @pytest.fixture(scope="module")

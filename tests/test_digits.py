@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from robustbench_vlm import cards
-from robustbench_vlm.cards import DatasetCard, Recipe, Suite
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.suite import Suite
 
 HOME = Path(__file__).parent.parent
 CARDS = HOME / "benchmarks" / "digits"
@@ -98,7 +100,7 @@ def follow(typed, data, drawn, options=""):
 
 
 def test_the_script_writes_what_the_card_says_and_no_scan_is_in_two_splits(data):
-    card = cards.read("datasets", str(CARDS / "datasets" / "my-digits.toml"), DatasetCard)
+    card = reader.read("datasets", str(CARDS / "datasets" / "my-digits.toml"), DatasetCard)
     seen = {}
     for split, size in card.size.items():
         folders = sorted((data / card.folder / split).iterdir())
@@ -114,12 +116,12 @@ def test_the_script_writes_what_the_card_says_and_no_scan_is_in_two_splits(data)
 
 
 def test_the_cards_are_sound_and_training_never_looks_at_the_test_split():
-    suite = cards.read("suites", str(CARDS / "my-digits.toml"), Suite)
+    suite = reader.read("suites", str(CARDS / "my-digits.toml"), Suite)
     assert (suite.split, suite.n) == ("test", 0)
     recipes = sorted((CARDS / "recipes").glob("*.toml"))
     assert {*TRAINED} <= {path.stem for path in recipes}
     for path in recipes:
-        recipe = cards.read("recipes", str(path), Recipe)
+        recipe = reader.read("recipes", str(path), Recipe)
         assert recipe.name == path.stem
         assert (recipe.data.split, recipe.probe.split, recipe.probe.n) == ("train", "val", 0)
         assert recipe.inner is None or recipe.inner.eps in suite.eps
@@ -210,7 +212,7 @@ def test_an_export_of_several_splits_is_judged_on_the_test_split_and_tells_what_
     assert "counts no" not in train.err
     assert "note: the card of mine counts no val: add val = 186 to its size" in val.err
     assert "note: the card of mine counts no test: add test = 334 to its size" in test.err
-    assert cards.read("suites", "own/cards/mine.toml", Suite).split == "test"
+    assert reader.read("suites", "own/cards/mine.toml", Suite).split == "test"
     said = vlmrob("data check mine --root own --split val --include own/cards --json")
     (found,) = json.loads(said.out)
     assert (said.code, found["split"], found["images"]) == (0, "val", 186)

@@ -9,9 +9,10 @@ import torch
 from test_train import write_recipe
 from worlds import INNER
 
-from robustbench_vlm import embeddings, prepare, store, train
+from robustbench_vlm import store
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
+from robustbench_vlm.training import loop, prepare, teacher_cache
 from robustbench_vlm.types import Batch
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def recipe_of(toy, **changes):
 
 
 def trained(toy, recipe, out, cache):
-    train.run(recipe, out, toy.data, CPU, quiet, cache)
+    loop.run(recipe, out, toy.data, CPU, quiet, cache)
     return (out / "image.safetensors").read_bytes()
 
 
@@ -41,9 +42,9 @@ def calls_of(setup, role):
 
 
 def steps(setup, tmp_path, first=0, last=6):
-    state = train._begin(setup, tmp_path)
+    state = loop._begin(setup, tmp_path)
     for batch in loader.batches(setup.split, 8, 3, first, last, 32):
-        train.advance(setup, state, batch)
+        loop.advance(setup, state, batch)
         state.step += 1
 
 
@@ -157,9 +158,9 @@ def test_the_command_keeps_them_unless_told(toy, tmp_path, monkeypatch, capsys):
     path = write_recipe(tmp_path, toy.table("mmt-ard", *ROLES))
     line = ["--include", toy.cards, "train", path, "--data-root", toy.data]
     assert doors.typed(monkeypatch, *line, "--out", "a", "--no-cache") == 0
-    assert not embeddings.folder().exists()
+    assert not teacher_cache.folder().exists()
     assert doors.typed(monkeypatch, *line, "--out", "b") == 0
-    assert len(files(embeddings.folder(), ".rows")) == 2
+    assert len(files(teacher_cache.folder(), ".rows")) == 2
     assert Path("a/image.safetensors").read_bytes() == Path("b/image.safetensors").read_bytes()
     capsys.readouterr()
 
@@ -186,8 +187,8 @@ def test_fused_adamw_is_of_adamw(toy):
 def first_line(toy, tmp_path, **changes):
     """The log line of the first step, the step's gradient by parameter, and the student."""
     setup = prepare.prepare(recipe_of(toy, **changes), toy.data, CPU)
-    state = train._begin(setup, tmp_path / "none")
-    line = train.advance(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    state = loop._begin(setup, tmp_path / "none")
+    line = loop.advance(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
     return line, {n: p.grad.clone() for n, p in setup.parameters().items() if p.grad is not None}, setup
 
 
@@ -219,11 +220,11 @@ def test_kernels_change_a_step_by_rounding_alone_and_a_stopped_run_goes_on(toy, 
         tmp_path / "cut" / "recipe.json",
         {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")},
     )
-    state = train._begin(setup, tmp_path / "cut")
+    state = loop._begin(setup, tmp_path / "cut")
     for batch in loader.batches(setup.split, 8, 3, 0, 4, 32):
-        train.advance(setup, state, batch)
+        loop.advance(setup, state, batch)
         state.step += 1
-    train._keep(tmp_path / "cut", setup, state)
+    loop._keep(tmp_path / "cut", setup, state)
     assert trained(toy, recipe, tmp_path / "cut", None) == whole
 
 

@@ -15,14 +15,15 @@ import toys
 from attack_models import blobs, classifier, findings
 from kills import forks, killed, outcome
 
-from robustbench_vlm.attacks import canonical, engine, engines
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
-from robustbench_vlm.attacks.blocks import Block
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.backends import backend
+from robustbench_vlm.engine import canonical, scheduler
+from robustbench_vlm.engine.job import Block
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 100
@@ -81,7 +82,7 @@ def test_stages_that_share_rows_find_the_same_in_any_order():
 
     def run(order, live):
         found = {}
-        engine.run(
+        scheduler.run(
             model, images[order], labels[order], [f"image/{i}" for i in order], stages, THREATS["linf"],
             seed=0, n_classes=10, rows=ROWS, live=live,
             on_finding=lambda finding: found.__setitem__((finding.key, finding.stage), finding),
@@ -126,8 +127,8 @@ def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
 
         opened.clear()
         most.clear()
-        cost = engines.stream(
-            engines.Means(), model, cut(size), stages, THREATS["linf"], seed=0, n_classes=10, rows=8,
+        cost = backend.stream(
+            backend.Means(), model, cut(size), stages, THREATS["linf"], seed=0, n_classes=10, rows=8,
             on_finding=take,
         )  # fmt: skip
         return found, cost, when

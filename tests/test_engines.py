@@ -10,18 +10,19 @@ import torch
 from attack_models import blobs, classifier
 from torch import nn
 
-from robustbench_vlm.attacks import canonical, engines, packages
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
-from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.fgsm import Fgsm
-from robustbench_vlm.attacks.finder import Sight
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
-from robustbench_vlm.attacks.packages import Order, autoattack, torchattacks
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.backends import autoattack, backend, packages, torchattacks
+from robustbench_vlm.backends.backend import Means
+from robustbench_vlm.backends.packages import Order
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine.attacked_view import Sight
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 
@@ -46,7 +47,7 @@ def run(means, model, images, labels, stages=CHAIN, threat=LINF, **more):
     found, keys = {}, [f"i{i}" for i in range(len(images))]
     more = {"seed": 0, "n_classes": 10, "rows": ROWS, **more}
     clean = canonical.logits(model, images, ROWS) if len(images) else torch.empty(0, 10)
-    cost = engines.chain(
+    cost = backend.chain(
         means, model, images, labels, keys, stages, threat, clean=clean,
         on_finding=lambda f: found.__setitem__(f.key, f), **more,
     )  # fmt: skip
@@ -98,7 +99,7 @@ def test_a_missing_package_says_how_to_install_it(module, message, monkeypatch):
     monkeypatch.setattr(module, "NAMES", ("no_such_package",))
     with pytest.raises(InputError, match=message):
         module.package()
-    assert engines.there()[module.__name__.rsplit(".", 1)[-1]] == ("", module.INSTALL)
+    assert backend.there()[module.__name__.rsplit(".", 1)[-1]] == ("", module.INSTALL)
 
 
 def test_a_package_that_lacks_a_module_says_which(tmp_path, monkeypatch):
@@ -110,9 +111,9 @@ def test_a_package_that_lacks_a_module_says_which(tmp_path, monkeypatch):
 
 def test_what_is_left_is_run_alone_or_in_the_batches_that_it_was_in():
     members, left = list(range(10)), {1, 2, 9}
-    assert engines.batches(Means(), members, left, 4) == [1, 2, 9]
-    assert engines.batches(Means(mode="reference"), members, left, 4) == [0, 1, 2, 3, 8, 9]
-    assert engines.batches(Means(mode="reference"), members, {}, 4) == []
+    assert backend.batches(Means(), members, left, 4) == [1, 2, 9]
+    assert backend.batches(Means(mode="reference"), members, left, 4) == [0, 1, 2, 3, 8, 9]
+    assert backend.batches(Means(mode="reference"), members, {}, 4) == []
 
 
 # --- the reference mode ------------------------------------------------------------------------------------
@@ -201,13 +202,13 @@ def test_rows_with_nan_are_errors_and_no_verdict(means):
 )
 def test_what_has_no_reference_mode_is_refused(attack, threat, stop, message):
     with pytest.raises(InputError, match=message):
-        engines.refuse(Means(mode="reference"), [("s", attack)], threat, n_classes=10, stop=stop)
+        backend.refuse(Means(mode="reference"), [("s", attack)], threat, n_classes=10, stop=stop)
 
 
 def test_live_rows_are_refused_where_batches_decide():
     with pytest.raises(InputError, match="--batch-size 4: native reference draws its noise in batches"):
-        engines.refuse(Means(mode="reference"), CHAIN, LINF, n_classes=10, stop="first", live=4)
-    engines.refuse(Means(), CHAIN, LINF, n_classes=10, stop="first", live=4)
+        backend.refuse(Means(mode="reference"), CHAIN, LINF, n_classes=10, stop="first", live=4)
+    backend.refuse(Means(), CHAIN, LINF, n_classes=10, stop="first", live=4)
 
 
 # --- what packages are asked for ---------------------------------------------------------------------------

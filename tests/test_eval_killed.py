@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import toys
 
-from robustbench_vlm import verdicts
+from robustbench_vlm.results import verdicts
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ import torch
 import toys
 from safetensors.torch import load_file
 
-from robustbench_vlm import cells, store, verdicts
-from robustbench_vlm.attacks import canonical
+from robustbench_vlm import store
 from robustbench_vlm.data.dataset import open_split
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.evaluation import cells
 from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat
 
 FULL = ("ce", "t", "fab", "square")

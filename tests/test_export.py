@@ -10,7 +10,8 @@ from doors import typed as vlmrob
 from folders import encode, noise
 from PIL import Image
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.dataset import folder_sha, open_split
 from robustbench_vlm.errors import DataError
 
@@ -28,7 +29,7 @@ def tree(folder, classes=CLASSES, n=4, px=40):
 
 
 def opened(root, name):
-    return open_split(cards.read("datasets", name, cards.DatasetCard), root, "test")
+    return open_split(reader.read("datasets", name, DatasetCard), root, "test")
 
 
 def identity(split):
@@ -51,8 +52,8 @@ def test_folders_and_their_export_are_one_dataset(tmp_path, monkeypatch, capsys)
         vlmrob(monkeypatch, "--include", to / "cards", "data", "check", "pets3", "--root", to, "--decode")
         == 0
     )
-    cards.include([to / "cards"])
-    card = cards.read("datasets", "pets3", cards.DatasetCard)
+    reader.include([to / "cards"])
+    card = reader.read("datasets", "pets3", DatasetCard)
     assert card.names == ("cat", "dog", "red fox")
     before, after = opened(tmp_path / "a", "pets3"), opened(to, "pets3")
     assert before.keys == after.keys
@@ -60,7 +61,7 @@ def test_folders_and_their_export_are_one_dataset(tmp_path, monkeypatch, capsys)
     assert before.sha256 == after.sha256
     assert identity(before) == identity(after)
     assert before.subset(5).keys == after.subset(5).keys
-    cards.include([])
+    reader.include([])
 
 
 def test_verdicts_bear_the_same_keys_and_say_the_same(tmp_path, monkeypatch, capsys):
@@ -107,11 +108,11 @@ def test_records_of_images_and_labels(tmp_path, monkeypatch, capsys):
     (tmp_path / "names.txt").write_text("meme\nhatespeech meme\n")
     line = ["data", "export", tmp_path / "test.jsonl", "--to", tmp_path / "out", "--name", "memes3"]
     assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 0
-    cards.include([tmp_path / "out/cards"])
+    reader.include([tmp_path / "out/cards"])
     split = opened(tmp_path / "out", "memes3")
     assert split.keys == tuple(f"memes3/test/img/{i}.png" for i in range(3))
     assert split.labels.tolist() == [0, 1, 0]
-    cards.include([])
+    reader.include([])
     bad_lines = [
         *('{"img": "../x.png", "label": 0}', '{"img": "img/9.png", "label": 0}', "[]", "{", ""),
         *('{"img": 1, "label": 0}', '{"img": "img/0.png", "label": -1}', '{"img": "img/0.png"}'),
@@ -147,13 +148,13 @@ def test_a_torchvision_dataset_keeps_its_pixels_and_order(tmp_path, monkeypatch,
         tmp_path / "out",
     ]
     assert vlmrob(monkeypatch, *line, "--name", "rivers") == 0
-    cards.include([tmp_path / "out/cards"])
+    reader.include([tmp_path / "out/cards"])
     split = opened(tmp_path / "out", "rivers")
     assert split.keys == tuple(f"rivers/test/s{i:07d}" for i in range(3))
     assert split.labels.tolist() == [0, 1, 1]
     assert split.card.names == ("Forest", "River")
     assert np.array_equal(split.read(0, 64).pixels, noise(1, 64))
-    cards.include([])
+    reader.include([])
     assert vlmrob(monkeypatch, "data", "export", "torchvision:EuroSAX", "--to", tmp_path) == 2
     assert "did you mean 'EuroSAT'" in capsys.readouterr().err
     assert FakeData
@@ -187,11 +188,11 @@ def test_an_export_for_a_card_of_ones_own_goes_to_the_folder_that_it_names(tmp_p
     line = ["--include", tmp_path / "cards", "data", "export", tmp_path / "src", "--name", "pets4"]
     assert vlmrob(monkeypatch, *line, "--to", tmp_path / "out") == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out/elsewhere")
-    cards.include([tmp_path / "cards"])
+    reader.include([tmp_path / "cards"])
     assert len(opened(tmp_path / "out", "pets4")) == 12
     tree(tmp_path / "in/elsewhere/test")
     line[4] = tmp_path / "in/elsewhere/test"
     before = sorted((tmp_path / "in").rglob("*"))
     assert vlmrob(monkeypatch, *line, "--to", tmp_path / "in") == 2  # onto itself
     assert not set(before) - set((tmp_path / "in").rglob("*"))
-    cards.include([])
+    reader.include([])

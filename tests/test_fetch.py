@@ -8,7 +8,9 @@ import pytest
 from folders import NAMES, TEMPLATES, samples
 from hub_server import SHA, Hub, serving
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import fetch, hub, layout, manifest
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError, Incomplete, InputError
@@ -43,14 +45,14 @@ def origin(tmp_path, monkeypatch):
     (tmp_path / "cards/datasets/toy.toml").write_text(CARD.replace("REV", SHA))
     served = Hub("clip-benchmark/wds_toy", files | other)
     served.wanted = files
-    cards.include([tmp_path / "cards"])
+    reader.include([tmp_path / "cards"])
     with serving(served):
         yield served
-    cards.include([])
+    reader.include([])
 
 
 def card():
-    return cards.read("datasets", "toy", cards.DatasetCard)
+    return reader.read("datasets", "toy", DatasetCard)
 
 
 def parcel(origin, root):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from attack_models import blobs, classifier
 
-from robustbench_vlm.attacks import engine, finder
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.engine import attacked_view, scheduler
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -21,7 +21,7 @@ CE = (("ce", Apgd("ce", 20, 0.75, 1, 0)),)
 
 def run(model, images, labels, find=None, stages=CE):
     found = {}
-    cost = engine.run(
+    cost = scheduler.run(
         model, images, labels, [str(i) for i in range(len(images))], stages, THREAT, seed=0,
         n_classes=10, rows=ROWS, find=find, on_finding=lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
@@ -38,7 +38,7 @@ def data(n=40):
 def test_bf16_finds_and_fp32_decides():
     model, images, labels = data()
     plain, _ = run(model, images, labels)
-    low = finder.finder(model, finder.Sight("bf16"), images[:ROWS])
+    low = attacked_view.finder(model, attacked_view.Sight("bf16"), images[:ROWS])
     assert low(images[:ROWS]).dtype == torch.bfloat16
     found, _ = run(model, images, labels, low)
     for a, b in zip(plain, found, strict=True):
@@ -89,7 +89,7 @@ def test_what_can_be_differentiated_only_once_is_asked_only_once():
 @pytest.mark.slow
 def test_compiled_finding_gives_the_same_verdicts():
     model, images, labels = data()
-    seen = finder.finder(model, finder.Sight(compiled=True), images[:ROWS])
+    seen = attacked_view.finder(model, attacked_view.Sight(compiled=True), images[:ROWS])
     plain, _ = run(model, images, labels)
     found, _ = run(model, images, labels, seen)
     for a, b in zip(plain, found, strict=True):
@@ -99,9 +99,9 @@ def test_compiled_finding_gives_the_same_verdicts():
 def test_graphs_need_a_device_and_precision_a_name():
     model, images, _ = data()
     with pytest.raises(InputError, match="CUDA graphs"):
-        finder.finder(model, finder.Sight(graphs=True), images[:ROWS])
+        attacked_view.finder(model, attacked_view.Sight(graphs=True), images[:ROWS])
     with pytest.raises(InputError, match="fp32 or bf16"):
-        finder.Sight("fp16")
+        attacked_view.Sight("fp16")
 
 
 @pytest.mark.gpu
@@ -109,15 +109,19 @@ def test_graphs_replay_the_same_numbers():
     model, images, labels = data()
     model, images, labels = model.to("cuda"), images.to("cuda"), labels.to("cuda")
     plain, _ = run(model, images, labels)
-    found, _ = run(model, images, labels, finder.finder(model, finder.Sight(graphs=True), images[:ROWS]))
+    found, _ = run(
+        model, images, labels, attacked_view.finder(model, attacked_view.Sight(graphs=True), images[:ROWS])
+    )
     assert [f.broken for f in plain] == [f.broken for f in found]
     for a, b in zip(plain, found, strict=True):
         assert torch.equal(a.adv, b.adv)
 
 
 def test_labels_say_what_may_change_rounding():
-    assert finder.PLAIN.label == "fp32"
-    assert finder.Sight("bf16", tf32=True, compiled=True, graphs=True).label == "bf16-find+tf32+compiled"
+    assert attacked_view.PLAIN.label == "fp32"
+    assert (
+        attacked_view.Sight("bf16", tf32=True, compiled=True, graphs=True).label == "bf16-find+tf32+compiled"
+    )
 
 
 def test_numerics_are_given_back():
@@ -131,9 +135,9 @@ def test_numerics_are_given_back():
         )
 
     before = settings()
-    with finder.numerics():
+    with attacked_view.numerics():
         assert settings()[:3] == ("ieee", "ieee", True)
     assert settings() == before
-    with finder.numerics(tf32=True):
+    with attacked_view.numerics(tf32=True):
         assert settings()[:2] == ("tf32", "tf32")
     assert settings() == before

@@ -11,7 +11,8 @@ from torch import nn
 from worlds import tilted
 
 from robustbench_vlm.errors import InputError, WeightsError
-from robustbench_vlm.models import checkpoint, convert, foreign, lora, naming, openclip, zoo
+from robustbench_vlm.models import checkpoint, convert, lora, openclip, zoo
+from robustbench_vlm.models.foreign import naming, weights_file
 
 ARCH = "vlmrob-tiny:random"
 
@@ -301,7 +302,7 @@ def test_the_names_of_transformers_for_real_sizes_fit_open_clip_exactly():
     sizes["vision_config"] = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}
     sizes["vision_config"] |= {"num_attention_heads": 16, "intermediate_size": 4096}
     sizes["text_config"] = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-    assert foreign._architecture(sizes, "LEAF") == ("ViT-L-14", True)
+    assert weights_file._architecture(sizes, "LEAF") == ("ViT-L-14", True)
 
 
 @pytest.mark.parametrize(

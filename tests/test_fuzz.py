@@ -14,7 +14,7 @@ from folders import encode, noise, one_shard, samples, tar_bytes
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
 from robustbench_vlm.data import pixels
 from robustbench_vlm.data.shards import index_shards
 from robustbench_vlm.errors import InputError
@@ -22,8 +22,8 @@ from robustbench_vlm.errors import InputError
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "600"))
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 TEXTS = {
-    kind: [(cards.home() / folder / f"{name}.toml").read_text() for name in cards.names(kind)]
-    for kind, (folder, _) in cards.FOLDERS.items()
+    kind: [(reader.home() / folder / f"{name}.toml").read_text() for name in reader.names(kind)]
+    for kind, (folder, _) in reader.FOLDERS.items()
 }
 SPLICE = (
     "[[stage]]",
@@ -121,7 +121,7 @@ def card_texts(folder, kind, which, edits, splice):
     content = damaged((text[:at] + splice + text[at:]).encode(), edits[1:])
     path = folder / "card.toml"
     path.write_bytes(content)
-    one_line(lambda: cards.read(kind, str(path), cards.FOLDERS[kind][1]))
+    one_line(lambda: reader.read(kind, str(path), reader.FOLDERS[kind][1]))
 
 
 leaves = st.one_of(
@@ -141,7 +141,7 @@ values = st.recursive(
 def card_tables(folder, kind, which, key, value):
     table = tomllib.loads(TEXTS[kind][which % len(TEXTS[kind])])
     table[list(table)[key % len(table)]] = value
-    one_line(lambda: cards.parse(table, cards.FOLDERS[kind][1], "card"))
+    one_line(lambda: reader.parse(table, reader.FOLDERS[kind][1], "card"))
 
 
 PROPERTIES = {

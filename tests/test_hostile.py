@@ -12,7 +12,8 @@ import pytest
 from folders import NAMES, TEMPLATES, encode, noise, tar_bytes
 from PIL import Image
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
 from robustbench_vlm.data import layout
 
 CARD = f"""name = "toy"
@@ -175,7 +176,7 @@ def told(tmp_path, monkeypatch, capsys, code, content=None, *, name="toy"):
     except SystemExit as end:
         stop = end.code or 0
     finally:
-        cards.include([])
+        reader.include([])
     said = capsys.readouterr()
     lines = [text for text in said.err.splitlines() if text.startswith(("problem: ", "error: "))]
     assert stop == code, said.err

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from worlds import tilted
 
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import convert, sandbox, zoo
-from robustbench_vlm.models.archives import convert as read_archive
-from robustbench_vlm.models.pickled import Machine, RefusedError
+from robustbench_vlm.models import convert, zoo
+from robustbench_vlm.models.foreign import sandbox
+from robustbench_vlm.models.foreign.archives import convert as read_archive
+from robustbench_vlm.models.foreign.pickled import Machine, RefusedError
 
 ARCH = "vlmrob-tiny:random"
 ORDERED = b"ccollections\nOrderedDict\n)R"
@@ -255,7 +256,7 @@ def test_the_limits_of_memory_and_time_hold(tmp_path):
 
 
 def test_a_pickle_of_too_many_steps_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("robustbench_vlm.models.pickled.STEPS", 1000)
+    monkeypatch.setattr("robustbench_vlm.models.foreign.pickled.STEPS", 1000)
     with pytest.raises(RefusedError, match="more than 1000 steps"):
         Machine().run(io.BytesIO(b"\x80\x02" + b"N0" * 1000 + b"N."))
 

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robustbench_vlm import compare, leaderboard, store, verdicts
-from robustbench_vlm.cards import Suite
+from robustbench_vlm import store
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError, InputError
+from robustbench_vlm.results import compare, leaderboard, result_file, verdicts
 
 GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
 SUITE = Suite(
@@ -73,7 +74,7 @@ def cell(results, model, dataset, clean, broken, **changes):
     }
     path = results / "cells" / model / dataset / f"{config['attack']}-{sha(config)[:8]}.json"
     store.write(path.with_suffix(".parquet"), found.to_parquet(index=False))
-    whole = {"schema": leaderboard.CELL, "sha256": store.fingerprint(content), **content}
+    whole = {"schema": result_file.CELL, "sha256": store.fingerprint(content), **content}
     store.write_json(path, whole | {"run": {"seconds": 1.5, "date": "today"}})
     return path
 
@@ -88,7 +89,7 @@ def two_models(results):
 
 
 def rows(results, suite=SUITE):
-    return leaderboard.table(leaderboard.of_suite(leaderboard.read(results), suite), suite)
+    return leaderboard.table(result_file.of_suite(result_file.read(results), suite), suite)
 
 
 def row(found, model, dataset, **more):
@@ -265,7 +266,7 @@ def test_a_changed_file_is_refused(tmp_path, block):
     content[block] = [] if block == "stages" else content[block] | changes[block]
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="does not match its fingerprint") as caught:
-        leaderboard.read(tmp_path)
+        result_file.read(tmp_path)
     assert str(path) in str(caught.value)
 
 
@@ -274,7 +275,7 @@ def test_a_file_that_is_no_cell_is_refused(tmp_path, content):
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "x.json").write_text(content)
     with pytest.raises(InputError, match=r"x\.json"):
-        leaderboard.read(tmp_path)
+        result_file.read(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone", "torn"])
@@ -301,7 +302,7 @@ def test_nothing_to_render_says_what_to_type(tmp_path):
 
 
 def cells(results):
-    return leaderboard.of_suite(leaderboard.read(results), SUITE)
+    return result_file.of_suite(result_file.read(results), SUITE)
 
 
 def test_the_paired_test_by_hand(tmp_path):

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout, miniature
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError, InputError
 
 NAMES = sorted(
     name
-    for name in cards.names("datasets")
-    if cards.read("datasets", name, cards.DatasetCard).source.hub.startswith("clip-benchmark/")
+    for name in reader.names("datasets")
+    if reader.read("datasets", name, DatasetCard).source.hub.startswith("clip-benchmark/")
 )
 
 
 def card(name):
-    return cards.read("datasets", name, cards.DatasetCard)
+    return reader.read("datasets", name, DatasetCard)
 
 
 def members(folder):

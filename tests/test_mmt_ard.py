@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
 
-from robustbench_vlm import registry
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import CardError
 from robustbench_vlm.types import Batch, Roles, Step
@@ -357,7 +357,7 @@ def test_without_a_clean_term_the_loss_is_the_robust_teachers_alone_and_the_othe
     assert MmtArd("static", clean_weight=0.0).teachers == ("robust", "clean")  # the attack still asks it
     assert MmtArd.teachers == ("robust", "clean")
     with pytest.raises(CardError, match="clean_weight = 0 goes with weighting 'static' alone, not 'paper'"):
-        registry.build("defenses", "mmt-ard", {"weighting": "paper", "clean_weight": 0}, "recipe x")
+        plugins.build("defenses", "mmt-ard", {"weighting": "paper", "clean_weight": 0}, "recipe x")
 
 
 @pytest.mark.parametrize(
@@ -369,10 +369,10 @@ def test_without_a_clean_term_the_loss_is_the_robust_teachers_alone_and_the_othe
 )  # fmt: skip
 def test_a_hyper_parameter_that_makes_no_sense_is_one_line(field, value):
     with pytest.raises(CardError, match=rf"mmt-ard\.{field}") as caught:
-        registry.build("defenses", "mmt-ard", {field: value}, "recipe x")
+        plugins.build("defenses", "mmt-ard", {field: value}, "recipe x")
     assert "\n" not in str(caught.value)
 
 
 def test_a_mistyped_hyper_parameter_is_given_its_near_name():
     with pytest.raises(CardError, match="unknown key 'weightning' for mmt-ard; did you mean 'weighting'"):
-        registry.build("defenses", "mmt-ard", {"weightning": "paper"}, "recipe x")
+        plugins.build("defenses", "mmt-ard", {"weightning": "paper"}, "recipe x")

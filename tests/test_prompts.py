@@ -6,10 +6,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import INNER, tilted
 
-from robustbench_vlm import cards, train
+from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, openclip, prompts, zoo
 from robustbench_vlm.models.zeroshot import text_bank
+from robustbench_vlm.training import loop
 
 CPU = torch.device("cpu")
 PROMPTS = {"image": 3, "text": 2, "depth": 2, "init": "a photo"}
@@ -110,14 +111,14 @@ def test_patch_tokens_come_without_the_prompts():
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    cards.include([world.cards])
+    reader.include([world.cards])
     folder = tmp_path_factory.mktemp("apd")
     optim = {"lr": 1e-2, "steps": 3, "batch_size": 8}
     recipe = world.recipe(
         "apd", "clean", prompts=PROMPTS, optim=optim, probe={"every": 3, "n": 8, "steps": 1}
     )
-    train.run(recipe, folder, world.data, CPU, lambda line: None)
-    cards.include([])
+    loop.run(recipe, folder, world.data, CPU, lambda line: None)
+    reader.include([])
     return folder
 
 
@@ -142,14 +143,14 @@ def test_training_changes_the_prompts_alone_and_the_folder_keeps_both_towers(wor
 
 def test_the_teacher_of_apd_learns_along(toy, tmp_path):
     recipe = toy.recipe("apd", "clean", prompts=PROMPTS)
-    setup = train.prepare(recipe, toy.data, CPU)
-    state = train._begin(setup, tmp_path)
+    setup = loop.prepare(recipe, toy.data, CPU)
+    state = loop._begin(setup, tmp_path)
     names = setup.parameters()
     roles = {name.split(".")[1] for name in names if name.startswith("prompts.")}
     assert roles == {"student", "clean"}
     before = {name: value.detach().clone() for name, value in names.items()}
     bank = setup.roles_now().text["student"].detach().clone()
-    train.advance(setup, state, next(train.loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    loop.advance(setup, state, next(loop.loader.batches(setup.split, 8, 3, 0, 1, 32)))
     assert all(not torch.equal(before[name], value) for name, value in setup.parameters().items())
     assert not torch.equal(setup.roles_now().text["student"], bank)
 
@@ -184,7 +185,7 @@ def test_what_cannot_have_prompts_is_refused_in_one_line(toy, trained):
         prompts.attach(residual, 1, 0, 1)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="has learned prompts"):
-        train.prepare(toy.recipe("tecoa", student=str(trained)), toy.data, CPU)
+        loop.prepare(toy.recipe("tecoa", student=str(trained)), toy.data, CPU)
 
 
 REFUSED = {
@@ -199,13 +200,13 @@ REFUSED = {
 def test_a_recipe_with_prompts_that_make_no_sense_is_one_line(toy, case):
     (defense, *roles), changes, expected = REFUSED[case]
     with pytest.raises(CardError, match=expected) as error:
-        train.prepare(toy.recipe(defense, *roles, inner=INNER, **changes), toy.data, CPU)
+        loop.prepare(toy.recipe(defense, *roles, inner=INNER, **changes), toy.data, CPU)
     assert "\n" not in str(error.value)
 
 
 def test_any_defense_can_train_prompts(toy, tmp_path):
     recipe = toy.recipe("tecoa", prompts=PROMPTS, optim={"lr": 1e-2, "steps": 1, "batch_size": 8})
-    train.run(recipe, tmp_path, toy.data, CPU, lambda line: None)
+    loop.run(recipe, tmp_path, toy.data, CPU, lambda line: None)
     assert checkpoint.read_card(tmp_path).prompts.text == 2
     assert len(recipe.fingerprint) == 64
     assert recipe.fingerprint != toy.recipe("tecoa").fingerprint

@@ -14,11 +14,16 @@ from folders import card, encode, noise, write_toy
 from PIL import Image
 from torchvision import transforms
 
-from robustbench_vlm import cards, cli, regime, session
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.dataset import DatasetCard, lines_sha256
+from robustbench_vlm.cards.protocol import PromptPack, Protocol, sentences_sha256
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import miniature, pixels
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import CardError, DataError, InputError
-from robustbench_vlm.protocols import PromptPack, Protocol, sentences_sha256
+from robustbench_vlm.evaluation import planning, protocols
 
 # protocol: chain, radii in 1/255, images, prompt pack, canvas, suite
 FACTS = {
@@ -39,43 +44,43 @@ def vlmrob(monkeypatch, *argv):
     except SystemExit as stop:
         return stop.code or 0
     finally:
-        cards.include([])
+        reader.include([])
     return 0
 
 
 def dataset(name):
-    return cards.read("datasets", name, cards.DatasetCard)
+    return reader.read("datasets", name, DatasetCard)
 
 
 # --- cards -------------------------------------------------------------------------------------------------
 
 
 def test_there_are_seven_protocols_with_the_facts_of_their_papers():
-    assert set(cards.names("protocols")) == FACTS.keys()
+    assert set(reader.names("protocols")) == FACTS.keys()
     for name, (attack, eps, n, prompts, canvas, suite) in FACTS.items():
-        found = cards.read("protocols", name, Protocol)
+        found = reader.read("protocols", name, Protocol)
         assert (found.attack, found.n, found.prompts, found.canvas) == (attack, n, prompts, canvas)
         assert found.eps == tuple(f"{e}/255" for e in eps)
         assert found.suite == suite
-        cards.read("suites", suite, cards.Suite)
-        cards.read("attacks", attack, cards.AttackCard)
-        cards.read("prompts", prompts, PromptPack)
+        reader.read("suites", suite, Suite)
+        reader.read("attacks", attack, AttackCard)
+        reader.read("prompts", prompts, PromptPack)
         assert found.differs or name == "aa2"
 
 
 @pytest.mark.parametrize(("name", "steps"), [("tecoa-pgd5", 5), ("pmg-pgd10", 10), ("pgd100", 100)])
 def test_pgd_of_the_papers_takes_steps_of_one_255th_and_is_judged_at_the_last(name, steps):
-    found = cards.read("attacks", name, cards.AttackCard)
+    found = reader.read("attacks", name, AttackCard)
     assert found.stop == "last"
     assert [stage.fields for stage in found.stage] == [
         {"loss": "ce", "steps": steps, "step_size": "1/255", "restarts": 1, "random_start": True}
     ]
 
 
-@pytest.mark.parametrize("name", [n for n in cards.names("datasets") if not n.startswith("tiny-")])
+@pytest.mark.parametrize("name", [n for n in reader.names("datasets") if not n.startswith("tiny-")])
 @pytest.mark.parametrize("pack", ["clip", "tecoa"])
 def test_every_dataset_has_sentences_in_every_pack_and_their_hash(pack, name):
-    read, of = cards.read("prompts", pack, PromptPack), dataset(name)
+    read, of = reader.read("prompts", pack, PromptPack), dataset(name)
     if of.names_from == "folder":
         of = of.model_copy(update={"names": tuple(f"class {i}" for i in range(of.n_classes))})
         assert name not in read.sentences_sha256
@@ -109,17 +114,17 @@ def test_every_dataset_has_sentences_in_every_pack_and_their_hash(pack, name):
 )
 def test_sentences_of_tecoa_by_hand(name, place, sentence):
     of = dataset(name)
-    names, templates = cards.read("prompts", "tecoa", PromptPack).words(name, of.names, of.templates)
+    names, templates = reader.read("prompts", "tecoa", PromptPack).words(name, of.names, of.templates)
     assert templates[0].replace("{c}", names[place]) == sentence
 
 
 def test_a_changed_sentence_is_refused():
-    pack = cards.read("prompts", "tecoa", PromptPack)
+    pack = reader.read("prompts", "tecoa", PromptPack)
     of = dataset("dtd")
     with pytest.raises(ValueError, match="sentences of dtd have SHA-256"):
         pack.words("dtd", ("other", *of.names[1:]), of.templates)
     with pytest.raises(CardError, match=r"contain \{c\}"):
-        cards.parse({"name": "x", "title": "x", "template": "no place"}, PromptPack, "here")
+        reader.parse({"name": "x", "title": "x", "template": "no place"}, PromptPack, "here")
     assert sentences_sha256(["a", "b"], ["{c}1", "{c}2"]) == sentences_sha256(
         ["a1", "a2", "b1", "b2"], ["{c}"]
     )
@@ -143,16 +148,16 @@ def test_resizes_of_the_protocols_are_torchvisions_bit_for_bit(width, height):
 
 
 def test_the_protocol_places_every_dataset_on_its_canvas():
-    tga, tecoa = (cards.read("protocols", name, Protocol) for name in ("tga-pgd100", "tecoa-pgd"))
-    placed = {name: regime.placed(dataset(name), tga) for name in ("cifar10", "dtd", "hateful_memes")}
+    tga, tecoa = (reader.read("protocols", name, Protocol) for name in ("tga-pgd100", "tecoa-pgd"))
+    placed = {name: protocols.placed(dataset(name), tga) for name in ("cifar10", "dtd", "hateful_memes")}
     assert {name: (of.canvas, of.resize) for name, of in placed.items()} == {
         "cifar10": ("model", "bilinear-squash"),
         "dtd": ("model", "bilinear-256"),
         "hateful_memes": ("model", "bilinear-squash"),
     }
-    assert regime.placed(dataset("cifar10"), tecoa).canvas == "native"
-    assert regime.placed(dataset("dtd"), tecoa).resize == "bilinear-256"
-    assert regime.placed(dataset("dtd"), None) == dataset("dtd")
+    assert protocols.placed(dataset("cifar10"), tecoa).canvas == "native"
+    assert protocols.placed(dataset("dtd"), tecoa).resize == "bilinear-256"
+    assert protocols.placed(dataset("dtd"), None) == dataset("dtd")
 
 
 # --- subsets by name ---------------------------------------------------------------------------------------
@@ -181,8 +186,8 @@ def test_images_are_taken_by_a_list_of_names_and_prefixes_nest(tmp_path):
 
 
 def test_the_list_of_robustbench_is_the_one_that_was_published(tmp_path):
-    suite = cards.read("suites", "imagenet-robustbench", cards.Suite)
-    names = cards.subset(suite)
+    suite = reader.read("suites", "imagenet-robustbench", Suite)
+    names = reader.subset(suite)
     assert (len(names), len(set(names))) == (5000, 5000)
     assert names[0] == "n09468604/ILSVRC2012_val_00015253.JPEG"
     assert len({name.partition("/")[0] for name in names}) == 997
@@ -190,19 +195,19 @@ def test_the_list_of_robustbench_is_the_one_that_was_published(tmp_path):
     assert suite.subset_sha256.startswith("d4121626d07722a0")
     (tmp_path / "subsets").mkdir()
     (tmp_path / "subsets/imagenet-robustbench-5000.txt").write_text("n01440764/other.JPEG\n")
-    cards.include([tmp_path])
+    reader.include([tmp_path])
     with pytest.raises(CardError, match="SHA-256"):
-        cards.subset(suite)
-    cards.include([])
+        reader.subset(suite)
+    reader.include([])
     with pytest.raises(CardError, match=r"no file 'gone\.txt'"):
-        cards.subset(suite.model_copy(update={"subset": "file:gone.txt"}))
+        reader.subset(suite.model_copy(update={"subset": "file:gone.txt"}))
 
 
 def test_names_may_come_from_the_folder(tmp_path):
     write_toy(tmp_path)
     own = {"names": (), "names_from": "folder"}
     assert open_split(card(**own), tmp_path, "test").card.names == ("red", "green", "blue")
-    stated = cards.lines_sha256(["red", "green", "blue"])
+    stated = lines_sha256(["red", "green", "blue"])
     assert open_split(card(**own, names_sha256=stated), tmp_path, "test").card.names[2] == "blue"
     with pytest.raises(DataError, match="names with SHA-256"):
         open_split(card(**own, names_sha256="0" * 64), tmp_path, "test")
@@ -253,7 +258,7 @@ def small(tmp_path, monkeypatch):
 
 def miniature_card(name, new, **changes):
     of = dataset(name)
-    return cards.DatasetCard.model_validate(of.model_dump() | {"name": new, "folder": f"wds_{new}"} | changes)
+    return DatasetCard.model_validate(of.model_dump() | {"name": new, "folder": f"wds_{new}"} | changes)
 
 
 def test_rows_of_different_protocols_share_no_column(small, monkeypatch, capsys):
@@ -306,17 +311,17 @@ def test_the_papers_name_of_a_chain_agrees_with_a_protocol_that_uses_it():
         **{"name": "own", "title": "Own", "paper": "none", "suite": "tiny", "attack": "autoattack"},
         **{"eps": ("4/255",), "n": 12, "prompts": "clip"},
     )
-    order = session.Order(models=(), attacks=("standard",), suite="", results=Path(), data_root=Path())
-    assert session.under(chain, order).attacks == ("autoattack",)
+    order = planning.Order(models=(), attacks=("standard",), suite="", results=Path(), data_root=Path())
+    assert planning.under(chain, order).attacks == ("autoattack",)
     with pytest.raises(InputError, match="--attack: not what protocol own says; expected autoattack"):
-        session.under(chain, replace(order, attacks=("aa2",)))
+        planning.under(chain, replace(order, attacks=("aa2",)))
 
 
 def test_engines_are_held_against_each_other_on_a_dataset_that_is_named_by_its_folder(
     small, monkeypatch, capsys
 ):
     line, include = small
-    card = cards.read("datasets", str(include / "datasets" / "shades.toml"), cards.DatasetCard)
+    card = reader.read("datasets", str(include / "datasets" / "shades.toml"), DatasetCard)
     text = toys.toml(
         card.model_dump(mode="json", exclude_defaults=True, exclude={"names", "names_sha256"})
         | {"names_from": "folder"}
@@ -340,7 +345,7 @@ def test_an_unfit_model_or_an_unknown_protocol(small, monkeypatch, capsys):
 
 def test_miniatures_of_all_suites_can_be_made_and_opened(tmp_path):
     for name in ("full", "tecoa-15", "pmg-15", "imagenet-shift", "tecoa-code-17"):
-        suite = cards.read("suites", name, cards.Suite)
+        suite = reader.read("suites", name, Suite)
         for one in suite.datasets:
             of = dataset(one)
             miniature.make(of, tmp_path, n=2)

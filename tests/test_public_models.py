@@ -9,8 +9,9 @@ import toys
 from open_clip import pretrained
 from worlds import tilted
 
-from robustbench_vlm import cards, cli
-from robustbench_vlm.cards import ModelCard
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import openclip, public, zoo
 
@@ -35,9 +36,9 @@ def listed(tmp_path, monkeypatch):
     (tmp_path / "cards" / "models").mkdir(parents=True)
     path = tmp_path / "cards" / "models" / "toy-fare.toml"
     path.write_text(CARD)
-    cards.include([tmp_path / "cards"])
+    reader.include([tmp_path / "cards"])
     yield path, tmp_path / "weights" / "toy-fare"
-    cards.include([])
+    reader.include([])
 
 
 def one_line(error):
@@ -47,9 +48,9 @@ def one_line(error):
     return text
 
 
-@pytest.mark.parametrize("name", cards.names("models"))
+@pytest.mark.parametrize("name", reader.names("models"))
 def test_every_card_is_whole_and_its_base_is_one_of_open_clip(name):
-    card = cards.read("models", name, ModelCard)
+    card = reader.read("models", name, ModelCard)
     assert card.name == name
     assert card.licence
     assert card.trained_on
@@ -66,7 +67,7 @@ def test_every_card_is_whole_and_its_base_is_one_of_open_clip(name):
 
 
 def test_the_zoo_of_the_field_is_there():
-    found = [cards.read("models", name, ModelCard) for name in cards.names("models")]
+    found = [reader.read("models", name, ModelCard) for name in reader.names("models")]
     assert len(found) >= 49
     defenses = {card.defense for card in found}
     assert {
@@ -96,7 +97,9 @@ def test_missing_weights_say_what_to_download_to_where(listed):
 def test_missing_folders_and_unpublished_weights_say_so(listed):
     with pytest.raises(WeightsError, match="hf download LEAF-CLIP/CLIP-ViT-L-rho50") as error:
         zoo.load("leaf-vit-l-14")
-    assert f"--local-dir {public.folder(cards.read('models', 'leaf-vit-l-14', ModelCard))}" in one_line(error)
+    assert f"--local-dir {public.folder(reader.read('models', 'leaf-vit-l-14', ModelCard))}" in one_line(
+        error
+    )
     with pytest.raises(WeightsError, match="its weights are not published") as error:
         zoo.load("mmt-ard-vit-b-32")
     one_line(error)
@@ -186,7 +189,7 @@ def here(tmp_path, vlmrob):
     for card in datasets:
         toys.write(card, tmp_path / "data", seed=1)
     toys.write_include(tmp_path / "cards", datasets, [toys.pgd("short")])
-    cards.include([tmp_path / "cards"])
+    reader.include([tmp_path / "cards"])
     torch.save({"vision_encoder_state_dict": toys.model(1).visual.state_dict()}, tmp_path / "t.pth.tar")
     return "--attack short --suite toys --data-root data --device cpu --json"
 

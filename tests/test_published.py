@@ -6,8 +6,12 @@ import sys
 import pytest
 from test_leaderboard import cell
 
-from robustbench_vlm import cards, cli, leaderboard, published
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.protocol import Protocol
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.results import leaderboard, published, result_file
 
 FARE = ["cifar10", "stl10", "cifar100", "cars", "caltech101", "oxford_pets", "flowers102", "dtd", "eurosat",
         "fgvc_aircraft", "pcam", "imagenet-r", "imagenet-sketch"]  # fmt: skip
@@ -32,7 +36,7 @@ def test_protocols_are_named_only_where_they_are_the_cards():
     rows = published.read()
     assert set(rows.protocol) == {"", "fare/1", "tga-pgd100/1", "pmg-pgd10/1"}
     for name, part in rows[rows.protocol != ""].groupby("protocol"):
-        card = cards.read("protocols", str(name).partition("/")[0], cards.Protocol)
+        card = reader.read("protocols", str(name).partition("/")[0], Protocol)
         assert name == f"{card.name}/{card.version}"
         assert set(part.eps) <= {eps.removesuffix("/255") for eps in card.eps}
     assert not (rows[rows.dataset == "imagenet"].protocol == "fare/1").any()
@@ -60,7 +64,7 @@ def test_a_measured_row_stands_above_what_was_printed_under_its_protocol(tmp_pat
     measured(tmp_path)
     measured(tmp_path, protocol="")
     cell(tmp_path, "mine", "imagenet", 9, {}, protocol="fare/1")
-    lines = published.beside(leaderboard.read(tmp_path), "mine")
+    lines = published.beside(result_file.read(tmp_path), "mine")
     assert [line[3:7] for line in lines if line[-1] == "measured here"] == [
         ["mine", "90.0", "40.0", "16.8 to 68.7, n = 10"],
         ["mine", "90.0", "90.0", "59.6 to 98.2, n = 10"],
@@ -76,9 +80,9 @@ def test_a_measured_row_stands_above_what_was_printed_under_its_protocol(tmp_pat
 def test_without_a_protocol_nothing_is_put_beside_anything(tmp_path):
     measured(tmp_path, protocol="")
     with pytest.raises(InputError, match="no results under a protocol"):
-        published.beside(leaderboard.read(tmp_path), "mine")
+        published.beside(result_file.read(tmp_path), "mine")
     with pytest.raises(InputError, match="no results of it; did you mean 'mine'"):
-        published.beside(leaderboard.read(tmp_path), "min3")
+        published.beside(result_file.read(tmp_path), "min3")
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -100,6 +104,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert vlmrob(*line) == 2
     assert "two models or --published" in capsys.readouterr().err
     rows, _ = leaderboard.render(
-        tmp_path / "results", cards.read("suites", "zeroshot", cards.Suite), tmp_path / "out"
+        tmp_path / "results", reader.read("suites", "zeroshot", Suite), tmp_path / "out"
     )
     assert set(rows.status) == {"measured"}

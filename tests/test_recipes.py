@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 
-from robustbench_vlm import cards, cli, registry, store
+from robustbench_vlm import cli, store
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import layout
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.data.tiny.worlds import WORLDS
@@ -13,12 +15,12 @@ from robustbench_vlm.models import zoo
 
 SHORT = ["optim.steps=2", "optim.warmup=1", "optim.batch_size=8", "probe.n=8", "probe.every=2"]
 MADE = ("tiny-clean-teacher", "tiny-robust-teacher")  # from a start that `make tiny-weights` makes
-TINY = [name for name in cards.names("recipes") if name.startswith("tiny-") and name not in MADE]
-PAPER = [name for name in cards.names("recipes") if name.startswith("paper-")]
+TINY = [name for name in reader.names("recipes") if name.startswith("tiny-") and name not in MADE]
+PAPER = [name for name in reader.names("recipes") if name.startswith("paper-")]
 
 
 def recipe(name):
-    return cards.read("recipes", name, cards.Recipe)
+    return reader.read("recipes", name, Recipe)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_every_tiny_recipe_trains_through_the_command_line(seen, tmp_path, monke
 
 
 def test_every_defense_has_a_tiny_recipe_and_one_of_its_paper():
-    for name in registry.names("defenses"):
+    for name in plugins.names("defenses"):
         tiny = recipe(f"tiny-{name}")
         assert tiny.defense["name"] == name
         assert tiny.student == "tiny"
@@ -65,7 +67,7 @@ def test_every_defense_has_a_tiny_recipe_and_one_of_its_paper():
 @pytest.mark.parametrize("name", PAPER)
 def test_a_papers_recipe_names_what_it_needs(name):
     made = recipe(name)
-    defense = registry.get("defenses", made.defense["name"])
+    defense = plugins.get("defenses", made.defense["name"])
     assert set(made.teachers) == set(defense.teachers)
     assert (made.inner is not None) == defense.adversarial
     assert made.data.dataset == "imagenet"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from robustbench_vlm import registry
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.errors import CardError
 
 
@@ -25,43 +25,43 @@ def here(monkeypatch):
 
 
 def test_the_folder_is_the_registry():
-    found = registry.names("defenses")
+    found = plugins.names("defenses")
     assert {"clean", "fare", "mmt-ard", "single-teacher", "tecoa"} <= set(found)
     assert found == sorted(found)
     for name in found:
-        assert dataclasses.is_dataclass(registry.get("defenses", name))
-    assert registry.get("defenses", "mmt-ard").__module__ == "robustbench_vlm.defenses.mmt_ard"
+        assert dataclasses.is_dataclass(plugins.get("defenses", name))
+    assert plugins.get("defenses", "mmt-ard").__module__ == "robustbench_vlm.defenses.mmt_ard"
 
 
 @pytest.mark.parametrize("typed", ["mmtard", "mmt_ard", "mt-ard", "mmt-adr"])
 def test_near_names(typed):
     with pytest.raises(CardError, match=r"unknown defense '.*': .*did you mean 'mmt-ard'.*known: .*tecoa"):
-        registry.get("defenses", typed)
+        plugins.get("defenses", typed)
 
 
 def test_a_name_near_to_nothing_lists_all():
     with pytest.raises(CardError, match=r"known: .*mmt-ard") as caught:
-        registry.get("defenses", "zzzzzz")
+        plugins.get("defenses", "zzzzzz")
     assert "did you mean" not in str(caught.value)
 
 
 def test_module_and_name(here):
-    assert registry.get("attacks", f"{here}:Mine") is Mine
-    assert registry.build("attacks", f"{here}:Mine", {"steps": 7}, "card.toml") == Mine(steps=7)
+    assert plugins.get("attacks", f"{here}:Mine") is Mine
+    assert plugins.build("attacks", f"{here}:Mine", {"steps": 7}, "card.toml") == Mine(steps=7)
 
 
 @pytest.mark.parametrize("name", ["no_such_module_x:Mine", "my_package:Nobody"])
 def test_module_or_name_that_is_not_there(here, name):
     with pytest.raises(CardError, match="module:Name of an importable class"):
-        registry.get("attacks", name)
+        plugins.get("attacks", name)
 
 
 def test_fields_are_read_strictly(here):
     name = f"{here}:Mine"
     with pytest.raises(CardError, match=r"card\.toml: unknown key 'stepz' for .*; did you mean 'steps'"):
-        registry.build("attacks", name, {"stepz": 7}, "card.toml")
+        plugins.build("attacks", name, {"stepz": 7}, "card.toml")
     with pytest.raises(CardError, match=r"card\.toml: .*Mine\.steps: .*found 'many'"):
-        registry.build("attacks", name, {"steps": "many"}, "card.toml")
+        plugins.build("attacks", name, {"steps": "many"}, "card.toml")
 
 
 def test_entry_points_of_other_packages(monkeypatch):
@@ -74,7 +74,7 @@ def test_entry_points_of_other_packages(monkeypatch):
     def entry_points(group, name=None):
         return [Point()] if group == "robustbench_vlm.attacks" and name in (None, "mine") else []
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
-    assert "mine" in registry.names("attacks")
-    assert registry.get("attacks", "mine") is Mine
-    assert "mine" not in registry.names("defenses")
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    assert "mine" in plugins.names("attacks")
+    assert plugins.get("attacks", "mine") is Mine
+    assert "mine" not in plugins.names("defenses")

@@ -5,11 +5,11 @@ import torch
 from attack_models import blobs, classifier
 from torch import nn
 
-from robustbench_vlm.attacks import canonical, engine, shapes
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.attacks.interface import Oracle
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.engine import batch_shapes, canonical, scheduler
+from robustbench_vlm.engine.interface import Oracle
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 64
@@ -40,7 +40,7 @@ def run(model, attack, n, **more):
     images, labels = blobs(n, 10, seed=4)
     found = {}
     stages = [("s", attack)]
-    cost = engine.run(
+    cost = scheduler.run(
         model, images, labels, [str(i) for i in range(n)], stages, LINF, seed=0, n_classes=10, rows=ROWS,
         on_finding=lambda f: found.__setitem__(f.key, f), **more,
     )  # fmt: skip
@@ -48,10 +48,10 @@ def run(model, attack, n, **more):
 
 
 def test_shapes_are_halves_in_whole_vectors():
-    assert shapes.halves(64) == [32, 16, 8]
-    assert shapes.halves(48) == [24]
-    assert shapes.halves(16) == [8]
-    assert shapes.halves(100) == shapes.halves(8) == shapes.halves(1) == []
+    assert batch_shapes.halves(64) == [32, 16, 8]
+    assert batch_shapes.halves(48) == [24]
+    assert batch_shapes.halves(16) == [8]
+    assert batch_shapes.halves(100) == batch_shapes.halves(8) == batch_shapes.halves(1) == []
 
 
 def same_bits(told, n, *, gradients=True):
@@ -59,7 +59,7 @@ def same_bits(told, n, *, gradients=True):
     model = Counted(told)
     images, labels = blobs(n, 10, seed=4)
     clean = canonical.logits(model, images, ROWS)
-    found = shapes.Shapes(Oracle(model), images, labels, clean, ROWS, gradients)
+    found = batch_shapes.Shapes(Oracle(model), images, labels, clean, ROWS, gradients)
     return sorted({found.smallest(wanted) for wanted in (5, 8, 9, 16, 17, 32)}, reverse=True)
 
 
@@ -87,7 +87,7 @@ def test_a_shape_of_other_bits_is_left_out(told, left):
 def test_rows_that_are_more_than_half_have_the_full_shape_and_nothing_is_looked_at():
     model = Counted()
     images, labels = blobs(70, 10, seed=4)
-    found = shapes.Shapes(Oracle(model), images, labels, torch.zeros(70, 10), ROWS, True)
+    found = batch_shapes.Shapes(Oracle(model), images, labels, torch.zeros(70, 10), ROWS, True)
     assert found.smallest(33) == found.smallest(64) == ROWS
     assert not model.calls
     assert not found.some
@@ -97,7 +97,7 @@ def test_rows_that_are_more_than_half_have_the_full_shape_and_nothing_is_looked_
 def test_findings_are_those_of_the_full_shape_for_fewer_rows(name, monkeypatch):
     shrinks, full = Counted(), Counted()
     found, _ = run(shrinks, PLUGINS[name], 100)
-    monkeypatch.setattr(shapes, "halves", lambda rows: [])
+    monkeypatch.setattr(batch_shapes, "halves", lambda rows: [])
     whole, _ = run(full, PLUGINS[name], 100)
     assert {rows for rows, _ in full.calls} == {ROWS}
     assert {ROWS} < {rows for rows, _ in shrinks.calls} <= {8, 16, 32, ROWS}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from robustbench_vlm import stats
+from robustbench_vlm.results import stats
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from robustbench_vlm import cards, stats, store
+from robustbench_vlm import store
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cli import app
 from robustbench_vlm.errors import CardError, DataError, InputError
-from robustbench_vlm.study import findings as hall
-from robustbench_vlm.study import page, render, tables, work
-from robustbench_vlm.study.findings import Curve, Findings, Outcome
+from robustbench_vlm.results import stats
+from robustbench_vlm.studies import findings, page, render, runner, tables
+from robustbench_vlm.studies.findings import Curve, Findings, Outcome
 
 STUDY = """
 name = "small"
@@ -101,17 +103,17 @@ def test_the_first_crossing_counts_even_when_the_curve_falls_again():
 def outcome(arm, seed, robust, step_seconds=1.0, right=((True, True),)):
     """A run with probes at 0, 10, 20, 30; verdicts are (clean, robust) of the images of one unseen set."""
     study = made()
-    recipe = work.recipe_of(study, next(a for a in study.arm if a.name == arm), seed)
+    recipe = runner.recipe_of(study, next(a for a in study.arm if a.name == arm), seed)
     table = pd.DataFrame(right, columns=["clean", "robust"]).assign(key=[f"i{i}" for i in range(len(right))])
     curve = Curve((0, 10, 20, 30), tuple(100.0 - r for r in robust), tuple(robust))
-    run = work.Run(arm, seed, recipe, None)
+    run = runner.Run(arm, seed, recipe, None)
     return Outcome(run, curve, step_seconds, 30, "processor", {"far": table}, {"far": "unseen"})
 
 
 def made(**changes):
-    table = cards.toml(cards.path("studies", "efficiency"))
+    table = reader.toml(reader.path("studies", "efficiency"))
     arms = [arm for arm in table["arm"] if arm["name"] in ("single-teacher", "paper")]
-    return cards.parse(table | {"arm": arms, "seeds": [0, 1]} | changes, cards.Study, "a test")
+    return reader.parse(table | {"arm": arms, "seeds": [0, 1]} | changes, Study, "a test")
 
 
 def two_seeds(second=(0.0, 20.0, 30.0, 50.0)):
@@ -155,7 +157,7 @@ def test_steps_to_the_baselines_last_accuracy_and_the_ratio_in_steps_and_time():
     assert found.reach("paper") == [15, 20]
     assert found.speedups("paper", timed=False) == [2, 1]
     assert found.speedups("paper", timed=True) == [1, 0.5]  # its steps take twice as long
-    mean = hall.geometric([2, 1])
+    mean = findings.geometric([2, 1])
     assert mean.value == pytest.approx(math.sqrt(2))
     assert mean.low * mean.high == pytest.approx(2)  # symmetric in the logarithm
     assert mean.high == pytest.approx(math.exp(math.log(2) / 2 * (1 + 12.706205)), rel=1e-5)
@@ -165,9 +167,9 @@ def test_a_target_never_reached_is_counted_and_not_dropped():
     found = two_seeds(second=(0.0, 10.0, 20.0, 29.9))
     assert found.reach("paper") == [15, None]
     assert found.speedups("paper", timed=False) == [2, None]
-    assert hall.geometric([2, None]) is None
-    assert hall.median([15, None], math.inf) == math.inf
-    assert hall.median([2, None], 0.0) == 1
+    assert findings.geometric([2, None]) is None
+    assert findings.median([15, None], math.inf) == math.inf
+    assert findings.median([2, None], 0.0) == 1
     row = tables.summary(found).set_index("arm").loc["paper"]
     assert row.reached == "1"
     assert row.steps_to_target == "15.0 never"
@@ -194,10 +196,10 @@ def test_the_page_has_the_papers_numbers_beside_ours_whatever_they_are():
 # --- cards -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", cards.names("studies"))
+@pytest.mark.parametrize("name", reader.names("studies"))
 def test_every_study_names_recipes_chains_and_a_suite_that_exist(name, tmp_path):
-    study = cards.read("studies", name, cards.Study)
-    runs = work.runs(study, tmp_path)
+    study = reader.read("studies", name, Study)
+    runs = runner.runs(study, tmp_path)
     assert len(runs) == len(study.arm) * len(study.seeds)
     assert all(run.recipe.probe == study.probe for run in runs)
     assert {run.cells(study.final).parent for run in runs} == {run.folder for run in runs}
@@ -206,7 +208,7 @@ def test_every_study_names_recipes_chains_and_a_suite_that_exist(name, tmp_path)
 
 
 def test_studies_share_the_runs_that_are_one_recipe(tmp_path):
-    a, b = (work.runs(cards.read("studies", n, cards.Study), tmp_path, 2) for n in ("efficiency", "ablation"))
+    a, b = (runner.runs(reader.read("studies", n, Study), tmp_path, 2) for n in ("efficiency", "ablation"))
     shared = {run.folder for run in a} & {run.folder for run in b}
     assert len(shared) == 2 * 5
 
@@ -214,12 +216,12 @@ def test_studies_share_the_runs_that_are_one_recipe(tmp_path):
 def test_a_note_in_the_recipe_card_makes_no_other_run(tmp_path):
     study = made()
     arm = study.arm[1]
-    first = work.recipe_of(study, arm, 0)
+    first = runner.recipe_of(study, arm, 0)
     assert first.notes == ()
-    changed = cards.override(cards.toml(cards.path("recipes", arm.recipe)), [])
+    changed = overrides.override(reader.toml(reader.path("recipes", arm.recipe)), [])
     changed["notes"] = ["something learned later"]
-    assert work.recipe_of(study, arm, 0).fingerprint == first.fingerprint
-    assert work.recipe_of(study, arm, 1).fingerprint != first.fingerprint
+    assert runner.recipe_of(study, arm, 0).fingerprint == first.fingerprint
+    assert runner.recipe_of(study, arm, 1).fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -245,14 +247,14 @@ def test_arms_that_cannot_be_are_found_before_anything_runs(tmp_path):
     arm = {"name": "b", "title": "", "recipe": "tiny-single-teacher"}
     same = made(arm=[arm | {"name": "a"}, arm], baseline="a")
     with pytest.raises(CardError, match="arms a and b are one recipe"):
-        work.runs(same, tmp_path)
+        runner.runs(same, tmp_path)
     typo = made(arm=[arm | {"set": ["optim.stepps=3"]}], baseline="b")
     with pytest.raises(CardError, match=r"study efficiency, arm b: unknown key 'optim.stepps'; did you mean"):
-        work.runs(typo, tmp_path)
+        runner.runs(typo, tmp_path)
     with pytest.raises(CardError, match=r"recipe 'tiny-singel'.*did you mean 'tiny-single-teacher'"):
-        work.runs(made(arm=[arm | {"recipe": "tiny-singel"}], baseline="b"), tmp_path)
+        runner.runs(made(arm=[arm | {"recipe": "tiny-singel"}], baseline="b"), tmp_path)
     with pytest.raises(InputError, match=r"--seeds 3: study efficiency has 2 seeds"):
-        work.runs(made(), tmp_path, 3)
+        runner.runs(made(), tmp_path, 3)
 
 
 # --- the whole ---------------------------------------------------------------------------------------------
@@ -344,18 +346,18 @@ def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_
     assert picture.tag.endswith("svg")
     assert "![curves](small.svg)" in (whole / "t" / "small.md").read_text()
 
-    study = cards.parse(cards.toml(root / "cards" / "studies" / "small.toml"), cards.Study, "small")
-    cards.include([root / "cards"])
+    study = reader.parse(reader.toml(root / "cards" / "studies" / "small.toml"), Study, "small")
+    reader.include([root / "cards"])
     try:
-        runs = work.runs(study, whole)
-        found = hall.read(study, runs)
+        runs = runner.runs(study, whole)
+        found = findings.read(study, runs)
         again = render.write(found, tmp_path / "again")
         assert all(path.read_bytes() == (whole / "t" / path.name).read_bytes() for path in again)
         runs[0].cells(study.final).unlink()
         with pytest.raises(InputError, match="not finished; run vlmrob study small again"):
-            hall.read(study, runs)
+            findings.read(study, runs)
     finally:
-        cards.include([])
+        reader.include([])
 
 
 def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_study, tmp_path):
@@ -372,11 +374,11 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_st
 
 
 def work_folder(root, out):
-    cards.include([root / "cards"])
+    reader.include([root / "cards"])
     try:
-        return work.runs(cards.read("studies", "small", cards.Study), out)[0].folder
+        return runner.runs(reader.read("studies", "small", Study), out)[0].folder
     finally:
-        cards.include([])
+        reader.include([])
 
 
 def test_a_mistyped_study_is_told_the_nearest_one():
@@ -391,7 +393,7 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(world_of_study, tmp_path):
     try:
         ran = CliRunner().invoke(app, command(root, data, out, "--dry-run")[3:])
     finally:
-        cards.include([])
+        reader.include([])
     assert ran.exit_code == 0, ran.output
     lines = ran.stdout.strip().splitlines()
     assert lines[0] == "# study small"

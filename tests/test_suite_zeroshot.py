@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import toys
 
-from robustbench_vlm import cards, cli
+from robustbench_vlm import cli
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data.dataset import open_split
 
 N = 8
@@ -25,7 +28,7 @@ def vlmrob(monkeypatch, *argv):
     except SystemExit as stop:
         return stop.code or 0
     finally:
-        cards.include([])
+        reader.include([])
     return 0
 
 
@@ -33,9 +36,9 @@ def write_cards(folder, *, whole):
     """AutoAttack with few steps under its own name; for the fast edition, few templates for the long ones."""
     changed = []
     for name in () if whole else LONG:
-        card = cards.read("datasets", name, cards.DatasetCard)
+        card = reader.read("datasets", name, DatasetCard)
         short = {"templates": card.templates[:3], "templates_sha256": ""}
-        changed.append(cards.DatasetCard.model_validate(card.model_dump() | short))
+        changed.append(DatasetCard.model_validate(card.model_dump() | short))
     chains = [toys.chain("autoattack", *STAGES, rows=N), toys.pgd("pgd20", rows=N)]
     return toys.write_include(folder, changed, chains)
 
@@ -54,11 +57,11 @@ def test_the_line_of_the_readme_over_all_fifteen(tmp_path, monkeypatch, capsys, 
     assert vlmrob(monkeypatch, *include, *make) == 0
     capsys.readouterr()
 
-    suite = cards.read("suites", "zeroshot", cards.Suite)
+    suite = reader.read("suites", "zeroshot", Suite)
     assert len(suite.datasets) == 15
-    cards.include([tmp_path / "cards"])
+    reader.include([tmp_path / "cards"])
     for name in suite.datasets:  # the reader holds class names and their number to the card
-        card = cards.read("datasets", name, cards.DatasetCard)
+        card = reader.read("datasets", name, DatasetCard)
         assert len(open_split(card, root, "test")) == N
         assert card.n_classes == len((root / card.folder / "classnames.txt").read_text().splitlines())
 
@@ -91,7 +94,7 @@ def test_the_full_suite_under_pgd_and_autoattack_in_one_command(tmp_path, monkey
     line = ["eval", "--suite", "full", "--attack", "pgd20", "--attack", "autoattack", "--data-root", root]
     assert vlmrob(monkeypatch, *include, *line, "--model", model, "--eps", EPS, "--device", "cpu") == 0
     assert vlmrob(monkeypatch, *include, "leaderboard", "--suite", "full") == 0
-    rows, suite = read(Path("leaderboards/full.csv")), cards.read("suites", "full", cards.Suite)
+    rows, suite = read(Path("leaderboards/full.csv")), reader.read("suites", "full", Suite)
     assert {row["n_classes"] for row in rows} >= {"2", "10", "1000"}
     for attack in ("pgd20", "autoattack"):
         own = [row for row in rows if row["attack"] == attack]

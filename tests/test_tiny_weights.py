@@ -4,7 +4,9 @@ import dataclasses
 
 import torch
 
-from robustbench_vlm import cards, tiny_weights
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.demo import weights
 from robustbench_vlm.models import zoo
 
 LIMIT = 8 * 2**20  # bytes that a wheel may spend on weights
@@ -22,31 +24,31 @@ def test_packaged_weights_fit_the_wheel_and_load():
 
 
 def test_teachers_were_made_by_the_recipes_that_stand_in_the_suites():
-    for name in tiny_weights.TEACHERS:
+    for name in weights.TEACHERS:
         made = zoo.load(name).card.recipe
-        assert made == cards.read("recipes", name, cards.Recipe).model_dump(mode="json")
+        assert made == reader.read("recipes", name, Recipe).model_dump(mode="json")
 
 
 def test_every_packaged_checkpoint_is_made_from_nothing(tmp_path, monkeypatch):
     """The real program with two steps of everything, in an empty folder."""
     short = {"steps": 2, "batch_size": 8, "warmup": 1}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiny_weights, "STUDENT", dataclasses.replace(tiny_weights.STUDENT, **short))
-    monkeypatch.setattr(tiny_weights, "TEACHER", dataclasses.replace(tiny_weights.TEACHER, **short))
+    monkeypatch.setattr(weights, "STUDENT", dataclasses.replace(weights.STUDENT, **short))
+    monkeypatch.setattr(weights, "TEACHER", dataclasses.replace(weights.TEACHER, **short))
     monkeypatch.setattr(zoo, "PACKAGED", tmp_path / "packaged")
     (tmp_path / "include" / "recipes").mkdir(parents=True)
-    for name in tiny_weights.TEACHERS:
-        text = cards.path("recipes", name).read_text().replace("\nsteps = 400\n", "\nsteps = 2\n")
+    for name in weights.TEACHERS:
+        text = reader.path("recipes", name).read_text().replace("\nsteps = 400\n", "\nsteps = 2\n")
         text = text.replace("\nsteps = 800\n", "\nsteps = 2\n").replace("batch_size = 128", "batch_size = 8")
         (tmp_path / "include" / "recipes" / f"{name}.toml").write_text(text.replace("n = 240", "n = 40"))
-    cards.include([tmp_path / "include"])
-    monkeypatch.setattr(tiny_weights.session, "make_tiny", small_world)
+    reader.include([tmp_path / "include"])
+    monkeypatch.setattr(weights.session, "make_tiny", small_world)
     try:
-        tiny_weights.make(tmp_path / "data", torch.device("cpu"))
+        weights.make(tmp_path / "data", torch.device("cpu"))
     finally:
-        cards.include([])
+        reader.include([])
     assert zoo.packaged() == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
-    start = zoo.load(str(tiny_weights.WORK / tiny_weights.START)).card
+    start = zoo.load(str(weights.WORK / weights.START)).card
     assert zoo.load("tiny-robust-teacher").card.parents[0].sha256 == start.sha256
 
 

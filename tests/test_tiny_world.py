@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data.tiny import render, scenes, strokes, words, worlds, write
 from robustbench_vlm.errors import InputError
 
@@ -124,7 +126,7 @@ def test_captions_name_what_the_classes_are_called():
 
 @pytest.mark.parametrize("name", list(worlds.WORLDS))
 def test_cards_say_what_the_world_is(name):
-    world, card = worlds.WORLDS[name], cards.read("datasets", name, cards.DatasetCard)
+    world, card = worlds.WORLDS[name], reader.read("datasets", name, DatasetCard)
     assert card.folder == world.folder
     assert card.names == tuple(world.classes)
     assert card.templates == world.templates
@@ -134,7 +136,7 @@ def test_cards_say_what_the_world_is(name):
 
 
 def test_the_suite_holds_the_whole_world():
-    suite = cards.read("suites", "tiny", cards.Suite)
+    suite = reader.read("suites", "tiny", Suite)
     assert set(suite.datasets) == set(worlds.WORLDS)
     assert suite.eps == ("4/255",)
     assert suite.n == 100

@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worlds import INNER, twin
 
-from robustbench_vlm import cards, cli, prepare, store, train
+from robustbench_vlm import cli, store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.recipe import Optim, Recipe
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
-from robustbench_vlm.recipes import Optim
+from robustbench_vlm.training import loop, prepare
 from robustbench_vlm.types import Terms
 
 CPU = torch.device("cpu")
@@ -65,7 +67,7 @@ def test_a_dataset_that_is_named_by_its_folder_trains_against_those_names(toy, t
     (tmp_path / "datasets" / "toy.toml").write_text(
         "\n".join('names_from = "folder"' if line.startswith("names = ") else line for line in named)
     )
-    cards.include([tmp_path, toy.cards])
+    reader.include([tmp_path, toy.cards])
     found = prepare.prepare(recipe, toy.data, CPU)
     assert found.split.card.names == card.split.card.names
     assert torch.equal(found.roles.text["student"], card.roles.text["student"])
@@ -78,13 +80,13 @@ def test_the_learning_rate_by_hand():
     optim = Optim(lr=0.8, steps=12, warmup=4, batch_size=1)
     warm = [0.2, 0.4, 0.6, 0.8]
     cosine = [0.8 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
-    assert [train.lr(t, optim) for t in range(12)] == pytest.approx(warm + cosine, abs=1e-15)
-    assert train.lr(8, optim) == pytest.approx(0.4)
+    assert [loop.lr(t, optim) for t in range(12)] == pytest.approx(warm + cosine, abs=1e-15)
+    assert loop.lr(8, optim) == pytest.approx(0.4)
 
 
 def test_the_learning_rate_without_warm_up_starts_full_and_ends_at_zero():
     optim = Optim(lr=0.5, steps=10, warmup=0, batch_size=1)
-    rates = [train.lr(t, optim) for t in range(11)]
+    rates = [loop.lr(t, optim) for t in range(11)]
     assert rates[0] == 0.5
     assert rates[10] == pytest.approx(0, abs=1e-15)
     assert rates == sorted(rates, reverse=True)
@@ -92,7 +94,7 @@ def test_the_learning_rate_without_warm_up_starts_full_and_ends_at_zero():
 
 def test_a_warm_up_as_long_as_the_run_is_no_division_by_zero():
     optim = Optim(lr=1.0, steps=4, warmup=4, batch_size=1)
-    assert [train.lr(t, optim) for t in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [loop.lr(t, optim) for t in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 # Resume
@@ -101,12 +103,12 @@ def test_a_warm_up_as_long_as_the_run_is_no_division_by_zero():
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     """The folder of an uninterrupted run of each kind."""
-    cards.include([world.cards])
+    reader.include([world.cards])
     folders = {}
     for kind, (defense, roles, changes) in KINDS.items():
         folders[kind] = tmp_path_factory.mktemp(f"whole-{kind}")
-        train.run(world.recipe(defense, *roles, **changes), folders[kind], world.data, CPU, quiet)
-    cards.include([])
+        loop.run(world.recipe(defense, *roles, **changes), folders[kind], world.data, CPU, quiet)
+    reader.include([])
     return folders
 
 
@@ -136,10 +138,10 @@ def test_a_run_stopped_twice_ends_with_the_bytes_of_one_that_was_not(toy, whole,
     recipe = toy.recipe(defense, *roles, **changes)
     for step in (1, 5):  # before the first checkpoint, and after the second
         with pytest.raises(Stopped):
-            train.run(recipe, tmp_path, toy.data, CPU, stop_at(step))
+            loop.run(recipe, tmp_path, toy.data, CPU, stop_at(step))
         assert not (tmp_path / "card.json").exists()
     torch.rand(5)  # the global generator has moved on; nothing may depend on it
-    train.run(recipe, tmp_path, toy.data, CPU, quiet)
+    loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert same_weights(tmp_path, whole[kind])
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "card.json").read_bytes() == (whole[kind] / "card.json").read_bytes()
@@ -157,9 +159,9 @@ def test_a_killed_process_goes_on_with_the_same_command_and_ends_with_the_same_b
     optim = {"lr": 1e-3, "steps": steps, "warmup": 2, "batch_size": 8}
     table = world.table("mmt-ard", "robust", "clean", optim=optim, defense=PAPER)
     recipe, out, undisturbed = write_recipe(tmp_path, table), tmp_path / "out", tmp_path / "undisturbed"
-    cards.include([world.cards])
-    train.run(cards.parse(table, cards.Recipe, "a test"), undisturbed, world.data, CPU, quiet)
-    cards.include([])
+    reader.include([world.cards])
+    loop.run(reader.parse(table, Recipe, "a test"), undisturbed, world.data, CPU, quiet)
+    reader.include([])
     command = [sys.executable, "-m", "robustbench_vlm", "--include", str(world.cards), "train", str(recipe)]
     command += ["--out", str(out), "--data-root", str(world.data), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -183,8 +185,8 @@ def test_a_killed_process_goes_on_with_the_same_command_and_ends_with_the_same_b
 def test_without_checkpoints_a_run_starts_again_from_the_beginning(toy, whole, tmp_path):
     recipe = toy.recipe("tecoa", checkpoint_every=0)
     with pytest.raises(Stopped):
-        train.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
-    train.run(recipe, tmp_path, toy.data, CPU, quiet)
+        loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+    loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "checkpoints").exists()
     assert same_weights(tmp_path, whole["tecoa"])
@@ -193,10 +195,10 @@ def test_without_checkpoints_a_run_starts_again_from_the_beginning(toy, whole, t
 def test_a_torn_log_line_is_mended_on_the_way(toy, whole, tmp_path):
     recipe = toy.recipe("tecoa")
     with pytest.raises(Stopped):
-        train.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+        loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
     with (tmp_path / "log.jsonl").open("ab") as file:
         file.write(b'{"step":4,"lo')
-    train.run(recipe, tmp_path, toy.data, CPU, quiet)
+    loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert same_weights(tmp_path, whole["tecoa"])
 
@@ -204,18 +206,18 @@ def test_a_torn_log_line_is_mended_on_the_way(toy, whole, tmp_path):
 def test_a_truncated_checkpoint_file_is_one_line(toy, tmp_path):
     recipe = toy.recipe("tecoa")
     with pytest.raises(Stopped):
-        train.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+        loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
     (path,) = (tmp_path / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:999])
     with pytest.raises(InputError, match="not a whole safetensors file") as error:
-        train.run(recipe, tmp_path, toy.data, CPU, quiet)
+        loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_with_moments_under_their_old_names_is_refused_in_one_line(toy, tmp_path):
     recipe = toy.recipe("tecoa")
     with pytest.raises(Stopped):
-        train.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+        loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
     (path,) = (tmp_path / "checkpoints").iterdir()
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
@@ -225,7 +227,7 @@ def test_a_checkpoint_with_moments_under_their_old_names_is_refused_in_one_line(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     words = r"tensor 'adamw\.\d+\.\w+', which this version does not read"
     with pytest.raises(InputError, match=words) as error:
-        train.run(recipe, tmp_path, toy.data, CPU, quiet)
+        loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -235,7 +237,7 @@ def test_a_finished_folder_is_not_trained_again(toy, whole):
     folder = whole["tecoa"]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     reported = []
-    train.run(toy.recipe("tecoa"), folder, toy.data, CPU, reported.append)
+    loop.run(toy.recipe("tecoa"), folder, toy.data, CPU, reported.append)
     assert not reported
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -246,7 +248,7 @@ def test_a_finished_folder_is_not_trained_again(toy, whole):
 def test_training_lowers_the_loss_and_changes_every_weight_of_the_image_tower(toy, whole):
     lines = [line for line in store.records(whole["tecoa"] / "log.jsonl") if "loss" in line]
     optim = toy.recipe("tecoa").optim
-    assert [line["lr"] for line in lines] == [train.lr(step, optim) for step in range(6)]
+    assert [line["lr"] for line in lines] == [loop.lr(step, optim) for step in range(6)]
     assert lines[-1]["loss"] < lines[0]["loss"]
     before, after = (
         load_file(f"{toy.student}/image.safetensors"),
@@ -269,12 +271,12 @@ def test_lora_changes_the_attention_weights_alone(toy, whole):
 
 def test_teachers_and_text_towers_are_untouched_by_training(toy, tmp_path):
     recipe = toy.recipe("mmt-ard", "robust", "clean", optim={"lr": 0.01, "steps": 2, "batch_size": 8})
-    setup = train.prepare(recipe, toy.data, CPU)
+    setup = loop.prepare(recipe, toy.data, CPU)
     before = {role: loaded.model.fingerprints() for role, loaded in setup.teachers.items()}
     start = setup.model.fingerprints()
-    state = train._begin(setup, tmp_path)
-    for batch in train.loader.batches(setup.split, 8, 3, 0, 2, 32):
-        train.advance(setup, state, batch)
+    state = loop._begin(setup, tmp_path)
+    for batch in loop.loader.batches(setup.split, 8, 3, 0, 2, 32):
+        loop.advance(setup, state, batch)
         state.step += 1
     assert {role: loaded.model.fingerprints() for role, loaded in setup.teachers.items()} == before
     assert setup.model.fingerprints()["text"] == start["text"]
@@ -303,20 +305,20 @@ def test_the_student_trains_in_train_mode_and_is_attacked_in_eval_mode(toy, tmp_
             modes.append(("outer", roles.student.visual.training, roles.student.visual.proj.requires_grad))
             return super().outer(roles, step)
 
-    setup = train.prepare(toy.recipe("mmt-ard", "robust", "clean"), toy.data, CPU)
-    setup = train.Setup(**{**vars(setup), "defense": Watching()})
-    state = train._begin(setup, tmp_path)
-    train.advance(setup, state, next(train.loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    setup = loop.prepare(toy.recipe("mmt-ard", "robust", "clean"), toy.data, CPU)
+    setup = loop.Setup(**{**vars(setup), "defense": Watching()})
+    state = loop._begin(setup, tmp_path)
+    loop.advance(setup, state, next(loop.loader.batches(setup.split, 8, 3, 0, 1, 32)))
     assert modes == [("inner", False, False), ("outer", True, True)]
     assert not setup.model.visual.training
 
 
 def test_the_probe_holds_every_class_as_equally_as_it_can(toy):
-    setup = train.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU)
+    setup = loop.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU)
     assert sorted(Counter(setup.probe.labels.tolist()).values()) == [2, 2, 2, 3]  # 9 images of 4 classes
     assert all(key.startswith("toy/test/") for key in setup.probe.keys)
-    assert setup.probe.keys == train.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU).probe.keys
-    found = train.probe(setup)
+    assert setup.probe.keys == loop.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU).probe.keys
+    found = loop.probe(setup)
     assert set(found) == {"clean", "robust"}
     with torch.no_grad():
         right = setup.roles.logits("student", setup.probe.images).argmax(1) == setup.probe.labels
@@ -325,16 +327,16 @@ def test_the_probe_holds_every_class_as_equally_as_it_can(toy):
 
 
 def test_the_probe_of_a_defense_without_adversary_or_text(toy):
-    clean = train.prepare(toy.recipe("clean", inner=None, probe=PROBE), toy.data, CPU)
-    assert set(train.probe(clean)) == {"clean"}
-    fare = train.prepare(toy.recipe("fare", "anchor", probe=PROBE), toy.data, CPU)
-    assert set(train.probe(fare)) == {"clean", "robust"}
-    assert train.prepare(toy.recipe("fare", "anchor"), toy.data, CPU).roles.text == {}
+    clean = loop.prepare(toy.recipe("clean", inner=None, probe=PROBE), toy.data, CPU)
+    assert set(loop.probe(clean)) == {"clean"}
+    fare = loop.prepare(toy.recipe("fare", "anchor", probe=PROBE), toy.data, CPU)
+    assert set(loop.probe(fare)) == {"clean", "robust"}
+    assert loop.prepare(toy.recipe("fare", "anchor"), toy.data, CPU).roles.text == {}
 
 
 def test_a_step_leaves_the_global_generator_alone(toy, tmp_path):
     before = torch.random.get_rng_state()
-    train.run(
+    loop.run(
         toy.recipe("mmt-ard", "robust", "clean", lora=LORA, optim={"lr": 1e-3, "steps": 1, "batch_size": 4}),
         tmp_path, toy.data, CPU, quiet,
     )  # fmt: skip
@@ -370,7 +372,7 @@ def test_parents_are_recorded_with_role_and_fingerprint(world, whole):
 def test_exposure_is_unknown_when_that_of_a_parent_is(toy, tmp_path):
     table = toy.table("single-teacher", "robust", optim={"lr": 1e-3, "steps": 1, "batch_size": 4})
     table["teachers"]["robust"] = "vlmrob-tiny:random"
-    train.run(cards.parse(table, cards.Recipe, "a test"), tmp_path, toy.data, CPU, quiet)
+    loop.run(reader.parse(table, Recipe, "a test"), tmp_path, toy.data, CPU, quiet)
     card = checkpoint.read_card(tmp_path)
     assert card.trained_on is None
     assert {parent.role: parent.trained_on for parent in card.parents} == {
@@ -469,7 +471,7 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
 
 def test_infinity_in_a_defense_leaves_the_recipe_a_fingerprint(toy, tmp_path):
     path = write_recipe(tmp_path, toy.table("tecoa", defense={"name": "tecoa", "x": math.inf}))
-    assert len(cards.read("recipes", str(path), cards.Recipe).fingerprint) == 64
+    assert len(reader.read("recipes", str(path), Recipe).fingerprint) == 64
 
 
 def test_an_unknown_defense_on_the_command_line_is_given_its_near_name(toy, tmp_path, monkeypatch, capsys):
@@ -547,7 +549,7 @@ class Breaking:
 def test_a_number_that_is_not_finite_names_step_term_and_images(toy, tmp_path, where, expected):
     recipe = toy.recipe("tecoa", defense={"name": "test_train:Breaking", "where": where})
     with pytest.raises(TrainingError, match=expected) as error:
-        train.run(recipe, tmp_path, toy.data, CPU, quiet)
+        loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert error.value.exit_code == 1
     assert not (tmp_path / "card.json").exists()
 
@@ -555,12 +557,12 @@ def test_a_number_that_is_not_finite_names_step_term_and_images(toy, tmp_path, w
 def test_a_copy_of_a_model_in_two_roles_is_not_the_student(toy, tmp_path):
     """The anchor of FARE is usually the student's own start: it must stay there."""
     recipe = toy.recipe("fare", "anchor", optim={"lr": 1e-2, "steps": 3, "batch_size": 8})
-    setup = train.prepare(recipe, toy.data, CPU)
+    setup = loop.prepare(recipe, toy.data, CPU)
     assert setup.teachers["anchor"].card.sha256 == setup.student.card.sha256
     before = twin(setup.model)
-    state = train._begin(setup, tmp_path)
-    for batch in train.loader.batches(setup.split, 8, 3, 0, 2, 32):
-        train.advance(setup, state, batch)
+    state = loop._begin(setup, tmp_path)
+    for batch in loop.loader.batches(setup.split, 8, 3, 0, 2, 32):
+        loop.advance(setup, state, batch)
         state.step += 1
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from robustbench_vlm import verdicts
+from robustbench_vlm.results import verdicts
 
 
 def line(**changes):

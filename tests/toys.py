@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustbench_vlm import cards, cells, evaluate
-from robustbench_vlm.attacks import canonical
-from robustbench_vlm.cards import AttackCard, DatasetCard
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout, miniature
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.models import checkpoint, openclip
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 from robustbench_vlm.models.zoo import Loaded
@@ -138,7 +140,7 @@ def subject(card, root, n=0, seed=0, trained_on=("elsewhere",)):
 def run(what, order, seen=None):
     """Cells of an evaluation as (path, content); `seen` collects the reports."""
     report = (lambda *line: seen.append(line)) if seen is not None else (lambda *line: None)
-    return [(path, json.loads(path.read_text())) for path in evaluate.evaluate(what, order, report)]
+    return [(path, json.loads(path.read_text())) for path in measure.evaluate(what, order, report)]
 
 
 def write_include(folder, datasets=(), attacks=(), **suite):
@@ -151,7 +153,7 @@ def write_include(folder, datasets=(), attacks=(), **suite):
             text = toml(card.model_dump(mode="json", exclude_defaults=True))
             (folder / kind / f"{card.name}.toml").write_text(text)
     (folder / "toys.toml").write_text(toml(facts))
-    cards.include([])
+    reader.include([])
     return folder
 
 

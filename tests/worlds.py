@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from robustbench_vlm import cards
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import layout
 from robustbench_vlm.models import checkpoint, openclip
 from robustbench_vlm.models.checkpoint import CheckpointCard
@@ -75,8 +76,8 @@ class World:
         table = table | {"defense": {"name": named}} | changes
         return {key: value for key, value in table.items() if value is not None}
 
-    def recipe(self, named: str, *roles: str, **changes) -> cards.Recipe:
-        return cards.parse(self.table(named, *roles, **changes), cards.Recipe, "recipe of a test")
+    def recipe(self, named: str, *roles: str, **changes) -> Recipe:
+        return reader.parse(self.table(named, *roles, **changes), Recipe, "recipe of a test")
 
 
 def encoded(label: int, seed: int) -> bytes:

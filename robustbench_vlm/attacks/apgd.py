@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import (
+from robustbench_vlm.engine import geometry, losses
+from robustbench_vlm.engine.interface import (
     Alone,
     Attack,
     Oracle,
@@ -28,7 +28,7 @@ from robustbench_vlm.attacks.interface import (
     pick,
     spread,
 )
-from robustbench_vlm.attacks.keep import kept
+from robustbench_vlm.engine.stopping import kept
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 

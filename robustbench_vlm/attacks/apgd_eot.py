@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustbench_vlm.attacks.apgd import Apgd, ApgdState
-from robustbench_vlm.attacks.interface import Alone, Attack, Oracle, Rows, Seen
+from robustbench_vlm.engine.interface import Alone, Attack, Oracle, Rows, Seen
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from robustbench_vlm.attacks import losses
-from robustbench_vlm.attacks.interface import Alone, Oracle, Rows
 from robustbench_vlm.attacks.pgd import Pgd, PgdState
+from robustbench_vlm.engine import losses
+from robustbench_vlm.engine.interface import Alone, Oracle, Rows
 from robustbench_vlm.threat import Threat
 
 

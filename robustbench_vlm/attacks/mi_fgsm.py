@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import Alone, Oracle, Rows, spread
 from robustbench_vlm.attacks.pgd import PgdState, advanced, begin, look, step_length
+from robustbench_vlm.engine import geometry, losses
+from robustbench_vlm.engine.interface import Alone, Oracle, Rows, spread
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks import geometry, losses
-from robustbench_vlm.attacks.interface import (
+from robustbench_vlm.engine import geometry, losses
+from robustbench_vlm.engine.interface import (
     Alone,
     Oracle,
     Rows,
@@ -25,7 +25,7 @@ from robustbench_vlm.attacks.interface import (
     pick,
     progress,
 )
-from robustbench_vlm.attacks.keep import kept
+from robustbench_vlm.engine.stopping import kept
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, parse_eps
 

@@ -1,4 +1,4 @@
-"""The verbs about datasets on disk."""
+"""`vlmrob data`: datasets on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustbench_vlm import cards, console
+from robustbench_vlm import console
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import AsJson
 from robustbench_vlm.errors import CardError, DataError, nearest
 
@@ -21,22 +24,22 @@ Root = Annotated[
 ]
 
 
-def chosen(name: str) -> tuple[list[cards.DatasetCard], str]:
+def chosen(name: str) -> tuple[list[DatasetCard], str]:
     """The datasets of a suite, or the one dataset, of that name; and the split that the suite is judged on.
 
     Raises:
         CardError: neither a suite nor a dataset.
     """
     if name.endswith(".toml"):
-        known = "suites" if "datasets" in cards.toml(Path(name)) else "datasets"
+        known = "suites" if "datasets" in reader.toml(Path(name)) else "datasets"
     else:
-        known = next((kind for kind in ("suites", "datasets") if name in cards.names(kind)), "")
+        known = next((kind for kind in ("suites", "datasets") if name in reader.names(kind)), "")
     if known == "suites":
-        suite = cards.read("suites", name, cards.Suite)
-        return [cards.read("datasets", one, cards.DatasetCard) for one in suite.datasets], suite.split
+        suite = reader.read("suites", name, Suite)
+        return [reader.read("datasets", one, DatasetCard) for one in suite.datasets], suite.split
     if known == "datasets":
-        return [cards.read("datasets", name, cards.DatasetCard)], "test"
-    names = [*cards.names("suites"), *cards.names("datasets")]
+        return [reader.read("datasets", name, DatasetCard)], "test"
+    names = [*reader.names("suites"), *reader.names("datasets")]
     raise CardError(f"suite or dataset {name!r}", "no such card", do=nearest(name, names))
 
 
@@ -51,9 +54,7 @@ def fetch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print licences and sizes, and stop.")] = False,
 ) -> None:
     """Fetch datasets from the hub at pinned commits, told before and verified after; goes on where it was."""
-    from robustbench_vlm.data import check as checking
-    from robustbench_vlm.data import dataset, hub
-    from robustbench_vlm.data import fetch as room
+    from robustbench_vlm.data import check, dataset, fetch, hub
 
     wanted, usual = chosen(name)
     split = split or usual
@@ -68,20 +69,20 @@ def fetch(
             if not card.source.hub:
                 by_hand += dataset.missing([card], root, split)
             elif not _fetched(card, root, split):
-                parcels.append(room.plan(card, root, split, where))
-        console.show("to fetch", [*room.COLUMNS], [parcel.texts for parcel in parcels])
+                parcels.append(fetch.plan(card, root, split, where))
+        console.show("to fetch", [*fetch.COLUMNS], [parcel.texts for parcel in parcels])
         for parcel in parcels:
             if not parcel.pinned:
                 console.remark(f"note: {parcel.card.name}: the card pins no commit; this one is the newest")
-        room.require_space(parcels, root)
+        fetch.require_space(parcels, root)
         if dry_run:
             return
         with console.meter() as meter:
             for parcel in parcels:
-                room.fetch(parcel, root, where, meter)
+                fetch.fetch(parcel, root, where, meter)
     with console.meter() as meter:
         there = [card for card in wanted if not dataset.missing([card], root, split)]
-        results = [checking.check(card, root, split, meter) for card in there]
+        results = [check.check(card, root, split, meter) for card in there]
     broken = _told(results, root, as_json=False)
     for line in by_hand:
         console.remark(f"problem: not on the hub: {line}")
@@ -89,14 +90,13 @@ def fetch(
         raise typer.Exit(BROKEN)
 
 
-def _fetched(card: cards.DatasetCard, root: Path, split: str) -> bool:
+def _fetched(card: DatasetCard, root: Path, split: str) -> bool:
     """Whether a fetch of that very commit has been finished there; its files are checked anyway."""
-    from robustbench_vlm.data import fetch as room
-    from robustbench_vlm.data import manifest
+    from robustbench_vlm.data import fetch, manifest
 
     known = manifest.read(root / card.folder)
     wanted = card.source.revision or (known.revision if known else "")
-    return bool(known and known.revision == wanted and room.present(card, root, split))
+    return bool(known and known.revision == wanted and fetch.present(card, root, split))
 
 
 def check(
@@ -109,7 +109,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Hold datasets to their cards and manifests: shards, labels, names, counts, hashes; exit 1 if broken."""
-    from robustbench_vlm.data import check as room
+    from robustbench_vlm.data import check
 
     wanted, usual = chosen(name) if name else (_present(root), "test")
     found = []
@@ -117,7 +117,7 @@ def check(
         for card in wanted:
             splits = [split] if split else [usual] if name else _splits(card, root)
             for one in splits:
-                found.append(room.check(card, root, one, meter, decode=decode))
+                found.append(check.check(card, root, one, meter, decode=decode))
     if _told(found, root, as_json=as_json):
         raise typer.Exit(BROKEN)
 
@@ -140,13 +140,13 @@ def _told(found: list[Checked], root: Path, *, as_json: bool) -> bool:
     return any(result.problems for result in found)
 
 
-def _present(root: Path) -> list[cards.DatasetCard]:
+def _present(root: Path) -> list[DatasetCard]:
     """Cards of the datasets whose folder is there."""
-    all_cards = [cards.read("datasets", one, cards.DatasetCard) for one in cards.names("datasets")]
+    all_cards = [reader.read("datasets", one, DatasetCard) for one in reader.names("datasets")]
     return [card for card in all_cards if (root / card.folder).is_dir()]
 
 
-def _splits(card: cards.DatasetCard, root: Path) -> list[str]:
+def _splits(card: DatasetCard, root: Path) -> list[str]:
     """The splits of the card that are there; `test` if none is."""
     return [split for split in card.size if (root / card.folder / split).is_dir()] or ["test"]
 
@@ -167,19 +167,19 @@ def export(
     """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
     import re
 
-    from robustbench_vlm.data import export as room
+    from robustbench_vlm.data import export
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
     if source.startswith("torchvision:"):
-        arguments = cards.override({}, settings or [])
-        found = room.from_torchvision(source.partition(":")[2], source_root, arguments)
+        arguments = overrides.override({}, settings or [])
+        found = export.from_torchvision(source.partition(":")[2], source_root, arguments)
     elif source.endswith(".jsonl"):
-        found = room.from_records(Path(source))
+        found = export.from_records(Path(source))
     else:
-        found = room.from_folders(Path(source))
-    known = cards.read("datasets", name, cards.DatasetCard) if name in cards.names("datasets") else None
+        found = export.from_folders(Path(source))
+    known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
     classes = found.names
     if names is not None:
         classes = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
@@ -187,18 +187,18 @@ def export(
         classes = known.names
     if not classes or (found.names and len(found.names) != len(classes)):
         raise DataError(source, f"{len(found.names)} classes", f"{len(classes)} class names", "see --names")
-    templates = known.templates if known else room.TEMPLATES
+    templates = known.templates if known else export.TEMPLATES
     with console.meter() as meter:
         place = to / (known.folder if known else f"wds_{name}")
-        folder = room.export(found, place, split, classes, templates, meter)
+        folder = export.export(found, place, split, classes, templates, meter)
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))
-    include = cards.as_typed()
-    own = cards.path("datasets", name) if known else to / "cards" / "datasets" / f"{name}.toml"
+    include = reader.as_typed()
+    own = reader.path("datasets", name) if known else to / "cards" / "datasets" / f"{name}.toml"
     if known is None:
-        include = f" --include {room.write_cards(to, name, split, classes, found.count)}"
-    if own.parents[1] != cards.home() and split not in cards.toml(own).get("size", {}):
+        include = f" --include {export.write_cards(to, name, split, classes, found.count)}"
+    if own.parents[1] != reader.home() and split not in reader.toml(own).get("size", {}):
         console.remark(f"note: the card of {name} counts no {split}: add {split} = {found.count} to its size")
     console.remark(f"next: vlmrob{include} data check {name} --root {to} --split {split}")
 
@@ -215,11 +215,11 @@ def make(
     ] = "",
 ) -> None:
     """Make the tiny world, or a miniature of a suite with generated images in the real layout."""
-    from robustbench_vlm import session
+    from robustbench_vlm.demo.datasets import make_miniature, make_tiny
 
     with console.meter() as meter:
         if suite == "tiny":
-            session.make_tiny(root, meter)
+            make_tiny(root, meter)
         else:
-            session.make_miniature(suite, root, n, label_with, meter, per_class)
+            make_miniature(suite, root, n, label_with, meter, per_class)
     console.result(str(root))

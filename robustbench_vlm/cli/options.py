@@ -18,9 +18,9 @@ Results = Annotated[Path, typer.Option("--results", help="Folder of the results.
 
 def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
     """The device of that name."""
-    from robustbench_vlm import session
+    from robustbench_vlm import devices
 
-    return session.device(name)
+    return devices.choose_device(name)
 
 
 def require_tiny(names: list[str], root: Path) -> None:
@@ -28,19 +28,19 @@ def require_tiny(names: list[str], root: Path) -> None:
     wanted = [name for name in names if name.startswith("tiny-")]
     if not wanted:
         return
-    from robustbench_vlm import session
+    from robustbench_vlm.demo.datasets import make_tiny
 
     with console.meter() as meter:
-        made = session.make_tiny(root, meter, wanted)
+        made = make_tiny(root, meter, wanted)
     if made:
         console.remark(f"rendered the tiny world into {root}")
 
 
 def print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
     """The tables of some leaderboard rows."""
-    from robustbench_vlm import leaderboard as hall
+    from robustbench_vlm.results import leaderboard
 
-    for title, grid in hall.grids(rows):  # datasets go down: there are many of them, and few models
+    for title, grid in leaderboard.grids(rows):  # datasets go down: there are many of them, and few models
         body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
         console.show(f"{title}: clean / robust, %", ["dataset", *map(str, grid.index)], body)
     if (rows.flag != "").any():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards, texts
 from robustbench_vlm.errors import DataError, InputError
 

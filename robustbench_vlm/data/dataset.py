@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from robustbench_vlm import rng
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import manifest, pixels, shards, texts
 from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.store import fingerprint

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustbench_vlm import store
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import hub, manifest, miniature
 from robustbench_vlm.errors import DataError
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from robustbench_vlm import rng, store
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout, shards
 from robustbench_vlm.errors import DataError, InputError
 

@@ -27,8 +27,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.errors import DataError
-from robustbench_vlm.protocols import Resize
 
 LARGEST = 64 * 10**6  # pixels, before decoding and after resizing: 192 MB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; Pillow also knows formats that start programs

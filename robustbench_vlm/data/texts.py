@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from robustbench_vlm.cards import DatasetCard, lines_sha256
+from robustbench_vlm.cards.dataset import DatasetCard, lines_sha256
 from robustbench_vlm.errors import DataError
 
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from robustbench_vlm import cards, store
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import prompts
 from robustbench_vlm.models.canary import Canary, check_canary, take
@@ -185,7 +186,7 @@ def read_card(folder: Path) -> CheckpointCard:
     table = store.read_json(path)
     if not isinstance(table, dict) or table.get("schema_version") != SCHEMA:
         raise WeightsError(str(path), "not a checkpoint card of this schema", SCHEMA)
-    return cards.parse(table, CheckpointCard, str(path))  # type: ignore[type-var]
+    return reader.parse(table, CheckpointCard, str(path))  # type: ignore[type-var]
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from robustbench_vlm import cards, store
-from robustbench_vlm.cards import ModelCard
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, foreign, zoo
+from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.models.checkpoint import CheckpointCard, Parent
+from robustbench_vlm.models.foreign import weights_file
 
 
 def convert(
@@ -37,17 +39,17 @@ def convert(
     if known.sha256 and source.is_file() and (found := store.file_sha256(source)) != known.sha256:
         raise WeightsError(str(source), f"SHA-256 {found[:12]}", f"{known.sha256[:12]} as in its card")
     parents: tuple[Parent, ...] = ()
-    if source.is_dir() and foreign.is_transformers(source):
-        made = foreign.from_transformers(source)
+    if source.is_dir() and weights_file.is_transformers(source):
+        made = weights_file.from_transformers(source)
     else:
-        if not foreign.is_weights(source.name):
-            expected = f"a file in {', '.join(foreign.SUFFIXES)}, or a folder of transformers"
+        if not weights_file.is_weights(source.name):
+            expected = f"a file in {', '.join(weights_file.SUFFIXES)}, or a folder of transformers"
             raise WeightsError(str(source), "neither weights by its name nor a model's folder", expected)
-        foreign.require_file(source)
+        weights_file.require_file(source)
         base = zoo.load(known.base)
         facts = {"model": base.card.name, "sha256": base.card.sha256, "trained_on": base.card.trained_on}
         parents = (Parent.model_validate({"role": "base", **facts}),)
-        made = foreign.from_file(source, base.model, limits)
+        made = weights_file.from_file(source, base.model, limits)
     digest = store.file_sha256(source) if source.is_file() else ""
     card = checkpoint.describe(
         made.model,
@@ -77,7 +79,7 @@ def unlisted(name: str, base: str, defense: str, trained_on: tuple[str, ...]) ->
 
 def listed(name: str) -> ModelCard:
     """The card of a public checkpoint."""
-    return cards.read("models", name, ModelCard)
+    return reader.read("models", name, ModelCard)
 
 
 def add_canary(name: str) -> Path:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from robustbench_vlm import store
-from robustbench_vlm.cards import ModelCard
+from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models.zeroshot import cache_folder
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from robustbench_vlm import cards
-from robustbench_vlm.cards import ModelCard
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, foreign, openclip, prompts, public, sandbox
+from robustbench_vlm.models import checkpoint, openclip, prompts, public
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
+from robustbench_vlm.models.foreign import sandbox, weights_file
 
 PACKAGED = Path(__file__).parent.parent / "weights"
 
@@ -55,10 +56,10 @@ def arch_of(name: str) -> str:
     folder = folder_of(name)
     if folder is not None:
         return checkpoint.read_card(folder).arch
-    if name in cards.names("models"):
-        return arch_of(cards.read("models", name, ModelCard).base)
+    if name in reader.names("models"):
+        return arch_of(reader.read("models", name, ModelCard).base)
     if name.startswith(openclip.SCHEMAS):  # its config is a download away, unless a card tells
-        known = (cards.read("models", card, ModelCard) for card in cards.names("models"))
+        known = (reader.read("models", card, ModelCard) for card in reader.names("models"))
         return next((arch_of(card.base) for card in known if card.source == name), "")
     return name.partition(":")[0]
 
@@ -78,12 +79,12 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
     folder = folder_of(name)
     if folder is not None:
         return _from_folder(name, folder, torch.device(device))
-    if name in cards.names("models"):
-        return _public(cards.read("models", name, ModelCard), device)
-    if foreign.is_weights(name):
+    if name in reader.names("models"):
+        return _public(reader.read("models", name, ModelCard), device)
+    if weights_file.is_weights(name):
         return _from_file(name, device, arch)
-    if Path(name).is_dir() and foreign.is_transformers(Path(name)):
-        made = foreign.from_transformers(Path(name))
+    if Path(name).is_dir() and weights_file.is_transformers(Path(name)):
+        made = weights_file.from_transformers(Path(name))
         return _described(name, made, device, text_from=str(Path(name).resolve()))
     if ":" not in name and name not in openclip.architectures():
         raise _unknown(name)
@@ -102,15 +103,14 @@ def _unknown(name: str) -> WeightsError:
         found = (
             "no card.json in it" if Path(name).is_dir() else "not a file of weights that is known by its name"
         )
-        expected = (
-            f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(foreign.SUFFIXES)}"
-        )
+        endings = ", ".join(weights_file.SUFFIXES)
+        expected = f"a checkpoint folder that vlmrob wrote, or a file that ends in {endings}"
         return WeightsError(f"model {name!r}", found, expected)
     if "/" in name:
         expected = f"a checkpoint folder (below {Path.cwd()}, if not a full path) or hf-hub:ORG/NAME"
         do = "train or convert it first"
         return WeightsError(f"model {name!r}", "no such model or folder", expected, do)
-    known = [*packaged(), *cards.names("models"), "ViT-B-32:openai", "ViT-L-14:openai"]
+    known = [*packaged(), *reader.names("models"), "ViT-B-32:openai", "ViT-L-14:openai"]
     expected = "an id, ARCH:TAG or a folder"
     return WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))
 
@@ -118,20 +118,22 @@ def _unknown(name: str) -> WeightsError:
 def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
     if not arch:
         expected = "--arch ARCH:TAG, the model that it was made from"
-        do = f"in a recipe, name the folder that this makes: {foreign.CONVERT}"
+        do = f"in a recipe, name the folder that this makes: {weights_file.CONVERT}"
         raise WeightsError(f"model {name}", "its architecture is not in the file", expected, do)
     sandbox.require_file(Path(name))  # before the base is built
-    made = foreign.from_file(Path(name), load(arch).model)
+    made = weights_file.from_file(Path(name), load(arch).model)
     if made.old:
         found = f"an old pickle ({', '.join(made.old)})"
-        raise WeightsError(f"model {name}", found, "one of tensors alone", f"make it one: {foreign.CONVERT}")
+        raise WeightsError(
+            f"model {name}", found, "one of tensors alone", f"make it one: {weights_file.CONVERT}"
+        )
     return _described(name, made, device, text_from="" if made.own_text else address(arch))
 
 
-def _described(name: str, made: foreign.Foreign, device: torch.device | str, text_from: str) -> Loaded:
+def _described(name: str, made: weights_file.Foreign, device: torch.device | str, text_from: str) -> Loaded:
     stem = (
         Path(name).name.removesuffix(".tar").rpartition(".")[0]
-        if foreign.is_weights(name)
+        if weights_file.is_weights(name)
         else Path(name).name
     )
     card = checkpoint.describe(

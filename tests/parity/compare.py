@@ -12,14 +12,15 @@ import torch
 from subjects import Subject
 from torch import Tensor
 
-from robustbench_vlm import cards, registry
-from robustbench_vlm.attacks import losses
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.attacks.interface import Attack
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import losses
+from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
 
@@ -188,12 +189,12 @@ def ours_chain(who: Subject, threat: Threat, card: str, steps: int, queries: int
 def stages(card: str, steps: int, queries: int) -> list[tuple[str, Attack]]:
     """The attacks of a chain, with fewer steps and queries."""
     chosen = []
-    for stage in cards.read("attacks", card, cards.AttackCard).stage:
+    for stage in reader.read("attacks", card, AttackCard).stage:
         short = {"queries": queries} if "queries" in stage.fields else {"steps": steps}
         if stage.attack == "apgd-l1":  # the reference's split of its steps
             part = math.ceil(0.3 * steps)
             short = {"steps": (part, part, steps - 2 * part)}
-        chosen.append((stage.name, registry.build("attacks", stage.attack, {**stage.fields, **short}, card)))
+        chosen.append((stage.name, plugins.build("attacks", stage.attack, {**stage.fields, **short}, card)))
     return chosen
 
 

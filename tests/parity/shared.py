@@ -21,9 +21,8 @@ from subjects import Subject
 from torch import Tensor
 
 from robustbench_vlm import rng
-from robustbench_vlm.attacks import square
-from robustbench_vlm.attacks.noise import Keyed
-from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.attacks.square import Square, square
+from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.threat import Threat
 
 P = 0.8

@@ -16,16 +16,17 @@ import torch
 from attack_models import blobs, classifier, findings
 from torch import Tensor, nn
 
-from robustbench_vlm import cards
-from robustbench_vlm.attacks import canonical
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
-from robustbench_vlm.attacks.ascent import ascend
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
+from robustbench_vlm.engine import canonical
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 from robustbench_vlm.threat import Threat
+from robustbench_vlm.training.inner import ascend
 
 ROWS = 16  # of every model call, on both sides
 SIDE = 16  # the reference's L2 Square fails where a fifth of the side fits more than five times, as at 12
@@ -102,14 +103,14 @@ def _trained(n: int) -> tuple[nn.Module, Tensor, Tensor]:
 def _clip(n: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The packaged robust teacher with its zero-shot head on the seen world of 40 classes."""
     index = np.arange(n)
-    card = cards.read("datasets", WORLD, cards.DatasetCard)
+    card = reader.read("datasets", WORLD, DatasetCard)
     images = torch.as_tensor(as_float(worlds.images(WORLD, "test", index)))
     return zero_shot(), images, torch.as_tensor(worlds.labels(card.name, index)).long()
 
 
 @cache
 def zero_shot() -> nn.Module:
-    card = cards.read("datasets", WORLD, cards.DatasetCard)
+    card = reader.read("datasets", WORLD, DatasetCard)
     clip = zoo.load("tiny-robust-teacher").model
     return ZeroShot(clip, text_bank(clip, render(card.names, card.templates)))
 

@@ -6,8 +6,8 @@ import torch
 from pyautoattack.autopgd_base import L1_projection
 from subjects import NAMES, radius, subject
 
-from robustbench_vlm.attacks import l1
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
+from robustbench_vlm.engine import l1
 
 pytestmark = pytest.mark.parity
 

@@ -7,17 +7,18 @@ from subjects import radius, subject
 from toys import toml
 
 import robustbench_vlm
-from robustbench_vlm import cards
-from robustbench_vlm.attacks import engines
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
-from robustbench_vlm.attacks.engines import Means
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.backends import backend
+from robustbench_vlm.backends.backend import Means
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.attack import AttackCard
 
 pytestmark = pytest.mark.parity
 
@@ -36,7 +37,7 @@ ATTACKS = {
 def run(means, who, attack, threat, stop="first"):
     found = {}
     before = torch.get_rng_state()
-    cost = engines.run(
+    cost = backend.run(
         means, who.model, who.images, who.labels, who.keys, [("s", attack)], threat, seed=0,
         n_classes=who.n_classes, rows=ROWS, stop=stop, on_finding=lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
@@ -120,7 +121,7 @@ def test_two_classes():
         sides = []
         for means in (Means(), Means("autoattack"), Means("torchattacks")):
             found = {}
-            engines.run(
+            backend.run(
                 means, model, images, labels, keys, [("s", attack)], threat, seed=0, n_classes=2, rows=ROWS,
                 on_finding=lambda f, found=found: found.__setitem__(f.key, f.broken),
             )  # fmt: skip
@@ -138,7 +139,7 @@ def chain(tmp_path):
             "attack": stage.attack,
             **{k: short.get(k, v) if v else v for k, v in stage.fields.items()},
         }
-        for stage in cards.read("attacks", "autoattack", cards.AttackCard).stage
+        for stage in reader.read("attacks", "autoattack", AttackCard).stage
     ]
     path = tmp_path / "short.toml"
     path.write_text(toml({"name": "short", "title": "Short", "rows": 16, "stop": "first", "stage": stages}))

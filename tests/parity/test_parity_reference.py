@@ -8,10 +8,10 @@ import pytest
 import theirs
 from subjects import NAMES, ROWS, Subject, radius, subject
 
-from robustbench_vlm.attacks import lockstep
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.backends import reference
 
 pytestmark = pytest.mark.parity
 
@@ -23,7 +23,7 @@ models = pytest.mark.parametrize("name", NAMES)
 def ours(who: Subject, stages, threat, seed=0):
     """What each image ended with."""
     found = {}
-    lockstep.run(
+    reference.run(
         who.model, who.images, who.labels, who.keys, stages, threat, seed=seed, n_classes=who.n_classes,
         rows=ROWS, on_finding=lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip

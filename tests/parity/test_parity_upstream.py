@@ -11,8 +11,9 @@ import torch
 import towers
 import upstream
 
-from robustbench_vlm import cards, store
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 
 RECORD = {
     "unit": "tiny/dtd",
@@ -90,7 +91,7 @@ def test_the_map_of_the_towers_leaves_no_common_direction():
 
 
 def test_every_card_with_a_folder_on_the_hub_has_its_lists_in_upstream():
-    hub = {n for n in upstream.all_cards() if cards.read("datasets", n, DatasetCard).source.hub}
+    hub = {n for n in upstream.all_cards() if reader.read("datasets", n, DatasetCard).source.hub}
     assert hub == set(upstream.KEYS)
     assert len(upstream.all_cards()) == 21
 

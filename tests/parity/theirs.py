@@ -15,7 +15,7 @@ from subjects import ROWS, Subject
 from torch import Tensor, nn
 
 from robustbench_vlm import rng
-from robustbench_vlm.attacks import canonical
+from robustbench_vlm.engine import canonical
 from robustbench_vlm.threat import Threat
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustbench_vlm import cards
-from robustbench_vlm.cards import DatasetCard
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.miniature import picture
 from robustbench_vlm.models import openclip, zoo
@@ -117,7 +117,7 @@ def _pictures(model: Clip) -> Tensor:
 
 def _sentences(model: Clip) -> Tensor:
     known: dict[str, Any] = {}
-    for name in cards.names("datasets"):
-        known |= dict.fromkeys(cards.read("datasets", name, DatasetCard).names)
+    for name in reader.names("datasets"):
+        known |= dict.fromkeys(reader.read("datasets", name, DatasetCard).names)
     names = list(known)[:: max(1, len(known) // SENTENCES)]
     return model.text([f"a photo of a {name}." for name in names])

@@ -36,12 +36,14 @@ from PIL import Image
 from torch import Tensor
 from towers import TOWERS, Tower
 
-from robustbench_vlm import cards, store
-from robustbench_vlm.attacks import canonical
-from robustbench_vlm.cards import DatasetCard, PromptPack
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.protocol import PromptPack
 from robustbench_vlm.data import dataset, layout, miniature
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.data.loader import as_float
+from robustbench_vlm.engine import canonical
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
 
@@ -186,7 +188,7 @@ def main() -> int:
 
 def all_cards() -> list[str]:
     """The datasets of the field, without the tiny world's."""
-    return [name for name in cards.names("datasets") if not name.startswith("tiny")]
+    return [name for name in reader.names("datasets") if not name.startswith("tiny")]
 
 
 def make(typed: argparse.Namespace, work: Path) -> None:
@@ -205,7 +207,7 @@ def make(typed: argparse.Namespace, work: Path) -> None:
         ours, theirs = towers.loaded(tower, path), upstream.model(tower, path)
         for name in missing:
             began = time.monotonic()
-            card = cards.read("datasets", name, DatasetCard)
+            card = reader.read("datasets", name, DatasetCard)
             count = typed.images or tower.images
             record = compared(upstream, tower, ours, theirs, card, work / f"data-{count}", count)
             told = {"unit": f"{tower.name}/{name}", "tower": tower.name, "arch": tower.arch, "card": name}
@@ -222,7 +224,7 @@ def sides(card: DatasetCard, root: Path, count: int, bound: int) -> Iterator[Sid
     folder = miniature.make(card, root, n=count, split=SPLIT)
     opened = dataset.open_split(card, root, SPLIT).card  # with its names, where the card leaves them open
     for name in PACKS:
-        pack = cards.read("prompts", name, PromptPack)
+        pack = reader.read("prompts", name, PromptPack)
         names, templates = pack.words(card.name, opened.names, opened.templates)
         if bound and len(names) * len(templates) > bound:
             continue

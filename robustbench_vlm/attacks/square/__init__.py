@@ -1,0 +1,5 @@
+"""Square, a black-box random search."""
+
+from robustbench_vlm.attacks.square.square import Square as Square
+
+plugin = Square

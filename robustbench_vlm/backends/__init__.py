@@ -1,0 +1,1 @@
+"""Who attacks: the native engine, its reference mode, or an installed attack package."""

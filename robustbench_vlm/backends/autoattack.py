@@ -1,0 +1,122 @@
+"""The engine `autoattack`: the reference implementation of AutoAttack, or its fork on the package index.
+
+Each stage is the package's own attack with the numbers of the chain. Its APGD always walks to its end and
+returns the last misclassified iterate, its Square runs with the schedule as AutoAttack sets it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_eot import ApgdEot
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
+from robustbench_vlm.attacks.fab import Fab
+from robustbench_vlm.attacks.square import Square
+from robustbench_vlm.backends import packages
+from robustbench_vlm.backends.packages import NORMS, Call, Order, Perturb
+from robustbench_vlm.errors import InputError
+
+NAMES = ("autoattack", "pyautoattack")  # the original, and the fork
+INSTALL = "pip install 'robustbench-vlm[autoattack]'"
+LOSSES = ("ce", "dlr", "targeted-dlr")
+HOMES = {
+    "APGDAttack": "autopgd_base",
+    "APGDAttack_targeted": "autopgd_base",
+    "FABAttack_PT": "fab_pt",
+    "SquareAttack": "square",
+}
+TILES = 5  # along a side, of Square's start in L2 and L1
+BALLS = ("linf", "l2")
+RADII, SHARES = (3.0, 2.0, 1.0), (0.3, 0.3)  # of the runs of its L1 APGD, and of all steps but the last run's
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """The package under one of its names."""
+
+    name: str
+
+    def translate(self, order: Order) -> Call:
+        """APGD, FAB and Square.
+
+        Raises:
+            InputError: the package has no such attack.
+        """
+        attack = order.attack
+        if isinstance(attack, Apgd):
+            order.require("autoattack", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
+            draws = attack.eot if isinstance(attack, ApgdEot) else 1
+            return _apgd(order, attack, n_iter=attack.steps, rho=attack.rho, eot_iter=draws)
+        if isinstance(attack, ApgdL1):
+            order.require("autoattack", ("l1",), "loss", "steps", "radii", "restarts", "targets")
+            steps = sum(attack.steps)
+            larger = len(attack.steps) > 1
+            if larger and (attack.radii, attack.steps) != (RADII, runs(steps)):
+                raise order.refusal("autoattack", f"steps = {attack.steps} at radii = {attack.radii}")
+            return _apgd(order, attack, n_iter=steps, use_largereps=larger)
+        if isinstance(attack, Fab):
+            order.require(
+                "autoattack", tuple(NORMS), "steps", "targets", "restarts", "alpha_max", "eta", "beta"
+            )
+            aim = {"targeted": attack.targets > 0, "n_target_classes": order.targets}
+            pull = {"alpha_max": attack.alpha_max, "eta": attack.eta, "beta": attack.beta}
+            return _call(
+                order, "FABAttack_PT", n_iter=attack.steps, n_restarts=attack.restarts, **aim, **pull
+            )
+        if isinstance(attack, Square):
+            order.require("autoattack", tuple(NORMS), "queries", "p", "restarts")
+            if order.threat.norm != "linf" and order.shape is not None and not tiled(order.shape):
+                what = f"norm {order.threat.norm!r} on images of {order.shape} pixels"
+                raise order.refusal("autoattack", what)
+            settings = {"n_queries": attack.queries, "p_init": attack.p, "n_restarts": attack.restarts}
+            return _call(order, "SquareAttack", **settings, resc_schedule=False)
+        raise order.refusal("autoattack")
+
+    def build(self, call: Call, model: nn.Module, device: torch.device) -> Perturb:
+        """That attack, ready for a model."""
+        module = packages.load(f"{self.name}.{HOMES[call.kind]}")
+        perturb: Perturb = getattr(module, call.kind)(model, **call.settings, device=str(device)).perturb
+        return perturb
+
+
+def runs(steps: int) -> tuple[int, ...]:
+    """Steps of each run of its L1 APGD in larger balls."""
+    first = [math.ceil(share * steps) for share in SHARES]
+    return (*first, steps - sum(first))
+
+
+def tiled(shape: tuple[int, int]) -> bool:
+    """Whether the package can begin Square in L2 or L1 on such images: elsewhere a tile sticks out."""
+    side = shape[0] // TILES
+    return side > 0 and all(length // side <= TILES for length in shape)
+
+
+def _apgd(order: Order, attack: Apgd | ApgdL1, **settings: object) -> Call:
+    """Its APGD, with targets or without."""
+    if attack.loss not in LOSSES:
+        raise order.refusal("autoattack", f"loss = {attack.loss!r}")
+    settings["n_restarts"] = attack.restarts
+    if attack.targets:
+        return _call(order, "APGDAttack_targeted", **settings, n_target_classes=order.targets)
+    return _call(order, "APGDAttack", **settings, loss=attack.loss)
+
+
+def _call(order: Order, kind: str, **settings: object) -> Call:
+    return Call(kind, {**order.common, **settings})
+
+
+def package() -> AutoAttack:
+    """The installed package.
+
+    Raises:
+        InputError: there is none; the message says how to get one.
+    """
+    name = packages.installed(NAMES)
+    if name is None:
+        raise InputError("--engine autoattack", "not installed", do=INSTALL)
+    return AutoAttack(name)

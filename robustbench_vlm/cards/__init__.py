@@ -1,0 +1,1 @@
+"""Facts written as TOML, one record a file, and the one reader."""

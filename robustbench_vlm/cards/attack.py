@@ -1,0 +1,47 @@
+"""The record of a chain of attacks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from robustbench_vlm.cards.card import Card as Card
+
+
+class Stage(BaseModel):
+    """One attack of a chain: a plug-in and its fields, every number written out."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    attack: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The plug-in's own fields."""
+        return dict(self.model_extra or {})
+
+
+class AttackCard(Card):
+    """A chain of attacks; each is given the survivors of the ones before.
+
+    Attributes:
+        rows: the fixed padded shape of every model call (DESIGN ruling 1); part of the fingerprint.
+        stage: the attacks, in order.
+        stop: when an image leaves: see `attacks.interface.Rows`.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    rows: int = Field(default=32, ge=1)
+    stop: Literal["first", "last", "best"] = "first"
+    stage: tuple[Stage, ...]
+
+    @model_validator(mode="after")
+    def _stages(self) -> AttackCard:
+        names = [stage.name for stage in self.stage]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("a chain needs at least one stage, and stage names must differ")
+        return self

@@ -1,0 +1,79 @@
+"""The record of a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import model_validator
+
+from robustbench_vlm.cards.card import PLAIN
+from robustbench_vlm.cards.card import Card as Card
+from robustbench_vlm.cards.protocol import Resize
+
+
+class Source(Card):
+    """Where a dataset comes from, so that a missing one can be fetched."""
+
+    hub: str = ""
+    revision: str = ""
+    url: str = ""
+
+
+class DatasetCard(Card):
+    """One dataset: what its images mean, and on which canvas the ball lives.
+
+    Attributes:
+        folder: name of its folder below the data root (clip-benchmark: `wds_<key>`).
+        size: images per split; what `data check` counts.
+        canvas: `native`, the ball at the images' own resolution; `model`, at the model's input size.
+        native_px: side of the images when `canvas` is `native`.
+        resize: how an image comes to a model canvas.
+        names: class names in label order; blank names are legal (CLEVR has one).
+        names_from: `folder`, where no public list is at hand: they are those of `classnames.txt`.
+        templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
+        names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    folder: str
+    n_classes: int
+    size: dict[str, int]
+    canvas: Literal["native", "model"]
+    native_px: int = 0
+    resize: Resize = "bicubic"
+    names: tuple[str, ...] = ()
+    names_from: Literal["card", "folder"] = "card"
+    templates: tuple[str, ...]
+    names_sha256: str = ""
+    templates_sha256: str = ""
+    metric: Literal["top1"] = "top1"
+    metric_official: str = "top1"
+    real: bool = True
+    licence: str
+    source: Source = Source()
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> DatasetCard:
+        for field, value in (("name", self.name), ("folder", self.folder)):
+            if not PLAIN.fullmatch(value):  # they become paths
+                raise ValueError(f"{field} must be letters, digits and . _ - (found {value!r:.60})")
+        if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
+            raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
+        if not self.templates or any("{c}" not in template for template in self.templates):
+            raise ValueError("templates must be sentences that contain {c}")
+        if self.canvas == "native" and self.native_px <= 0:
+            raise ValueError("canvas = 'native' needs native_px, the side of the images in pixels")
+        for field, lines in (("names_sha256", self.names), ("templates_sha256", self.templates)):
+            stated = getattr(self, field)
+            if stated and lines and stated != lines_sha256(lines):
+                raise ValueError(f"{field} is {lines_sha256(lines)}, expected {stated}: the list was changed")
+        return self
+
+
+def lines_sha256(lines: tuple[str, ...] | list[str]) -> str:
+    """SHA-256 of newline-joined lines: the identity of a list of names or templates."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""How papers evaluate, as records: which sentences stand for a class, and which attack counts how."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from robustbench_vlm.cards.card import Card
+from robustbench_vlm.threat import Norm
+
+PLAIN = str.maketrans("_-/", "   ")
+
+Resize = Literal["bicubic", "bilinear-256", "bilinear-squash"]
+"""How an image comes to the model's canvas before the attack: the shorter side to the input size, bicubic,
+and a centre crop (open_clip); the shorter side to 256/224 of it, bilinear, and a crop; or both sides."""
+
+
+def sentences_sha256(names: Sequence[str], templates: Sequence[str]) -> str:
+    """SHA-256 of the newline-joined sentences, class by class: the identity of what a class is called."""
+    rendered = [template.replace("{c}", name) for name in names for template in templates]
+    return hashlib.sha256("\n".join(rendered).encode()).hexdigest()
+
+
+class PromptPack(Card):
+    """The sentences of every dataset under one convention.
+
+    Attributes:
+        spelling: of class names that `names` does not list: `card`, as the dataset card has them; `plain`, in
+            small letters with spaces for `_`, `-` and `/`.
+        template: the one sentence of datasets that `templates` does not list; empty for the card's own.
+        templates: sentences with `{c}` by dataset.
+        names: class names in label order by dataset.
+        sentences_sha256: of the rendered sentences by dataset, checked when they are used.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    source: str = ""
+    spelling: Literal["card", "plain"] = "card"
+    template: str = ""
+    templates: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    sentences_sha256: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> PromptPack:
+        lists = [*self.templates.values(), *([(self.template,)] if self.template else [])]
+        if any(not lines or any("{c}" not in line for line in lines) for lines in lists):
+            raise ValueError("templates must be sentences that contain {c}")
+        return self
+
+    def words(
+        self, dataset: str, names: Sequence[str], templates: Sequence[str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Class names and templates of a dataset under this convention.
+
+        Args:
+            dataset: name of the card.
+            names: the card's class names.
+            templates: the card's templates.
+
+        Raises:
+            ValueError: the sentences are not those of `sentences_sha256`.
+        """
+        plain = self.spelling == "plain"
+        spelt = tuple(name.lower().translate(PLAIN) if plain else name for name in names)
+        chosen = self.names.get(dataset, spelt)
+        sentences = self.templates.get(dataset, (self.template,) if self.template else tuple(templates))
+        stated, found = self.sentences_sha256.get(dataset, ""), sentences_sha256(chosen, sentences)
+        if stated and stated != found:
+            raise ValueError(f"sentences of {dataset} have SHA-256 {found[:16]}, expected {stated[:16]}")
+        return chosen, sentences
+
+
+class Protocol(Card):
+    """One way to evaluate, fixed as a whole, so that its numbers can stand beside each other.
+
+    Attributes:
+        paper: where it is described, or comes from.
+        code: repository and commit that were read.
+        suite: the datasets it is usually run on.
+        attack: name of the chain.
+        eps: radii, each attacked within the ladder of all.
+        n: images a dataset; 0 means all.
+        prompts: name of the prompt pack.
+        canvas: `card`, where the ball lives by the dataset cards; `model`, at the input size for all.
+        resize: how images come to a model canvas.
+        native_resize: the same for datasets whose cards have a native canvas, when `canvas` is `model`.
+        antialias: of the resize of native canvases inside the model.
+        input_px: the input size that models must have; 0 for any.
+        differs: what is done otherwise than in that code, and why.
+    """
+
+    name: str
+    title: str
+    version: int = 1
+    paper: str
+    code: str = ""
+    suite: str
+    attack: str
+    norm: Norm = "linf"
+    eps: tuple[str, ...]
+    n: int = Field(ge=0)
+    prompts: str
+    canvas: Literal["card", "model"] = "card"
+    resize: Resize = "bicubic"
+    native_resize: Resize = "bicubic"
+    antialias: bool = True
+    input_px: int = Field(default=0, ge=0)
+    differs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,208 @@
+"""Facts are TOML: datasets, attack chains, suites and recipes, read strictly into frozen records.
+
+Cards lie in `suites/` (in a wheel: `robustbench_vlm/_suites/`), and in every folder given by `--include`.
+An unknown key, a value of the wrong kind or an unknown name is a `CardError` with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.card import PLAIN
+from robustbench_vlm.cards.card import Card as Card
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.model import ModelCard
+from robustbench_vlm.cards.overrides import number
+from robustbench_vlm.cards.overrides import override as override
+from robustbench_vlm.cards.protocol import PromptPack as PromptPack
+from robustbench_vlm.cards.protocol import Protocol as Protocol
+from robustbench_vlm.cards.recipe import Recipe as Recipe
+from robustbench_vlm.cards.study import Study as Study
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.errors import CardError, InputError, nearest
+
+
+def home() -> Path:
+    """The folder of the project's own cards: inside the wheel, or the checkout's `suites/`."""
+    packaged = Path(__file__).parents[1] / "_suites"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "suites"
+
+
+C = TypeVar("C", bound=Card)
+
+FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
+    "datasets": ("datasets", DatasetCard),
+    "attacks": ("attacks", AttackCard),
+    "suites": (".", Suite),
+    "recipes": ("recipes", Recipe),
+    "models": ("models", ModelCard),
+    "protocols": ("protocols", Protocol),
+    "prompts": ("prompts", PromptPack),
+    "studies": ("studies", Study),
+}
+"""Kind of card -> folder below each card home, and the record it is read into."""
+
+SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
+"""Names that the literature has for cards of ours."""
+
+_include: list[Path] = []
+
+
+def include(folders: list[Path]) -> None:
+    """Search these folders for cards before the project's own; set once, by the door.
+
+    Raises:
+        InputError: a folder does not exist.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--include {folder}", "no such folder", "a folder laid out like suites/")
+    _include[:] = folders
+    _paths.cache_clear()
+
+
+def singular(kind: str) -> str:
+    """`study` for `studies`, `suite` for `suites`."""
+    return f"{kind[:-3]}y" if kind.endswith("ies") else kind.removesuffix("s")
+
+
+def included() -> list[Path]:
+    """The folders that `include` was given."""
+    return list(_include)
+
+
+def as_typed() -> str:
+    """The folders of `include` as they are typed, behind any command line; empty without one."""
+    return "".join(f" --include {folder}" for folder in _include)
+
+
+@cache
+def _paths(kind: str) -> dict[str, Path]:
+    folder, _ = FOLDERS[kind]
+    found: dict[str, Path] = {}
+    for root in (home(), *reversed(_include)):
+        found |= {path.stem: path for path in sorted((root / folder).glob("*.toml"))}
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Names of all cards of a kind, sorted."""
+    return sorted(_paths(kind))
+
+
+def read(kind: str, name: str, record: type[C]) -> C:
+    """The card of `kind` called `name`, or the TOML file at the path `name`.
+
+    Raises:
+        CardError: no such card, or the file breaks the schema; the message names file and key.
+    """
+    where = path(kind, name)
+    card = parse(toml(where), record, str(where))
+    own = str(getattr(card, "name", "x"))
+    if not PLAIN.fullmatch(own):
+        raise CardError(str(where), f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
+    return card
+
+
+def path(kind: str, name: str) -> Path:
+    """The file of the card of `kind` called `name`, or `name` itself when it ends in `.toml`.
+
+    Raises:
+        CardError: no such card; the message gives the nearest and all known names.
+    """
+    file = SAME.get((kind, name), name)
+    found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
+    if found is None:
+        raise CardError(f"{singular(kind)} {name!r}", "no such card", do=nearest(name, _paths(kind)))
+    return found
+
+
+def toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file, with `@file` strings replaced by that file's lines.
+
+    A value `"@prompts/x.txt"` of `names` or `templates` means the lines of `x.txt` below the card home, so a
+    list of a thousand names is written once and shared.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=number)
+    except FileNotFoundError:
+        raise CardError(str(path), "no such file", "a TOML card") from None
+    except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
+        raise CardError(str(path), f"not TOML ({error!s:.120})", "a TOML card") from None
+    for key in ("names", "templates"):
+        value = table.get(key)
+        if isinstance(value, str) and value.startswith("@"):
+            table[key] = _lines(path, value.removeprefix("@"))
+        if isinstance(value, dict):
+            files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
+            value.update({name: _lines(path, file.removeprefix("@")) for name, file in files.items()})
+    return table
+
+
+def _lines(card: Path, name: str) -> list[str]:
+    for root in (card.parent.parent, home()):
+        if (path := root / name).is_file() and path.resolve().is_relative_to(root.resolve()):
+            try:
+                return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            except UnicodeDecodeError:
+                raise CardError(str(path), "unreadable", "UTF-8 text") from None
+    raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
+
+
+def subset(suite: Suite) -> tuple[str, ...]:
+    """The image names of a suite that takes them from a file; the file must be the one that the suite means.
+
+    Raises:
+        CardError: no such file, or another SHA-256.
+    """
+    name = suite.subset.removeprefix("file:")
+    found = next((at for root in (*_include, home(), Path()) if (at := root / name).is_file()), None)
+    if found is None:
+        raise CardError(f"suite {suite.name}", f"no file {name!r}", "it below a card home")
+    content = found.read_bytes()
+    sha = hashlib.sha256(content).hexdigest()
+    if suite.subset_sha256 and sha != suite.subset_sha256:
+        raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
+    return tuple(content.decode("utf-8", "replace").split())
+
+
+def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
+    """A strict record from a table; a CardError names file, key, what was found and the nearest known key."""
+    try:
+        return record.model_validate(table)
+    except ValidationError as error:
+        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
+        first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
+        missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
+        places = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
+        place = ", ".join(places)
+        if unknown:
+            do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
+            raise CardError(where, f"unknown key {place!r}", do=do) from None
+        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
+        raise CardError(where, f"{place or 'card'}: {_one_line(first['msg'])}{found}") from None
+
+
+def _one_line(text: str) -> str:
+    """The text as it is when it can be printed in a line, else quoted."""
+    return text if text.isprintable() else f"{text!r:.200}"
+
+
+def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the table at `path` inside `record`."""
+    for part in path:
+        field = record.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list of tables
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        inner = [t for t in kinds if isinstance(t, type)]
+        record = next((t for t in inner if issubclass(t, BaseModel)), record)
+    return list(record.model_fields)

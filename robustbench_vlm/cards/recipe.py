@@ -1,0 +1,173 @@
+"""The records of a training run: what is trained, from whom, on what, against which adversary, how long."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from robustbench_vlm.cards.card import Card, Grown
+from robustbench_vlm.store import fingerprint
+from robustbench_vlm.threat import Norm, Threat, parse_eps
+
+
+class DataChoice(Card):
+    """The training images of a recipe, and the one sentence that turns class names into text."""
+
+    dataset: str
+    split: str = "train"
+    template: str = "This is a photo of a {c}"
+    n: int = Field(default=0, ge=0)
+
+
+class Inner(Grown):
+    """The inner maximisation: projected gradient ascent.
+
+    Attributes:
+        start: `uniform`, in the ball and clipped into the box (the TeCoA family, AGFT); `unclipped`, in the
+            ball only, for the first forward (RobustVLM, MMT-ARD, ARD, IAD); `gaussian`, x + 0.001 N(0, 1),
+            neither projected nor clipped (RSLAD, MTARD, AdaAD).
+        mode: of the student while it is attacked. `eval`: running statistics, no dropout; `train`: batch
+            norms use and update the statistics of the batch, dropout is on (the TeCoA family, ARD, IAD).
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"start", "mode"})
+
+    norm: Norm = "linf"
+    eps: Annotated[str, BeforeValidator(str)]
+    steps: int = Field(ge=1)
+    step_size: Annotated[str, BeforeValidator(str)]
+    start: Literal["uniform", "unclipped", "gaussian"] = "uniform"
+    mode: Literal["eval", "train"] = "eval"
+
+    @property
+    def threat(self) -> Threat:
+        """The ball of the inner maximisation."""
+        return Threat(self.norm, parse_eps(self.eps, self.norm))
+
+    @property
+    def step(self) -> Fraction:
+        """Step size in [0, 1] pixel units."""
+        return parse_eps(self.step_size, self.norm)
+
+
+class Optim(Grown):
+    """AdamW or SGD with linear warm-up and a half cosine to zero; pure functions of the step.
+
+    Attributes:
+        momentum: of `sgd`; AdamW has torch's betas.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"algorithm", "momentum"})
+
+    algorithm: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    steps: int = Field(ge=1)
+    warmup: int = Field(default=0, ge=0)
+    batch_size: int = Field(ge=1)
+    grad_clip: float = Field(default=0.0, ge=0)
+
+
+class Lora(Card):
+    """Low-rank adapters on the student's image tower, through peft; merged when saved."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: tuple[str, ...] = ("attn",)
+
+
+class Prompts(Card):
+    """Learned tokens in both towers of a frozen student, and of every learning teacher.
+
+    Attributes:
+        image: tokens after the patches; 0 leaves the image tower as it is.
+        text: tokens between the start token and the sentence; 0 leaves the text tower as it is.
+        depth: layers that get tokens of their own, the input included.
+        init: words whose embeddings the text tokens at the input start from; all others start from noise.
+    """
+
+    image: int = Field(default=2, ge=0)
+    text: int = Field(default=2, ge=0)
+    depth: int = Field(default=9, ge=1)
+    init: str = "a photo of a"
+
+
+class Compute(Card):
+    """How the sums are done, where that is not fp32 as PyTorch does it; each may change last bits or more.
+
+    Attributes:
+        precision: of the image towers in training; `bf16` is autocast. Losses, text, probe and weights stay
+            in fp32.
+        compile: image towers through `torch.compile`.
+        channels_last: memory format of the student's convolutions.
+        fused_adamw: AdamW in one kernel.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    fused_adamw: bool = False
+
+
+class Probe(Card):
+    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split (n = 0: all)."""
+
+    every: int = Field(ge=1)
+    n: int = Field(default=256, ge=0)
+    split: str = "test"
+    steps: int = Field(default=10, ge=1)
+
+
+class Recipe(Grown):
+    """One training run worth repeating.
+
+    Attributes:
+        student: model id or checkpoint folder that training starts from.
+        teachers: model id or checkpoint folder of each role that the defense names.
+        defense: plug-in name and its fields.
+        inner: the attack; must be absent for a defense without one.
+        prompts: train these alone, in place of the whole tower or of adapters.
+        compute: precision and kernels; leave the table out for fp32.
+        checkpoint_every: steps between checkpoints (0: only at the end).
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"prompts", "compute"})
+
+    name: str
+    title: str
+    student: str
+    teachers: dict[str, str] = Field(default_factory=dict)
+    defense: dict[str, Any]
+    data: DataChoice
+    inner: Inner | None = None
+    optim: Optim
+    lora: Lora | None = None
+    prompts: Prompts | None = None
+    compute: Compute = Compute()
+    probe: Probe | None = None
+    seed: int = 0
+    checkpoint_every: int = Field(default=0, ge=0)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> Recipe:
+        if self.lora is not None and self.prompts is not None:
+            raise ValueError("[lora] and [prompts] are two ways to train: leave one out")
+        if self.prompts is not None and self.prompts.image + self.prompts.text == 0:
+            raise ValueError("[prompts] without a token trains nothing")
+        if self.compute.fused_adamw and self.optim.algorithm != "adamw":
+            raise ValueError(f"compute.fused_adamw is of adamw, optim.algorithm is {self.optim.algorithm}")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the resolved recipe."""
+        return fingerprint(self.model_dump(mode="json"))

@@ -1,0 +1,52 @@
+"""`vlmrob compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.cli.options import AsJson, Results
+from robustbench_vlm.errors import InputError
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="Model name, or the first digits of its fingerprint.")],
+    b: Annotated[str, typer.Argument(help="The other one; none with --published.")] = "",
+    results: Results = Path("results"),
+    suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
+    published: Annotated[
+        bool, typer.Option("--published", help="Beside what papers printed under the same protocol.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Paired test of two models on the same images: exact McNemar, per dataset and over all of them."""
+    from robustbench_vlm.results import compare, result_file
+
+    if published == bool(b):
+        raise InputError("compare", "two models or --published", "one of them", "see vlmrob compare --help")
+    cells = result_file.of_suite(result_file.read(results), reader.read("suites", suite, Suite))
+    if published:
+        _beside(cells, a, as_json=as_json)
+        return
+    lines = [line.texts for line in compare.compare(cells, a, b)]
+    if as_json:
+        console.result_json([dict(zip(compare.COLUMNS, line, strict=True)) for line in lines])
+    else:
+        title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
+        console.show(title, [*compare.COLUMNS], lines)
+
+
+def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here
+    """Print a model's rows beside those of papers; copied rows say so."""
+    from robustbench_vlm.results import published
+
+    lines = published.beside(cells, model)
+    if as_json:
+        console.result_json([dict(zip(published.COLUMNS, line, strict=True)) for line in lines])
+    else:
+        console.show("measured rows, and copied ones with their source", [*published.COLUMNS], lines)

@@ -1,0 +1,53 @@
+"""`vlmrob convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.errors import InputError
+
+
+def convert(  # noqa: PLR0913 - one parameter a flag
+    source: Annotated[Path, typer.Argument(help="Weights file, or folder of transformers.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    arch: Annotated[
+        str, typer.Option(help="Model that a weights file was made from, e.g. ViT-L-14:openai.")
+    ] = "",
+    card: Annotated[
+        str, typer.Option(help="Public checkpoint that it is (see list models): gives base, defense, data.")
+    ] = "",
+    name: Annotated[str, typer.Option(help="Name in tables; default: of the folder.")] = "",
+    defense: Annotated[str, typer.Option(help="How it was made robust.")] = "unknown",
+    trained_on: Annotated[
+        str, typer.Option(help="Datasets seen, e.g. imagenet,unknown; default: nothing is known.")
+    ] = "",
+    max_memory: Annotated[int, typer.Option(min=1, help="GiB of address space for reading.")] = 4,
+    max_seconds: Annotated[int, typer.Option(min=1, help="Seconds of processor for reading.")] = 300,
+) -> None:
+    """Turn weights of another program into a checkpoint folder: safetensors, card and canary.
+
+    A pickle is read as data in a process of its own with limits on memory and time: nothing that it names is
+    imported or run, and everything but tensors and plain tables is refused.
+    """
+    from robustbench_vlm.models import convert
+    from robustbench_vlm.models.foreign import weights_file
+
+    if not card and not arch and not weights_file.is_transformers(source):
+        found = "neither --arch nor --card"
+        raise InputError(f"convert {source}", found, "the model that the weights were made from")
+    if card:
+        known = convert.listed(card)
+    else:
+        known = convert.unlisted(
+            name or out.resolve().name, arch, defense, tuple(filter(None, trained_on.split(",")))
+        )
+    made = convert.convert(source, out, known, {"memory": max_memory * 2**30, "seconds": max_seconds})
+    console.result(str(out))
+    console.remark(f"{made.training['scheme']}, {made.arch}, fingerprint {made.sha256[:12]}")
+    if made.training["left_out"]:
+        console.remark(f"left out: {', '.join(made.training['left_out'])}")
+    console.remark(f"next: vlmrob eval --model {out} --attack autoattack --suite zeroshot")

@@ -1,0 +1,37 @@
+"""`vlmrob demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.cli.options import DataRoot, place, print_grids
+
+
+def demo(
+    full: Annotated[
+        bool, typer.Option("--full", help="500 images a dataset, and the teachers and a TeCoA student too.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of everything it makes; default runs/demo.")
+    ] = None,
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """The whole job on the built-in tiny world: train two defenses, attack three models, read the table."""
+    from robustbench_vlm.demo import whole_job
+    from robustbench_vlm.results.compare import COLUMNS
+
+    folder = out or Path("runs") / ("demo-full" if full else "demo")
+    with console.meter() as meter:
+        shown = whole_job.run(folder, data_root, place("cpu"), meter, console.remark, full=full)
+    print_grids(shown.rows)
+    title = (
+        f"A = {whole_job.OURS}, B = {whole_job.BASELINE}; differences in points, p of the exact McNemar test"
+    )
+    console.show(title, [*COLUMNS], shown.paired)
+    console.show("seconds", ["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in shown.seconds.items()])
+    for path in shown.files:
+        console.result(str(path))

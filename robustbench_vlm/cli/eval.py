@@ -1,0 +1,130 @@
+"""`vlmrob eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cli.options import AsJson, DataRoot, Device, Engine, place, print_grids, require_tiny
+
+CHECK_FLAG = 3
+
+
+def evaluate(  # noqa: PLR0913 - one parameter a flag
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name, folder, weights file or ARCH:TAG; repeatable; default: the newest under runs/."
+        ),
+    ] = None,
+    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="Suite name or TOML file; default: the protocol's, or tiny.")
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="Evaluate as a paper does: attack, radii, images, prompts, canvas.")
+    ] = "",
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
+    ] = None,
+    eps: Annotated[str, typer.Option(help="Radii, e.g. 4 or 1,2,4; default: the suite's.")] = "",
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1; default: the suite's.")] = "",
+    n: Annotated[
+        int | None, typer.Option(min=0, help="Images a dataset, 0 for all; default: the suite's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
+    ] = None,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep the adversarial images.")
+    ] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out datasets that are not on disk.")
+    ] = False,
+    engine: Engine = "native",
+    mode: Annotated[
+        str,
+        typer.Option(help="fast, or reference: the noise and schedule of the reference implementation."),
+    ] = "fast",
+    precision: Annotated[
+        str, typer.Option(help="In which attacks see the model: fp32 or bf16. Verdicts are in fp32.")
+    ] = "fp32",
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let fp32 products round to TF32 (CUDA).")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Attack through torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Attack by replayed CUDA graphs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when a result carries a flag.")] = False,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Attack models over a suite; finished cells are kept, half-finished ones go on."""
+    from robustbench_vlm.engine.attacked_view import Sight
+    from robustbench_vlm.evaluation import estimate, planning
+
+    order = planning.Order(
+        models=tuple(model or [_newest_checkpoint()]),
+        attacks=tuple(attack or ([] if protocol else ["autoattack"])),
+        suite=suite or ("" if protocol else "tiny"),
+        datasets=tuple(dataset or []),
+        eps=eps,
+        norm=norm,
+        n=n,
+        results=out,
+        data_root=data_root,
+        live=batch_size,
+        keep_images=save_adversarial,
+        skip_missing=skip_missing,
+        engine=engine,
+        mode=mode,
+        sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        arch=arch,
+        protocol=protocol,
+    )
+    plan = planning.plan(order, place(device))
+    if dry_run:  # writes nothing, so what would be rendered counts as there
+        for line in estimate.price(plan):
+            console.result(line)
+        return
+    require_tiny([card.name for card in plan.datasets], data_root)
+    for line in plan.protocol.differs if plan.protocol else ():
+        console.remark(f"note: protocol {protocol}: {line}")
+    whole, plan = plan, planning.require_data(plan)
+    for card in whole.datasets:
+        if card not in plan.datasets:
+            console.remark(f"left out: {card.name} is not below {data_root}")
+    for line in estimate.price(plan):
+        console.remark(line)
+    with console.meter() as meter:
+        paths = planning.perform(plan, meter, console.remark)
+    rows = planning.rows(plan, paths)
+    if as_json:
+        console.result_json(rows.to_dict("records"))
+    else:
+        print_grids(rows)
+        line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{reader.as_typed()}"
+        console.remark(f"results in {out}; next: {line}")
+    marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
+    flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
+    for line in flagged:
+        console.remark(f"flag: {line}")
+    if strict and flagged:
+        raise typer.Exit(CHECK_FLAG)
+
+
+def _newest_checkpoint() -> str:
+    """The newest checkpoint folder below runs/; said aloud, never silently."""
+    found = sorted(Path("runs").rglob("card.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        console.remark("no --model and no checkpoint under runs/: taking the packaged `tiny`")
+        return "tiny"
+    console.remark(f"no --model: taking the newest checkpoint, {found[-1].parent}")
+    return str(found[-1].parent)

@@ -1,0 +1,113 @@
+"""`vlmrob train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustbench_vlm import console
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cli.options import DataRoot, Device, place, require_tiny
+from robustbench_vlm.errors import CardError, InputError, nearest
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A defense (mmt-ard), a recipe name, or a TOML file.")],
+    recipe_option: Annotated[str | None, typer.Option("--recipe", help="Recipe name or TOML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. optim.steps=100.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Checkpoint folder; default runs/<recipe>-<hash>.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on in a folder that was started before.")] = True,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Keep what frozen teachers say of clean images; changes the time and no bit."),
+    ] = True,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+) -> None:
+    """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
+    from robustbench_vlm.training import loop, teacher_cache
+
+    chosen = _recipe(recipe, recipe_option, settings or [])
+    folder = out or Path("runs") / f"{chosen.name}-{chosen.fingerprint[:8]}"
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"--out {folder}", "not empty", "an empty folder with --no-resume", "choose another one"
+        )
+    if (folder / "card.json").exists() and (folder / "recipe.json").exists():
+        console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
+    where = place(device)
+    judged = _suite_of(chosen.data.dataset)
+    require_tiny([chosen.data.dataset], data_root)
+    threat = chosen.inner.threat if chosen.inner else "no adversary"
+    console.remark(f"training {chosen.name}: {chosen.optim.steps} steps, {threat}, on {where}, into {folder}")
+    total = chosen.optim.steps
+    with console.meter() as meter:
+
+        def report(line: Any) -> None:  # noqa: ANN401 - a JSON line of the log
+            if "probe" in line:
+                console.remark(f"step {line['step']}: probe {line['probe']}")
+            else:
+                meter(chosen.name, line["step"], total, f"loss {line['loss']:.4f}")
+
+        kept = teacher_cache.folder() if cache else None
+        loop.run(chosen, folder, data_root, where, report, kept, console.remark)
+    console.result(str(folder))
+    if not judged:
+        console.remark(f"no suite has {chosen.data.dataset}: write one, or take one of other datasets")
+    told = "" if data_root == Path("data") else f" --data-root {data_root}"
+    line = f"vlmrob eval --model {folder} --attack autoattack --suite {judged or 'SUITE'}{told}"
+    console.remark(f"next: {line}{reader.as_typed()}")
+
+
+def _recipe(name: str, option: str | None, settings: list[str]) -> Recipe:
+    """The recipe meant: `--recipe`, a TOML file, a recipe name, or the tiny recipe of a defense."""
+    known = reader.names("recipes")
+    if option is None and (name.endswith(".toml") or name in known):
+        chosen = name
+    else:
+        _require_defense(name)
+        chosen = option or f"tiny-{name}"
+        if option is None:
+            console.remark(f"no recipe was named: taking {chosen}, for the built-in tiny world")
+            paper = f"paper-{name}"
+            if paper in known:
+                console.remark(f"the paper's setting: vlmrob train {name} --recipe {paper}")
+    path = reader.path("recipes", chosen)
+    recipe = reader.parse(overrides.override(reader.toml(path), settings), Recipe, str(path))
+    if option is not None and recipe.defense.get("name") != name:
+        found = f"a recipe of {recipe.defense.get('name')!r}"
+        raise CardError(f"--recipe {option}", found, f"one of {name!r}")
+    return recipe
+
+
+def _suite_of(dataset: str) -> str:
+    """The suite to judge a model by that was trained on `dataset`; empty if none has it.
+
+    One of --include before the project's own, then the one of fewest datasets.
+    """
+    found = []
+    for name in reader.names("suites"):
+        path = reader.path("suites", name)
+        members = reader.toml(path).get("datasets")
+        if isinstance(members, list) and dataset in members:
+            found.append((path.parent == reader.home(), len(members), name))
+    return min(found)[2] if found else ""
+
+
+def _require_defense(name: str) -> None:
+    """Refuse an unknown defense without importing torch."""
+    folder = Path(__file__).parents[1] / "defenses"
+    known = [
+        path.stem.replace("_", "-") for path in folder.glob("*.py") if path.stem not in ("__init__", "losses")
+    ]
+    if name not in known and ":" not in name:
+        from robustbench_vlm.cards import plugins
+
+        if name not in plugins.names("defenses"):
+            hint = nearest(name, {*known, *reader.names("recipes")})
+            raise CardError(f"defense or recipe {name!r}", "no such thing", do=hint)

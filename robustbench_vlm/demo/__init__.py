@@ -1,0 +1,1 @@
+"""The built-in tiny world: its weights and the demonstration."""

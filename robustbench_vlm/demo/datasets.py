@@ -1,0 +1,63 @@
+"""Write the datasets of the tiny world, and generated miniatures of public ones."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.data import dataset, miniature
+from robustbench_vlm.data.tiny import write
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.evaluation import cells
+from robustbench_vlm.evaluation.planning import Meter
+from robustbench_vlm.models import zoo
+from robustbench_vlm.models.zeroshot import ZeroShot
+
+ROWS = 32  # shape of the model calls that label a miniature
+
+
+def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> list[Path]:
+    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made."""
+    names = list(only) if only is not None else [n for n in reader.names("datasets") if n.startswith("tiny-")]
+    made: list[Path] = []
+    for name in names:
+        card = reader.read("datasets", name, DatasetCard)
+        if any(dataset.missing([card], root, split) for split in card.size):
+            made += write.make(root, [name], report)
+    return made
+
+
+def make_miniature(
+    suite: str, root: Path, n: int, label_with: str, report: Meter, per_class: int | None = None
+) -> None:
+    """Write a miniature of every dataset of a suite, labelled by a model's own predictions when one is named.
+
+    A small or random model is wrong on nearly every generated image of a thousand classes, and an image that
+    is wrong from the start is never attacked; labels of its own choosing leave it something to lose.
+    """
+    chosen = reader.read("suites", suite, Suite)
+    loaded = zoo.load(label_with) if label_with else None
+    for done, name in enumerate(chosen.datasets):
+        report(f"miniatures of {suite}", done, len(chosen.datasets))
+        card = reader.read("datasets", name, DatasetCard)
+        count = per_class * card.n_classes if per_class else n
+        labels = predictions(loaded, card, chosen.split, count) if loaded else None
+        miniature.make(card, root, n=count, split=chosen.split, labels=labels)
+
+
+def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> dict[str, int]:
+    """Member name -> predicted class of the `n` images that a miniature of `card` consists of."""
+    with tempfile.TemporaryDirectory() as folder:
+        miniature.make(card, Path(folder), n=n, split=split)
+        opened = dataset.open_split(card, Path(folder), split)
+        what = cells.subject(loaded, opened.card, opened)
+        classify = ZeroShot(loaded.model, what.bank)
+        found: list[int] = []
+        for part in what.images.parts(range(len(what.images)), ROWS):
+            found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()
+        pairs = zip(what.split.keys, found, strict=True)
+        return {key.rsplit("/", 1)[-1]: label for key, label in pairs}

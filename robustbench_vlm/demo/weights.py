@@ -1,0 +1,108 @@
+"""How the packaged weights are made: `make tiny-weights` runs this file.
+
+Pretraining of the student-sized CLIP with its text tower, then of the teacher's image tower against that
+frozen text tower; then the clean and the robust teacher by ordinary recipes through the ordinary loop. Bits
+come out equal on one machine with one torch and one thread count; elsewhere accuracies agree within a few
+points.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from robustbench_vlm import console, store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.demo.datasets import make_tiny
+from robustbench_vlm.demo.pretrain import Plan, Pretrained, pretrain
+from robustbench_vlm.models import checkpoint, openclip, zoo
+from robustbench_vlm.models.clip import Clip
+from robustbench_vlm.training import loop
+
+WORK = Path("runs/tiny-weights")  # recipes of the teachers start from a folder below it
+STUDENT = Plan(config="vlmrob-tiny", steps=2000, lr=2e-3)
+TEACHER = Plan(config="vlmrob-tiny-teacher", steps=1400, lr=1.5e-3)
+START = "tiny-teacher-start"  # the teacher before it is taught; not shipped
+TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
+
+
+def make(data_root: Path, device: torch.device) -> None:
+    """Make every packaged checkpoint; what lies finished below `runs/tiny-weights` is kept.
+
+    Args:
+        data_root: the tiny world is rendered into it.
+        device: where the teachers are trained; pretraining runs on the CPU.
+    """
+    with console.meter() as meter:
+        if not (WORK / "tiny" / "card.json").exists():
+            made = pretrain(
+                STUDENT, progress=lambda done, total, _: meter("pretrain the tiny CLIP", done, total)
+            )
+            _save(WORK / "tiny", "tiny", made, STUDENT, text_from="")
+        publish("tiny")
+        if not (WORK / START / "card.json").exists():
+            text = _text_of(WORK / "tiny")
+            made = pretrain(TEACHER, text, lambda done, total, _: meter("pretrain the teacher", done, total))
+            _save(WORK / START, START, made, TEACHER, text_from="tiny")
+        make_tiny(data_root, meter, ["tiny-seen"])
+        for name in TEACHERS:
+            recipe = reader.read("recipes", name, Recipe)
+            loop.run(recipe, WORK / name, data_root, device, _report(name, recipe.optim.steps, meter))
+            publish(name)
+
+
+def publish(name: str) -> None:
+    """Copy the weights and the card of a finished folder into the package, byte for byte."""
+    for path in [*sorted((WORK / name).glob("*.safetensors")), WORK / name / "card.json"]:
+        store.write(zoo.PACKAGED / name / path.name, path.read_bytes())
+
+
+def _report(name: str, total: int, meter: console.Meter) -> loop.Report:
+    def report(line: loop.Line) -> None:
+        if "probe" in line:
+            console.remark(f"{name}, step {line['step']}: probe {line['probe']}")
+        else:
+            meter(name, line["step"], total)
+
+    return report
+
+
+def _save(folder: Path, name: str, made: Pretrained, plan: Plan, text_from: str) -> None:
+    """Write what pretraining left behind as a checkpoint folder."""
+    model = openclip.build(plan.config)
+    checkpoint.fill(model.visual, made.image, name)
+    ids = frozenset(int(i) for i in made.token_ids)
+    state = {f"net.{key}": value for key, value in made.text.items() if key != "logit_scale"}
+    state[checkpoint.TOKENS] = checkpoint.spread_rows(
+        state[checkpoint.TOKENS], made.token_ids, model.language
+    )
+    checkpoint.fill(model.language, state, name)
+    scale = float(made.text["logit_scale"].exp())
+    model = Clip(model.visual, model.language, model.tokenize, model.preprocess, scale, model.facts)
+    training = {"pretrain": {field: getattr(plan, field) for field in plan.__dataclass_fields__}}
+    card = checkpoint.describe(
+        model, name, defense="none", trained_on=(), text_from=text_from, training=training
+    )
+    checkpoint.save_folder(folder, model, card, trained_tokens=None if text_from else ids)
+
+
+def _text_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The text tower of a folder as `pretrain` takes it: stored token rows only, and the logit scale."""
+    state = checkpoint.read_state(folder / "text.safetensors")
+    text = {name.removeprefix("net."): value for name, value in state.items() if name != "token_ids"}
+    text["logit_scale"] = torch.tensor(checkpoint.read_card(folder).logit_scale).log()
+    return text
+
+
+def main() -> None:
+    """Make them here, with the data below `data/`."""
+    started = time.perf_counter()
+    make(Path("data"), torch.device("cpu"))
+    console.remark(f"packaged weights remade in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The scheduler that attacks share: rows, trajectories, verification, checks of the model."""

@@ -1,0 +1,1 @@
+"""Evaluate models on datasets: plan, cells, measurement, outcome."""

@@ -1,0 +1,62 @@
+"""What a protocol changes: canvas and resize of a dataset, a model's own resize, sentences, a row's marks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.protocol import PromptPack, Protocol
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.data import dataset
+from robustbench_vlm.errors import CardError, InputError
+from robustbench_vlm.models import zoo
+
+
+def marks(protocol: Protocol | None, suite: Suite) -> dict[str, str]:
+    """What tells rows apart beside attack and threat: the protocol, and a list of images."""
+    marks = {} if protocol is None else {"protocol": f"{protocol.name}/{protocol.version}"}
+    return {**marks, "subset": suite.subset_sha256 or suite.subset} if suite.subset else marks
+
+
+def placed(card: DatasetCard, protocol: Protocol | None) -> DatasetCard:
+    """The card with the canvas and resize of the protocol."""
+    if protocol is None:
+        return card
+    if card.canvas == "native" and protocol.canvas == "card":
+        return card
+    native = card.canvas == "native"
+    resize = protocol.native_resize if native else protocol.resize
+    if card.resize != "bicubic" and not native:
+        resize = card.resize  # a set with a rule of its own, as Hateful Memes
+    return card.model_copy(update={"canvas": "model", "resize": resize})
+
+
+def sized(loaded: zoo.Loaded, protocol: Protocol | None) -> zoo.Loaded:
+    """The model with the protocol's resize inside it, once its input size is the protocol's."""
+    if protocol is None:
+        return loaded
+    found = loaded.model.image_size
+    if protocol.input_px and found != protocol.input_px:
+        where = f"--protocol {protocol.name}, model {loaded.id}"
+        raise InputError(where, f"input of {found} pixels", f"{protocol.input_px}", "choose another model")
+    loaded.model.preprocess = replace(loaded.model.preprocess, antialias=protocol.antialias)
+    return loaded
+
+
+def prompted(split: dataset.Split, protocol: Protocol | None) -> dataset.Split:
+    """The split with the sentences of the protocol's prompt pack.
+
+    Raises:
+        CardError: sentences other than the pack's hash says.
+    """
+    if protocol is None:
+        return split
+    pack, card = reader.read("prompts", protocol.prompts, PromptPack), split.card
+    try:
+        names, templates = pack.words(card.name, card.names, card.templates)
+    except ValueError as error:
+        raise CardError(f"prompts {pack.name}", str(error), do="raise the pack's version") from None
+    if len(names) != card.n_classes:
+        raise CardError(f"prompts {pack.name}", f"{len(names)} names of {card.name}", f"{card.n_classes}")
+    return replace(split, card=card.model_copy(update={"names": names, "templates": templates}))

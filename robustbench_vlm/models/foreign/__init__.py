@@ -1,0 +1,1 @@
+"""Read the weights files of other programs as data, never as code."""

@@ -1,0 +1,1 @@
+"""Per-image verdicts, result files, and the tables made from them."""

@@ -1,0 +1,76 @@
+"""The curves of a study as one SVG: accuracy against steps, images and time; same findings, same bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from robustbench_vlm.results import stats
+from robustbench_vlm.studies.findings import Findings
+
+# Okabe and Ito's palette, told apart with any kind of colour vision; the baseline is black.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES: tuple[object, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+STYLE: Any = {
+    "svg.hashsalt": "vlmrob",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def svg(findings: Findings) -> bytes:
+    """The picture of `figure`, without a date or anything else that differs from one time to the next."""
+    with mpl.rc_context(STYLE):
+        file = io.BytesIO()
+        figure(findings).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def figure(findings: Findings) -> Figure:
+    """Robust accuracy above, clean below; steps (and images, above the axis) left, time right."""
+    made = Figure(figsize=(9.0, 6.6), layout="constrained", facecolor="white")
+    FigureCanvasSVG(made)
+    grid = made.subplots(2, 2, sharey="row", sharex="col")
+    for row, what in enumerate(("robust", "clean")):
+        for column, timed in enumerate((False, True)):
+            _curves(grid[row][column], findings, what, timed=timed)
+        grid[row][0].set_ylabel(f"{what} accuracy on {findings.study.probe.split}, %")
+    batch = findings.of(findings.study.baseline)[0].run.recipe.optim.batch_size
+    images = grid[0][0].secondary_xaxis("top", functions=(lambda s: s * batch, lambda i: i / batch))
+    images.set_xlabel("training images")
+    grid[1][0].set_xlabel("steps")
+    grid[1][1].set_xlabel(f"training time, in whole runs of {findings.study.baseline}")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    words = f"mean over {len(findings.seeds)} seeds; bands: 95 % t interval"
+    made.suptitle(f"{findings.study.title}\n{words}", fontsize=10)
+    return made
+
+
+def _curves(axes: Axes, findings: Findings, what: str, *, timed: bool) -> None:
+    """One line and band an arm; time is the arm's mean step over the baseline's, times its steps."""
+    coloured = 0
+    for number, arm in enumerate(findings.study.arm):
+        baseline = arm.name == findings.study.baseline
+        colour = "black" if baseline else COLOURS[coloured % len(COLOURS)]
+        coloured += not baseline
+        curves = [run.curve for run in findings.of(arm.name)]
+        steps = curves[0].steps
+        unit = findings.cost(arm.name).value / steps[-1] if timed else 1.0
+        x = [step * unit for step in steps]
+        points = [stats.t_mean([curve.of(what)[i] for curve in curves]) for i in range(len(steps))]
+        style: dict[str, Any] = {"color": colour, "linestyle": DASHES[number % len(DASHES)]}
+        axes.plot(x, [p.value for p in points], label=arm.name, linewidth=1.6, **style)
+        if not math.isnan(points[0].low):
+            low, high = [p.low for p in points], [p.high for p in points]
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # a band may pass zero, an accuracy does not

@@ -1,0 +1,256 @@
+"""A study: every arm trained over every seed, each run attacked in the end; stopped anywhere, it goes on.
+
+A run is named by the fingerprint of its recipe, so two studies that train the same share it. Runs are worked
+off by processes of one thread each: how many there are changes the time, never a number.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustbench_vlm import devices, store
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.study import Arm, Final, Study
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.errors import CardError, Incomplete, InputError, VlmrobError
+from robustbench_vlm.evaluation import planning
+from robustbench_vlm.training import loop, prepare
+
+Remark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        folder: gets `model/` (see `train.run`), `results/` (see `session.perform`), `clock.jsonl` and, once
+            nothing is left to do, a list of its cells.
+    """
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.arm}, seed {self.seed}"
+
+    def cells(self, final: Final) -> Path:
+        """The file that lists the cells of the final attack, relative to `folder`; written last of all."""
+        attack = reader.read("attacks", final.attack, AttackCard).model_dump(mode="json")
+        suite = reader.read("suites", final.suite, Suite).model_dump(mode="json")
+        known = {"attack": attack, "suite": suite, "n": final.n}
+        return self.folder / f"cells-{final.attack}-{store.fingerprint(known)[:12]}.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study is worked off."""
+
+    data_root: Path
+    device: str = "cpu"
+    jobs: int = 1
+
+
+def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:
+    """The recipe of one arm with one seed.
+
+    The recipe card's notes are left out: a remark added there makes no other run.
+
+    Raises:
+        CardError: no such recipe, or a setting that it does not take.
+    """
+    where = f"study {study.name}, arm {arm.name}"
+    table = reader.toml(reader.path("recipes", arm.recipe))
+    table = overrides.override(table, [*study.set, *arm.set])
+    table |= {"seed": seed, "notes": (), "probe": study.probe.model_dump(mode="json")}
+    return reader.parse(table, Recipe, where)
+
+
+def runs(study: Study, out: Path, seeds: int | None = None) -> list[Run]:
+    """All runs of a study, in the order in which they are worked off: seed by seed, so a part is paired.
+
+    Args:
+        study: the card.
+        out: folder of the runs.
+        seeds: only the first so many.
+
+    Raises:
+        CardError: see `recipe_of`; or two arms that are one recipe.
+        InputError: more seeds than the study has.
+    """
+    if seeds is not None and seeds > len(study.seeds):
+        raise InputError(f"--seeds {seeds}", f"study {study.name} has {len(study.seeds)} seeds")
+    found: dict[str, Run] = {}
+    for seed in study.seeds[:seeds]:
+        for arm in study.arm:
+            recipe = recipe_of(study, arm, seed)
+            first = found.get(recipe.fingerprint)
+            if first is not None:
+                raise CardError(f"study {study.name}", f"arms {first.arm} and {arm.name} are one recipe")
+            folder = out / f"{recipe.name}-s{seed}-{recipe.fingerprint[:12]}"
+            found[recipe.fingerprint] = Run(arm.name, seed, recipe, folder)
+    return list(found.values())
+
+
+def perform(study: Study, todo: Sequence[Run], place: Place, remark: Remark) -> None:
+    """Train and attack what is not finished yet.
+
+    Raises:
+        InputError: a recipe, model or dataset that cannot be used; found before the first run starts.
+        VlmrobError: a run failed; runs beside it are stopped, and the same command goes on.
+        Incomplete: a worker was killed.
+    """
+    waiting = [run for run in todo if not run.cells(study.final).exists()]
+    remark(f"study {study.name}: {len(todo)} runs, {len(todo) - len(waiting)} finished")
+    check(study, waiting, place)
+    begun = time.perf_counter()
+    for done, (run, seconds) in enumerate(_worked_off(study, waiting, place), 1):
+        left = (time.perf_counter() - begun) / done * (len(waiting) - done)
+        last = f"about {left / 60:.0f} min left" if done < len(waiting) else "that was the last"
+        remark(f"{run.name}: done in {seconds:.0f} s; {done} of {len(waiting)}, {last}")
+
+
+def check(study: Study, todo: Sequence[Run], place: Place) -> None:
+    """Load once what every arm needs, so that what cannot be used is found now and not in an hour.
+
+    Raises:
+        InputError: see `perform`.
+    """
+    device = devices.choose_device(place.device)
+    arms = {run.arm: run for run in reversed(todo)}
+    for run in arms.values():
+        prepare.prepare(run.recipe, place.data_root, device)
+    if arms:
+        student = next(iter(arms.values())).recipe.student
+        planning.require_data(planning.plan(_order(student, study.final, place.data_root, Path()), device))
+
+
+def _order(model: str, final: Final, data_root: Path, results: Path) -> planning.Order:
+    return planning.Order((model,), (final.attack,), final.suite, results, data_root, n=final.n)
+
+
+def _worked_off(study: Study, todo: Sequence[Run], place: Place) -> Iterator[tuple[Run, float]]:
+    """(run, seconds) as runs are finished, `place.jobs` at a time; none is left running."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(todo))
+    running: dict[int, tuple[SpawnProcess, Connection, Run, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < place.jobs:
+                run = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                known = (run, study.final, place, reader.included(), sender)
+                process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
+                process.start()
+                sender.close()
+                running[process.sentinel] = (process, receiver, run, time.perf_counter())
+            for sentinel in wait(list(running)):
+                assert isinstance(sentinel, int)
+                process, receiver, run, begun = running.pop(sentinel)
+                process.join()
+                _require_success(run, process.exitcode, receiver)
+                yield run, time.perf_counter() - begun
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+            process.join()
+
+
+def _require_success(run: Run, exitcode: int | None, receiver: Connection) -> None:
+    if exitcode == 0:
+        return
+    try:
+        said = receiver.recv() if receiver.poll() else ""
+    except EOFError:
+        said = ""
+    if said:
+        raise VlmrobError(f"{run.name}: {said}")
+    raise Incomplete(f"{run.name}: its process ended with {exitcode}; the same command goes on")
+
+
+def _worker(run: Run, final: Final, place: Place, include: list[Path], sender: Connection) -> None:
+    """The whole life of one process; a known error goes back as its sentence."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    reader.include(include)
+    try:
+        with _alone(run.folder):
+            _train_and_attack(run, final, place)
+    except VlmrobError as error:
+        sender.send(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # whatever is being written is whole or not there
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in `folder`; the system forgets the lock of one that is killed."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where two studies must not share a folder
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _train_and_attack(run: Run, final: Final, place: Place) -> None:
+    done = run.cells(final)
+    if done.exists():
+        return
+    device = devices.choose_device(place.device)
+    clock: loop.Report = Clock(run.folder) if device.type == "cpu" else lambda _: None
+    kept = run.folder / "teachers"  # of its own: a run that found another's would look cheaper than it is
+    model = loop.run(run.recipe, run.folder / "model", place.data_root, device, clock, kept)
+    order = _order(str(model), final, place.data_root, run.folder / "results")
+    paths = planning.perform(planning.require_data(planning.plan(order, device)), lambda *_: None)
+    store.write_json(done, [str(path.relative_to(run.folder)) for path in paths])
+
+
+class Clock:
+    """Writes the processor time of every training step: `{"step": 1, "cpu": 0.24}`, probes left out.
+
+    The time of a process of one thread is what a quiet core takes, whoever else is on the machine. Steps that
+    a stopped run had done and does again stand there twice. Not for an accelerator, which works beside it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "clock.jsonl"
+        self._last: float | None = None
+        store.mend(self._path)
+
+    def __call__(self, line: loop.Line) -> None:
+        """Take note of one line of the training log."""
+        now = time.process_time()
+        if "loss" in line and self._last is not None:
+            record: dict[str, Any] = {"step": line["step"], "cpu": round(now - self._last, 6)}
+            store.append(self._path, record)
+        self._last = time.process_time()

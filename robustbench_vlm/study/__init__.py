@@ -1,1 +1,0 @@
-"""Many training runs that answer one question: worked off, counted, tabulated and drawn."""

@@ -1,0 +1,1 @@
+"""Train a defense: set-up, loop, inner maximisation, teacher outputs."""

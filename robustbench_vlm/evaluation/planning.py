@@ -221,5 +221,5 @@ def perform(plan: Plan, report: measure.Report, remark: Callable[[str], None] = 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:
     """The leaderboard rows of these cells alone."""
     wanted = {path.resolve() for path in paths}
-    found = [cell for cell in result_file.read(plan.request.results) if cell.path.resolve() in wanted]
+    found = [r for r in result_file.read(plan.request.results) if r.path.resolve() in wanted]
     return leaderboard.table(found, plan.suite)

@@ -9,14 +9,14 @@ import pytest
 import toys
 from safetensors.torch import load_file
 
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on
 
 
 def evaluate(what, request, calls, counted=None):
     """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
-    forward, left = ZeroShot.forward, [calls]
+    forward, left = Classifier.forward, [calls]
 
     def counting(self, images):
         left[0] -= 1
@@ -26,7 +26,7 @@ def evaluate(what, request, calls, counted=None):
             counted.value += 1
         return forward(self, images)
 
-    ZeroShot.forward = counting
+    Classifier.forward = counting
     toys.run(what, request)
 
 

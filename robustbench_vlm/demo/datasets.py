@@ -15,7 +15,7 @@ from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells
 from robustbench_vlm.evaluation.planning import Meter
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 
 ROWS = 32  # shape of the model calls that label a miniature
 
@@ -60,7 +60,7 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
         miniature.make(card, Path(folder), n=n, split=split)
         opened = dataset.open_split(card, Path(folder), split)
         what = cells.subject(loaded, opened.card, opened)
-        classify = ZeroShot(loaded.model, what.bank)
+        classify = Classifier(loaded.model, what.bank)
         found: list[int] = []
         for part in what.images.parts(range(len(what.images)), ROWS):
             found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()

@@ -26,7 +26,7 @@ from robustbench_vlm.data.canvas_images import Canvases, sound
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.engine.attacked_view import PLAIN, Sight
 from robustbench_vlm.evaluation.chain import attack_sha256
-from robustbench_vlm.models.zeroshot import render, text_bank, untrained
+from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.results import result_file
 from robustbench_vlm.threat import Norm, Threat

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from robustbench_vlm import __version__, console
+from robustbench_vlm import console
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cli import data
 from robustbench_vlm.cli.canary import canary
@@ -24,6 +24,7 @@ from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
 from robustbench_vlm.errors import Incomplete, VlmrobError
+from robustbench_vlm.version import __version__
 
 app = typer.Typer(
     name="vlmrob",

@@ -13,7 +13,7 @@ import toys
 from folders import card, encode, noise, one_shard, tar_bytes, write_toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kills import forks, killed, outcome
+from killed_evaluations import forks, killed, outcome
 
 from robustbench_vlm.data import canvas_images, dataset
 from robustbench_vlm.data.dataset import in_order, open_split

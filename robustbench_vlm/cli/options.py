@@ -18,6 +18,11 @@ Engine = Annotated[str, typer.Option(help="native, or an attack package: autoatt
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
 
 
+def comma_separated(typed: list[str] | None) -> tuple[str, ...]:
+    """The names of a repeatable option that also takes several names with commas between them."""
+    return tuple(name.strip() for text in typed or () for name in text.split(",") if name.strip())
+
+
 def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
     """The device of that name."""
     from robustbench_vlm import devices

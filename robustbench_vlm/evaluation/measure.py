@@ -27,11 +27,11 @@ from robustbench_vlm.evaluation.cells import Cell, Request, Subject
 from robustbench_vlm.evaluation.chain import needs, plugin
 from robustbench_vlm.evaluation.outcome import tally
 from robustbench_vlm.models.clip import Classifier
-from robustbench_vlm.results import verdicts
+from robustbench_vlm.results import result_file, verdicts
+from robustbench_vlm.results.result_file import Content
 from robustbench_vlm.threat import eps_text
 from robustbench_vlm.types import Classify, Finding
 
-SCHEMA = "vlmrob-cell/1"
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
 Line = dict[str, Any]
@@ -106,18 +106,12 @@ def _measure(
         kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
         store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images()))
     outcome = tally(cell, table, examined.failed)
-    content = {
-        "config": cell.config,
-        "outcome": outcome,
-        "model": provenance.of_model(what.loaded),
-        "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
-    }
+    stages_as_run = [stage.model_dump(mode="json") for stage in cell.attack.stage]
+    content = Content(cell.config, outcome, provenance.of_model(what.loaded), stages_as_run)
     spent = asdict(backend.total(costs))  # by this run; what ledgers held was paid for by an earlier one
     run = provenance.of_run(request.device, time.perf_counter() - started, request.live) | {"calls": spent}
     # what failed is hashed, in `flags`; the numbers behind it may differ in rounding from device to device
-    beside = {"checks": examined.record, "run": run}
-    whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, **beside}
-    store.write_json(cell.path, whole)
+    result_file.write(cell.path, content, {"checks": examined.record, "run": run})
 
 
 def _clean(

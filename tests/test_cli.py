@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import time
 
-import doors
+import command_line
 import pytest
 import toys
 
@@ -38,7 +38,7 @@ def vlmrob(home, tmp_path, monkeypatch, capsys):
 
     def typed(line, *more):
         words = ["--include", home / "cards", *line.format(home=home).split(), *more]
-        code = doors.typed(monkeypatch, *words)
+        code = command_line.run_command(monkeypatch, *words)
         said = capsys.readouterr()
         return code, said.out, said.err
 

@@ -11,8 +11,8 @@ from robustbench_vlm.cards import plugins
 from robustbench_vlm.defenses.interface import Defense, Roles, Step
 from robustbench_vlm.errors import TrainingError
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.clip import held
-from robustbench_vlm.models.zeroshot import render, text_bank
+from robustbench_vlm.models.clip import frozen
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.types import Batch
 
 NAMES = plugins.names("defenses")
@@ -172,7 +172,7 @@ def test_the_inner_objective_is_per_sample_and_depends_on_its_own_image_only(sce
         return
     objective = defense.inner(roles, batch, targets)
     leaf = adv.clone().requires_grad_()
-    with held(roles.student):
+    with frozen(roles.student):
         values = objective(leaf)
         assert values.shape == (B,)
         (gradient,) = torch.autograd.grad(values[1], leaf)

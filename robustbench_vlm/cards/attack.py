@@ -27,9 +27,12 @@ class AttackCard(Card):
     """A chain of attacks; each is given the survivors of the ones before.
 
     Attributes:
-        rows: the fixed padded shape of every model call (DESIGN ruling 1); part of the fingerprint.
+        rows: images in every model call; smaller batches are padded to it. Logits depend on it in their
+            last bits, so it is part of the fingerprint.
         stage: the attacks, in order.
-        stop: when an image leaves: see `attacks.interface.Rows`.
+        stop: when an image leaves: see `engine.interface.Rows`.
+        plain_pgd: whether the chain is projected gradient descent and nothing else. A stronger chain should
+            break every image that such a chain breaks; the leaderboard counts those that it does not.
     """
 
     name: str
@@ -37,6 +40,7 @@ class AttackCard(Card):
     version: int = 1
     rows: int = Field(default=32, ge=1)
     stop: Literal["first", "last", "best"] = "first"
+    plain_pgd: bool = False
     stage: tuple[Stage, ...]
 
     @model_validator(mode="after")

@@ -11,6 +11,9 @@ from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
 from robustbench_vlm.cards.protocol import Resize
 
+Metric = Literal["top1", "mean-per-class", "auroc"]
+"""How a dataset's makers count: share of right images, its unweighted mean over classes, area under ROC."""
+
 
 class Source(Card):
     """Where a dataset comes from, so that a missing one can be fetched."""
@@ -32,6 +35,9 @@ class DatasetCard(Card):
         names: class names in label order; blank names are legal (CLEVR has one).
         names_from: `folder`, where no public list is at hand: they are those of `classnames.txt`.
         templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
+        metric: what the dataset's makers report. The leaderboard has top-1 of every dataset; where this is
+            `mean-per-class`, it has the mean over classes beside it. `auroc` is named, and not computed.
+        made_by: `tiny`, a dataset of the tiny world, which this package writes itself; empty for all others.
         names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
     """
 
@@ -49,9 +55,8 @@ class DatasetCard(Card):
     templates: tuple[str, ...]
     names_sha256: str = ""
     templates_sha256: str = ""
-    metric: Literal["top1"] = "top1"
-    metric_official: str = "top1"
-    real: bool = True
+    metric: Metric = "top1"
+    made_by: Literal["", "tiny"] = ""
     licence: str
     source: Source = Source()
     notes: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from robustbench_vlm.cli.doctor import doctor
 from robustbench_vlm.cli.eval import evaluate
 from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.list import list_
+from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
@@ -71,6 +72,7 @@ app.command()(study)
 app.command()(crosscheck)
 app.command()(convert)
 app.command()(canary)
+app.command()(new)
 app.command("list")(list_)
 app.command()(show)
 app.command()(doctor)

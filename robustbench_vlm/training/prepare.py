@@ -19,9 +19,9 @@ from robustbench_vlm.data.dataset import Split, open_split
 from robustbench_vlm.defenses.interface import Defense, Roles
 from robustbench_vlm.errors import CardError, some
 from robustbench_vlm.models import lora, prompts, zoo
-from robustbench_vlm.models.clip import Clip, InBf16
+from robustbench_vlm.models.clip import Clip, InBf16, PromptSizes
 from robustbench_vlm.models.lora import Adapters
-from robustbench_vlm.models.zeroshot import render, text_bank, untrained
+from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.training import teacher_cache
 from robustbench_vlm.training.teacher_cache import Kept, Recalled
 from robustbench_vlm.types import Batch, Encoder
@@ -128,9 +128,12 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
     elif recipe.prompts is not None:
         wanted, learners = recipe.prompts, defense.learners
+        sizes = PromptSizes(wanted.image, wanted.text, wanted.depth)
+        student = replace(student, model=prompts.attach(student.model, sizes, wanted.init))
+        for role in learners:
+            model = prompts.attach(teachers[role].model, sizes, wanted.init)
+            teachers[role] = replace(teachers[role], model=model)
         learning = {"student": student.model} | {role: teachers[role].model for role in learners}
-        for model in learning.values():
-            prompts.attach(model, wanted.image, wanted.text, wanted.depth, wanted.init)
     else:
         student.model.visual.requires_grad_(True)
     text: dict[str, Tensor] = {}

@@ -28,7 +28,8 @@ from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.models.zoo import Loaded
 
 DIFFERENT = 64  # images that are really different; the others repeat them under other keys
@@ -53,7 +54,7 @@ def write(root: Path, n: int, px: int, loaded: Loaded) -> None:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG", compress_level=1)
         files.append(file.getvalue())
-    classify = ZeroShot(loaded.model, text_bank(loaded.model, render(known.names, known.templates)))
+    classify = Classifier(loaded.model, text_bank(loaded.model, render(known.names, known.templates)))
     labels = canonical.logits(classify, as_float(pixels), ROWS).argmax(1).tolist()
     layout.write_texts(root / known.folder, known.names, known.templates)
     rows = ((f"s{i:07d}", files[i % DIFFERENT], "png", labels[i % DIFFERENT]) for i in range(n))

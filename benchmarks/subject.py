@@ -20,7 +20,8 @@ from robustbench_vlm.data.tiny import worlds
 from robustbench_vlm.engine import canonical, scheduler
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.models import openclip, zoo
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.threat import Threat
 
 DATASET, SPLIT, SIDE = "tiny-seen", "test", 32
@@ -41,15 +42,15 @@ class Subject:
         index: position of each image in the split; names its noise.
     """
 
-    model: ZeroShot
+    model: Classifier
     images: Tensor
     labels: Tensor
     index: tuple[int, ...]
 
     @property
-    def lower(self) -> ZeroShot:
+    def lower(self) -> Classifier:
         """The model with its image tower in bf16."""
-        return ZeroShot(self.model.model, self.model.bank, bf16=True)
+        return Classifier(self.model.model, self.model.bank, bf16=True)
 
     @property
     def n_classes(self) -> int:
@@ -95,20 +96,20 @@ def _resized(images: Tensor, px: int) -> Tensor:
     return functional.interpolate(images, size=(px, px), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
-def _packaged(name: str, device: torch.device) -> ZeroShot:
+def _packaged(name: str, device: torch.device) -> Classifier:
     card = reader.read("datasets", DATASET, DatasetCard)
     model = zoo.load(name, device).model
-    return ZeroShot(model, text_bank(model, render(card.names, card.templates))).to(device)
+    return Classifier(model, text_bank(model, render(card.names, card.templates))).to(device)
 
 
-def _random(arch: str, px: int, device: torch.device) -> ZeroShot:
+def _random(arch: str, px: int, device: torch.device) -> Classifier:
     """An untrained tower whose classes are the directions of some images, so that predictions differ."""
     model = openclip.build(arch).to(device)
     classes = reader.read("datasets", DATASET, DatasetCard).n_classes
     anchors = _resized(as_float(worlds.images(DATASET, "val", np.arange(classes))), px).to(device)
     with torch.no_grad():
         embeddings = model(anchors).float()
-    return ZeroShot(model, functional.normalize(embeddings - embeddings.mean(0), dim=-1)).to(device)
+    return Classifier(model, functional.normalize(embeddings - embeddings.mean(0), dim=-1)).to(device)
 
 
 def threat(eps255: float) -> Threat:

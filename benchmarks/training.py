@@ -33,7 +33,7 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader, miniature
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
 from robustbench_vlm.models import openclip
-from robustbench_vlm.models.clip import InBf16, held
+from robustbench_vlm.models.clip import InBf16, frozen
 from robustbench_vlm.training import cost, loop, prepare
 from robustbench_vlm.training.prepare import Setup
 from robustbench_vlm.types import Batch, Encoder
@@ -86,7 +86,7 @@ def released(setup: Setup, state: loop.State, batch: Batch, origin: Encoder) -> 
 def floor(setup: Setup, batch: Batch) -> None:
     """Nothing but the passes that no way can do without: K of the attack, R on x', the outer one."""
     roles, x = setup.roles_in_training(batch), batch.images
-    with held(setup.model):
+    with frozen(setup.model):
         for _ in range(setup.recipe.inner.steps):
             leaf = x.detach().requires_grad_()
             torch.autograd.grad(roles.student(leaf).sum(), leaf)

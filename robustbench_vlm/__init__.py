@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from robustbench_vlm.models.zoo import load as load_model
     from robustbench_vlm.threat import Threat
 
-__version__ = "0.1.0"
-__all__ = ["Attacked", "Threat", "attack", "load_model"]
+from robustbench_vlm.version import __version__
+
+__all__ = ["Attacked", "Threat", "__version__", "attack", "load_model"]
 
 _HOMES = {
     "Attacked": ("robustbench_vlm.api", "Attacked"),

@@ -16,6 +16,13 @@ Facts = Mapping[str, Any]
 """What something on disk was made from: plain JSON values."""
 
 
+def cache_folder() -> Path:
+    """Folder of everything that can be computed again: `$VLMROB_CACHE`, else `$XDG_CACHE_HOME/vlmrob`."""
+    if "VLMROB_CACHE" in os.environ:
+        return Path(os.environ["VLMROB_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlmrob"
+
+
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
     """The one spelling of a JSON value: sorted keys, no spaces, UTF-8; what fingerprints are taken of."""
     return json.dumps(

@@ -15,7 +15,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 LAYERS = (
     {"errors"},
-    {"threat", "types", "rng"},
+    {"threat", "types", "rng", "version"},
     {"store", "devices", "console"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
@@ -80,7 +80,7 @@ def imported(tree, name):
             modules = [f"{stem}.{alias.name}" for alias in node.names]
         for module in modules:
             first, _, rest = module.partition(".")
-            if first == "robustbench_vlm" and rest and rest != "__version__":
+            if first == "robustbench_vlm" and rest:
                 yield part(rest)
 
 

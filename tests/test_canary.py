@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,8 +46,7 @@ def std(model):
 
 
 def resize(model):
-    facts = model.preprocess
-    model.preprocess = type(facts)(facts.image_size, facts.mean, facts.std, antialias=False)
+    model.preprocess = replace(model.preprocess, antialias=False)
 
 
 def scale(model):
@@ -112,12 +112,11 @@ def test_an_activation_that_the_code_forgets_is_caught_on_load(tmp_path, monkeyp
     base = openclip.build("vlmrob-tiny", quick_gelu=True)
     made, ids = with_mean_rows(base.eval())
     checkpoint.save_folder(tmp_path, made, describe(made, "m"), trained_tokens=ids)
-    assert zoo.load(str(tmp_path)).model.facts["quick_gelu"] is True
+    assert zoo.load(str(tmp_path)).model.facts.quick_gelu is True
 
     def forgetful(arch, *, quick_gelu=False):
-        plain = BUILD(arch)
-        plain.facts["quick_gelu"] = quick_gelu  # it says so, and does not do so
-        return plain
+        plain = BUILD(arch)  # the facts name an activation that the towers do not have
+        return plain.replaced(facts=replace(plain.facts, quick_gelu=quick_gelu))
 
     BUILD = openclip.build  # noqa: N806 - the true one
     monkeypatch.setattr(openclip, "build", forgetful)

@@ -13,7 +13,7 @@ import toys
 from folders import card, encode, noise, one_shard, tar_bytes, write_toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kills import forks, killed, outcome
+from killed_evaluations import forks, killed, outcome
 
 from robustbench_vlm.data import canvas_images, dataset
 from robustbench_vlm.data.dataset import in_order, open_split
@@ -116,7 +116,7 @@ def test_parts_of_any_size_find_the_same_to_the_last_byte(root, way, tmp_path, m
     whole = evaluated(root, tmp_path / "whole", way)
     tables = [name for name in whole if name.endswith(".parquet")]
     assert len(tables) == 2
-    (path,) = (tmp_path / "whole" / name for name in tables if "-linf-4-" in name)
+    (path,) = (tmp_path / "whole" / name for name in tables if "-linf-4_255-" in name)
     verdicts = pd.read_parquet(path)
     assert 0 < (verdicts.broken_at_eps != "").sum() < N - 4  # survivors fill more than one part
     for calls in (1, 2):

@@ -114,7 +114,7 @@ def test_the_sixteen(name):
     assert card.templates_sha256.startswith(TEMPLATES[name][1])
     assert all(line == line.strip() and line for line in (*card.names, *card.templates))
     assert len(set(card.names)) == (998 if classes == 1000 else classes)
-    assert card.real
+    assert card.made_by == ""
     assert card.notes
 
 

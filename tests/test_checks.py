@@ -17,7 +17,8 @@ from robustbench_vlm.engine import gradient_check, interface, model_checks
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.evaluation import cells
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot, text_bank
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.models.text_bank import text_bank
 
 N = 24
 
@@ -84,7 +85,7 @@ def test_the_packaged_models_trip_nothing(name):
     images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) / 255 for p in toys.pictures(card, 8)])
     loaded = zoo.load(name)
     sentences = [[f"a {c} circle"] for c in ("red", "green", "blue", "yellow")]
-    model = ZeroShot(loaded.model, text_bank(loaded.model, sentences))
+    model = Classifier(loaded.model, text_bank(loaded.model, sentences))
     found = examine(model, images, model(images).argmax(1), rows=16, only_ce=True)
     assert [check for check in found.checks if check.level != "pass"] == []
 

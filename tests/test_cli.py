@@ -7,14 +7,26 @@ import shutil
 import tarfile
 import time
 
-import doors
+import command_line
 import pytest
 import toys
 
 from robustbench_vlm.backends import torchattacks
 from robustbench_vlm.cards import reader
 
-VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
+VERBS = (
+    "train",
+    "eval",
+    "leaderboard",
+    "compare",
+    "demo",
+    "crosscheck",
+    "new",
+    "list",
+    "show",
+    "doctor",
+    "data",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +50,7 @@ def vlmrob(home, tmp_path, monkeypatch, capsys):
 
     def typed(line, *more):
         words = ["--include", home / "cards", *line.format(home=home).split(), *more]
-        code = doors.typed(monkeypatch, *words)
+        code = command_line.run_command(monkeypatch, *words)
         said = capsys.readouterr()
         return code, said.out, said.err
 

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import doors
+import command_line
 import pandas as pd
 import pytest
 from PIL import Image
@@ -54,7 +54,7 @@ def vlmrob(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def typed(line):
-        return Said(doors.typed(monkeypatch, *line.split()), *capsys.readouterr())
+        return Said(command_line.run_command(monkeypatch, *line.split()), *capsys.readouterr())
 
     return typed
 

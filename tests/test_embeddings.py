@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import doors
+import command_line
 import pytest
 import torch
 from test_train import write_recipe
@@ -157,9 +157,9 @@ def test_the_command_keeps_them_unless_told(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, toy.table("mmt-ard", *ROLES))
     line = ["--include", toy.cards, "train", path, "--data-root", toy.data]
-    assert doors.typed(monkeypatch, *line, "--out", "a", "--no-cache") == 0
+    assert command_line.run_command(monkeypatch, *line, "--out", "a", "--no-cache") == 0
     assert not teacher_cache.folder().exists()
-    assert doors.typed(monkeypatch, *line, "--out", "b") == 0
+    assert command_line.run_command(monkeypatch, *line, "--out", "b") == 0
     assert len(files(teacher_cache.folder(), ".rows")) == 2
     assert Path("a/image.safetensors").read_bytes() == Path("b/image.safetensors").read_bytes()
     capsys.readouterr()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import toys
 from attack_models import blobs, classifier, findings
-from kills import forks, killed, outcome
+from killed_evaluations import forks, killed, outcome
 
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot

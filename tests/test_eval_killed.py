@@ -7,7 +7,7 @@ import sys
 import time
 from functools import partial
 
-import doors
+import command_line
 import pandas as pd
 import pytest
 import toys
@@ -41,7 +41,7 @@ def lines(out):
 
 def kill_at(root, out, least):
     """Kill the evaluation as soon as the ledgers have `least` lines; how many they had then."""
-    return doors.killed(command(root, out), lambda: lines(out), least)
+    return command_line.kill_command(command(root, out), lambda: lines(out), least)
 
 
 def cells(out):
@@ -86,10 +86,10 @@ def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
     began = time.monotonic()
     while not lines(tmp_path / "stopped"):
         assert process.poll() is None
-        assert time.monotonic() - began < doors.PATIENCE
+        assert time.monotonic() - began < command_line.TIMEOUT
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=doors.PATIENCE)
+    out, err = process.communicate(timeout=command_line.TIMEOUT)
     assert process.returncode == 75, err
     assert out == ""
     assert err.splitlines()[-1] == "error: stopped; the same command goes on where it was"

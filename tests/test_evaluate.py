@@ -14,7 +14,7 @@ from robustbench_vlm import store
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat
 
@@ -158,7 +158,7 @@ def test_a_constant_predictor_is_flagged(card, tmp_path):
     bank = what.bank.clone()
     bank[1:] = -bank[0]  # every other class is opposite to the first
     flat = cells.Subject(what.loaded, card, what.images, bank)
-    sign = torch.sign(ZeroShot(what.loaded.model, bank)(pixels(what))[:, 0])
+    sign = torch.sign(Classifier(what.loaded.model, bank)(pixels(what))[:, 0])
     assert (sign == sign[0]).all()  # so one class is predicted for all of them
     ((_, content),) = toys.run(flat, toys.request(tmp_path, toys.pgd()))
     assert content["outcome"]["flags"] == ["constant-predictor"]
@@ -360,7 +360,7 @@ def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
 
 
 def test_logits_of_an_image_do_not_depend_on_its_company(what):
-    classify = ZeroShot(what.loaded.model, what.bank)
+    classify = Classifier(what.loaded.model, what.bank)
     images = pixels(what)
     together = canonical.logits(classify, images, 64)
     alone = torch.cat([canonical.logits(classify, image[None], 64) for image in images])
@@ -387,7 +387,7 @@ def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_pa
     clean = dict(zip(what.split.keys, pixels(what), strict=True))
     keys = list(kept)
     adversarial = torch.stack([kept[key] for key in keys])
-    logits = canonical.logits(ZeroShot(what.loaded.model, what.bank), adversarial, chain.rows)
+    logits = canonical.logits(Classifier(what.loaded.model, what.bank), adversarial, chain.rows)
     for key, image, row in zip(keys, adversarial, logits, strict=True):
         assert 0 <= float(image.min()) <= float(image.max()) <= 1
         delta = (image.double() - clean[key].double()).flatten()

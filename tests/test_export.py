@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import toys
-from doors import typed as vlmrob
+from command_line import run_command as vlmrob
 from folders import encode, noise
 from PIL import Image
 

@@ -10,7 +10,7 @@ import pytest
 from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError, InputError
-from robustbench_vlm.results import compare, leaderboard, result_file, verdicts
+from robustbench_vlm.results import compare, grids, leaderboard, result_file, verdicts
 
 GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
 SUITE = Suite(
@@ -29,12 +29,12 @@ def sha(text):
     return store.fingerprint(text)
 
 
-def table(dataset, clean, broken, eps="4/255", n=10):
+def table(dataset, clean, broken, eps="4/255", n=10, labels=None):
     """Verdicts of `n` images: the first `clean` are right; `broken` gives the stage that broke an image."""
-    labels = np.zeros(n, dtype=np.int64)
-    predictions = np.array([0] * clean + [1] * (n - clean), dtype=np.int64)
+    labels = np.array(labels or [0] * n, dtype=np.int64)
+    predictions = np.where(np.arange(n) < clean, labels, 1 - labels)
     keys = [f"{dataset}/test/s{i:07d}" for i in range(n)]
-    margins = np.where(predictions == 0, 1, -1).astype(np.float32)
+    margins = np.where(predictions == labels, 1, -1).astype(np.float32)
     found = verdicts.begin(keys, labels, [sha(key) for key in keys], predictions, margins)
     fields = {"target": -1, "restart": 0, "iteration": 2, "forwards": 3, "backwards": 3}
     fields |= {"prediction": 1, "margin": -0.1, "zero_gradients": 0, "error": "", "distance": 4 / 255}
@@ -47,6 +47,7 @@ def table(dataset, clean, broken, eps="4/255", n=10):
 def cell(results, model, dataset, clean, broken, **changes):
     """A result written by hand; `changes` go to its config, `outcome` and `model_facts` to theirs."""
     outcome, facts = changes.pop("outcome", {}), changes.pop("model_facts", {})
+    labels = changes.pop("labels", None)
     config = {
         **{"model": model, "model_sha256": sha(model), "bank_sha256": sha("bank"), "dataset": dataset},
         **{"dataset_version": 1, "split": "test", "n_requested": 10, "seed": 0, "canvas": "native"},
@@ -56,7 +57,7 @@ def cell(results, model, dataset, clean, broken, **changes):
     } | changes
     config["attack_sha256"] = changes.get("attack_sha256", sha(config["attack"]))
     stages = STAGES[config["attack"]]
-    found = table(dataset, clean, broken)
+    found = table(dataset, clean, broken, config["eps"], labels=labels)
     content = {
         "config": config,
         "outcome": {
@@ -74,7 +75,7 @@ def cell(results, model, dataset, clean, broken, **changes):
     }
     path = results / "cells" / model / dataset / f"{config['attack']}-{sha(config)[:8]}.json"
     store.write(path.with_suffix(".parquet"), found.to_parquet(index=False))
-    whole = {"schema": result_file.CELL, "sha256": store.fingerprint(content), **content}
+    whole = {"schema": result_file.SCHEMA, "sha256": store.fingerprint(content), **content}
     store.write_json(path, whole | {"run": {"seconds": 1.5, "date": "today"}})
     return path
 
@@ -113,12 +114,12 @@ def test_engines_modes_and_precisions_never_share_a_table_or_a_mean(tmp_path):
     assert len(ways) == 4
     means = found[found.dataset == "mean"]
     assert set(zip(means.engine, means.precision, strict=True)) == {("native/1", "fp32")}
-    titles = [title for title, _ in leaderboard.grids(found)]
+    titles = [title for title, _ in grids.grids(found)]
     assert len(set(titles)) == 4
     for way in others:
         assert sum(next(iter(way.values())) in title for title in titles) == 1
     assert row(found, "clean", "one", engine="native/1", precision="fp32").robust == "0.00"
-    assert sorted("two" in grid.columns for _, grid in leaderboard.grids(found)) == [False] * 3 + [True]
+    assert sorted("two" in grid.columns for _, grid in grids.grids(found)) == [False] * 3 + [True]
 
 
 # --- bytes -------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_when_and_where_it_ran_changes_no_byte(tmp_path):
 
 def test_the_table_for_people_has_every_model_and_dataset(tmp_path):
     two_models(tmp_path)
-    text = leaderboard.markdown(rows(tmp_path), SUITE).decode()
+    text = grids.markdown(rows(tmp_path), SUITE).decode()
     assert "## aa · linf 4/255 · n = 10" in text
     lines = [line for line in text.split("\n") if line.startswith("| ")]
     assert lines[0] == "| model | one | two | mean | mean:first | mean:unseen |"
@@ -162,7 +163,7 @@ def test_a_row_counts_by_hand(tmp_path):
         *("80.00", "70.00", "60.00", "60.00"),
     )
     assert (found.ci_low, found.ci_high) == ("31.27", "83.18")  # Wilson, 6 of 10
-    assert (found.eps, found.eps_ladder, found.params_m) == ("4", "4", "0.178")
+    assert (found.eps, found.eps_ladder, found.params_m) == ("4/255", "4/255", "0.178")
     assert (found.status, found.metric, found.pgd_only) == ("measured", "top1", "")
 
 
@@ -225,6 +226,24 @@ def test_a_chain_that_covers_pgd_is_not_flagged(tmp_path):
     assert (found.pgd_only, found.flag) == (0, "")
 
 
+def test_datasets_whose_makers_report_the_mean_over_classes_have_both_numbers(tmp_path):
+    """Ten images: labels 0 for six, 1 for four. Right when clean: all 0s, one 1; robust: four 0s, no 1."""
+    flowers = Suite(name="flowers", title="Flowers", datasets=("flowers102", "food101"), eps=("4/255",), n=10)
+    labels = [0] * 6 + [1] * 4
+    broken = {4: "apgd-ce", 5: "square", 6: "square"}
+    for dataset in flowers.datasets:
+        cell(tmp_path, "m", dataset, 7, broken, labels=labels)
+    found = rows(tmp_path, flowers)
+    first, second, mean = (row(found, "m", name) for name in (*flowers.datasets, "mean"))
+    assert (first.metric, first.clean, first.robust) == ("mean-per-class", "70.00", "40.00")
+    assert first.clean_per_class == f"{100 * (1 + 1 / 4) / 2:.2f}"
+    assert first.robust_per_class == f"{100 * (4 / 6 + 0) / 2:.2f}"
+    for other in (second, mean):
+        assert (other.metric, other.clean_per_class, other.robust_per_class) == ("top1", "", "")
+    text = grids.markdown(found, flowers).decode()
+    assert "The makers of flowers102 report the mean over classes" in text
+
+
 # --- what must not share a table ---------------------------------------------------------------------------
 
 
@@ -249,11 +268,11 @@ def test_another_ladder_is_another_row_and_another_table(tmp_path):
     two_models(tmp_path)
     cell(tmp_path, "clean", "one", 9, {0: "apgd-ce"}, eps_ladder=["2/255", "4/255"])
     found = rows(tmp_path)
-    assert row(found, "clean", "one", eps_ladder="4").robust == "0.00"
-    assert row(found, "clean", "one", eps_ladder="2 4").robust == "80.00"
-    titles = [title for title, _ in leaderboard.grids(found)]
+    assert row(found, "clean", "one", eps_ladder="4/255").robust == "0.00"
+    assert row(found, "clean", "one", eps_ladder="2/255 4/255").robust == "80.00"
+    titles = [title for title, _ in grids.grids(found)]
     assert len(titles) == len(set(titles)) == 2
-    assert any(title.endswith("radii 2 4") for title in titles)
+    assert any(title.endswith("radii 2/255 4/255") for title in titles)
 
 
 @pytest.mark.parametrize("block", ["config", "outcome", "model", "stages"])

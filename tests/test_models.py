@@ -14,8 +14,9 @@ from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 from robustbench_vlm import store
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, lora, openclip, zoo
-from robustbench_vlm.models.clip import Clip, Preprocess, held
-from robustbench_vlm.models.zeroshot import ZeroShot, cache_folder, render, text_bank
+from robustbench_vlm.models.clip import Classifier, Clip, ModelFacts, Preprocess, frozen
+from robustbench_vlm.models.text_bank import render, text_bank
+from robustbench_vlm.store import cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
 def test_zero_shot_logits_are_scaled_cosines_and_the_model_is_frozen(world):
     fresh = zoo.load(world.student).model
     bank = text_bank(fresh, render(NAMES, ["a {c}"]))
-    classifier = ZeroShot(fresh, bank)
+    classifier = Classifier(fresh, bank)
     with torch.no_grad():
         z = fresh(images()).double().numpy()
     cosines = z @ bank.double().numpy().T / np.linalg.norm(z, axis=1, keepdims=True)
@@ -172,7 +173,7 @@ def test_untrained_words_are_named_when_the_trained_ones_are_known(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_held_restores_every_mode_and_flag(model, fails):
+def test_frozen_restores_every_mode_and_flag(model, fails):
     own = twin(model)
     own.visual.train()
     own.visual.transformer.resblocks[1].eval()
@@ -182,7 +183,7 @@ def test_held_restores_every_mode_and_flag(model, fails):
     flags = [p.requires_grad for p in own.parameters()]
     assert len(set(modes)) == len(set(flags)) == 2
     try:
-        with held(own):
+        with frozen(own):
             assert not any(part.training for part in own.modules())
             assert not any(p.requires_grad for p in own.parameters())
             if fails:
@@ -228,7 +229,7 @@ def test_the_text_tower_is_stored_with_its_trained_rows_only_and_the_rest_is_the
     strangers = [i for i in range(400) if i not in ids]
     mean = stored[checkpoint.TOKENS].double().mean(0).float()
     torch.testing.assert_close(table[strangers], mean.expand(len(strangers), -1), rtol=0, atol=1e-6)
-    assert model.facts["trained_tokens"] == frozenset(ids)
+    assert model.facts.trained_tokens == frozenset(ids)
 
 
 def test_a_checkpoint_without_text_borrows_the_tower_that_its_card_names(world, model):
@@ -560,7 +561,7 @@ def test_a_local_folder_in_open_clips_layout(local):
     found = zoo.load(f"local-dir:{folder}")
     assert found.model.preprocess == Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert found.model.logit_scale == pytest.approx(np.exp(3.0))
-    assert found.model.facts["quick_gelu"] is True
+    assert found.model.facts.quick_gelu is True
     assert found.card.trained_on is None
     x = images()
     shifted = (x - torch.tensor(SHAPE["mean"]).view(1, 3, 1, 1)) / torch.tensor(SHAPE["std"]).view(1, 3, 1, 1)
@@ -663,7 +664,7 @@ def b32(tmp_path_factory):
 
 
 def test_openai_weights_are_run_with_quick_gelu(b32):
-    assert b32.facts == {"arch": "ViT-B-32", "quick_gelu": True}
+    assert b32.facts == ModelFacts("ViT-B-32", True)
     kinds = {type(part).__name__ for part in b32.modules()}
     assert "QuickGELU" in kinds
     assert "GELU" not in kinds

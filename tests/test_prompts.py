@@ -9,18 +9,20 @@ from worlds import INNER, tilted
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, openclip, prompts, zoo
-from robustbench_vlm.models.zeroshot import text_bank
+from robustbench_vlm.models.clip import PromptSizes
+from robustbench_vlm.models.text_bank import text_bank
 from robustbench_vlm.training import loop
 
 CPU = torch.device("cpu")
-PROMPTS = {"image": 3, "text": 2, "depth": 2, "init": "a photo"}
+SIZES = {"image": 3, "text": 2, "depth": 2}
+PROMPTS = {**SIZES, "init": "a photo"}
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SENTENCES = ["a red square", "a blue picture of something"]
 
 
 def prompted(depth=2, **changes):
-    model = tilted("vlmrob-tiny", 1)
-    prompts.attach(model, **(PROMPTS | {"depth": depth} | changes))
+    sizes = PromptSizes(**(SIZES | {"depth": depth} | changes))
+    model = prompts.attach(tilted("vlmrob-tiny", 1), sizes, "a photo")
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for part in (model.visual, model.language):
@@ -82,13 +84,13 @@ def test_prompts_alone_require_gradients_and_get_them():
 def test_text_prompts_start_from_words_and_the_rest_from_noise():
     model = tilted("vlmrob-tiny", 1)
     words = model.tokenize(["a photo"])[0, 1:3]
-    prompts.attach(model, 2, 4, 2, "a photo")
+    model = prompts.attach(model, PromptSizes(2, 4, 2), "a photo")
     table = model.language.net.token_embedding
     assert torch.equal(table.prompt[:2], table.weight[words])
     assert table.prompt[2:].std().item() == pytest.approx(prompts.SPREAD, rel=0.3)
     again = tilted("vlmrob-tiny", 1)
     torch.rand(3)
-    prompts.attach(again, 2, 4, 2, "a photo")
+    again = prompts.attach(again, PromptSizes(2, 4, 2), "a photo")
     assert torch.equal(again.language.net.token_embedding.prompt, table.prompt)
 
 
@@ -177,12 +179,12 @@ def test_a_folder_whose_prompts_were_changed_is_refused(trained, tmp_path):
 def test_what_cannot_have_prompts_is_refused_in_one_line(toy, trained):
     model = prompted()
     with pytest.raises(WeightsError, match="has prompts already"):
-        prompts.attach(model, 1, 1, 1)
-    with pytest.raises(WeightsError, match="leaves no room for 2 prompt tokens"):
+        prompts.attach(model, PromptSizes(1, 1, 1))
+    with pytest.raises(WeightsError, match="leaves no space for 2 prompt tokens"):
         model.tokenize(["a very long sentence " * 10])
     residual = openclip.build("RN50")
     with pytest.raises(WeightsError, match="RN50 has no class token") as error:
-        prompts.attach(residual, 1, 0, 1)
+        prompts.attach(residual, PromptSizes(1, 0, 1))
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="has learned prompts"):
         loop.prepare(toy.recipe("tecoa", student=str(trained)), toy.data, CPU)

@@ -11,7 +11,8 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.results import leaderboard, published, result_file
+from robustbench_vlm.results import columns, leaderboard, published, result_file
+from robustbench_vlm.threat import eps_text, parse_eps
 
 FARE = ["cifar10", "stl10", "cifar100", "cars", "caltech101", "oxford_pets", "flowers102", "dtd", "eurosat",
         "fgvc_aircraft", "pcam", "imagenet-r", "imagenet-sketch"]  # fmt: skip
@@ -20,7 +21,7 @@ FARE = ["cifar10", "stl10", "cifar100", "cars", "caltech101", "oxford_pets", "fl
 def test_the_file_has_the_leaderboards_columns_and_every_row_is_copied():
     rows = published.read()
     assert len(rows) == 873
-    assert list(rows) == [*(name for name in leaderboard._row_names(()) if name in rows), "source"]
+    assert list(rows) == [*(name for name in columns.names(()) if name in rows), "source"]
     assert {"model_id", "defense", "arch", "dataset", "protocol", "attack", "eps", "clean", "robust"} < {
         *rows
     }
@@ -38,7 +39,7 @@ def test_protocols_are_named_only_where_they_are_the_cards():
     for name, part in rows[rows.protocol != ""].groupby("protocol"):
         card = reader.read("protocols", str(name).partition("/")[0], Protocol)
         assert name == f"{card.name}/{card.version}"
-        assert set(part.eps) <= {eps.removesuffix("/255") for eps in card.eps}
+        assert set(part.eps) <= {eps_text(card.norm, parse_eps(eps, card.norm)) for eps in card.eps}
     assert not (rows[rows.dataset == "imagenet"].protocol == "fare/1").any()
     others = rows[rows.dataset.isin(["caltech101", "eurosat", "sun397"])]
     assert not (others.protocol == "tga-pgd100/1").any()  # whole sets there, the test split here
@@ -71,8 +72,8 @@ def test_a_measured_row_stands_above_what_was_printed_under_its_protocol(tmp_pat
     ]
     printed = [line for line in lines if line[-1] != "measured here"]
     assert {line[1] for line in printed} == {"dtd"}
-    assert {line[2] for line in printed} == {"4"}
-    assert printed[0][:3] == ["fare/1", "dtd", "4"]
+    assert {line[2] for line in printed} == {"4/255"}
+    assert printed[0][:3] == ["fare/1", "dtd", "4/255"]
     assert "FARE4 ViT-L/14" in {line[3] for line in printed}
     assert all("2402.12336" in line[-1] for line in printed)
 

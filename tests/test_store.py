@@ -18,7 +18,7 @@ DICE = random.Random(0)
 
 def killed(what, path):
     """Start the endless writer, let it work for some milliseconds, and kill it without warning."""
-    command = [sys.executable, str(Path(__file__).with_name("kill_me.py")), what, str(path)]
+    command = [sys.executable, str(Path(__file__).with_name("endless_writer.py")), what, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         time.sleep(DICE.uniform(0.005, 0.06))

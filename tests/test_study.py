@@ -8,7 +8,7 @@ import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
-import doors
+import command_line
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -306,7 +306,7 @@ def steps_done(out):
 
 def killed_at(root, data, out, least):
     """Start the study with two processes, and kill their parent once that many steps are done."""
-    return doors.killed(command(root, data, out, "--jobs", "2"), lambda: steps_done(out), least)
+    return command_line.kill_command(command(root, data, out, "--jobs", "2"), lambda: steps_done(out), least)
 
 
 def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_ran_through(

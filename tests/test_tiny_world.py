@@ -132,7 +132,7 @@ def test_cards_say_what_the_world_is(name):
     assert card.templates == world.templates
     assert card.size == world.size
     assert card.native_px == 32
-    assert card.real == (name == worlds.DIGITS)
+    assert card.made_by == "tiny"
 
 
 def test_the_suite_holds_the_whole_world():

@@ -42,6 +42,14 @@ def test_the_counts_of_a_table_made_by_hand():
     assert np.isnan(found.adv_margin[4])
 
 
+def test_the_mean_over_classes_by_hand():
+    """Class 0 has images b to e: 4 of 4 right, 1 of 4 robust; class 1 has image a alone, wrong when clean."""
+    found = by_hand()
+    assert verdicts.per_class(found) == ((1 + 0) / 2, (1 / 4 + 0) / 2)
+    found["label"] = [1, 1, 0, 0, 2]  # 1: a wrong, b robust; 0: c, d broken; 2: e without verdict
+    assert verdicts.per_class(found) == ((1 / 2 + 1 + 1) / 3, (1 / 2 + 0 + 0) / 3)
+
+
 def test_progress_is_the_least_rise_over_the_stages_that_an_image_survived():
     found = by_hand()
     verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")

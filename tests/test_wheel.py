@@ -75,9 +75,9 @@ def test_lists(typed, kind, name):
 
 def test_every_card_in_the_wheel_is_readable(typed):
     code = (
-        "from robustbench_vlm import cards\n"
-        "assert cards.home().name == '_suites', cards.home()\n"
-        "for kind, (_, record) in cards.FOLDERS.items():\n"
-        "    for name in cards.names(kind): print(kind, cards.read(kind, name, record).name)\n"
+        "from robustbench_vlm.cards import reader\n"
+        "assert reader.home().name == '_suites', reader.home()\n"
+        "for kind, (_, record) in reader.FOLDERS.items():\n"
+        "    for name in reader.names(kind): print(kind, reader.read(kind, name, record).name)\n"
     )
     assert "datasets imagenet" in typed(code=code)

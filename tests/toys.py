@@ -22,7 +22,8 @@ from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.models import checkpoint, openclip
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.models.zoo import Loaded
 
 NAMES = ("cat", "dog", "ship", "tree", "moon", "fish")
@@ -109,7 +110,7 @@ def pictures(card, n):
 @torch.no_grad()
 def predicted(card, images, seed=0):
     """The model's own classes of some pictures."""
-    classify = ZeroShot(model(seed), text_bank(model(seed), render(card.names, card.templates)))
+    classify = Classifier(model(seed), text_bank(model(seed), render(card.names, card.templates)))
     return canonical.logits(classify, as_float(np.stack(images)), 16).argmax(1).tolist()
 
 

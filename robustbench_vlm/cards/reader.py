@@ -112,6 +112,30 @@ def read(kind: str, name: str, record: type[C]) -> C:
     return card
 
 
+def suite(name: str) -> Suite:
+    """The suite called `name`; if there is none, the suite of the one dataset of that name.
+
+    Such a suite has the defaults of the record and the radius 4/255.
+
+    Raises:
+        CardError: neither a suite nor a dataset is called `name`.
+    """
+    if name.endswith(".toml") or name in names("suites") or name not in names("datasets"):
+        return read("suites", name, Suite)
+    return Suite(name=name, title=f"{name} alone", datasets=(name,), eps=("4/255",))
+
+
+def suites_with(dataset: str) -> list[str]:
+    """Names of the suites that have a dataset: first those of `--include`, then the smaller ones."""
+    found = []
+    for name in names("suites"):
+        file = path("suites", name)
+        members = toml(file).get("datasets")
+        if isinstance(members, list) and dataset in members:
+            found.append((file.parent == home(), len(members), name))
+    return [name for _, _, name in sorted(found)]
+
+
 def path(kind: str, name: str) -> Path:
     """The file of the card of `kind` called `name`, or `name` itself when it ends in `.toml`.
 

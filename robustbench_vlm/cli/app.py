@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from robustbench_vlm import __version__, console
+from robustbench_vlm import console
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cli import data
 from robustbench_vlm.cli.canary import canary
@@ -20,16 +20,18 @@ from robustbench_vlm.cli.doctor import doctor
 from robustbench_vlm.cli.eval import evaluate
 from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.list import list_
+from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
 from robustbench_vlm.errors import Incomplete, VlmrobError
+from robustbench_vlm.version import __version__
 
 app = typer.Typer(
     name="vlmrob",
     help="How robust is a CLIP-like model, compared with every other one, and can that number be trusted?",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
@@ -70,6 +72,7 @@ app.command()(study)
 app.command()(crosscheck)
 app.command()(convert)
 app.command()(canary)
+app.command()(new)
 app.command("list")(list_)
 app.command()(show)
 app.command()(doctor)

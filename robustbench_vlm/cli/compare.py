@@ -9,7 +9,6 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import AsJson, Results
 from robustbench_vlm.errors import InputError
 
@@ -29,7 +28,7 @@ def compare(
 
     if published == bool(b):
         raise InputError("compare", "two models or --published", "one of them", "see vlmrob compare --help")
-    cells = result_file.of_suite(result_file.read(results), reader.read("suites", suite, Suite))
+    cells = result_file.of_suite(result_file.read(results), reader.suite(suite))
     if published:
         _beside(cells, a, as_json=as_json)
         return

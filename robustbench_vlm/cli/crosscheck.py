@@ -9,7 +9,6 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import AsJson, DataRoot, Device, place, require_tiny
 
 N = 32  # images, by default: the reference spends its whole budget on every robust one
@@ -40,7 +39,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.evaluation import cells, crosscheck, planning
     from robustbench_vlm.threat import Threat
 
-    chosen = reader.read("suites", suite, Suite)
+    chosen = reader.suite(suite)
     order = planning.Order(
         models=(model,),
         attacks=(attack,),

@@ -9,9 +9,20 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cli.options import AsJson, DataRoot, Device, Engine, place, print_grids, require_tiny
+from robustbench_vlm.cli.options import (
+    AsJson,
+    DataRoot,
+    Device,
+    Engine,
+    comma_separated,
+    place,
+    print_grids,
+    require_tiny,
+)
+from robustbench_vlm.errors import InputError
 
 CHECK_FLAG = 3
+DEFAULT = "tiny"  # suite
 
 
 def evaluate(  # noqa: PLR0913 - one parameter a flag
@@ -23,7 +34,8 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     ] = None,
     arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
     attack: Annotated[
-        list[str] | None, typer.Option(help="Attack chain; repeatable; default: autoattack.")
+        list[str] | None,
+        typer.Option(help="Attack chains, e.g. aa2,pgd20; repeatable; default: autoattack."),
     ] = None,
     suite: Annotated[
         str, typer.Option(help="Suite name or TOML file; default: the protocol's, or tiny.")
@@ -32,7 +44,10 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         str, typer.Option(help="Evaluate as a paper does: attack, radii, images, prompts, canvas.")
     ] = "",
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Only these datasets of the suite; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Only these datasets of the suite, e.g. cars,dtd; repeatable. One dataset needs no suite."
+        ),
     ] = None,
     eps: Annotated[str, typer.Option(help="Radii, e.g. 4 or 1,2,4; default: the suite's.")] = "",
     norm: Annotated[str, typer.Option(help="linf, l2 or l1; default: the suite's.")] = "",
@@ -70,11 +85,12 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
 
+    datasets = comma_separated(dataset)
     order = planning.Order(
         models=tuple(model or [_newest_checkpoint()]),
-        attacks=tuple(attack or ([] if protocol else ["autoattack"])),
-        suite=suite or ("" if protocol else "tiny"),
-        datasets=tuple(dataset or []),
+        attacks=comma_separated(attack) or (() if protocol else ("autoattack",)),
+        suite=suite or ("" if protocol else _default_suite(datasets)),
+        datasets=datasets,
         eps=eps,
         norm=norm,
         n=n,
@@ -118,6 +134,30 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"flag: {line}")
     if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
+
+
+def _default_suite(datasets: tuple[str, ...]) -> str:
+    """The suite to take when none was named: `tiny`, or the one dataset that was named and is not in it.
+
+    Raises:
+        InputError: several datasets that no default suite has together.
+    """
+    known = reader.suite(DEFAULT).datasets
+    unknown = [name for name in datasets if name not in (*known, *reader.names("datasets"))]
+    outside = [name for name in datasets if name not in known]
+    if not outside or unknown:
+        return DEFAULT
+    suites = reader.suites_with(outside[0])
+    if len(datasets) > 1:
+        do = f"name a suite that has them all: --suite {suites[0] if suites else 'FILE.toml'}"
+        do += ", or write it: vlmrob new suite NAME"
+        found = f"several datasets without --suite, and not all in {DEFAULT}"
+        raise InputError(f"--dataset {','.join(datasets)}", found, "one dataset, or datasets of a suite", do)
+    alone = reader.suite(outside[0])
+    console.remark(f"no --suite: {outside[0]} alone, eps {','.join(alone.eps)}, n {alone.n}")
+    if suites and suites != [alone.name]:
+        console.remark(f"suites with {outside[0]}: {', '.join(suites)}; --suite takes their radii and images")
+    return alone.name
 
 
 def _newest_checkpoint() -> str:

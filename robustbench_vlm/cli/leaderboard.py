@@ -9,7 +9,6 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import AsJson, Results, print_grids
 
 
@@ -22,7 +21,7 @@ def leaderboard(
     """Render leaderboards/<suite>.csv and .md from the results."""
     from robustbench_vlm.results import leaderboard
 
-    rows, files = leaderboard.render(results, reader.read("suites", suite, Suite), out)
+    rows, files = leaderboard.render(results, reader.suite(suite), out)
     if as_json:
         console.result_json(rows.to_dict("records"))
     else:

@@ -8,12 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
 
 DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Engine = Annotated[str, typer.Option(help="native, or an attack package: autoattack or torchattacks.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+
+
+def comma_separated(typed: list[str] | None) -> tuple[str, ...]:
+    """The names of a repeatable option that also takes several names with commas between them."""
+    return tuple(name.strip() for text in typed or () for name in text.split(",") if name.strip())
 
 
 def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
@@ -25,7 +32,7 @@ def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
 
 def require_tiny(names: list[str], root: Path) -> None:
     """Render the datasets of the tiny world that are asked for and not there yet."""
-    wanted = [name for name in names if name.startswith("tiny-")]
+    wanted = [name for name in names if reader.read("datasets", name, DatasetCard).made_by == "tiny"]
     if not wanted:
         return
     from robustbench_vlm.demo.datasets import make_tiny
@@ -38,9 +45,9 @@ def require_tiny(names: list[str], root: Path) -> None:
 
 def print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
     """The tables of some leaderboard rows."""
-    from robustbench_vlm.results import leaderboard
+    from robustbench_vlm.results import grids
 
-    for title, grid in leaderboard.grids(rows):  # datasets go down: there are many of them, and few models
+    for title, grid in grids.grids(rows):  # datasets go down: there are many of them, and few models
         body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
         console.show(f"{title}: clean / robust, %", ["dataset", *map(str, grid.index)], body)
     if (rows.flag != "").any():

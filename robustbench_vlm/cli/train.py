@@ -41,7 +41,7 @@ def train(
     if (folder / "card.json").exists() and (folder / "recipe.json").exists():
         console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
     where = place(device)
-    judged = _suite_of(chosen.data.dataset)
+    judged = reader.suites_with(chosen.data.dataset)
     require_tiny([chosen.data.dataset], data_root)
     threat = chosen.inner.threat if chosen.inner else "no adversary"
     console.remark(f"training {chosen.name}: {chosen.optim.steps} steps, {threat}, on {where}, into {folder}")
@@ -57,10 +57,9 @@ def train(
         kept = teacher_cache.folder() if cache else None
         loop.run(chosen, folder, data_root, where, report, kept, console.remark)
     console.result(str(folder))
-    if not judged:
-        console.remark(f"no suite has {chosen.data.dataset}: write one, or take one of other datasets")
     told = "" if data_root == Path("data") else f" --data-root {data_root}"
-    line = f"vlmrob eval --model {folder} --attack autoattack --suite {judged or 'SUITE'}{told}"
+    target = f"--suite {judged[0]}" if judged else f"--dataset {chosen.data.dataset}"
+    line = f"vlmrob eval --model {folder} --attack autoattack {target}{told}"
     console.remark(f"next: {line}{reader.as_typed()}")
 
 
@@ -83,20 +82,6 @@ def _recipe(name: str, option: str | None, settings: list[str]) -> Recipe:
         found = f"a recipe of {recipe.defense.get('name')!r}"
         raise CardError(f"--recipe {option}", found, f"one of {name!r}")
     return recipe
-
-
-def _suite_of(dataset: str) -> str:
-    """The suite to judge a model by that was trained on `dataset`; empty if none has it.
-
-    One of --include before the project's own, then the one of fewest datasets.
-    """
-    found = []
-    for name in reader.names("suites"):
-        path = reader.path("suites", name)
-        members = reader.toml(path).get("datasets")
-        if isinstance(members, list) and dataset in members:
-            found.append((path.parent == reader.home(), len(members), name))
-    return min(found)[2] if found else ""
 
 
 def _require_defense(name: str) -> None:

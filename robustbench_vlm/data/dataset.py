@@ -310,7 +310,7 @@ def how_to_get(card: DatasetCard, root: Path) -> str:
     if card.source.url:
         export = f"vlmrob data export FOLDER --to {root} --name {card.name}"
         return f"get it from {card.source.url}, then type: {export}"
-    if card.name.startswith("tiny"):
+    if card.made_by == "tiny":
         return "make it with: vlmrob data make tiny"
     return f"put it at {root / card.folder}"
 

@@ -15,18 +15,23 @@ from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells
 from robustbench_vlm.evaluation.planning import Meter
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 
 ROWS = 32  # shape of the model calls that label a miniature
 
 
 def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> list[Path]:
-    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made."""
-    names = list(only) if only is not None else [n for n in reader.names("datasets") if n.startswith("tiny-")]
+    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made.
+
+    Args:
+        root: folder of all datasets.
+        report: called with (what, done, total).
+        only: names of datasets; those that are not of the tiny world are passed over. Default: all of it.
+    """
     made: list[Path] = []
-    for name in names:
+    for name in reader.names("datasets") if only is None else only:
         card = reader.read("datasets", name, DatasetCard)
-        if any(dataset.missing([card], root, split) for split in card.size):
+        if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
             made += write.make(root, [name], report)
     return made
 
@@ -55,7 +60,7 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
         miniature.make(card, Path(folder), n=n, split=split)
         opened = dataset.open_split(card, Path(folder), split)
         what = cells.subject(loaded, opened.card, opened)
-        classify = ZeroShot(loaded.model, what.bank)
+        classify = Classifier(loaded.model, what.bank)
         found: list[int] = []
         for part in what.images.parts(range(len(what.images)), ROWS):
             found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()

@@ -19,7 +19,6 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.demo.datasets import make_tiny
 from robustbench_vlm.demo.pretrain import Plan, Pretrained, pretrain
 from robustbench_vlm.models import checkpoint, openclip, zoo
-from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.training import loop
 
 WORK = Path("runs/tiny-weights")  # recipes of the teachers start from a folder below it
@@ -81,7 +80,7 @@ def _save(folder: Path, name: str, made: Pretrained, plan: Plan, text_from: str)
     )
     checkpoint.fill(model.language, state, name)
     scale = float(made.text["logit_scale"].exp())
-    model = Clip(model.visual, model.language, model.tokenize, model.preprocess, scale, model.facts)
+    model = model.replaced(logit_scale=scale)
     training = {"pretrain": {field: getattr(plan, field) for field in plan.__dataclass_fields__}}
     card = checkpoint.describe(
         model, name, defense="none", trained_on=(), text_from=text_from, training=training

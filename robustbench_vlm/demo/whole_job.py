@@ -95,8 +95,8 @@ def run(
                 planning.perform(planning.require_data(planning.plan(order, device)), meter)
     with phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
-        cells = result_file.of_suite(result_file.read(results), suite)
-        paired = [line.texts for line in compare.compare(cells, OURS, BASELINE)]
+        found = result_file.of_suite(result_file.read(results), suite)
+        paired = [line.texts for line in compare.compare(found, OURS, BASELINE)]
     seconds["together"] = sum(seconds.values())
     return Shown(rows, paired, seconds, files)
 

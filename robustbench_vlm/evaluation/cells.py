@@ -26,8 +26,9 @@ from robustbench_vlm.data.canvas_images import Canvases, sound
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.engine.attacked_view import PLAIN, Precision
 from robustbench_vlm.evaluation.chain import attack_sha256
-from robustbench_vlm.models.zeroshot import render, text_bank, untrained
+from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
+from robustbench_vlm.results import result_file
 from robustbench_vlm.threat import Norm, Threat
 
 
@@ -177,11 +178,7 @@ class Cell:
     @property
     def path(self) -> Path:
         """The cell's JSON file; Parquet and images stand beside it."""
-        card = self.what.loaded.card
-        folder = self.request.results / "cells" / f"{card.name}-{card.sha256[:8]}" / self.what.card.name
-        eps = self.threat.column
-        hashed = store.fingerprint(self.config)[:10]
-        return folder / f"{self.attack.name}-{self.request.norm}-{eps}-n{len(self.what.split)}-{hashed}.json"
+        return result_file.path_of(self.request.results, self.config, len(self.what.split))
 
     @property
     def finished(self) -> bool:

@@ -17,7 +17,7 @@ from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.cells import Subject
 from robustbench_vlm.evaluation.chain import plugin
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
 
@@ -210,7 +210,7 @@ class _Arena:
         device: torch.device,
     ) -> None:
         self.card, self.threat, self.stages, self.seed = card, threat, stages, seed
-        self.classify = ZeroShot(what.loaded.model, what.bank).to(device)
+        self.classify = Classifier(what.loaded.model, what.bank).to(device)
         images, labels = what.images.floats(range(len(what.images))).to(device), what.labels.to(device)
         clean = canonical.logits(self.classify, images, card.rows)
         self.right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()

@@ -24,12 +24,12 @@ from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, Request, Subject
 from robustbench_vlm.evaluation.chain import needs, plugin
 from robustbench_vlm.evaluation.outcome import tally
-from robustbench_vlm.models.zeroshot import ZeroShot
-from robustbench_vlm.results import verdicts
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.results import result_file, verdicts
+from robustbench_vlm.results.result_file import Content
 from robustbench_vlm.threat import eps_text
 from robustbench_vlm.types import Finding
 
-SCHEMA = "vlmrob-cell/1"
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
 Line = dict[str, Any]
@@ -61,7 +61,7 @@ def _examine(what: Subject, card: AttackCard, request: Request) -> model_checks.
     device, keys = request.device, what.split.keys
     looked_at = model_checks.chosen(keys, card.rows, request.seed)
     return model_checks.examine(
-        ZeroShot(what.loaded.model, what.bank).to(device),
+        Classifier(what.loaded.model, what.bank).to(device),
         what.images.floats(looked_at).to(device),
         what.labels[looked_at].to(device),
         [keys[i] for i in looked_at],
@@ -86,12 +86,12 @@ def _measure(
     started = time.perf_counter()
     examined = examine()
     what, request, rows = cell.what, cell.request, cell.attack.rows
-    classify = ZeroShot(what.loaded.model, what.bank).to(request.device)
+    classify = Classifier(what.loaded.model, what.bank).to(request.device)
     predictions, margins = _clean(what, classify, rows, clean, request.device)
     lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
     lost = None if lost is None else lost[lost.broken_at_eps != ""]
     table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
-    lower = ZeroShot(what.loaded.model, what.bank, bf16=True).to(request.device)
+    lower = Classifier(what.loaded.model, what.bank, bf16=True).to(request.device)
     sample = canonical.padded(what.images.floats(range(len(table))[:rows]).to(request.device), rows)
     model = Model(classify, attacked_view.build(classify, request.sight, sample, lower))
     arena = _Arena(cell, model, clean, table)
@@ -105,22 +105,16 @@ def _measure(
         kept = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
         store.write(cell.path.with_suffix(".safetensors"), save(kept | arena.broken_images()))
     outcome = tally(cell, table, examined.failed)
-    content = {
-        "config": cell.config,
-        "outcome": outcome,
-        "model": provenance.of_model(what.loaded),
-        "stages": [stage.model_dump(mode="json") for stage in cell.attack.stage],
-    }
+    stages_as_run = [stage.model_dump(mode="json") for stage in cell.attack.stage]
+    content = Content(cell.config, outcome, provenance.of_model(what.loaded), stages_as_run)
     spent = asdict(total(costs))  # by this run; what ledgers held was paid for by an earlier one
     run = provenance.of_run(request.device, time.perf_counter() - started, request.live) | {"calls": spent}
     # what failed is hashed, in `flags`; the numbers behind it may differ in rounding from device to device
-    beside = {"checks": examined.record, "run": run}
-    whole = {"schema": SCHEMA, "sha256": store.fingerprint(content), **content, **beside}
-    store.write_json(cell.path, whole)
+    result_file.write(cell.path, content, {"checks": examined.record, "run": run})
 
 
 def _clean(
-    what: Subject, classify: ZeroShot, rows: int, record: canonical.Record, device: torch.device
+    what: Subject, classify: Classifier, rows: int, record: canonical.Record, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """The canonical clean pass: (N,) int64 predictions and (N,) float32 margins; logits go to the record."""
     predictions, margins = [], []

@@ -70,12 +70,9 @@ def plan(order: Order, device: torch.device) -> Plan:
     """
     protocol = reader.read("protocols", order.protocol, Protocol) if order.protocol else None
     order = under(protocol, order) if protocol else order
-    suite = reader.read("suites", order.suite, Suite)
+    suite = reader.suite(order.suite)
     for name in order.datasets:
-        if name not in suite.datasets:
-            raise InputError(
-                f"--dataset {name}", f"not in suite {suite.name}", do=nearest(name, suite.datasets)
-            )
+        _require_member(suite, name)
     chosen = [name for name in suite.datasets if not order.datasets or name in order.datasets]
     norm = order.norm or suite.norm
     if norm not in get_args(Norm):
@@ -105,6 +102,20 @@ def plan(order: Order, device: torch.device) -> Plan:
     refuse(request, datasets)
     models = tuple(protocols.sized(zoo.load(name, device, order.arch), protocol) for name in order.models)
     return Plan(order, suite, datasets, models, request, protocol)
+
+
+def _require_member(suite: Suite, dataset: str) -> None:
+    """Refuse a dataset that is not in the suite, and say how it can be evaluated."""
+    if dataset in suite.datasets:
+        return
+    found = f"not in suite {suite.name}"
+    if dataset not in reader.names("datasets"):
+        known = {*suite.datasets, *reader.names("datasets")}
+        raise InputError(f"--dataset {dataset}", found, "a known dataset", nearest(dataset, known))
+    others = reader.suites_with(dataset)
+    do = f"leave --suite out to evaluate {dataset} alone"
+    do += f", or type --suite {' or '.join(others[:3])}" if others else ""
+    raise InputError(f"--dataset {dataset}", found, some(suite.datasets), do)
 
 
 def under(protocol: Protocol, order: Order) -> Order:
@@ -221,5 +232,5 @@ def perform(plan: Plan, report: measure.Report, remark: Callable[[str], None] = 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:
     """The leaderboard rows of these cells alone."""
     wanted = {path.resolve() for path in paths}
-    found = [cell for cell in result_file.read(plan.request.results) if cell.path.resolve() in wanted]
+    found = [r for r in result_file.read(plan.request.results) if r.path.resolve() in wanted]
     return leaderboard.table(found, plan.suite)

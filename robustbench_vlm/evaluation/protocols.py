@@ -40,8 +40,8 @@ def sized(loaded: zoo.Loaded, protocol: Protocol | None) -> zoo.Loaded:
     if protocol.input_px and found != protocol.input_px:
         where = f"--protocol {protocol.name}, model {loaded.id}"
         raise InputError(where, f"input of {found} pixels", f"{protocol.input_px}", "choose another model")
-    loaded.model.preprocess = replace(loaded.model.preprocess, antialias=protocol.antialias)
-    return loaded
+    preprocess = replace(loaded.model.preprocess, antialias=protocol.antialias)
+    return replace(loaded, model=loaded.model.replaced(preprocess=preprocess))
 
 
 def prompted(split: dataset.Split, protocol: Protocol | None) -> dataset.Split:

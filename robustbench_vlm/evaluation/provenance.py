@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from robustbench_vlm import __version__
 from robustbench_vlm.models.zoo import Loaded
+from robustbench_vlm.version import __version__
 
 
 def of_model(loaded: Loaded) -> dict[str, Any]:

@@ -80,9 +80,7 @@ def take(model: Clip) -> Canary:
     model.train(mode)
     for part, embeddings in (("image", tower), ("image", pixels), ("image", resized), ("text", text)):
         if not torch.isfinite(embeddings).all() or not embeddings.norm(dim=-1).all():
-            raise WeightsError(
-                f"model {model.facts['arch']}", f"{part} embeddings that are zero or not finite"
-            )
+            raise WeightsError(f"model {model.facts.arch}", f"{part} embeddings that are zero or not finite")
     logits = model.logit_scale * F.normalize(pixels, dim=-1) @ F.normalize(text, dim=-1).T
     return Canary(
         tower=_rows(tower),

@@ -9,7 +9,7 @@ with their ids, every other row of the table is the mean of the stored ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import prompts
+from robustbench_vlm.models import openclip, prompts
 from robustbench_vlm.models.canary import Canary, check_canary, take
-from robustbench_vlm.models.clip import Clip, Preprocess
+from robustbench_vlm.models.clip import Clip, Preprocess, PromptSizes
 
 SCHEMA = "vlmrob-checkpoint/1"
 TOKENS = "net.token_embedding.weight"
@@ -105,12 +105,12 @@ def describe(
 ) -> CheckpointCard:
     """The card of `model`, with its fingerprints taken now."""
     prints = model.fingerprints()
-    learned = model.facts.get("prompts")
+    facts = model.facts
     return CheckpointCard(
-        prompts=PromptFacts.model_validate(learned) if learned else None,
+        prompts=PromptFacts(**asdict(facts.prompts)) if facts.prompts else None,
         name=name,
-        arch=str(model.facts["arch"]),
-        quick_gelu=bool(model.facts["quick_gelu"]),
+        arch=facts.arch,
+        quick_gelu=facts.quick_gelu,
         preprocess=PreprocessFacts(**asdict(model.preprocess)),
         logit_scale=model.logit_scale,
         text_from=text_from,
@@ -158,11 +158,11 @@ def with_canary(model: Clip, card: CheckpointCard) -> CheckpointCard:
     """The card with a canary taken now, on the CPU, unless it has one."""
     if card.canary is not None:
         return card
-    place = model.mean.device
+    device = model.device
     try:
         return card.model_copy(update={"canary": take(model.cpu())})
     finally:
-        model.to(place)
+        model.to(device)
 
 
 def spread_rows(rows: Tensor, ids: Tensor, language: nn.Module) -> Tensor:
@@ -260,11 +260,11 @@ def fill_prompts(language: nn.Module, path: Path) -> None:
 
 
 def check(model: Clip, card: CheckpointCard, where: str) -> None:
-    """Hold a model that was loaded to the CPU to the hashes and the canary in its card.
+    """Compare a model on the CPU with the hashes and the canary in its card.
 
     Raises:
-        WeightsError: a tower's bytes are not those that the card was written for, or the model does something
-            else with them.
+        WeightsError: a hash differs, so the weights are not the card's; or the canary differs, so the same
+            weights give other outputs.
     """
     prints = model.fingerprints()
     for part, stated in (("image", card.image_sha256), ("text", card.text_sha256), ("model", card.sha256)):
@@ -276,6 +276,39 @@ def check(model: Clip, card: CheckpointCard, where: str) -> None:
         check_canary(model, card.canary, where)
 
 
-def preprocess(card: CheckpointCard) -> Preprocess:
-    """The preprocessing that the card states."""
-    return Preprocess(**card.preprocess.model_dump())
+def open_folder(folder: Path, card: CheckpointCard, text: Clip | None) -> Clip:
+    """The model of a checkpoint folder on the CPU, whose hashes and canary are those of `card`.
+
+    Args:
+        folder: with `image.safetensors`, and `text.safetensors` if the text tower is its own.
+        card: of that folder.
+        text: the model that `card.text_from` names, whose text tower is shared; `None` if there is none.
+
+    Raises:
+        WeightsError: weights that do not fit the card.
+    """
+    model = openclip.build(card.arch, quick_gelu=card.quick_gelu)
+    preprocess = Preprocess(**card.preprocess.model_dump())
+    if preprocess.image_size != model.image_size:
+        raise WeightsError(
+            str(folder / "card.json"),
+            f"preprocess.image_size is {preprocess.image_size}",
+            f"{model.image_size}, the input of {card.arch}",
+        )
+    if text is None:
+        trained: frozenset[int] | None = fill_text(model.language, folder / "text.safetensors")
+    else:
+        trained = text.facts.trained_tokens
+    model = model.replaced(
+        preprocess=preprocess,
+        language=model.language if text is None else text.language,
+        logit_scale=card.logit_scale,
+        facts=replace(model.facts, trained_tokens=trained),
+    )
+    if card.prompts is not None:
+        model = prompts.attach(model, PromptSizes(**card.prompts.model_dump()))
+        if card.prompts.text:
+            fill_prompts(model.language, folder / "prompts.safetensors")
+    image = folder / "image.safetensors"
+    fill(model.visual, read_state(image), str(image))
+    return model.eval()

@@ -1,12 +1,13 @@
-"""The one encoder: pixels in [0, 1] at any resolution -> embeddings; sentences -> unit text embeddings.
+"""The encoder (pixels or sentences -> embeddings) and the zero-shot classifier made from it.
 
-Resize and normalisation live here and nowhere else, so a ball drawn outside is a ball in pixel space.
+Resize and normalisation happen inside the encoder and nowhere else, so a ball around its input is a ball in
+pixel space.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models.text_bank import render, require_sentences, text_bank
 from robustbench_vlm.store import fingerprint
-from robustbench_vlm.types import Wrapped
+from robustbench_vlm.types import TEMPLATES, Wrapped
 
 TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
 
@@ -31,7 +33,7 @@ class Preprocess:
         image_size: side of the square input of the tower, pixels.
         mean: per channel, in [0, 1] units.
         std: per channel, in [0, 1] units.
-        antialias: kernel of the in-graph resize; `True` is the closest to PIL's.
+        antialias: whether the in-graph resize is antialiased; with `True` it is closest to PIL's.
     """
 
     image_size: int
@@ -40,15 +42,50 @@ class Preprocess:
     antialias: bool = True
 
 
+@dataclass(frozen=True)
+class PromptSizes:
+    """How many learned prompt tokens each tower has (`models.prompts`).
+
+    Attributes:
+        image: tokens a layer of the image tower; 0 for none.
+        text: tokens a layer of the text tower; 0 for none.
+        depth: layers with tokens of their own.
+    """
+
+    image: int
+    text: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What cannot be read off the weights, and is needed to build the model again.
+
+    Attributes:
+        arch: name of the open_clip architecture.
+        quick_gelu: whether the towers use QuickGELU, as the OpenAI weights do.
+        trained_tokens: ids of the tokens that the text tower met in training; `None` if unknown.
+        prompts: the learned prompts inside the towers; `None` for none.
+    """
+
+    arch: str
+    quick_gelu: bool
+    trained_tokens: frozenset[int] | None = None
+    prompts: PromptSizes | None = None
+
+
 class Clip(nn.Module):
     """An image tower with its preprocessing, and the frozen text tower it was trained against.
 
+    A `Clip` is built once. `replaced` makes another one; nothing is assigned to its attributes later.
+
     Attributes:
-        visual: the image tower; the only part that training changes.
+        visual: the image tower; the only part that training changes, apart from learned prompts.
         language: token ids (N, L) int64 -> (N, D) text embeddings.
+        tokenize: N sentences -> token ids (N, L) int64.
         preprocess: what happens to pixels before the tower.
-        logit_scale: s of the cosine logits, a plain number (it is never trained here).
-        facts: what a checkpoint card must know to build this model again.
+        logit_scale: s of the cosine logits, a plain number that is never trained here.
+        facts: architecture, activation, trained tokens and prompts.
     """
 
     def __init__(
@@ -58,24 +95,60 @@ class Clip(nn.Module):
         tokenize: Callable[[list[str]], Tensor],
         preprocess: Preprocess,
         logit_scale: float,
-        facts: Mapping[str, object],
+        facts: ModelFacts,
     ) -> None:
         super().__init__()
         self.visual = visual
-        self.language = language.requires_grad_(False)
+        self.language = language
         self.tokenize = tokenize
         self.preprocess = preprocess
         self.image_size = preprocess.image_size
         self.logit_scale = logit_scale
-        self.facts = dict(facts)
+        self.facts = facts
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
+    def replaced(self, **changes: Any) -> Clip:  # noqa: ANN401 - the constructor's own types
+        """A `Clip` with other constructor arguments; what is not named is shared, not copied.
+
+        Args:
+            **changes: any of `visual`, `language`, `tokenize`, `preprocess`, `logit_scale`, `facts`.
+        """
+        names = ("visual", "language", "tokenize", "preprocess", "logit_scale", "facts")
+        made = Clip(**{name: getattr(self, name) for name in names} | changes).to(self.device)
+        made.training = self.training  # the towers have their own mode
+        return made
+
+    def classifier(self, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Classifier:
+        """The zero-shot classifier (pixels -> logits) that `robustbench_vlm.attack` takes.
+
+        Args:
+            class_names: C names; class i of the labels is `class_names[i]`.
+            templates: sentences with `{c}` where the class name goes; their embeddings are averaged.
+
+        Raises:
+            InputError: no class names, or a template without `{c}`.
+
+        Example:
+            >>> import robustbench_vlm
+            >>> encoder = robustbench_vlm.load_model("tiny")
+            >>> classifier = encoder.classifier(["red circle", "blue square"])
+            >>> classifier(torch.rand(4, 3, 32, 32)).shape
+            torch.Size([4, 2])
+        """
+        require_sentences(class_names, templates)
+        return Classifier(self, text_bank(self, render(class_names, templates)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.mean.device
+
     @property
     def rows_apart(self) -> bool:
-        """Whether no row of a call depends on the others: false where batch norms are in train mode."""
+        """Whether each row of a call is computed alone: false while batch norms are in train mode."""
         return not any(isinstance(m, _BatchNorm) and m.training for m in self.visual.modules())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,15 +167,16 @@ class Clip(nn.Module):
         """
         visual: Any = self.visual
         if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool or visual.final_ln_after_pool:
-            found = f"{self.facts['arch']} has no class token beside its patches"
+            found = f"{self.facts.arch} has no class token beside its patches"
             raise WeightsError("patch tokens", found, "a vision transformer such as ViT-B-32")
-        kept: list[Tensor] = []
-        handle = visual.transformer.register_forward_hook(lambda *call: kept.append(call[-1]))
+        seen: list[Tensor] = []
+        handle = visual.transformer.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
             visual(self._prepared(images))
         finally:
             handle.remove()
-        rows: Tensor = visual.ln_post(kept[0][:, : len(visual.positional_embedding)])  # prompts come after
+        patches = seen[0][:, : len(visual.positional_embedding)]  # learned prompts stand behind them
+        rows: Tensor = visual.ln_post(patches)
         projected: Tensor = rows @ visual.proj
         return projected
 
@@ -126,30 +200,63 @@ class Clip(nn.Module):
         for start in range(0, len(sentences), TEXT_ROWS):
             chunk = list(sentences[start : start + TEXT_ROWS])
             padded = chunk + [""] * (TEXT_ROWS - len(chunk))
-            tokens = self.tokenize(padded).to(self.mean.device)
+            tokens = self.tokenize(padded).to(self.device)
             rows.append(self.language(tokens).float()[: len(chunk)])
         return F.normalize(torch.cat(rows), dim=-1)
 
     def untrained_words(self, sentences: Sequence[str]) -> list[str]:
-        """Sentences with a token that the text tower never met in training; empty if none is known to."""
-        trained = self.facts.get("trained_tokens")
-        if not isinstance(trained, frozenset):
+        """Sentences with a token that the text tower never met in training; none where that is unknown."""
+        trained = self.facts.trained_tokens
+        if trained is None:
             return []
         tokens = self.tokenize(list(sentences)).tolist()
         return [s for s, row in zip(sentences, tokens, strict=True) if not trained.issuperset(row)]
 
+    def text_sha256(self) -> str:
+        """SHA-256 of the text tower."""
+        return state_sha256(self.language)
+
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the image tower, of the text tower, and of the whole model with its preprocessing."""
-        image, text = state_sha256(self.visual), state_sha256(self.language)
+        image, text = state_sha256(self.visual), self.text_sha256()
         whole = {
             "image": image,
             "text": text,
             "preprocess": asdict(self.preprocess),
             "logit_scale": self.logit_scale,
-            "arch": self.facts["arch"],
-            "quick_gelu": self.facts["quick_gelu"],
+            "arch": self.facts.arch,
+            "quick_gelu": self.facts.quick_gelu,
         }
         return {"image": image, "text": text, "model": fingerprint(whole)}
+
+
+class Classifier(nn.Module):
+    """Pixels (B, 3, H, W) in [0, 1] -> logits s * cos(image, class) of shape (B, C) float32.
+
+    The encoder is put into eval mode and frozen. With `bf16` its image tower runs under autocast; the cosines
+    stay in fp32, since logits of about 25 lie 0.125 apart in bf16, which is more than many margins.
+
+    Attributes:
+        model: the encoder.
+        bank: (C, D) unit text embeddings, one row a class.
+        bf16: whether the image tower runs in bf16.
+    """
+
+    def __init__(self, model: Clip, bank: Tensor, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.bf16 = bf16
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("bank", bank)
+        self.bank: Tensor
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in [0, 1] -> cosine logits (B, C) float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            embeddings = self.model(images)
+        unit = F.normalize(embeddings.float(), dim=-1)
+        logits: Tensor = self.model.logit_scale * unit @ self.bank.T
+        return logits
 
 
 class InBf16(Wrapped):
@@ -180,11 +287,12 @@ def state_sha256(module: nn.Module) -> str:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every module's mode and every flag restored outside.
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode without parameter gradients for the time of a `with` block.
 
-    The inner maximisation asks for image gradients only; without this, weight gradients would be computed
-    in every attack step and, if left in `.grad`, would corrupt the update.
+    The mode of every submodule and `requires_grad` of every parameter are restored afterwards. The inner
+    maximisation needs image gradients only: without this, every attack step would compute weight gradients
+    too, and gradients left in `.grad` would corrupt the update.
     """
     modes = [(part, part.training) for part in module.modules()]
     flags = [(p, p.requires_grad) for p in module.parameters()]

@@ -1,9 +1,10 @@
 """Low-rank adapters on an image tower, through peft; merged back before anything is saved or evaluated.
 
-peft adapts a fused `nn.MultiheadAttention` by adding deltas to its weights around each forward, and (0.21)
-adds that of the output projection twice (huggingface/peft#3774): twice the effect at once the gradient. So,
-as in the released code of MMT-ARD, each fused attention is first written as two plain linear layers, `qkv`
-and `proj`; those peft adapts exactly, with dropout, and leaves the frozen weights untouched.
+peft adapts a fused `nn.MultiheadAttention` by adding the adapter's product to its weights around each
+forward. Version 0.21 adds that of the output projection twice (huggingface/peft#3774), so its effect is
+doubled and its gradient is not. Therefore each fused attention is first written as two plain linear layers,
+`qkv` and `proj`, as in the released code of MMT-ARD. peft adapts linear layers exactly, with dropout, and
+leaves the frozen weights untouched.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """What the fused module gives for `query` = `key` = `value` (B, L, D), or (L, B, D) by its flag."""
+        """Output of the fused module for equal `query`, `key`, `value` (B, L, D); (L, B, D) by its flag."""
         del key, value, need_weights
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         return (result if self.batch_first else result.transpose(0, 1)), None
 
     def fused(self) -> nn.MultiheadAttention:
-        """The fused module again, with these weights."""
+        """An `nn.MultiheadAttention` with these weights."""
         width, biased = self.qkv.in_features, self.qkv.bias is not None
         whole = nn.MultiheadAttention(
             width, self.heads, bias=biased, batch_first=self.batch_first, device="meta"
@@ -76,26 +77,23 @@ class Adapters:
     """Adapters inside the image tower of one `Clip`.
 
     Attributes:
-        tuner: peft's view of the tower.
+        tuner: peft's wrapper of the image tower.
     """
 
     tuner: Any
 
     def merged(self, model: Clip) -> Clip:
-        """A plain copy of `model` with the deltas added into the weights, of the original architecture."""
+        """`model` with a copy of its image tower, of the plain form, that the adapters are added to."""
         visual: nn.Module = LoraModel.merge_and_unload(copy.deepcopy(self.tuner))
         _replace(visual, {n: m.fused() for n, m in visual.named_modules() if isinstance(m, Attention)})
-        plain = copy.copy(model)
-        plain._modules = dict(model._modules)  # a shallow copy: the text tower is shared
-        plain.visual = visual.requires_grad_(False)
-        return plain
+        return model.replaced(visual=visual.requires_grad_(False))
 
 
 def attach(model: Clip, r: int, alpha: int, targets: tuple[str, ...], dropout: float = 0.0) -> Adapters:
     """Add rank-`r` adapters with scale alpha / r to every module of the image tower named in `targets`.
 
-    Only the adapters require gradients afterwards. Initialised from a fixed seed, so a run is a function of
-    its recipe.
+    Only the adapters require gradients afterwards. They are initialised from a fixed seed, so a run is a
+    function of its recipe.
 
     Args:
         model: changed in place, its image tower only.
@@ -108,7 +106,7 @@ def attach(model: Clip, r: int, alpha: int, targets: tuple[str, ...], dropout: f
         WeightsError: no module of such a name, one of another kind, or one that the tower never runs.
     """
     named = {n: m for n, m in model.visual.named_modules() if n.split(".")[-1] in targets}
-    where, arch = f"lora.targets = {list(targets)}", model.facts["arch"]
+    where, arch = f"lora.targets = {list(targets)}", model.facts.arch
     advice = "leave [lora] out to train the whole tower"
     if not named:
         found = f"the image tower of {arch} has no such module"
@@ -137,9 +135,12 @@ def _replace(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _require_used(model: Clip, where: str, advice: str) -> None:
-    """Refuse adapters that no gradient reaches (a ResNet's pool reads the weights of its linears)."""
+    """Refuse adapters that no gradient reaches.
+
+    The attention pool of a ResNet reads the weights of its linear layers and never runs them.
+    """
     trained = {n: p for n, p in model.visual.named_parameters() if p.requires_grad}
-    image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device)
+    image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
     with torch.enable_grad():
         total = model(image).sum()
     reached: tuple[Tensor | None, ...] = (None,) * len(trained)
@@ -147,5 +148,5 @@ def _require_used(model: Clip, where: str, advice: str) -> None:
         reached = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     for name, gradient in zip(trained, reached, strict=True):
         if gradient is None:
-            found = f"{name.split('.lora_')[0]} is never run as a layer by {model.facts['arch']}"
+            found = f"{name.split('.lora_')[0]} is never run as a layer by {model.facts.arch}"
             raise WeightsError(where, found, "modules that the tower runs", advice)

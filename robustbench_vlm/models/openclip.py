@@ -14,26 +14,22 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models.clip import Clip, Preprocess
+from robustbench_vlm.models.clip import Clip, ModelFacts, Preprocess
 
 CONFIGS = Path(__file__).parent / "configs"
 SCHEMAS = ("hf-hub:", "local-dir:")
 
 
-@cache
-def _register_own() -> None:
-    open_clip.add_model_config(CONFIGS)
+open_clip.add_model_config(CONFIGS)
 
 
 def architectures() -> list[str]:
-    """Every architecture name that can be built, ours included."""
-    _register_own()
+    """Names of every architecture that can be built, those of `configs/` included."""
     return sorted(open_clip.list_models())
 
 
 def config(arch: str) -> dict[str, Any] | None:
     """The open_clip configuration of an architecture, without building it; `None` if there is none."""
-    _register_own()
     if arch not in open_clip.list_models():
         return None
     found: dict[str, Any] = open_clip.get_model_config(arch)
@@ -41,15 +37,15 @@ def config(arch: str) -> dict[str, Any] | None:
 
 
 class Language(nn.Module):
-    """The text half of an open_clip model: tokens (N, L) int64 -> (N, D), without its image tower."""
+    """The text tower of an open_clip model: token ids (N, L) int64 -> embeddings (N, D)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        del self.net.visual, self.net.logit_scale  # text only: neither belongs to its fingerprint
+        del self.net.visual, self.net.logit_scale  # neither belongs to the fingerprint of the text tower
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Un-normalised text embeddings of token ids."""
+        """Token ids (N, L) -> text embeddings (N, D), not unit length."""
         embeddings: Tensor = self.net.encode_text(tokens)  # type: ignore[operator]
         return embeddings
 
@@ -64,7 +60,6 @@ def build(arch: str, *, quick_gelu: bool = False) -> Clip:
     Raises:
         WeightsError: no such architecture.
     """
-    _register_own()
     if not arch.startswith(SCHEMAS) and arch not in open_clip.list_models():
         raise WeightsError(
             f"model {arch!r}", "no such open_clip architecture", do=nearest(arch, architectures())
@@ -78,12 +73,11 @@ def build(arch: str, *, quick_gelu: bool = False) -> Clip:
 def load(name: str) -> Clip:
     """`ARCH:TAG` (weights by tag; `ARCH:random` for fixed random ones), `hf-hub:ORG/NAME`, `local-dir:PATH`.
 
-    QuickGELU follows the tag: weights trained with it are never run without it.
+    The tag decides the activation: weights that were trained with QuickGELU always run with it.
 
     Raises:
         WeightsError: unknown architecture or tag, or the weights cannot be had.
     """
-    _register_own()
     if name.startswith(SCHEMAS):  # the activation is in their own config
         return _wrap(_create(name, None, quick_gelu=False, weights=True), name)
     arch, _, tag = name.partition(":")
@@ -109,10 +103,10 @@ def load(name: str) -> Clip:
 
 def _create(name: str, tag: str | None, *, quick_gelu: bool, weights: bool) -> nn.Module:
     muted = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it warns of random weights on the root logger; here they are asked for
+    logging.disable(logging.WARNING)  # open_clip warns of random weights on the root logger
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # QuickGELU: decided above, not left to a warning
+            warnings.simplefilter("ignore", UserWarning)  # the activation is decided above
             net: nn.Module = open_clip.create_model(
                 name,
                 pretrained=tag,
@@ -122,7 +116,7 @@ def _create(name: str, tag: str | None, *, quick_gelu: bool, weights: bool) -> n
                 require_pretrained=weights,
                 weights_only=True,
             )
-    except Exception as error:  # it loads many formats, whose errors share no base
+    except Exception as error:  # open_clip loads many formats; their errors have no base class in common
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"model {name}{':' + tag if tag else ''}", reason, do="see `vlmrob doctor`"
@@ -145,12 +139,12 @@ def _wrap(net: nn.Module, arch: str) -> Clip:
     side = int(size[0] if isinstance(size, tuple | list) else size)
     scale = float(net.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
     quick_gelu = any(isinstance(part, QuickGELU) for part in net.modules())
-    language = Language(net)
+    language = Language(net).requires_grad_(False)
     return Clip(
         visual=visual,
         language=language,
         tokenize=_tokenizer(arch),
         preprocess=Preprocess(side, tuple(config["mean"]), tuple(config["std"])),
         logit_scale=scale,
-        facts={"arch": arch, "quick_gelu": quick_gelu},
+        facts=ModelFacts(arch, quick_gelu),
     )

@@ -1,14 +1,15 @@
-"""Learned prompt tokens in both towers of a frozen model, as deep prompts: a set of its own for every layer.
+"""Learned prompt tokens in both towers of a frozen model: deep prompts, with other tokens for every layer.
 
-In the image tower they stand behind the patches, in the text tower between the start token and the sentence,
-so any sentence can be used with them. The first layer's are put in, those of the next layers up to `depth`
-replace what the layer before made of them. They are parameters of the layers that use them, so a tower's
-state holds them, and two models differ in fingerprint as soon as their prompts do.
+In the image tower the prompts stand behind the patches. In the text tower they stand between the start token
+and the sentence, so any sentence can be used with them. Layer 1 gets its prompts as additional tokens; in the
+next layers, up to `depth`, that layer's prompts replace the outputs at those positions. Prompts are
+parameters of the layers that use them, so they are part of a tower's state and of its fingerprint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,31 +18,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models.clip import Clip
+from robustbench_vlm.models.clip import Clip, PromptSizes
 
 SPREAD = 0.02  # deviation of the noise that prompts start from
 NAME = "prompt"
 
 
-def attach(model: Clip, image: int, text: int, depth: int, init: str = "") -> None:
-    """Add prompts to `model`, in place; they alone require gradients afterwards.
+def attach(model: Clip, sizes: PromptSizes, init: str = "") -> Clip:
+    """The model with learned prompts inside its towers; only the prompts require gradients.
 
-    Initialised from a fixed seed, so a run is a function of its recipe.
+    The towers of `model` are changed in place, so use the returned model and forget `model`. Prompts are
+    initialised from a fixed seed, so a run is a function of its recipe.
 
     Args:
         model: a plain ViT with a class token, and a text tower that reads its end token.
-        image: tokens of the image tower; 0 for none.
-        text: tokens of the text tower; 0 for none.
-        depth: layers with tokens of their own.
+        sizes: tokens a layer of each tower, and how many layers have them.
         init: words whose embeddings the first text tokens start from.
 
     Raises:
-        WeightsError: towers of another kind, or prompts there already.
+        WeightsError: towers of another kind, or a model that has prompts already.
     """
-    where, arch = "prompts", model.facts["arch"]
+    where, arch = "prompts", model.facts.arch
+    image, text, depth = sizes.image, sizes.text, sizes.depth
     visual: Any = model.visual
     net: Any = getattr(model.language, "net", None)
-    if "prompts" in model.facts:
+    if model.facts.prompts is not None:
         raise WeightsError(where, f"this {arch} has prompts already", "a model without")
     if image and (getattr(visual, "pool_type", None) != "tok" or not visual.transformer.batch_first):
         raise WeightsError(where, f"{arch} has no class token beside its patches", "a vision transformer")
@@ -55,12 +56,15 @@ def attach(model: Clip, image: int, text: int, depth: int, init: str = "") -> No
         for index, block in enumerate(visual.transformer.resblocks[:depth]):
             _own(block, image, visual.ln_post.weight, noise)
             block.register_forward_pre_hook(_append if index == 0 else _behind)
-    if text:
-        _attach_text(model, text, depth, init, noise)
-    model.facts["prompts"] = {"image": image, "text": text, "depth": depth}
+    tokenize = _attach_text(model, sizes, init, noise) if text else model.tokenize
+    return model.replaced(tokenize=tokenize, facts=replace(model.facts, prompts=sizes))
 
 
-def _attach_text(model: Clip, text: int, depth: int, init: str, noise: torch.Generator) -> None:
+def _attach_text(
+    model: Clip, sizes: PromptSizes, init: str, noise: torch.Generator
+) -> Callable[[list[str]], Tensor]:
+    """Add the prompts of the text tower in place; returns a tokenizer that leaves positions free for them."""
+    text, depth = sizes.text, sizes.depth
     net: Any = model.language.net
     width = net.ln_final.weight
     _own(net.token_embedding, text, width, noise)
@@ -72,7 +76,7 @@ def _attach_text(model: Clip, text: int, depth: int, init: str, noise: torch.Gen
     for block in net.transformer.resblocks[1:depth]:
         _own(block, text, width, noise)
         block.register_forward_pre_hook(_within)
-    model.tokenize = partial(_shifted, model.tokenize, text)
+    return partial(_shifted, model.tokenize, text)
 
 
 def _own(layer: nn.Module, tokens: int, like: Tensor, noise: torch.Generator) -> None:
@@ -104,22 +108,25 @@ def _embedded(layer: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
     return torch.cat([x[:, :1], rows, x[:, 1 + rows.shape[1] :]], 1)
 
 
-def _shifted(tokenize: Callable[[list[str]], Tensor], places: int, sentences: list[str]) -> Tensor:
-    """Token ids (N, L) with `places` empty ones after the start token; 0 is below every end token."""
+def _shifted(tokenize: Callable[[list[str]], Tensor], free: int, sentences: list[str]) -> Tensor:
+    """Token ids (N, L) with `free` zeros after the start token, where the prompts are put in.
+
+    A zero is below the id of every end token, so it does not change which position is read out.
+    """
     tokens = tokenize(sentences)
-    kept = tokens.shape[1] - places
-    cut = (tokens[:, kept:] != 0).any(1).nonzero()
+    length = tokens.shape[1] - free
+    cut = (tokens[:, length:] != 0).any(1).nonzero()
     if len(cut):
-        found = f"{sentences[int(cut[0])]!r} leaves no room for {places} prompt tokens"
-        raise WeightsError("prompts", found, f"sentences of at most {kept} tokens")
-    return torch.cat([tokens[:, :1], tokens.new_zeros(len(tokens), places), tokens[:, 1:kept]], 1)
+        found = f"{sentences[int(cut[0])]!r} leaves no space for {free} prompt tokens"
+        raise WeightsError("prompts", found, f"sentences of at most {length} tokens")
+    return torch.cat([tokens[:, :1], tokens.new_zeros(len(tokens), free), tokens[:, 1:length]], 1)
 
 
 def bank(model: Clip, tokens: Tensor) -> Tensor:
-    """One unit row per sentence, (C, D), of token ids (C, L); with gradient to the prompts where enabled."""
+    """Token ids (C, L) -> unit text embeddings (C, D), with gradient to the prompts where that is enabled."""
     return F.normalize(model.language(tokens).float(), dim=-1)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """The prompts of one tower by their names in it."""
+    """The prompts of one tower, by parameter name."""
     return {name: p for name, p in module.named_parameters() if name.rpartition(".")[2] == NAME}

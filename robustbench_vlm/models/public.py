@@ -8,7 +8,7 @@ from pathlib import Path
 from robustbench_vlm import store
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models.zeroshot import cache_folder
+from robustbench_vlm.store import cache_folder
 
 HUB = "hf-hub:"
 

@@ -10,7 +10,7 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, openclip, prompts, public
+from robustbench_vlm.models import checkpoint, openclip, public
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import sandbox, weights_file
@@ -78,7 +78,8 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
     """
     folder = folder_of(name)
     if folder is not None:
-        return _from_folder(name, folder, torch.device(device))
+        card = checkpoint.read_card(folder)
+        return Loaded(name, open_folder(name, folder, card).to(device), card)
     if name in reader.names("models"):
         return _public(reader.read("models", name, ModelCard), device)
     if weights_file.is_weights(name):
@@ -179,40 +180,13 @@ def _public_weights(known: ModelCard) -> Loaded:
     return load(str(place / known.file), arch=known.base)
 
 
-def _from_folder(name: str, folder: Path, device: torch.device) -> Loaded:
-    card = checkpoint.read_card(folder)
-    return Loaded(name, open_folder(name, folder, card).to(device), card)
-
-
 def open_folder(name: str, folder: Path, card: CheckpointCard) -> Clip:
-    """The model of a checkpoint folder on the CPU, held to `card`.
+    """The model of a checkpoint folder on the CPU, compared with the hashes and the canary in `card`.
 
     Raises:
         WeightsError: weights that do not fit the card.
     """
-    model = openclip.build(card.arch, quick_gelu=card.quick_gelu)
-    model.preprocess = checkpoint.preprocess(card)
-    if model.preprocess.image_size != model.image_size:
-        raise WeightsError(
-            str(folder / "card.json"),
-            f"preprocess.image_size is {model.preprocess.image_size}",
-            f"{model.image_size}, the input of {card.arch}",
-        )
-    model = Clip(
-        model.visual, model.language, model.tokenize, model.preprocess, card.logit_scale, model.facts
-    )
-    if card.text_from:
-        text = load(card.text_from)
-        model.language = text.model.language
-        model.facts["trained_tokens"] = text.model.facts.get("trained_tokens")
-    else:
-        model.facts["trained_tokens"] = checkpoint.fill_text(model.language, folder / "text.safetensors")
-    if card.prompts is not None:
-        prompts.attach(model, card.prompts.image, card.prompts.text, card.prompts.depth)
-        if card.prompts.text:
-            checkpoint.fill_prompts(model.language, folder / "prompts.safetensors")
-    checkpoint.fill(
-        model.visual, checkpoint.read_state(folder / "image.safetensors"), str(folder / "image.safetensors")
-    )
-    checkpoint.check(model.eval(), card, f"model {name}")
+    text = load(card.text_from).model if card.text_from else None
+    model = checkpoint.open_folder(folder, card, text)
+    checkpoint.check(model, card, f"model {name}")
     return model

@@ -1,8 +1,8 @@
-"""What papers printed, copied with its source: to be read beside measured rows, never ranked with them.
+"""Numbers that papers printed, copied with their source: shown beside measured rows, never ranked with them.
 
-`leaderboards/published.csv` has the leaderboard's own columns, status `copied`, and `source` at the end. A
-row names a protocol only where the paper's evaluation is that of the protocol card, on the same split (the
-images drawn from it are others); all other rows stand for themselves.
+`leaderboards/published.csv` has columns of the leaderboard, status `copied`, and `source` at the end. A row
+names a protocol only where the paper evaluates as the protocol card does, on the same split; the images that
+the paper drew from the split are still others. Rows without a protocol are compared with nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 
 from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.results import stats
-from robustbench_vlm.results.result_file import Cell
+from robustbench_vlm.results.result_file import Result
 
 COLUMNS = ("protocol", "dataset", "eps", "model", "clean", "robust", "95 %", "source")
 
@@ -30,39 +30,42 @@ def read() -> pd.DataFrame:
     return pd.read_csv(path(), dtype=str, keep_default_na=False)
 
 
-def beside(cells: Sequence[Cell], model: str) -> list[list[str]]:
+def beside(results: Sequence[Result], model: str) -> list[list[str]]:
     """Each measured row of a model under a protocol, and below it what was printed under the same one.
 
     Args:
-        cells: results.
+        results: of any models.
         model: name of the model, or the first digits of its fingerprint.
 
     Returns:
-        Lines as `COLUMNS` has them; measured ones have an interval and the source `measured here`.
+        Lines in the order of `COLUMNS`; measured ones have an interval and the source `measured here`.
 
     Raises:
         InputError: no results of the model, or none under a protocol.
     """
-    own = [cell for cell in cells if model == cell.model[0] or cell.model[1].startswith(model)]
+    own = [result for result in results if model == result.model[0] or result.model[1].startswith(model)]
     if not own:
-        raise InputError(
-            f"model {model!r}", "no results of it", do=nearest(model, {c.model[0] for c in cells})
-        )
-    under = [cell for cell in own if cell.config.get("protocol")]
+        hint = nearest(model, {result.model[0] for result in results})
+        raise InputError(f"model {model!r}", "no results of it", do=hint)
+    under = [result for result in own if result.contest.protocol]
     if not under:
         do = "run vlmrob eval --protocol NAME; see vlmrob list protocols"
         raise InputError(f"model {model!r}", "no results under a protocol", "some to print others beside", do)
     printed = read()
     lines: list[list[str]] = []
-    for cell in under:
-        place = (cell.config["protocol"], cell.config["dataset"], cell.threat.column)
-        n, clean = cell.outcome["n"], cell.outcome["clean_correct"]
-        robust = cell.outcome["robust"][cell.stages[-1]]
-        interval = stats.wilson(robust, n)
-        numbers = [f"{100 * clean / n:.1f}", f"{100 * robust / n:.1f}"]
-        span = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}, n = {n}"
-        lines.append([*place, cell.model[0], *numbers, span, "measured here"])
-        same = (printed.protocol == place[0]) & (printed.dataset == place[1]) & (printed.eps == place[2])
+    for result in under:
+        head = [result.contest.protocol, result.dataset, result.contest.columns["eps"]]
+        lines.append([*head, result.model[0], *_measured(result), "measured here"])
+        protocol, dataset, eps = head
+        same = (printed.protocol == protocol) & (printed.dataset == dataset) & (printed.eps == eps)
         for row in printed[same].itertuples():
-            lines.append([*place, str(row.model_id), str(row.clean), str(row.robust), "", str(row.source)])
+            lines.append([*head, str(row.model_id), str(row.clean), str(row.robust), "", str(row.source)])
     return lines
+
+
+def _measured(result: Result) -> list[str]:
+    """Clean and robust accuracy in percent, and the interval of the latter."""
+    n, robust = result.outcome["n"], result.outcome["robust"][result.stages[-1]]
+    interval = stats.wilson(robust, n)
+    shares = [f"{100 * count / n:.1f}" for count in (result.outcome["clean_correct"], robust)]
+    return [*shares, f"{100 * interval.low:.1f} to {100 * interval.high:.1f}, n = {n}"]

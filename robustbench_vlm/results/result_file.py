@@ -1,10 +1,20 @@
-"""The result file of a cell: what is in it, and how it is read back."""
+"""Result files: where they are, what is in them, how they are written and read back.
+
+A result is one model on one dataset under one attack. Its JSON file has the verdicts of every image beside
+it, in a Parquet file of the same name, and on request the adversarial images as safetensors:
+
+    <results>/cells/<model>-<its fingerprint>/<dataset>/<attack>-<norm>-<radius>-n<images>-<hash>.json
+
+The hash at the end is that of the configuration, and alone decides: whatever stands before it is for people
+and has been spelled otherwise by earlier versions. The configuration holds the radius as an exact fraction,
+since it is hashed; `threat` beside it, and every other file, has the radius as `threat.eps_text` writes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,133 +24,180 @@ from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import verdicts
+from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.threat import Threat
 
-CELL = "vlmrob-cell/1"
+SCHEMA = "vlmrob-cell/1"
+HASHED = ("config", "outcome", "model", "stages")
+"""Blocks that the fingerprint of a result is taken of; the others depend on machine and time."""
 
-
-HASHED = frozenset({"config", "outcome", "model", "stages"})  # what the fingerprint of a cell is taken of
+FOLDER = "cells"
+SAME_IMAGES = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256")
+"""Facts about a dataset that results in one table must agree on."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One result file."""
+class Content:
+    """The part of a result that is a function of model, data and attack.
+
+    Attributes:
+        config: everything that decides the outcome, as plain values; its hash is the name of the result.
+        outcome: counts of verdicts, flags, and the fingerprint of the verdicts.
+        model: facts about the model that a table prints.
+        stages: name, attack and every number of each stage of the chain.
+    """
+
+    config: Mapping[str, Any]
+    outcome: Mapping[str, Any]
+    model: Mapping[str, Any]
+    stages: list[dict[str, Any]]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the result."""
+        return store.fingerprint({name: getattr(self, name) for name in HASHED})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result, read from its file.
+
+    Attributes:
+        path: of the JSON file.
+        content: what is in it, apart from when and where it was measured.
+    """
 
     path: Path
-    content: Mapping[str, Any]
+    content: Content
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What decided the outcome."""
-        config: Mapping[str, Any] = self.content["config"]
-        return config
+        """Everything that decided the outcome."""
+        return self.content.config
 
     @property
     def outcome(self) -> Mapping[str, Any]:
-        """Counts of verdicts."""
-        outcome: Mapping[str, Any] = self.content["outcome"]
-        return outcome
+        """Counts of verdicts, and flags."""
+        return self.content.outcome
 
-    @property
-    def contest(self) -> tuple[str, ...]:
-        """What two cells must share to be compared: attack, threat, images drawn, precision."""
-        c = self.config
-        shared = (
-            "attack",
-            "attack_sha256",
-            "norm",
-            "eps",
-            "n_requested",
-            "seed",
-            "split",
-            "precision",
-            "engine",
-        )
-        marks = (str(c.get("protocol", "")), str(c.get("subset", "")))
-        return (*(str(c[name]) for name in shared), ",".join(c["eps_ladder"]), *marks)
+    @cached_property
+    def contest(self) -> Contest:
+        """What another result must share to be comparable."""
+        return Contest.of(self.config)
 
     @property
     def model(self) -> tuple[str, str]:
-        """Name and fingerprint."""
+        """Name and fingerprint of the model."""
         return self.config["model"], self.config["model_sha256"]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset."""
+        return str(self.config["dataset"])
 
     @property
     def stages(self) -> list[str]:
         """Names of the chain's stages, in order."""
-        return [stage["name"] for stage in self.content["stages"]]
+        return [stage["name"] for stage in self.content.stages]
 
     @property
     def threat(self) -> Threat:
         """The ball."""
-        return Threat(self.config["norm"], Fraction(self.config["eps"]))
+        return self.contest.threat
 
     def verdicts(self) -> pd.DataFrame:
-        """The verdict table beside the cell, held to the fingerprint in it.
+        """The verdicts of every image, checked against the fingerprint in the result.
 
         Raises:
-            DataError: the file is missing, or is not the one that the cell was counted from.
+            DataError: the Parquet file is missing, or is not the one that the result was counted from.
         """
         path = self.path.with_suffix(".parquet")
         do = f"delete {self.path} and run the same eval again"
         try:
             found = pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise DataError(str(path), f"unreadable ({error})", "the verdicts of the cell", do) from None
+            raise DataError(str(path), f"unreadable ({error})", "the verdicts of the result", do) from None
         if verdicts.sha256(found) != self.outcome["verdicts_sha256"]:
-            raise DataError(str(path), "other verdicts than the cell was counted from", do=do)
+            raise DataError(str(path), "other verdicts than the result was counted from", do=do)
         return found
 
 
-def read(results: Path) -> list[Cell]:
-    """Every cell below `results`, in order of path.
+def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
+    """The JSON file of a result: the one that exists, whatever its name begins with, else the one to write.
+
+    Args:
+        results: folder of all results.
+        config: everything that decides the outcome.
+        n: number of images.
+    """
+    folder = results / FOLDER / f"{config['model']}-{config['model_sha256'][:8]}" / config["dataset"]
+    hashed = store.fingerprint(config)[:10]
+    norm, eps = config["norm"], Contest.of(config).columns["eps"].replace("/", "_")
+    path: Path = folder / f"{config['attack']}-{norm}-{eps}-n{n}-{hashed}.json"
+    return path if path.exists() else next(iter(sorted(folder.glob(f"*-{hashed}.json"))), path)
+
+
+def write(path: Path, content: Content, beside: Mapping[str, Any]) -> None:
+    """Write the JSON file of a result, whose Parquet file is written before: a result with JSON is whole.
+
+    Args:
+        path: see `path_of`.
+        content: what the fingerprint is taken of.
+        beside: further blocks, which may differ between two measurements of the same result.
+    """
+    contest = Contest.of(content.config)
+    spelled = {name: contest.columns[name] for name in ("norm", "eps", "eps_ladder")}
+    blocks = {name: getattr(content, name) for name in HASHED}
+    head = {"schema": SCHEMA, "sha256": content.sha256, "threat": spelled}
+    store.write_json(path, {**head, **blocks, **beside})
+
+
+def read(results: Path) -> list[Result]:
+    """Every result below a folder, in order of path.
 
     Raises:
-        DataError: a JSON file there is no cell, or its content is not what its fingerprint says.
+        DataError: a JSON file there is no result, or its content is not what its fingerprint says.
     """
-    return [_read(path) for path in sorted((results / "cells").rglob("*.json"))]
+    return [_read(path) for path in sorted((results / FOLDER).rglob("*.json"))]
 
 
-def _read(path: Path) -> Cell:
-    content = store.read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != CELL or not content.keys() >= HASHED:
-        raise DataError(str(path), "not a result cell", CELL, "move it out of the results folder")
-    if content.get("sha256") != store.fingerprint({name: content[name] for name in HASHED}):
+def _read(path: Path) -> Result:
+    blocks = store.read_json(path)
+    if not isinstance(blocks, dict) or blocks.get("schema") != SCHEMA or not blocks.keys() >= {*HASHED}:
+        raise DataError(str(path), "not a result", SCHEMA, "move it out of the results folder")
+    content = Content(**{name: blocks[name] for name in HASHED})
+    if blocks.get("sha256") != content.sha256:
         do = "delete it and run the same eval again"
         raise DataError(str(path), "its content does not match its fingerprint", "it as it was written", do)
-    return Cell(path, content)
+    return Result(path, content)
 
 
-def of_suite(cells: Iterable[Cell], suite: Suite) -> list[Cell]:
-    """The cells that belong to `suite`, by its datasets, split and seed; in the order of its datasets.
+def of_suite(results: Iterable[Result], suite: Suite) -> list[Result]:
+    """The results that belong to `suite`, by its datasets, split, seed and list of images, in suite order.
 
     Raises:
-        DataError: two cells of one contest saw different images of a dataset.
+        DataError: two results of one contest saw different images, names or templates of a dataset.
     """
+    draw = (suite.split, suite.seed, suite.subset and (suite.subset_sha256 or suite.subset))
     chosen = [
-        cell
-        for cell in cells
-        if cell.config["dataset"] in suite.datasets
-        and (cell.config["split"], cell.config["seed"]) == (suite.split, suite.seed)
-        and cell.config.get("subset", "") == (suite.subset and (suite.subset_sha256 or suite.subset))
+        result
+        for result in results
+        if result.dataset in suite.datasets
+        and (result.contest.split, result.contest.seed, result.contest.subset) == draw
     ]
-    chosen.sort(key=lambda cell: suite.datasets.index(cell.config["dataset"]))
-    drawn: dict[tuple[Any, ...], Cell] = {}
-    for cell in chosen:
-        same = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256")
-        first = drawn.setdefault((cell.contest, cell.config["dataset"]), cell)
-        for name in same:
-            if first.config[name] != cell.config[name]:
-                raise DataError(
-                    str(cell.path),
-                    f"{name} is {cell.config[name][:12]}",
-                    f"{first.config[name][:12]} as in {first.path}",
-                    "results on different data cannot share a table: keep one of them",
-                )
+    chosen.sort(key=lambda result: suite.datasets.index(result.dataset))
+    first_of: dict[tuple[Contest, str], Result] = {}
+    for result in chosen:
+        _require_same_images(first_of.setdefault((result.contest, result.dataset), result), result)
     return chosen
 
 
-def _place(cell: Cell) -> tuple[Any, ...]:
-    """What two attacks must have in common to have seen the same images and the same model."""
-    fields = ("dataset", "norm", "eps", "n_requested", "seed", "split", "precision", "engine")
-    marks = ("protocol", "subset")  # with other sentences, or on another canvas
-    return cell.model, *(cell.config[name] for name in fields), *(cell.config.get(name, "") for name in marks)
+def _require_same_images(first: Result, other: Result) -> None:
+    for name in SAME_IMAGES:
+        if first.config[name] != other.config[name]:
+            raise DataError(
+                str(other.path),
+                f"{name} is {other.config[name][:12]}",
+                f"{first.config[name][:12]} as in {first.path}",
+                "results on different data cannot share a table: keep one of them",
+            )

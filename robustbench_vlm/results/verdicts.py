@@ -173,6 +173,16 @@ def robust_after(table: pd.DataFrame, stages: Iterable[str], eps: str) -> dict[s
     return counts
 
 
+def per_class(table: pd.DataFrame) -> tuple[float, float]:
+    """Mean over classes of the accuracy on clean images, and of the robust accuracy after the whole chain.
+
+    Classes without an image in the table do not count.
+    """
+    right = pd.DataFrame({"clean": table.clean_correct, "robust": standing(table)})
+    of_class = right.groupby(table.label).mean()
+    return float(of_class.clean.mean()), float(of_class.robust.mean())
+
+
 def zero_gradient_share(table: pd.DataFrame) -> float:
     """Share of attacked images that met an exactly zero gradient at least once."""
     attacked = table[table.backwards > 0]

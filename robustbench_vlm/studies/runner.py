@@ -55,7 +55,8 @@ class Run:
 
     def cells(self, final: Final) -> Path:
         """The file that lists the cells of the final attack, relative to `folder`; written last of all."""
-        attack = reader.read("attacks", final.attack, AttackCard).model_dump(mode="json")
+        chain = reader.read("attacks", final.attack, AttackCard)
+        attack = chain.model_dump(mode="json", exclude={"plain_pgd"})  # younger than runs on disk
         suite = reader.read("suites", final.suite, Suite).model_dump(mode="json")
         known = {"attack": attack, "suite": suite, "n": final.n}
         return self.folder / f"cells-{final.attack}-{store.fingerprint(known)[:12]}.json"

@@ -22,15 +22,16 @@ from torch import Tensor
 from robustbench_vlm import rng, store
 from robustbench_vlm.cards.recipe import Inner, Optim, Recipe
 from robustbench_vlm.data import loader
+from robustbench_vlm.defenses.interface import Roles, Step, Terms
 from robustbench_vlm.defenses.losses import ce
 from robustbench_vlm.engine.geometry import uniform_start
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import AttackError, InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
-from robustbench_vlm.models.clip import held
+from robustbench_vlm.models.clip import frozen
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.prepare import Setup, prepare
-from robustbench_vlm.types import Batch, Roles, Step, Terms
+from robustbench_vlm.types import Batch
 
 CPU = torch.device("cpu")
 GAUSSIAN = 0.001  # deviation of the `gaussian` start, in pixel units
@@ -126,7 +127,7 @@ def advance(setup: Setup, state: State, batch: Batch) -> dict[str, float]:
         TrainingError: a term or a gradient that is not finite, with step, term and keys.
     """
     recipe, model, defense = setup.recipe, setup.model, setup.defense
-    with held(model):
+    with frozen(model):
         with torch.no_grad():
             roles = setup.roles_in_training(batch)
             targets = defense.targets(roles, batch)
@@ -186,7 +187,7 @@ def probe(setup: Setup) -> dict[str, float]:
     assert setup.probe is not None
     assert setup.recipe.probe is not None
     batch = setup.probe
-    with held(setup.model):
+    with frozen(setup.model):
         with torch.no_grad():
             adv, roles = batch.images, setup.roles_now()
         inner = setup.recipe.inner

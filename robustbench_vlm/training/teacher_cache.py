@@ -24,7 +24,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models.zeroshot import cache_folder
+from robustbench_vlm.store import cache_folder
 from robustbench_vlm.types import Batch, Encoder, Wrapped
 
 MARK = 16  # bytes of the hash before each embedding

@@ -24,7 +24,8 @@ from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.models import zoo
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.training.inner import ascend
 
@@ -112,7 +113,7 @@ def _clip(n: int) -> tuple[nn.Module, Tensor, Tensor]:
 def zero_shot() -> nn.Module:
     card = reader.read("datasets", WORLD, DatasetCard)
     clip = zoo.load("tiny-robust-teacher").model
-    return ZeroShot(clip, text_bank(clip, render(card.names, card.templates)))
+    return Classifier(clip, text_bank(clip, render(card.names, card.templates)))
 
 
 @cache

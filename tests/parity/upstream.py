@@ -44,8 +44,8 @@ from robustbench_vlm.data import dataset, layout, miniature
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.models.clip import Clip
-from robustbench_vlm.models.zeroshot import ZeroShot, render, text_bank
+from robustbench_vlm.models.clip import Classifier, Clip
+from robustbench_vlm.models.text_bank import render, text_bank
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDS = REPOSITORY / "benchmarks" / "parity-suites.jsonl"
@@ -296,7 +296,7 @@ def canvas_of(card: DatasetCard) -> str:
 def predicted(model: Clip, split: Split, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels (N, 3, H, W) on the split's canvas, and logits (N, C) brought to upstream's scale."""
     pixels = as_float(split.images(model.image_size).pixels)
-    logits = canonical.logits(ZeroShot(model, bank), pixels, ROWS)
+    logits = canonical.logits(Classifier(model, bank), pixels, ROWS)
     return pixels, logits * (towers.SCALE / model.logit_scale)
 
 

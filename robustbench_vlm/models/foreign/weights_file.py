@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,12 @@ def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, .
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise WeightsError(where, f"tensor {name!r} holds values that are not finite", "trained weights")
     checkpoint.fill(base.visual, named.image, where)
-    facts = dict(base.facts)
+    facts = base.facts
     if named.text:
         checkpoint.fill(base.language, named.text, where)
-        facts.pop("trained_tokens", None)
+        facts = replace(facts, trained_tokens=None)
     scale = base.logit_scale if named.logit_scale is None else named.logit_scale
-    model = Clip(base.visual, base.language, base.tokenize, base.preprocess, scale, facts)
+    model = base.replaced(logit_scale=scale, facts=facts)
     return Foreign(model.eval(), named.scheme, bool(named.text), old)
 
 
@@ -111,8 +111,7 @@ def from_transformers(folder: Path) -> Foreign:
         raise WeightsError(str(where), f"a model of kind {kind!r}", "a CLIPModel ('clip')")
     arch, quick = _architecture(config, str(where))
     base = openclip.build(arch, quick_gelu=quick)
-    prepared = _preprocess(folder / "preprocessor_config.json", base.preprocess)
-    base = Clip(base.visual, base.language, base.tokenize, prepared, base.logit_scale, base.facts)
+    base = base.replaced(preprocess=_preprocess(folder / "preprocessor_config.json", base.preprocess))
     state, old = _folder_state(folder)
     made = _fill(base, state, str(folder), old)
     if not made.own_text:

@@ -1,4 +1,4 @@
-"""A process that writes for ever, for the tests that kill it; it says so once its first write is done."""
+"""A process that writes without end, for tests that kill it; it prints `ready` after its first write."""
 
 import sys
 from itertools import count

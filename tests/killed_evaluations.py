@@ -1,4 +1,4 @@
-"""Evaluations that are killed in the middle of a model call, and everything that they leave behind."""
+"""Evaluations that are killed during a model call, and a reader of everything that they leave behind."""
 
 import json
 import multiprocessing
@@ -9,14 +9,14 @@ import pytest
 import toys
 from safetensors.torch import load_file
 
-from robustbench_vlm.models.zeroshot import ZeroShot
+from robustbench_vlm.models.clip import Classifier
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on
 
 
 def evaluate(what, request, calls, counted=None):
-    """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
-    forward, left = ZeroShot.forward, [calls]
+    """Evaluate, and kill this process in the middle of model call number `calls`."""
+    forward, left = Classifier.forward, [calls]
 
     def counting(self, images):
         left[0] -= 1
@@ -26,12 +26,12 @@ def evaluate(what, request, calls, counted=None):
             counted.value += 1
         return forward(self, images)
 
-    ZeroShot.forward = counting
+    Classifier.forward = counting
     toys.run(what, request)
 
 
 def killed(what, request, calls, counted=None):
-    """Whether the evaluation was killed at that model call; False when it had ended before."""
+    """Evaluate in a child process; returns whether it was killed, False if it ended before that call."""
     context = multiprocessing.get_context("fork")
     child = context.Process(target=evaluate, args=(what, request, calls, counted))
     child.start()
@@ -41,7 +41,7 @@ def killed(what, request, calls, counted=None):
 
 
 def outcome(results):
-    """Everything that was found, by file: ledgers as records (their order is scheduling's), cells, images."""
+    """Contents of a result folder by file name; ledger lines are sorted, since they come in any order."""
     found = {}
     for path in sorted(results.rglob("*")):
         name = path.relative_to(results).as_posix()

@@ -1,4 +1,4 @@
-"""Command lines as a user types them, in this process or in one that is killed on the way."""
+"""Run command lines as a user types them: in this process, or in one that is killed before it ends."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ import time
 from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 
-PATIENCE = 300.0  # seconds; every process imports torch first
+TIMEOUT = 300.0  # seconds; every process imports torch first
 
 
-def typed(monkeypatch, *words):
-    """The exit code of a command line; what `--include` brought is gone afterwards."""
+def run_command(monkeypatch, *words):
+    """Run `vlmrob WORDS` in this process and return its exit code; its `--include` folders are forgotten."""
     monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, words)])
     try:
         cli.main()
@@ -24,13 +24,13 @@ def typed(monkeypatch, *words):
     return 0
 
 
-def killed(command, progress, least):
-    """Start a command, and kill it as soon as `progress()` is `least`; how much it was then."""
+def kill_command(command, progress, least):
+    """Start a process, kill it once `progress()` reaches `least`, and return the progress at its end."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while progress() < least:
         assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() - began < PATIENCE
+        assert time.monotonic() - began < TIMEOUT
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -1,0 +1,96 @@
+"""Class names and templates -> text bank: one unit text embedding a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the customary name
+
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.store import cache_folder, fingerprint, write
+from robustbench_vlm.types import TEMPLATES
+
+
+class TextEncoder(Protocol):
+    """The text half of an encoder, as far as a text bank needs it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    def text(self, sentences: Sequence[str]) -> Tensor:
+        """N sentences -> (N, D) float32, unit length, without gradient."""
+        ...
+
+    def text_sha256(self) -> str:
+        """SHA-256 of the text tower."""
+        ...
+
+    def untrained_words(self, sentences: Sequence[str]) -> list[str]:
+        """Sentences with a token that the text tower never met in training."""
+        ...
+
+
+def render(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """The sentences of each class: every template with `{c}` replaced by the name."""
+    return [[template.replace("{c}", name) for template in templates] for name in names]
+
+
+def require_sentences(names: Sequence[str], templates: Sequence[str]) -> None:
+    """Refuse class names and templates that make no text bank.
+
+    Raises:
+        InputError: a single string, an empty list, an entry that is no string, or a template without `{c}`.
+    """
+    for where, given, example in (
+        ("class_names", names, '["cat", "dog"]'),
+        ("templates", templates, str(list(TEMPLATES))),
+    ):
+        if isinstance(given, str) or not given or not all(isinstance(entry, str) for entry in given):
+            raise InputError(where, f"{given!r:.60}", f"a list of strings such as {example}")
+    for template in templates:
+        if "{c}" not in template:
+            do = "write {c} where the class name goes"
+            raise InputError("templates", f"{template!r:.60} without {{c}}", TEMPLATES[0], do)
+
+
+def untrained(model: TextEncoder, names: Sequence[str], template: str) -> list[str]:
+    """Class names whose sentence has a word that the text tower never met in training."""
+    sentences = [template.replace("{c}", name) for name in names]
+    found = set(model.untrained_words(sentences))
+    return [name for name, sentence in zip(names, sentences, strict=True) if sentence in found]
+
+
+def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
+    """One unit row per class: normalise each sentence's embedding, average, normalise again.
+
+    This is the prompt ensemble of CLIP (Radford et al. 2021, section 3.1.4). The bank is stored on disk under
+    the hash of text tower and sentences, since encoding the 80,000 sentences of ImageNet costs as much as an
+    attack.
+
+    Args:
+        model: whose text tower encodes the sentences.
+        sentences: those of each of C classes.
+
+    Returns:
+        (C, D) float32 on the model's device.
+    """
+    key = fingerprint({"text": model.text_sha256(), "sentences": [list(s) for s in sentences]})
+    path = cache_folder() / "text" / f"{key}.safetensors"
+    try:
+        bank: Tensor = load_file(path)["bank"]
+    except (OSError, SafetensorError, KeyError):  # not there yet, or not whole: encode and write it
+        flat = [sentence for group in sentences for sentence in group]
+        embeddings = model.text(flat).cpu()
+        sizes = [len(group) for group in sentences]
+        bank = torch.stack([F.normalize(part.mean(0), dim=0) for part in torch.split(embeddings, sizes)])
+        with suppress(OSError):  # a folder that cannot be written costs time, never the run
+            write(path, save({"bank": bank.contiguous()}))
+    return bank.to(model.device)

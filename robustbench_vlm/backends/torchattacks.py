@@ -77,7 +77,7 @@ class TorchAttacks:
         stage.require("torchattacks", norms, "loss", "steps", *own)
         if attack.loss != "ce":
             raise stage.refusal("torchattacks", f"loss = {attack.loss!r}")
-        if attack.restarts != 1:
+        if isinstance(attack, Pgd) and attack.restarts != 1:
             raise stage.refusal("torchattacks", f"restarts = {attack.restarts}")
         eps = {"eps": stage.common["eps"]}
         if isinstance(attack, Fgsm):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import l1
-from robustbench_vlm.engine.interface import spread
 from robustbench_vlm.engine.noise import Noise
+from robustbench_vlm.engine.row_ops import spread
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 

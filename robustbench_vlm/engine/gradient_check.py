@@ -26,7 +26,7 @@ from torch import Tensor
 
 from robustbench_vlm import rng
 from robustbench_vlm.engine import canonical, losses
-from robustbench_vlm.engine.interface import Oracle
+from robustbench_vlm.engine.oracle import Oracle
 
 GRID = 1 / 255  # the step of an 8-bit quantiser
 AWAY = 8 * GRID  # how far the images are moved off ties and kinks

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from robustbench_vlm import rng
 from robustbench_vlm.engine import canonical, gradient_check, losses
-from robustbench_vlm.engine.interface import Evaluation, Oracle, spread
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
+from robustbench_vlm.engine.row_ops import spread
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.types import Classify
 

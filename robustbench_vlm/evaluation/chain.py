@@ -13,7 +13,8 @@ from robustbench_vlm.threat import Norm
 def needs(card: AttackCard, n_classes: int) -> dict[str, bool]:
     """What a chain needs a model to be, as `checks.examine` wants to know it."""
     white_box = any(plugin(card, stage).cost(n_classes)[1] for stage in card.stage)
-    return {"white_box": white_box, "only_ce": all(stage.fields.get("loss") == "ce" for stage in card.stage)}
+    only_ce = all(plugin(card, stage).cross_entropy_only for stage in card.stage)
+    return {"white_box": white_box, "only_ce": only_ce}
 
 
 def black_box(card: AttackCard, n_classes: int) -> list[str]:

@@ -87,7 +87,7 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     assert "s0001999" in whole.bad[1]
     assert whole.sha256 != split.sha256  # such a row is not mistaken for one on all images
     i = whole.keys.index("toy/test/s0000100")
-    assert np.array_equal(images.kept[i], noise(100))
+    assert np.array_equal(images.pixels[i], noise(100))
     assert torch.equal(floats[i], torch.from_numpy(noise(100)).permute(2, 0, 1).to(torch.float32).div(255))
     assert whole.labels[i] == 100 % 3
     with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):

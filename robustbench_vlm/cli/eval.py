@@ -82,7 +82,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     as_json: AsJson = False,
 ) -> None:
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
-    from robustbench_vlm.engine.attacked_view import Sight
+    from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
 
     datasets = comma_separated(dataset)
@@ -101,7 +101,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         skip_missing=skip_missing,
         engine=engine,
         mode=mode,
-        sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        sight=Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
         arch=arch,
         protocol=protocol,
     )

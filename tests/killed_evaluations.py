@@ -15,13 +15,8 @@ forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from
 
 
 def evaluate(what, request, calls, counted=None):
-<<<<<<< HEAD:tests/kills.py
-    """A child's life: an evaluation that is killed in the middle of its model call number `calls`."""
-    forward, left = Classifier.forward, [calls]
-=======
     """Evaluate, and kill this process in the middle of model call number `calls`."""
-    forward, left = ZeroShot.forward, [calls]
->>>>>>> part-e:tests/killed_evaluations.py
+    forward, left = Classifier.forward, [calls]
 
     def counting(self, images):
         left[0] -= 1

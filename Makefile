@@ -6,7 +6,7 @@ PARITY := .venv/.parity
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint parity parity-full bench-attacks bench-train tiny-weights
+.PHONY: help .venv demo test lint parity parity-full bench-attacks bench-train docs tiny-weights
 
 help: ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -50,6 +50,9 @@ bench-attacks: $(PARITY) ## benchmarks/attacks.md: our attacks beside the refere
 
 bench-train: $(READY) ## benchmarks/training.md: a training step beside the released way and the floor (one minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+
+docs: $(READY) ## docs/reference: commands, cards and columns, as the code states them
+	@$(BIN)/python docs/generate.py
 
 tiny-weights: $(READY) ## make the shipped checkpoints of the tiny world again
 	@$(BIN)/python -m robustbench_vlm.demo.weights

@@ -1,4 +1,4 @@
-"""How the door speaks: results on stdout, progress and remarks on stderr; plain lines when nobody watches."""
+"""What commands print: results on stdout; progress and remarks on stderr, in plain lines off a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,33 +37,57 @@ def result_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; tab-separated lines when stdout is not a terminal, so it can be cut and sorted."""
+    """A table on stdout.
+
+    When stdout is not a terminal it is tab-separated lines, which can be cut and sorted. On a terminal too
+    narrow for the longest words of all columns, each row becomes a block of lines, so no word is broken.
+    """
     if not out.is_terminal:
         sys.stdout.write(f"# {title}\n")
         for row in [columns, *rows]:
             sys.stdout.write("\t".join(row) + "\n")
         return
     out.print(Text(title, style="bold"))  # above the table: a title inside would be cut to its width
+    if _least_width(columns, rows) > out.width:
+        _show_blocks(columns, rows)
+        return
     table = Table(header_style="bold")
-    for column in columns:
-        table.add_column(column)
+    for i, column in enumerate(columns):
+        one_word = not any(" " in row[i] for row in rows)
+        table.add_column(column, no_wrap=one_word)
     for row in rows:
         table.add_row(*[Text(entry) for entry in row])
     out.print(table, soft_wrap=False)
 
 
+def _least_width(columns: list[str], rows: list[list[str]]) -> int:
+    """Characters that a table needs so that no word is broken, frame included."""
+    words = [[word for row in [columns, *rows] for word in row[i].split()] for i in range(len(columns))]
+    return sum(max(map(cell_len, column), default=0) + 3 for column in words) + 1
+
+
+def _show_blocks(columns: list[str], rows: list[list[str]]) -> None:
+    """One block of `column  entry` lines a row; empty entries are left out."""
+    width = max(map(cell_len, columns))
+    for row in rows:
+        for column, entry in zip(columns, row, strict=True):
+            if entry:
+                out.print(Text(f"{column:<{width}}  ", style="bold") + Text(entry, style="not bold"))
+        out.print()
+
+
 class Meter:
-    """Progress of counted work: a bar with rate and time left, or a line now and then."""
+    """Progress of counted work: a bar with rate and time left, or a line every `PLAIN_EVERY` seconds."""
 
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
         self._task: TaskID | None = None
         self._what = ""
-        self._begun = self._said = time.monotonic()
+        self._begun = self._printed = time.monotonic()
         self._first = 0
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` of `what` are done."""
+        """Show that `done` of `total` units of the work called `what` are finished."""
         if what != self._what:
             self._what, self._begun, self._first = what, time.monotonic(), done
             if self._bar is not None and self._task is not None:
@@ -72,15 +97,15 @@ class Meter:
         if self._bar is not None and self._task is not None:
             text = f"{rate:.1f}/s {note}" if done > self._first else note
             self._bar.update(self._task, completed=done, total=total, note=text)
-        elif time.monotonic() - self._said > PLAIN_EVERY:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
             remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
 
 
 @contextmanager
 def meter() -> Iterator[Meter]:
-    """A `Meter` for the time of the block."""
+    """A `Meter` whose bar disappears at the end of the `with` block."""
     if not err.is_terminal:
         yield Meter(None)
         return

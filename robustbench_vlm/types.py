@@ -21,6 +21,10 @@ Objective = Callable[["Tensor"], "Tensor"]
 """Adversarial images (B, 3, H, W) -> what the adversary maximises, per sample (B,)."""
 
 
+TEMPLATES = ("a photo of a {c}.",)
+"""The sentence of a class where no other is given; `{c}` is the class name."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images with their names.

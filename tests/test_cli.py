@@ -14,7 +14,19 @@ import toys
 from robustbench_vlm.backends import torchattacks
 from robustbench_vlm.cards import reader
 
-VERBS = ("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "list", "show", "doctor", "data")
+VERBS = (
+    "train",
+    "eval",
+    "leaderboard",
+    "compare",
+    "demo",
+    "crosscheck",
+    "new",
+    "list",
+    "show",
+    "doctor",
+    "data",
+)
 
 
 @pytest.fixture(scope="module")

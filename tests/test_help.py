@@ -6,7 +6,7 @@ import sys
 
 VERBS = (
     *("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "convert", "canary"),
-    *("list", "show", "doctor", "data"),
+    *("new", "list", "show", "doctor", "data"),
 )
 
 
@@ -25,3 +25,14 @@ def test_help_answers_in_under_a_second():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # seconds of the processor: those on the wall depend on who else is using it
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_the_short_form_of_help_and_completion_are_there():
+    done = subprocess.run(
+        [sys.executable, "-m", "robustbench_vlm", "eval", "-h"], capture_output=True, text=True, check=True
+    )
+    assert "--attack" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "robustbench_vlm", "-h"], capture_output=True, text=True, check=True
+    )
+    assert "--install-completion" in done.stdout

@@ -10,7 +10,12 @@ from robustbench_vlm.cards.card import Card as Card
 
 
 class Stage(BaseModel):
-    """One attack of a chain: a plug-in and its fields, every number written out."""
+    """One attack of a chain: a plug-in and its fields, every number written out.
+
+    Attributes:
+        name: name of the stage, which becomes the column `robust_<name>`.
+        attack: name of the attack, or `module:Class`; its own fields are further keys of this table.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -24,15 +29,16 @@ class Stage(BaseModel):
 
 
 class AttackCard(Card):
-    """A chain of attacks; each is given the survivors of the ones before.
+    """A chain of attacks; each is given the images that survived the ones before.
 
     Attributes:
-        rows: images in every model call; smaller batches are padded to it. Logits depend on it in their
-            last bits, so it is part of the fingerprint.
-        stage: the attacks, in order.
-        stop: when an image leaves: see `engine.interface.Rows`.
+        rows: images in every model call; smaller batches are padded to it. Logits depend on it in their last
+            bits, so it is part of the fingerprint.
+        stop: when a trajectory ends: `first`, at the first misclassified iterate; `last`, after all steps,
+            judged by its last iterate; `best`, after all steps, judged by the best misclassified one.
         plain_pgd: whether the chain is projected gradient descent and nothing else. A stronger chain should
             break every image that such a chain breaks; the leaderboard counts those that it does not.
+        stage: the attacks, in the order in which they run.
     """
 
     name: str

@@ -16,7 +16,13 @@ Metric = Literal["top1", "mean-per-class", "auroc"]
 
 
 class Source(Card):
-    """Where a dataset comes from, so that a missing one can be fetched."""
+    """Where a dataset comes from, so that a missing one can be fetched.
+
+    Attributes:
+        hub: dataset repository `ORG/NAME` of the Hugging Face hub; empty if it is not there.
+        revision: commit of that repository; empty takes the newest one, and says so.
+        url: page of the dataset's makers, for datasets that must be downloaded by hand.
+    """
 
     hub: str = ""
     revision: str = ""
@@ -24,21 +30,28 @@ class Source(Card):
 
 
 class DatasetCard(Card):
-    """One dataset: what its images mean, and on which canvas the ball lives.
+    """One dataset: its classes, its sentences, and the canvas on which the ball lies.
 
     Attributes:
         folder: name of its folder below the data root (clip-benchmark: `wds_<key>`).
-        size: images per split; what `data check` counts.
-        canvas: `native`, the ball at the images' own resolution; `model`, at the model's input size.
-        native_px: side of the images when `canvas` is `native`.
-        resize: how an image comes to a model canvas.
-        names: class names in label order; blank names are legal (CLEVR has one).
-        names_from: `folder`, where no public list is at hand: they are those of `classnames.txt`.
-        templates: sentences with `{c}` for the class name; their unit embeddings are averaged.
+        n_classes: number of classes; labels are 0 to n_classes - 1.
+        size: images per split, for example `{ test = 1000 }`; `vlmrob data check` counts them.
+        canvas: size at which the ball lies: `native`, the images' own; `model`, the model's input.
+        native_px: side of the images in pixels; needed when `canvas` is `native`.
+        resize: how an image comes to a model canvas: `bicubic`, the shorter side to the input size and a
+            centre crop; `bilinear-256`, the shorter side to 256/224 of it and a crop; `bilinear-squash`, both
+            sides.
+        names: class names in label order; a name may be empty, as one of CLEVR is.
+        names_from: `card`: the names of this card; `folder`: those of the folder's `classnames.txt`, for
+            datasets without a public list of names.
+        templates: sentences with `{c}` for the class name; the mean of their embeddings stands for the class.
+        names_sha256: SHA-256 of the newline-joined names, checked when the card is read; empty for no check.
+        templates_sha256: the same of the templates.
         metric: what the dataset's makers report. The leaderboard has top-1 of every dataset; where this is
             `mean-per-class`, it has the mean over classes beside it. `auroc` is named, and not computed.
         made_by: `tiny`, a dataset of the tiny world, which this package writes itself; empty for all others.
-        names_sha256: SHA-256 of the newline-joined names, checked when the card is read.
+        licence: licence of the images.
+        source: where the images are fetched from.
     """
 
     name: str

@@ -100,10 +100,11 @@ def describe_type(info: FieldInfo) -> str:
         for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
         if (value := getattr(constraint, name, None)) is not None
     ]
-    return ", ".join([_words(info.annotation), *bounds])
+    return ", ".join([words(info.annotation), *bounds])
 
 
-def _words(annotation: Any) -> str:  # noqa: ANN401 - any annotation
+def words(annotation: Any) -> str:  # noqa: ANN401 - any annotation
+    """A type as a person who writes TOML would name it."""
     plain = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
     if annotation in plain:
         return plain[annotation]
@@ -111,13 +112,13 @@ def _words(annotation: Any) -> str:  # noqa: ANN401 - any annotation
     if origin is Literal:
         return "one of " + ", ".join(f'"{value}"' for value in parts)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(part) for part in parts if part is not type(None))
+        return " or ".join(words(part) for part in parts if part is not type(None))
     if origin is typing.Annotated:
-        return _words(parts[0])
+        return words(parts[0])
     if origin in (tuple, list):
-        return f"list of {_plural(_words(parts[0]))}"
+        return f"list of {_plural(words(parts[0]))}"
     if origin is dict:
-        return f"table of {_plural(_words(parts[1]))} by name"
+        return f"table of {_plural(words(parts[1]))} by name"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"table {annotation.__name__}"
     return str(annotation)

@@ -12,9 +12,16 @@ class ModelCard(Card):
     """A public checkpoint: where its weights are, and how they are read.
 
     Attributes:
+        defense: how it was made robust; `none` if it was not.
         base: model whose architecture, preprocessing and (without one of its own) text tower it has.
-        loader: `open_clip`, by source; `weights`, a file; `transformers`, a folder; `none`, not published.
+        eps: radius of its training attack; empty if unknown or none.
+        norm: norm of that radius.
+        loader: how its weights are read: `open_clip`, by `source`; `weights`, the file `file`;
+            `transformers`, a folder; `none`, they are not published.
+        source: `hf-hub:ORG/NAME`, `ARCH:TAG`, or the address that the weights are downloaded from.
         file: name of the weights file.
+        sha256: SHA-256 of that file, checked before it is read; empty for no check.
+        licence: licence of the weights.
         trained_on: datasets seen; with `"unknown"` when parents saw more than is listed.
     """
 

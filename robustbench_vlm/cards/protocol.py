@@ -28,12 +28,13 @@ class PromptPack(Card):
     """The sentences of every dataset under one convention.
 
     Attributes:
-        spelling: of class names that `names` does not list: `card`, as the dataset card has them; `plain`, in
-            small letters with spaces for `_`, `-` and `/`.
+        source: where the sentences and names come from.
+        spelling: how class names are spelled that `names` does not list: `card`, as in the dataset card;
+            `plain`, in small letters with spaces for `_`, `-` and `/`.
         template: the one sentence of datasets that `templates` does not list; empty for the card's own.
         templates: sentences with `{c}` by dataset.
         names: class names in label order by dataset.
-        sentences_sha256: of the rendered sentences by dataset, checked when they are used.
+        sentences_sha256: SHA-256 of the rendered sentences by dataset, checked when they are used.
     """
 
     name: str
@@ -83,15 +84,17 @@ class Protocol(Card):
     Attributes:
         paper: where it is described, or comes from.
         code: repository and commit that were read.
-        suite: the datasets it is usually run on.
+        suite: the suite it is usually run on.
         attack: name of the chain.
-        eps: radii, each attacked within the ladder of all.
+        norm: norm of the ball.
+        eps: radii; all of them are attacked, the smaller ones first.
         n: images a dataset; 0 means all.
         prompts: name of the prompt pack.
-        canvas: `card`, where the ball lives by the dataset cards; `model`, at the input size for all.
+        canvas: size at which the ball lies: `card`, as the dataset cards say; `model`, the model's input for
+            all.
         resize: how images come to a model canvas.
         native_resize: the same for datasets whose cards have a native canvas, when `canvas` is `model`.
-        antialias: of the resize of native canvases inside the model.
+        antialias: whether the resize inside the model, from a native canvas to its input, is antialiased.
         input_px: the input size that models must have; 0 for any.
         differs: what is done otherwise than in that code, and why.
     """

@@ -17,7 +17,14 @@ from robustbench_vlm.threat import Norm, Threat, parse_eps
 
 
 class DataChoice(Card):
-    """The training images of a recipe, and the one sentence that turns class names into text."""
+    """The training images of a recipe, and the sentence that turns class names into text.
+
+    Attributes:
+        dataset: name of the dataset card.
+        split: split to train on.
+        template: sentence with `{c}` for the class name.
+        n: images to train on, the ones of smallest keyed hash; 0 means all.
+    """
 
     dataset: str
     split: str = "train"
@@ -29,6 +36,10 @@ class Inner(Grown):
     """The inner maximisation: projected gradient ascent.
 
     Attributes:
+        norm: norm of the ball.
+        eps: radius: `4/255` for linf, a plain length for l2 and l1.
+        steps: gradient steps.
+        step_size: length of a step, spelled as the radius is.
         start: `uniform`, in the ball and clipped into the box (the TeCoA family, AGFT); `unclipped`, in the
             ball only, for the first forward (RobustVLM, MMT-ARD, ARD, IAD); `gaussian`, x + 0.001 N(0, 1),
             neither projected nor clipped (RSLAD, MTARD, AdaAD).
@@ -57,10 +68,17 @@ class Inner(Grown):
 
 
 class Optim(Grown):
-    """AdamW or SGD with linear warm-up and a half cosine to zero; pure functions of the step.
+    """AdamW or SGD; the learning rate rises linearly, then falls to zero along a half cosine.
 
     Attributes:
-        momentum: of `sgd`; AdamW has torch's betas.
+        algorithm: `adamw` or `sgd`.
+        momentum: momentum of `sgd`; AdamW has torch's betas.
+        lr: learning rate after the warm-up.
+        weight_decay: weight decay.
+        steps: optimiser steps of the whole training.
+        warmup: first steps, over which the learning rate rises from 0.
+        batch_size: images a step.
+        grad_clip: largest norm of the gradient, to which longer ones are scaled; 0 for no limit.
     """
 
     later: ClassVar[frozenset[str]] = frozenset({"algorithm", "momentum"})
@@ -76,7 +94,15 @@ class Optim(Grown):
 
 
 class Lora(Card):
-    """Low-rank adapters on the student's image tower, through peft; merged when saved."""
+    """Low-rank adapters on the student's image tower, through peft; merged when saved.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: scale of the adapters: they are multiplied by alpha / r.
+        dropout: dropout rate in front of the adapters.
+        targets: last parts of the names of modules that get adapters: an attention (`attn`) or a linear
+            layer.
+    """
 
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=16, ge=1)
@@ -118,7 +144,14 @@ class Compute(Card):
 
 
 class Probe(Card):
-    """The validation probe: PGD on a fixed hashed subset of all classes of a held-out split (n = 0: all)."""
+    """The validation probe: PGD on a fixed subset of a held-out split that holds all classes.
+
+    Attributes:
+        every: training steps between two probes.
+        n: images of the probe; 0 means all of the split.
+        split: split of the training dataset.
+        steps: PGD steps.
+    """
 
     every: int = Field(ge=1)
     n: int = Field(default=256, ge=0)
@@ -132,11 +165,16 @@ class Recipe(Grown):
     Attributes:
         student: model id or checkpoint folder that training starts from.
         teachers: model id or checkpoint folder of each role that the defense names.
-        defense: plug-in name and its fields.
-        inner: the attack; must be absent for a defense without one.
-        prompts: train these alone, in place of the whole tower or of adapters.
-        compute: precision and kernels; leave the table out for fp32.
-        checkpoint_every: steps between checkpoints (0: only at the end).
+        defense: name of the defense, or `module:Class`; its own fields are further keys of this table.
+        data: the training images.
+        inner: the attack in training; absent for a defense without one.
+        optim: optimiser, learning rate and length of the training.
+        lora: train low-rank adapters in place of the whole image tower.
+        prompts: train learned tokens in place of the whole tower or of adapters.
+        compute: precision and kernels; without this table, fp32.
+        probe: accuracy on held-out images during training; absent for none.
+        seed: seed of the order of images and of all noise.
+        checkpoint_every: steps between checkpoints; 0 for one at the end only.
     """
 
     later: ClassVar[frozenset[str]] = frozenset({"prompts", "compute"})

@@ -17,8 +17,10 @@ class Arm(Card):
     """One way to train.
 
     Attributes:
+        name: name of the arm in tables and folders.
+        title: what it is, for the tables.
         recipe: name of the recipe card, or a TOML file.
-        set: changes to it, each as `--set` takes them.
+        set: changes to the recipe, each as `--set` takes them.
     """
 
     name: str
@@ -28,7 +30,13 @@ class Arm(Card):
 
 
 class Final(Card):
-    """What every trained model is attacked with in the end."""
+    """What every trained model is attacked with in the end.
+
+    Attributes:
+        attack: name of the chain.
+        suite: name of the suite.
+        n: images a dataset.
+    """
 
     attack: str
     suite: str
@@ -39,8 +47,11 @@ class Claim(Card):
     """A number that a paper states, to stand beside ours.
 
     Attributes:
-        measure: what of ours it is held against: `robust`, points of robust accuracy on the seen set;
+        measure: what of ours it is compared with: `robust`, points of robust accuracy on the seen set;
             `zeroshot`, points of clean accuracy on the unseen sets; `speed`, ratio of steps to one accuracy.
+        value: the number as the paper states it.
+        words: what the paper says about it.
+        source: table or section of the paper.
     """
 
     measure: Literal["robust", "zeroshot", "speed"]
@@ -54,11 +65,13 @@ class Study(Card):
 
     Attributes:
         baseline: name of the arm that all others are paired with, seed by seed.
-        seeds: of data order and noise; each becomes the `seed` of every arm's recipe.
+        seeds: seeds of data order and noise; each becomes the `seed` of every arm's recipe.
         set: changes to every arm's recipe, before the arm's own.
         probe: replaces the recipes' own, so that all curves have the same points.
-        curves: whether the way is judged, too: steps to the baseline's final accuracy, and a plot.
-        claim: of the paper that the study is about.
+        final: the attack on every trained model.
+        arm: the ways to train.
+        curves: whether curves are compared, too: steps to the baseline's final accuracy, and a plot.
+        claim: numbers of the paper that the study is about.
     """
 
     name: str

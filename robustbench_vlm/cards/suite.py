@@ -14,13 +14,18 @@ class Suite(Card):
     """A named list of datasets under one threat: what makes two rows comparable.
 
     Attributes:
+        datasets: names of the dataset cards.
+        split: split of every dataset on which models are evaluated.
+        norm: norm of the ball.
+        eps: radii: `4/255` for linf, plain lengths in units of the pixel range for l2 and l1.
         n: images a dataset; 0 means all.
         sample: how they are drawn, by the smallest hashes of seed and key: `hash`, over the whole split;
             `stratified`, class by class in turn, so that few images still hold every class equally.
+        seed: seed of the draw and of the attacks' noise.
         subset: a file of image names, one a line, that are taken in its order instead.
-        subset_sha256: of that file.
-        means: further averages beside the one over all datasets, by name; never `unseen`, which is averaged
-            over what the model and its parents were not trained on.
+        subset_sha256: SHA-256 of that file, checked when it is read; empty for no check.
+        means: further averages beside the one over all datasets, by name; the name `unseen` is taken: it is
+            the average over datasets that the model and its parents were not trained on.
     """
 
     name: str

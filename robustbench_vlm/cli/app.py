@@ -31,7 +31,7 @@ app = typer.Typer(
     name="vlmrob",
     help="How robust is a CLIP-like model, compared with every other one, and can that number be trusted?",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)

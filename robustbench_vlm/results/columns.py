@@ -61,6 +61,31 @@ AFTER_STAGES: Mapping[str, str] = {
 }
 
 
+VERDICTS: Mapping[str, str] = {
+    "key": "name of the image: dataset, split and file",
+    "label": "index of the true class",
+    "image_sha256": "SHA-256 of the image's file",
+    "clean_prediction": "class of the clean image",
+    "clean_margin": "logit of the true class minus the largest other one, on the clean image",
+    "clean_correct": "whether the clean image is classified correctly; false where a logit is not finite",
+    "broken_by": "stage that broke the image; empty if none did",
+    "broken_at_eps": "radius at which it was broken, which may be a smaller one; empty if it was not",
+    "target": "class that the successful trajectory aimed at; -1 without one",
+    "restart": "restart of the successful trajectory, from 0; -1 if there is none",
+    "iteration": "model evaluation at which it succeeded, from 0; -1 if it did not",
+    "adv_prediction": "class of the adversarial image; of an image that was not broken, of the clean one",
+    "adv_margin": "logit of the true class minus the largest other one, on the adversarial image",
+    "distance": "distance of the adversarial image in the norm of the ball",
+    "adv_sha256": "SHA-256 of the adversarial image's float32 values; empty if the image was not broken",
+    "forwards": "forward passes that the attacks spent on the image",
+    "backwards": "image gradients that the attacks spent on the image",
+    "zero_gradients": "evaluations whose image gradient was exactly zero",
+    "progress": "how far the objective rose in the stage where it rose least; NaN without a surviving stage",
+    "error": "why there is no verdict; empty otherwise",
+}
+"""Columns of the Parquet file of a result, in order: one row an image."""
+
+
 def names(stages: Sequence[str]) -> list[str]:
     """Columns of a table, in order: the same for all rows first, then what was measured.
 

@@ -20,6 +20,7 @@ from robustbench_vlm.cli.options import (
     require_tiny,
 )
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.models import model_ids
 
 CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
@@ -82,13 +83,15 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     as_json: AsJson = False,
 ) -> None:
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
+    datasets, chains = comma_separated(dataset), comma_separated(attack)
+    models = tuple(model or [_newest_checkpoint()])
+    _require_models(models, chains)
     from robustbench_vlm.engine.attacked_view import Sight
     from robustbench_vlm.evaluation import estimate, planning
 
-    datasets = comma_separated(dataset)
     order = planning.Order(
-        models=tuple(model or [_newest_checkpoint()]),
-        attacks=comma_separated(attack) or (() if protocol else ("autoattack",)),
+        models=models,
+        attacks=chains or (() if protocol else ("autoattack",)),
         suite=suite or ("" if protocol else _default_suite(datasets)),
         datasets=datasets,
         eps=eps,
@@ -134,6 +137,14 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"flag: {line}")
     if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
+
+
+def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
+    """Refuse an unknown model before torch is imported, unless a chain of one's own may be wrong, too."""
+    known = reader.names("attacks")
+    if all(name in known and reader.path("attacks", name).is_relative_to(reader.home()) for name in chains):
+        for name in models:
+            model_ids.require(name)
 
 
 def _default_suite(datasets: tuple[str, ...]) -> str:

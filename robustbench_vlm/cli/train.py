@@ -30,9 +30,9 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
+    chosen = _recipe(recipe, recipe_option, settings or [])
     from robustbench_vlm.training import loop, teacher_cache
 
-    chosen = _recipe(recipe, recipe_option, settings or [])
     folder = out or Path("runs") / f"{chosen.name}-{chosen.fingerprint[:8]}"
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(

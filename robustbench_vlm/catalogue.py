@@ -21,9 +21,9 @@ from robustbench_vlm.cards.protocol import PromptPack, Protocol
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.defenses.interface import Defense
 from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.training import cost
-from robustbench_vlm.types import Priced
 
 CARDS: dict[str, type[Card]] = {
     "attacks": AttackCard,
@@ -133,9 +133,10 @@ def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
     return plugins.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
 
 
-def estimate(recipe: Recipe, defense: object) -> dict[str, Any]:
+def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
     """Epochs, operations and memory of a recipe (`cost.estimate`), or what keeps them from being known."""
-    if not isinstance(defense, Priced):
+    passes = defense.passes()
+    if passes is None:
         return {"unknown": f"defense {recipe.defense['name']} does not say what a step costs"}
     towers = {}
     for role, model in {"student": recipe.student, **recipe.teachers}.items():
@@ -145,7 +146,7 @@ def estimate(recipe: Recipe, defense: object) -> dict[str, Any]:
         towers[role] = cost.tower(config)
     data = reader.read("datasets", recipe.data.dataset, DatasetCard)
     images = recipe.data.n or data.size.get(recipe.data.split, 0)
-    return cost.estimate(recipe, defense.passes(), towers.pop("student"), towers, images)
+    return cost.estimate(recipe, passes, towers.pop("student"), towers, images)
 
 
 def _config(model: str) -> dict[str, Any] | None:

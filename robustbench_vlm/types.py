@@ -7,10 +7,8 @@ normalisation live inside it. Torch is imported for annotations only, so the doo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
-
-from robustbench_vlm.errors import InputError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +19,10 @@ Classify = Callable[["Tensor"], "Tensor"]
 
 Objective = Callable[["Tensor"], "Tensor"]
 """Adversarial images (B, 3, H, W) -> what the adversary maximises, per sample (B,)."""
+
+
+TEMPLATES = ("a photo of a {c}.",)
+"""The sentence of a class where no other is given; `{c}` is the class name."""
 
 
 @dataclass(frozen=True)
@@ -111,144 +113,6 @@ class Wrapped:
     def text(self, sentences: Sequence[str]) -> Tensor:
         """N sentences -> (N, D) float32, unit length."""
         return self.encoder.text(sentences)
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Who takes part in a training step.
-
-    Attributes:
-        student: the encoder being trained.
-        teachers: frozen encoders by role (`robust`, `clean`, `anchor`).
-        text: text bank (C, D_role) of each role, the student's under `student`; unit rows.
-    """
-
-    student: Encoder
-    teachers: Mapping[str, Encoder]
-    text: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        counts = {role: len(bank) for role, bank in self.text.items()}
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{role} {count}" for role, count in sorted(counts.items()))
-            raise InputError("text banks", f"different numbers of classes: {found}", "one class list for all")
-
-    def encoder(self, role: str) -> Encoder:
-        """The student, or the teacher of that role."""
-        return self.student if role == "student" else self.teachers[role]
-
-    def cosines(self, role: str, embeddings: Tensor) -> Tensor:
-        """Cosines (B, C) of (B, D) embeddings with the text bank of `role`."""
-        unit = embeddings / embeddings.norm(dim=-1, keepdim=True)
-        cosines: Tensor = unit @ self.text[role].T
-        return cosines
-
-    def logits(self, role: str, images: Tensor) -> Tensor:
-        """Z = s e W: zero-shot logits (B, C) of `role` on images (B, 3, H, W), with its own s and text."""
-        encoder = self.encoder(role)
-        return encoder.logit_scale * self.cosines(role, encoder(images))
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the outer loss of one step is given.
-
-    Attributes:
-        batch: the clean images.
-        adv: (B, 3, H, W) in [0, 1], the adversarial images of the inner maximisation (detached).
-        targets: what `Defense.targets` returned for this batch.
-        carry: running state that the defense returned in its last `Terms` (empty at the first step).
-        progress: share of the run's steps that are done, in [0, 1): what "from epoch 60 of 200" becomes.
-    """
-
-    batch: Batch
-    adv: Tensor
-    targets: Mapping[str, Tensor]
-    carry: Mapping[str, Tensor]
-    progress: float = 0.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the outer loss of one step gives back.
-
-    Attributes:
-        total: scalar with gradient, what the student minimises.
-        parts: detached scalars for the log.
-        carry: running state for the next step; saved in checkpoints.
-    """
-
-    total: Tensor
-    parts: Mapping[str, Tensor]
-    carry: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Image-tower passes of one training step; the student's own in the attack go without saying.
-
-    Attributes:
-        student: student forwards with gradient in the outer loss, each followed by one full backward.
-        teachers: forwards of each teacher outside the attack.
-        attacked: teachers that every attack step runs and differentiates, too.
-        learners: teachers whose outer forward is followed by a full backward.
-    """
-
-    student: int
-    teachers: Mapping[str, int] = field(default_factory=dict)
-    attacked: tuple[str, ...] = ()
-    learners: tuple[str, ...] = ()
-
-
-class Defense(Protocol):
-    """A way to train: a frozen dataclass whose fields are its hyper-parameters.
-
-    Three members are optional: `require` (see `Choosy`), `passes` (see `Priced`), and a class variable
-    `learners`, a tuple of roles whose prompts are trained along with the student's (`[prompts]` of a recipe).
-    """
-
-    teachers: ClassVar[tuple[str, ...]]
-    """Roles that a recipe must fill, each of which changes the loss."""
-
-    needs_text: ClassVar[bool]
-    """Whether the loss uses labels and class sentences."""
-
-    adversarial: ClassVar[bool]
-    """Whether there is an inner maximisation; a recipe has `[inner]` exactly then."""
-
-    def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """What the frozen models say about the clean batch; called once, without gradient."""
-        ...
-
-    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """What the adversary maximises, per sample; not called unless `adversarial`."""
-        ...
-
-    def outer(self, roles: Roles, step: Step) -> Terms:
-        """What the student minimises."""
-        ...
-
-
-@runtime_checkable
-class Choosy(Protocol):
-    """A defense that cannot use every model."""
-
-    def require(self, roles: Roles) -> None:
-        """Asked once, before the first step and before any file is written.
-
-        Raises:
-            InputError: a model that the losses cannot be computed with.
-        """
-        ...
-
-
-@runtime_checkable
-class Priced(Protocol):
-    """A defense that says what a step of it costs; a test counts the passes."""
-
-    def passes(self) -> Passes:
-        """Passes of one step with these hyper-parameters."""
-        ...
 
 
 @dataclass(frozen=True)

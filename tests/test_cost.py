@@ -10,8 +10,8 @@ import torch
 from robustbench_vlm import catalogue
 from robustbench_vlm.cards import overrides, plugins, reader
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.defenses.interface import Passes
 from robustbench_vlm.training import cost
-from robustbench_vlm.types import Passes
 
 PROFILE = {  # open_clip, docs/model_profile.csv: GFLOP of an image forward, weights of both in millions
     "ViT-B-32": (8.82, 87.85, 63.43),

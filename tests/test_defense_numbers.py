@@ -10,8 +10,10 @@ from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
 
 from robustbench_vlm.cards import plugins
 from robustbench_vlm.defenses import losses
+from robustbench_vlm.defenses.interface import Roles, Step
+from robustbench_vlm.defenses.mart import boosted_ce
 from robustbench_vlm.errors import CardError, InputError
-from robustbench_vlm.types import Batch, Roles, Step
+from robustbench_vlm.types import Batch
 
 B, C = 5, 6
 Y = [5, 0, 3, 3, 1]
@@ -89,6 +91,56 @@ def test_tecoa_is_the_mean_cross_entropy_on_adversarial_images():
     expected = -np.log(s.p("student", s.adv)[I, Y])
     assert s.total(build("tecoa")) == close(expected.mean())
     np.testing.assert_allclose(s.inner(build("tecoa")), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [6.0, 0.5])
+def test_trades_adds_the_divergence_of_its_own_clean_from_its_adversarial_prediction(beta):
+    s = Scene(25)
+    clean, adv = s.p("student", s.x), s.p("student", s.adv)
+    penalty = kl(clean, adv)
+    defense = build("trades", beta=beta)
+    assert s.total(defense) == close(-np.log(clean[I, Y]).mean() + beta * penalty.mean())
+    np.testing.assert_allclose(s.inner(defense), penalty, atol=1e-12)
+    assert build("trades").beta == 6.0
+
+
+def test_the_attack_of_trades_moves_away_from_a_fixed_prediction():
+    """Gradient of KL(p || softmax(z')) with p constant: (softmax(z') - p) dz'/dx', here by differences."""
+    s = Scene(25)
+    defense, leaf, h = build("trades"), s.adv.clone().requires_grad_(), 1e-6
+    with torch.no_grad():
+        targets = defense.targets(s.roles, s.batch)
+    (found,) = torch.autograd.grad(defense.inner(s.roles, s.batch, targets)(leaf).sum(), leaf)
+    for channel in range(3):
+        values = []
+        for sign in (1, -1):
+            moved = s.adv.clone()
+            moved[:, channel] += sign * h
+            values.append(kl(s.p("student", s.x), s.p("student", moved)))
+        np.testing.assert_allclose(found[:, channel, 0, 0], (values[0] - values[1]) / (2 * h), atol=1e-7)
+
+
+def test_mart_boosts_the_margin_and_weighs_by_the_doubt_in_the_clean_prediction():
+    s = Scene(26)
+    clean, adv = s.p("student", s.x), s.p("student", s.adv)
+    wrong = np.array([np.delete(row, y).max() for row, y in zip(adv, Y, strict=True)])
+    boosted = -np.log(adv[I, Y]) - np.log(1 - wrong)
+    weighted = kl(clean, adv) * (1 - clean[I, Y])
+    assert s.total(build("mart")) == close(boosted.mean() + 5 * weighted.mean())
+    assert s.total(build("mart", beta=6.0)) == close(boosted.mean() + 6 * weighted.mean())
+    np.testing.assert_allclose(s.inner(build("mart")), -np.log(adv[I, Y]), atol=1e-12)
+
+
+def test_the_boosted_cross_entropy_of_small_numbers_and_of_a_certain_mistake():
+    """Probabilities 1/6, 2/6, 3/6: -log p_0 - log(1 - 1/2) = log 12, and -log p_2 - log(1 - 1/3) = log 3."""
+    z = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], dtype=torch.float64).log()
+    found = boosted_ce(z, torch.tensor([0, 2]))
+    assert found.tolist() == pytest.approx([math.log(12), math.log(3)], rel=1e-12)
+    sure = torch.tensor([[0.0, 200.0, 0.0]], requires_grad=True)  # p_1 rounds to 1 in float32
+    value = boosted_ce(sure, torch.tensor([0]))
+    assert value.item() == pytest.approx(200 + 200 - math.log(2), rel=1e-6)
+    (gradient,) = torch.autograd.grad(value.sum(), sure)
+    assert gradient.tolist()[0] == pytest.approx([-1.5, 2.0, -0.5], rel=1e-5)
 
 
 def test_fare_is_the_squared_distance_of_raw_embeddings_summed_over_dimensions():
@@ -437,7 +489,7 @@ def test_small_losses_by_hand():
     assert losses.soft_ce(torch.tensor([[0.5, 0.5]]), z).item() == pytest.approx(-0.5 * math.log(3 / 16))
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
     assert losses.cosine(a, b).item() == pytest.approx(24 / 25)
-    assert losses.l2(a, b).item() == 2.0
+    assert losses.squared_distance(a, b).item() == 2.0
     assert losses.rate_at(0.5, 0.7, (0.5, 0.7, 0.9)) == pytest.approx(0.005)
 
 
@@ -445,7 +497,7 @@ SMOOTH = [  # no stop-gradient on the student's side: the gradient is that of th
     ("clean", {}), ("tecoa", {}), ("fare", {}), ("pmg-aft", {}), ("pmg-aft", {"form": "released"}),
     ("agft", {}), ("sim-clip", {}), ("single-teacher", {}), ("ard", {"alpha": 0.5}), ("rslad", {}),
     ("iad", {"begin": 0.0}), ("apd", {}), ("adaad", {"alpha": 0.5}), ("mmt-ard", {}),
-    ("mmt-ard", {"weighting": "paper"}),
+    ("mmt-ard", {"weighting": "paper"}), ("trades", {}), ("mart", {}),
 ]  # fmt: skip
 
 

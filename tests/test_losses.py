@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from robustbench_vlm.defenses.losses import ce, kl, kl_terms, l2, of_label
+from robustbench_vlm.defenses.losses import ce, kl, kl_terms, of_label, squared_distance
 
 LOGITS = arrays(np.float64, (3, 4), elements=st.floats(-30, 30))
 
@@ -49,7 +49,7 @@ def test_kl_of_certain_predictions_is_finite():
 
 
 def test_l2_sums_over_dimensions_and_keeps_the_batch():
-    found = l2(
+    found = squared_distance(
         torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 1.0]])
     )
     assert found.tolist() == [9.0, 9.0]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
 
 from robustbench_vlm.cards import plugins
+from robustbench_vlm.defenses.interface import Roles, Step
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import CardError
-from robustbench_vlm.types import Batch, Roles, Step
+from robustbench_vlm.types import Batch
 
 B, C = 6, 5
 

@@ -9,7 +9,6 @@ import time
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from worlds import INNER, twin
 from robustbench_vlm import cli, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Optim, Recipe
+from robustbench_vlm.defenses.interface import Defense, Terms
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.training import loop, prepare
-from robustbench_vlm.types import Terms
 
 CPU = torch.device("cpu")
 LORA = {"r": 4, "alpha": 8, "dropout": 0.25}
@@ -509,17 +508,10 @@ def test_settings_override_the_file_and_are_recorded(toy, tmp_path, monkeypatch,
 
 
 @dataclass(frozen=True)
-class Breaking:
+class Breaking(Defense):
     """TeCoA that goes wrong on purpose; found by recipes as `test_train:Breaking`."""
 
     where: str = "part"
-
-    teachers: ClassVar[tuple[str, ...]] = ()
-    needs_text: ClassVar[bool] = True
-    adversarial: ClassVar[bool] = True
-
-    def targets(self, roles, batch):
-        return {}
 
     def inner(self, roles, batch, targets):
         factor = math.nan if self.where == "inner" else 1.0

@@ -68,7 +68,7 @@ class World:
     def teachers(self, *roles: str) -> dict[str, str]:
         folders = {"robust": self.robust, "clean": self.clean, "anchor": self.student}
         folders |= {"first": self.robust, "second": self.clean}
-        return {role: folders[role] for role in roles}
+        return {role: folders.get(role, self.robust) for role in roles}
 
     def table(self, named: str, *roles: str, **changes) -> dict:
         """A recipe as the table of a TOML file; `changes` replace whole entries, None removes one."""

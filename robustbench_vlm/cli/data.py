@@ -13,6 +13,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import AsJson
 from robustbench_vlm.errors import CardError, DataError, nearest
+from robustbench_vlm.types import TEMPLATES
 
 if TYPE_CHECKING:
     from robustbench_vlm.data.check import Checked
@@ -153,7 +154,10 @@ def _splits(card: DatasetCard, root: Path) -> list[str]:
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="Folder of class folders, a .jsonl of img and label, or torchvision:Class.")
+        str,
+        typer.Argument(
+            help="Class folders, a .csv, .jsonl or .parquet of images and labels, or torchvision:X."
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Data root to write to.")] = Path("data"),
     name: Annotated[str, typer.Option(help="Name of the dataset; a known one keeps its class names.")] = "",
@@ -167,30 +171,31 @@ def export(
     """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
     import re
 
-    from robustbench_vlm.data import export
+    from robustbench_vlm.data import export, sources
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
+    known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
+    given = known.names if known else ()
+    if names is not None:
+        given = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
     if source.startswith("torchvision:"):
         arguments = overrides.override({}, settings or [])
-        found = export.from_torchvision(source.partition(":")[2], source_root, arguments)
-    elif source.endswith(".jsonl"):
-        found = export.from_records(Path(source))
+        found = sources.from_torchvision(source.partition(":")[2], source_root, arguments)
+        if given and len(given) != len(found.names or given):
+            raise DataError(source, f"{len(found.names)} classes", f"{len(given)} class names", "see --names")
     else:
-        found = export.from_folders(Path(source))
-    known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
-    classes = found.names
-    if names is not None:
-        classes = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
-    elif known and known.names:
-        classes = known.names
-    if not classes or (found.names and len(found.names) != len(classes)):
-        raise DataError(source, f"{len(found.names)} classes", f"{len(classes)} class names", "see --names")
-    templates = known.templates if known else export.TEMPLATES
+        found = sources.open_images(Path(source), given)
+    classes = given or found.names
+    if not classes:
+        raise DataError(source, "no class names", "one a class", "give them with --names FILE")
+    templates = known.templates if known else TEMPLATES
     with console.meter() as meter:
         place = to / (known.folder if known else f"wds_{name}")
         folder = export.export(found, place, split, classes, templates, meter)
+    for note in found.notes:
+        console.remark(f"note: {note}")
     if found.ignored:
         console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))

@@ -60,7 +60,7 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
         wanted.pop()
     for number in range(max(len(wanted), len(found))):
         here = [repr(lines[number]) if number < len(lines) else "no line" for lines in (found, wanted)]
-        if _plain(here[0]) != _plain(here[1]):
+        if plain(here[0]) != plain(here[1]):
             here = [f"{line:.80}" for line in here]
             do = f"check that the folder is {card.name}, or give a card with its names by --include"
             raise DataError(f"{path}, line {number + 1}", here[0], f"{here[1]} by the card", do)
@@ -69,7 +69,7 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
     return ["class names in the folder are spelt differently from the card's; the card's are used"]
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A class name without the differences between editions of one list: case, `_`, `-` and `/`."""
     return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
 

@@ -1,10 +1,11 @@
-"""AMMKD: two teachers on clean images, weighed so that no step hurts either of them.
+"""AMMKD: distillation from two teachers on clean images, weighted so that no step raises either loss.
 
 Source   Li et al. 2025, arXiv:2509.00039. Read: the abstract (two CLIP teachers, class vectors computed once,
-         divergences, weights by treating the two losses as a multi-objective problem in gradient space). The
-         equations were not to be had: the two-task MGDA below is its natural form, and ours.
+         divergences, weights by treating the two losses as a multi-objective problem in gradient space). Not
+         read: the equations. The two-task MGDA below is our derivation from that sentence.
 Threat   none: not an adversarial defense.
-Departs  what cannot be compared cannot be said; the fusion of image and text features is left out.
+Departs  the fusion of image and text features is left out. Other departures are unknown, since the equations
+         were not read.
 Symbols  x image; S student; first, second the teachers; g_t gradient of teacher t's loss with respect to the
          student's embedding of the batch.
 """
@@ -18,52 +19,41 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import TINY, kl
-from robustbench_vlm.errors import TrainingError
-from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch
 
 
 @dataclass(frozen=True)
-class Ammkd:
+class Ammkd(Defense):
     """lambda L_1 + (1 - lambda) L_2, with L_t = mean_i T^2 KL(softmax(Z_t(x_i)/T) || softmax(Z_S(x_i)/T)).
 
-    lambda = <g_2, g_2 - g_1> / |g_1 - g_2|^2, cut to [0, 1]: the shortest vector between g_1 and g_2, along
-    which both losses fall. Equal gradients leave lambda = 1/2.
+    lambda = <g_2, g_2 - g_1> / |g_1 - g_2|^2, cut to [0, 1], gives the shortest vector between g_1 and g_2;
+    both losses fall along it. Equal gradients give lambda = 1/2.
 
     Attributes:
-        temperature: T; 1, ours.
+        temperature: T; 1 by default, our choice.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
     teachers: ClassVar[tuple[str, ...]] = ("first", "second")
-    needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = False
 
     def passes(self) -> Passes:
-        """The student and both teachers on x; the gradients in embedding space cost no tower."""
+        """The student and both teachers on x; the gradients in embedding space run no tower."""
         return Passes(1, {"first": 1, "second": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """Both teachers on the images: {"first": logits (B, C), "second": likewise}."""
+        """Logits (B, C) of both teachers on the images, under `first` and `second`."""
         return {role: roles.logits(role, batch.images) for role in self.teachers}
 
-    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """There is no adversary.
-
-        Raises:
-            TrainingError: always.
-        """
-        del roles, batch, targets
-        raise TrainingError("ammkd: asked for an inner objective, which it does not have")
-
     def outer(self, roles: Roles, step: Step) -> Terms:
-        """The weighted sum of the class; lambda is a constant to the gradient."""
+        """The weighted sum of the class docstring; no gradient flows through lambda."""
         t = self.temperature
         embeddings = roles.student(step.batch.images)
         logits = roles.student.logit_scale * roles.cosines("student", embeddings)

@@ -1,10 +1,10 @@
-"""ARD: adversarially robust distillation, the teacher's softened clean prediction on adversarial images.
+"""ARD: adversarially robust distillation; the student on x' matches the teacher's softened prediction on x.
 
 Source   Goldblum, Fowl, Feizi, Goldstein 2020, arXiv:1905.09747, and its released code (main.py).
-Threat   any norm that `attacks.geometry` knows; the released attack is cross-entropy, K = 10, from a start
-         outside the box, student in train mode (`[inner] start = "unclipped"`, `mode = "train"`).
-Departs  made for CIFAR logits; here the zero-shot logits, scale included, take their place and the
-         temperature divides them. That port is ours.
+Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from a
+         start outside the box, student in train mode (`[inner] start = "unclipped"`, `mode = "train"`).
+Departs  made for CIFAR logits; the zero-shot logits, scale included, take their place, and the temperature
+         divides them. That choice is ours.
 Symbols  x clean image, x' adversarial image, y label; S student, R robust teacher; T temperature.
 """
 
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import Reduction, ce, kl, reduced
-from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch, Objective
 
 
 @dataclass(frozen=True)
-class Ard:
+class Ard(Defense):
     """alpha T^2 KL(softmax(Z_R(x)/T) || softmax(Z_S(x')/T)) + (1 - alpha) CE(Z_S(x), y).
 
     Attributes:
         temperature: T; 30 in the released code.
-        alpha: share of the distillation; 1 in the released code, which leaves the label term out.
+        alpha: share of the distillation term; 1 in the released code, so the label term is absent there.
         reduction: of the divergence; `elementmean` in the released code.
     """
 
@@ -40,11 +40,9 @@ class Ard:
     reduction: Reduction = "batchmean"
 
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
-    needs_text: ClassVar[bool] = True
-    adversarial: ClassVar[bool] = True
 
     def passes(self) -> Passes:
-        """The student on x', on x too if the label term counts; the teacher on x."""
+        """The student on x', and on x if alpha < 1; the teacher on x."""
         return Passes(1 if self.alpha == 1 else 2, {"robust": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
@@ -52,12 +50,12 @@ class Ard:
         return {"robust": roles.logits("robust", batch.images)}
 
     def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """CE(Z_S(x'_i), y_i), (B,), for the adversary to maximise."""
+        """CE(Z_S(x'_i), y_i), (B,)."""
         del targets
         return lambda adv: ce(roles.logits("student", adv), batch.labels)
 
     def outer(self, roles: Roles, step: Step) -> Terms:
-        """The two terms of the class."""
+        """The sum of the class docstring."""
         t, adv = self.temperature, roles.logits("student", step.adv)
         apart = reduced(kl(step.targets["robust"] / t, adv / t), adv.shape[1], self.reduction)
         total: Tensor = self.alpha * t**2 * apart
@@ -67,6 +65,10 @@ class Ard:
             total = total + (1 - self.alpha) * label
             parts["ce_clean"] = label.detach()
         return Terms(total, parts)
+
+    def loss_at_agreement(self, roles: Roles, batch: Batch) -> Tensor | float:
+        """The label term."""
+        return (1 - self.alpha) * ce(roles.logits("student", batch.images), batch.labels).mean()
 
 
 plugin = Ard

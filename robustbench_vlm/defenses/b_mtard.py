@@ -1,14 +1,14 @@
-"""B-MTARD: MTARD with teachers brought to equal entropy by temperatures of their own.
+"""B-MTARD: MTARD in which a temperature per teacher brings both teachers to equal entropy.
 
 Source   Zhao et al. 2024, arXiv:2306.16170, and its released code, zhaoshiji123/MTARD-extension
-         (resnet18_mtard_cifar10.py, read for the order of a step: losses and entropies at the temperatures
-         as they are, then the temperatures, then the weights that this step uses).
-Threat   any norm that `attacks.geometry` knows; the released attack is cross-entropy, K = 10, from
+         (resnet18_mtard_cifar10.py, read for the order within a step: losses and entropies at the present
+         temperatures first, then new temperatures, then the weights that this step uses).
+Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`).
-Departs  made for CIFAR logits; the zero-shot logits, scale included, take their place. Epochs become shares
-         of the run. Entropies are exact, without the released log(p + 1e-5).
-Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher; T_R, T_K their
-         temperatures; H batch-mean entropy of a teacher at its temperature.
+Departs  made for CIFAR logits; the zero-shot logits, scale included, take their place. Epochs become
+         shares of the run. Entropies are exact, without the released log(p + 1e-5).
+Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher (C counts
+         classes); T_R, T_K their temperatures; H batch-mean entropy of a teacher at its temperature.
 """
 
 from __future__ import annotations
@@ -20,31 +20,40 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, at_once, balanced, ce, entropy, kl, rate_at, reduced
-from robustbench_vlm.types import Passes, Terms
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
+from robustbench_vlm.defenses.losses import (
+    Reduction,
+    balanced,
+    ce,
+    entropy,
+    kl,
+    rate_at,
+    reduced,
+    student_logits,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch, Objective
 
 DROPS = (215 / 300, 260 / 300, 285 / 300)  # epochs of the released code at which rates fall to a tenth
 
 
 @dataclass(frozen=True)
-class BMtard:
+class BMtard(Defense):
     """w_R KL(softmax(Z_R(x')/T_R) || P_S(x')) + w_K KL(softmax(Z_K(x)/T_K) || P_S(x)).
 
-    Weights move as in `mtard`, both by the same rule, are cut at 0 and sum to one. Temperatures move by
-    T_R <- T_R - r_T sign(H_R/H_K - 1) and T_K <- T_K - r_T sign(H_K/H_R - 1), and stay in a range.
+    Both weights move by the rule of `mtard`, are cut at 0 and are scaled to sum to one. Temperatures move by
+    T_R <- T_R - r_T sign(H_R/H_K - 1) and T_K <- T_K - r_T sign(H_K/H_R - 1), and are clamped to a range.
 
     Attributes:
         rate: r of the weights; 0.025 in the released code.
         exponent: b of the weights; 1 in the released code.
         temperature_rate: r_T; 0.001 in the released code.
-        coldest: lower end of the temperatures, where they start; 1 in the released code.
-        hottest: upper end of the temperatures; 10 in the released code.
-        drops: shares of the run after each of which both rates are a tenth; epochs 215, 260 and 285 of 300.
+        coldest: smallest temperature, at which both start; 1 in the released code.
+        hottest: largest temperature; 10 in the released code.
+        drops: shares of the run at which both rates fall to a tenth; epochs 215, 260 and 285 of 300.
         reduction: of the divergences; `elementmean` in the released code.
     """
 
@@ -57,8 +66,6 @@ class BMtard:
     reduction: Reduction = "batchmean"
 
     teachers: ClassVar[tuple[str, ...]] = ("robust", "clean")
-    needs_text: ClassVar[bool] = True
-    adversarial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.hottest < self.coldest:
@@ -69,23 +76,23 @@ class BMtard:
         return Passes(2, {"robust": 1, "clean": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """The clean teacher on the clean images: {"clean": logits (B, C)}."""
+        """Logits (B, C) of the clean teacher on the clean images, under `clean`."""
         return {"clean": roles.logits("clean", batch.images)}
 
     def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """CE(Z_S(x'_i), y_i), (B,), for the adversary to maximise."""
+        """CE(Z_S(x'_i), y_i), (B,)."""
         del targets
         return lambda adv: ce(roles.logits("student", adv), batch.labels)
 
     def outer(self, roles: Roles, step: Step) -> Terms:
-        """The two terms; carries {"weight", "first", "temperature"}, each of (robust, clean) teacher."""
+        """The weighted sum; carries `weight`, `first` loss and `temperature`, each (robust, clean)."""
         with torch.no_grad():
             robust = roles.logits("robust", step.adv)
         start = torch.full((2,), self.coldest, dtype=robust.dtype, device=robust.device)
         t = step.carry.get("temperature", start)
         robust, clean = robust / t[0], step.targets["clean"] / t[1]
         classes = robust.shape[1]
-        students = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
+        students = student_logits(roles, step.adv, step.batch.images)
         kl_adv = reduced(kl(robust, students[0]), classes, self.reduction)
         kl_clean = reduced(kl(clean, students[1]), classes, self.reduction)
         now = torch.stack([kl_adv, kl_clean])

@@ -1,4 +1,4 @@
-"""Clean: cross-entropy fine-tuning without an adversary; how MMT-ARD's clean teacher is made.
+"""Clean: cross-entropy fine-tuning without an attack; it makes the clean teacher of MMT-ARD.
 
 Source   the released code of Li et al. 2025, arXiv:2511.17448: its trainer with the attack disabled.
 Threat   none.
@@ -7,50 +7,36 @@ Departs  nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import ce
-from robustbench_vlm.errors import TrainingError
-from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch
 
 
 @dataclass(frozen=True)
-class Clean:
+class Clean(Defense):
     """Zero-shot cross-entropy on clean images."""
 
-    teachers: ClassVar[tuple[str, ...]] = ()
-    needs_text: ClassVar[bool] = True
     adversarial: ClassVar[bool] = False
 
     def passes(self) -> Passes:
         """The student on x."""
         return Passes(1)
 
-    def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """Nothing: there is no teacher."""
-        del roles, batch
-        return {}
-
-    def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """There is no adversary.
-
-        Raises:
-            TrainingError: always.
-        """
-        del roles, batch, targets
-        raise TrainingError("clean: asked for an inner objective, which it does not have")
-
     def outer(self, roles: Roles, step: Step) -> Terms:
         """L = (1/B) sum_i CE(Z_S(x_i), y_i)."""
         loss = ce(roles.logits("student", step.batch.images), step.batch.labels).mean()
         return Terms(total=loss, parts={"ce_clean": loss.detach()})
+
+    def loss_at_agreement(self, roles: Roles, batch: Batch) -> Tensor | float:
+        """The whole loss: there is neither teacher nor attack."""
+        return ce(roles.logits("student", batch.images), batch.labels).mean()
 
 
 plugin = Clean

@@ -1,8 +1,8 @@
-"""FARE: pull the adversarial embedding back to where the original encoder put the clean one.
+"""FARE: the student embeds the adversarial image where the original encoder embeds the clean one.
 
 Source   Schlarmann, Singh, Croce, Hein 2024, arXiv:2402.12336, the FARE loss.
-Threat   any norm that `attacks.geometry` knows.
-Departs  nothing; embeddings are compared as the tower gives them, summed over dimensions, not unit length.
+Threat   any norm that `engine.geometry` knows.
+Departs  nothing. Embeddings are compared without normalisation, and squares are summed over dimensions.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from robustbench_vlm.defenses.losses import l2, require_one_space
-from robustbench_vlm.types import Passes, Terms
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
+from robustbench_vlm.defenses.losses import require_one_space, squared_distance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch, Objective
 
 
 @dataclass(frozen=True)
-class Fare:
-    """The anchored embedding loss; needs no labels and no text."""
+class Fare(Defense):
+    """Squared distance to the clean embedding of the original; uses no labels and no text."""
 
     teachers: ClassVar[tuple[str, ...]] = ("anchor",)
     needs_text: ClassVar[bool] = False
-    adversarial: ClassVar[bool] = True
 
     def require(self, roles: Roles) -> None:
-        """Both towers embed into the same space."""
+        """Student and original must have embeddings of the same width."""
         require_one_space(roles, "anchor")
 
     def passes(self) -> Passes:
@@ -37,17 +36,17 @@ class Fare:
         return Passes(1, {"anchor": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """Where the frozen original puts the clean images: {"anchor": (B, D)}."""
+        """Embeddings (B, D) of the original on the clean images, under `anchor`."""
         return {"anchor": roles.teachers["anchor"](batch.images)}
 
     def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """||z_S(x'_i) - z_0(x_i)||^2, (B,), for the adversary to maximise."""
-        del batch  # the objective is unsupervised
-        return lambda adv: l2(roles.student(adv), targets["anchor"])
+        """||z_S(x'_i) - z_0(x_i)||^2, (B,)."""
+        del batch
+        return lambda adv: squared_distance(roles.student(adv), targets["anchor"])
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """L = (1/B) sum_i ||z_S(x'_i) - z_0(x_i)||^2."""
-        drift = l2(roles.student(step.adv), step.targets["anchor"]).mean()
+        drift = squared_distance(roles.student(step.adv), step.targets["anchor"]).mean()
         return Terms(total=drift, parts={"l2_adv": drift.detach()})
 
 

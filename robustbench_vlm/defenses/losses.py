@@ -1,4 +1,4 @@
-"""Losses per sample, never reduced: each defense writes its own mean, where a reader looks for it."""
+"""Losses per sample. None is reduced here: each defense states its own mean over the batch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from robustbench_vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from robustbench_vlm.types import Encoder, Roles
+    from robustbench_vlm.defenses.interface import Roles
+    from robustbench_vlm.types import Encoder
 
 Reduction = Literal["batchmean", "elementmean", "sum"]
-"""How (B,) divergences over C classes become one number: their mean; that divided by C, the mean over batch
-*and* classes; their sum. The three differ by factors C and B and are what this literature mixes up most."""
+"""How (B,) divergences over C classes become one number.
+
+`batchmean`: their mean. `elementmean`: their mean divided by C, a mean over batch *and* classes. `sum`: their
+sum. The three differ by factors C and B, and the literature often does not say which it uses.
+"""
 
 TINY = 1e-12
-FIRST = 1e-8  # a first loss below it is rounding: the student started as its teacher
+FIRST = 1e-8  # a first loss below it is a rounding error: the student started as a copy of its teacher
 
 
 def reduced(values: Tensor, classes: int, reduction: Reduction) -> Tensor:
@@ -44,19 +48,19 @@ def entropy(logits: Tensor) -> Tensor:
     return soft_ce(logits.softmax(dim=-1), logits)
 
 
-def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(P_T || P_S) = sum_c P_T (log P_T - log P_S) of two logit tensors (B, C): (B,)."""
-    return kl_terms(teacher, student).sum(dim=-1)
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(P || Q) = sum_c P_c (log P_c - log Q_c), (B,), from the logits (B, C) of P and of Q."""
+    return kl_terms(first, second).sum(dim=-1)
 
 
-def kl_terms(teacher: Tensor, student: Tensor) -> Tensor:
-    """The summands P_T (log P_T - log P_S) of the divergence, per class: (B, C)."""
-    log_teacher, log_student = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
-    return log_teacher.exp() * (log_teacher - log_student)
+def kl_terms(first: Tensor, second: Tensor) -> Tensor:
+    """The summands P_c (log P_c - log Q_c) of the divergence, (B, C), from the logits of P and of Q."""
+    log_p, log_q = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+    return log_p.exp() * (log_p - log_q)
 
 
-def l2(embeddings: Tensor, anchor: Tensor) -> Tensor:
-    """Squared Euclidean distance of un-normalised embeddings (B, D): (B,)."""
+def squared_distance(embeddings: Tensor, anchor: Tensor) -> Tensor:
+    """Squared Euclidean distance of embeddings (B, D), not normalised: (B,)."""
     return (embeddings - anchor).square().sum(dim=-1)
 
 
@@ -66,33 +70,43 @@ def cosine(embeddings: Tensor, anchor: Tensor) -> Tensor:
 
 
 def of_label(values: Tensor, labels: Tensor) -> Tensor:
-    """The entry of each row's own label: (B, C) and (B,) -> (B,)."""
+    """The value of each row at its label: (B, C) and (B,) -> (B,)."""
     return values.gather(1, labels[:, None])[:, 0]
 
 
-def at_once(encoder: Encoder, call: Callable[[Tensor], Tensor], *images: Tensor) -> tuple[Tensor, ...]:
-    """What `call` gives for each of several batches of images: from one forward of `encoder` over them all.
+def in_one_forward(encoder: Encoder, call: Callable[[Tensor], Tensor], *images: Tensor) -> tuple[Tensor, ...]:
+    """`call(batch)` for each of several batches of images, computed by one forward over all of them.
 
-    Where rows of a forward see each other (batch norm in train mode), from one forward each, as the
-    literature does.
+    Where the rows of a forward depend on each other (batch norm in train mode), each batch gets a forward of
+    its own, as in the literature.
+
+    Args:
+        encoder: what `call` runs.
+        call: images (n, 3, H, W) -> tensor with n rows.
+        images: the batches.
     """
     if not encoder.rows_apart:
         return tuple(call(batch) for batch in images)
     return torch.split(call(torch.cat(images)), [len(batch) for batch in images])
 
 
+def student_logits(roles: Roles, *images: Tensor) -> tuple[Tensor, ...]:
+    """Zero-shot logits (B, C) of the student on each of several batches of images; see `in_one_forward`."""
+    return in_one_forward(roles.student, lambda x: roles.logits("student", x), *images)
+
+
 def balanced(weight: Tensor, now: Tensor, first: Tensor, rate: float, exponent: float) -> Tensor:
-    """One step of MTARD's loss balance: every loss's weight moves towards its share of what is left to learn.
+    """One step of the loss balance of MTARD: weights move towards each loss's share of the remaining loss.
 
     Args:
-        weight: (T,) the weights before.
+        weight: (T,) the weights of T losses before the step.
         now: (T,) the losses of this batch.
-        first: (T,) those of the first batch.
+        first: (T,) the losses of the first batch.
         rate: r of w <- w - r (w - share).
         exponent: b of share_t = l_t^b / sum l^b, with l = now / first.
 
     Returns:
-        (T,), not renormalised; sums to one when `weight` does.
+        (T,) the weights after the step, not renormalised; they sum to one if `weight` does.
     """
     left = (now.clamp(min=0) / first.clamp(min=FIRST)).pow(exponent)
     share = torch.where(left.sum() > 0, left / left.sum().clamp(min=TINY), 1 / len(left))
@@ -100,28 +114,33 @@ def balanced(weight: Tensor, now: Tensor, first: Tensor, rate: float, exponent: 
 
 
 def rate_at(rate: float, progress: float, drops: tuple[float, ...]) -> float:
-    """`rate`, a tenth of it after every share of the run in `drops`."""
+    """`rate`, divided by ten at each share of the run in `drops` that is reached."""
     return rate * 0.1 ** sum(progress >= drop for drop in drops)
 
 
-def grey(encoder: Encoder, like: Tensor | None = None) -> Tensor:
-    """One grey image (1, 3, size, size), to ask `encoder` for the shape of what it gives."""
+def grey_image(encoder: Encoder, like: Tensor | None = None) -> Tensor:
+    """One grey image (1, 3, size, size), to find out the shape of an encoder's output.
+
+    Args:
+        encoder: its `image_size` is taken.
+        like: a tensor whose dtype and device the image gets.
+    """
     size = encoder.image_size
     made = torch.full((1, 3, size, size), 0.5)
     return made if like is None else made.to(like)
 
 
 def require_one_space(roles: Roles, role: str) -> None:
-    """Refuse a teacher whose embeddings cannot be compared with the student's.
+    """Refuse a teacher whose embeddings have another width than the student's.
 
     Raises:
-        InputError: embeddings of another width.
+        InputError: the widths differ.
     """
     widths = []
     with torch.no_grad():
         for encoder in (roles.student, roles.teachers[role]):
             weight = next(iter(encoder.parameters())) if isinstance(encoder, torch.nn.Module) else None
-            widths.append(encoder(grey(encoder, weight)).shape[-1])
+            widths.append(encoder(grey_image(encoder, weight)).shape[-1])
     if widths[0] != widths[1]:
         found = f"embeddings of {widths[1]} dimensions, the student's have {widths[0]}"
         raise InputError(f"teacher {role}", found, "a model of the student's embedding space")

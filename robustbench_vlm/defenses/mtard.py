@@ -1,10 +1,10 @@
-"""MTARD: one robust and one clean teacher, balanced by how much of each loss is left to learn.
+"""MTARD: a robust and a clean teacher, weighted by how far each of their losses still is from zero.
 
 Source   MTARD (ECCV 2022) in its released code, zhaoshiji123/MTARD.
-Threat   any norm that `attacks.geometry` knows; the released attack is cross-entropy, K = 10, from
-         x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`); one adversary serves both.
+Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from
+         x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`); both terms use one attack.
 Departs  made for CIFAR logits; the zero-shot logits take their place. Epochs become shares of the run.
-Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher.
+Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher (C counts classes).
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from robustbench_vlm.defenses.losses import Reduction, at_once, balanced, ce, kl, rate_at, reduced
-from robustbench_vlm.types import Passes, Terms
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
+from robustbench_vlm.defenses.losses import Reduction, balanced, ce, kl, rate_at, reduced, student_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch, Objective
 
 DROPS = (215 / 300, 260 / 300, 285 / 300)  # epochs of the released code at which rates fall to a tenth
 
 
 @dataclass(frozen=True)
-class Mtard:
+class Mtard(Defense):
     """w_R L_R + w_K L_K, with L_R = KL(P_R(x') || P_S(x')) and L_K = KL(P_K(x) || P_S(x)).
 
-    Every step, before the loss is taken, w_K <- w_K - r (w_K - l_K^b / (l_K^b + l_R^b)) and w_R = 1 - w_K,
-    with l the loss over that of the first step; both weights start at 1/2.
+    Before each step's loss is computed, w_K <- w_K - r (w_K - l_K^b / (l_K^b + l_R^b)) and w_R = 1 - w_K,
+    where l is a loss divided by its value at the first step. Both weights start at 1/2.
 
     Attributes:
         rate: r; 0.025 in the released code.
         exponent: b; 1 in the released code.
-        drops: shares of the run after each of which the rate is a tenth; epochs 215, 260 and 285 of 300.
-        factor: of the whole loss; 1 for CIFAR-10, 10 for CIFAR-100 in the released code.
+        drops: shares of the run at which the rate falls to a tenth; epochs 215, 260 and 285 of 300.
+        factor: multiplies the whole loss; 1 for CIFAR-10, 10 for CIFAR-100 in the released code.
         reduction: of the divergences; `elementmean` in the released code.
     """
 
@@ -49,28 +49,26 @@ class Mtard:
     reduction: Reduction = "batchmean"
 
     teachers: ClassVar[tuple[str, ...]] = ("robust", "clean")
-    needs_text: ClassVar[bool] = True
-    adversarial: ClassVar[bool] = True
 
     def passes(self) -> Passes:
         """The student on x and x', the robust teacher on x', the clean one on x."""
         return Passes(2, {"robust": 1, "clean": 1})
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """The clean teacher on the clean images: {"clean": logits (B, C)}."""
+        """Logits (B, C) of the clean teacher on the clean images, under `clean`."""
         return {"clean": roles.logits("clean", batch.images)}
 
     def inner(self, roles: Roles, batch: Batch, targets: Mapping[str, Tensor]) -> Objective:
-        """CE(Z_S(x'_i), y_i), (B,), for the adversary to maximise."""
+        """CE(Z_S(x'_i), y_i), (B,)."""
         del targets
         return lambda adv: ce(roles.logits("student", adv), batch.labels)
 
     def outer(self, roles: Roles, step: Step) -> Terms:
-        """The two terms of the class; carries {"weight": (w_R, w_K), "first": (L_R, L_K) of step 0}."""
+        """The weighted sum; carries `weight` (w_R, w_K) and `first` (L_R, L_K) of step 0."""
         with torch.no_grad():
             robust = roles.logits("robust", step.adv)
         classes = robust.shape[1]
-        adv, clean = at_once(roles.student, lambda x: roles.logits("student", x), step.adv, step.batch.images)
+        adv, clean = student_logits(roles, step.adv, step.batch.images)
         kl_adv = reduced(kl(robust, adv), classes, self.reduction)
         kl_clean = reduced(kl(step.targets["clean"], clean), classes, self.reduction)
         now = self.factor * torch.stack([kl_adv, kl_clean])

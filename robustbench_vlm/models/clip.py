@@ -18,9 +18,9 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models.text_bank import TEMPLATES, render, require_sentences, text_bank
+from robustbench_vlm.models.text_bank import render, require_sentences, text_bank
 from robustbench_vlm.store import fingerprint
-from robustbench_vlm.types import Wrapped
+from robustbench_vlm.types import TEMPLATES, Wrapped
 
 TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
 

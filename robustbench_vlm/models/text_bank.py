@@ -14,8 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.store import cache_folder, fingerprint, write
-
-TEMPLATES = ("a photo of a {c}.",)
+from robustbench_vlm.types import TEMPLATES
 
 
 class TextEncoder(Protocol):

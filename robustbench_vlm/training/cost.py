@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from robustbench_vlm.cards.recipe import Recipe
-from robustbench_vlm.types import Passes
+from robustbench_vlm.defenses.interface import Passes
 
 FLOAT = 4  # bytes; training runs in fp32
 GIB = 2**30
@@ -134,7 +134,7 @@ def estimate(
     attack, optim = recipe.inner.steps if recipe.inner else 0, recipe.optim
     whole = recipe.lora is None and recipe.prompts is None
     backward = 2 if whole else 1
-    flops = student.flops * (2 * attack + passes.student * (1 + backward))
+    flops = student.flops * (2 * attack + passes.student * (1 + backward) + passes.student_no_grad)
     for role, count in passes.teachers.items():
         more = 2 * attack * (role in passes.attacked) + backward * (role in passes.learners)
         flops += teachers[role].flops * (count + more)
@@ -156,6 +156,7 @@ def estimate(
         "passes_per_step": {
             "attack": {"student_forward_and_image_backward": attack, "also_through": list(passes.attacked)},
             "student": passes.student,
+            "student_without_gradient": passes.student_no_grad,
             "teachers": dict(passes.teachers),
         },
         "gflop_per_image": round(flops / 1e9, 4),

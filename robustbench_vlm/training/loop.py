@@ -22,6 +22,7 @@ from torch import Tensor
 from robustbench_vlm import rng, store
 from robustbench_vlm.cards.recipe import Inner, Optim, Recipe
 from robustbench_vlm.data import loader
+from robustbench_vlm.defenses.interface import Roles, Step, Terms
 from robustbench_vlm.defenses.losses import ce
 from robustbench_vlm.engine.geometry import uniform_start
 from robustbench_vlm.engine.noise import Keyed
@@ -30,7 +31,7 @@ from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.models.clip import frozen
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.prepare import Setup, prepare
-from robustbench_vlm.types import Batch, Roles, Step, Terms
+from robustbench_vlm.types import Batch
 
 CPU = torch.device("cpu")
 GAUSSIAN = 0.001  # deviation of the `gaussian` start, in pixel units

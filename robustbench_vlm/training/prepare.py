@@ -16,6 +16,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.data.dataset import Split, open_split
+from robustbench_vlm.defenses.interface import Defense, Roles
 from robustbench_vlm.errors import CardError, some
 from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, InBf16, PromptSizes
@@ -23,7 +24,7 @@ from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.training import teacher_cache
 from robustbench_vlm.training.teacher_cache import Kept, Recalled
-from robustbench_vlm.types import Batch, Choosy, Defense, Encoder, Roles
+from robustbench_vlm.types import Batch, Encoder
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         chosen = recipe.lora
         adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
     elif recipe.prompts is not None:
-        wanted, learners = recipe.prompts, getattr(defense, "learners", ())
+        wanted, learners = recipe.prompts, defense.learners
         sizes = PromptSizes(wanted.image, wanted.text, wanted.depth)
         student = replace(student, model=prompts.attach(student.model, sizes, wanted.init))
         for role in learners:
@@ -143,8 +144,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     flat = [group[0] for group in sentences]
     prompted = {role: model.tokenize(flat).to(device) for role, model in learning.items() if text}
     roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
-    if isinstance(defense, Choosy):
-        defense.require(roles)
+    defense.require(roles)
     probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
     setup = Setup(
         recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device, prompted
@@ -168,7 +168,7 @@ def _settle(setup: Setup) -> None:
 def _kept(setup: Setup, cache: Path) -> dict[str, Kept]:
     """The files of the frozen teachers; none where the folder cannot be written: that costs time alone."""
     recipe, size = setup.recipe, setup.model.image_size
-    frozen = {r: m for r, m in setup.teachers.items() if r not in getattr(setup.defense, "learners", ())}
+    frozen = {r: m for r, m in setup.teachers.items() if r not in setup.defense.learners}
     files = {}
     for role, loaded in frozen.items():
         known = teacher_cache.facts(
@@ -194,14 +194,17 @@ def _defense(recipe: Recipe) -> Defense:
     name = recipe.defense.get("name")
     if not isinstance(name, str):
         raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
-    defense: Defense = plugins.build("defenses", name, fields, where)
+    defense = plugins.build("defenses", name, fields, where)
+    if not isinstance(defense, Defense):
+        expected = "a subclass of robustbench_vlm.defenses.interface.Defense"
+        raise CardError(where, f"{name} is a {type(defense).__name__}", expected)
     if set(recipe.teachers) != set(defense.teachers):
         found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
         raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")
     if defense.adversarial != (recipe.inner is not None):
         found = "no [inner] table" if defense.adversarial else "an [inner] table that would go unread"
         raise CardError(where, found, f"{'one' if defense.adversarial else 'none'}, for {name}")
-    if getattr(defense, "learners", ()) and recipe.prompts is None:
+    if defense.learners and recipe.prompts is None:
         raise CardError(where, "no [prompts] table", f"one, for {name}: it trains nothing else")
     if recipe.prompts and recipe.prompts.text and not defense.needs_text:
         raise CardError(where, f"prompts.text = {recipe.prompts.text}", f"0: {name} uses no text")

@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import ce
-from robustbench_vlm.types import Passes, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robustbench_vlm.types import Batch, Objective, Roles, Step
+    from robustbench_vlm.types import Batch, Objective
 
 
 @dataclass(frozen=True)
-class MyDefense:
+class MyDefense(Defense):
     """Cross-entropy on adversarial images, plus a weighted cross-entropy on clean ones.
 
     Attributes:
@@ -42,7 +42,7 @@ class MyDefense:
         return Passes(student=2 if self.clean_weight else 1)
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
-        """Outputs of the teachers on clean images, computed once a batch without gradient: none here."""
+        """Outputs of models on clean images, computed once a step without gradient: none here."""
         del roles, batch
         return {}
 
@@ -62,6 +62,11 @@ class MyDefense:
             parts["ce_clean"] = clean.detach()
             total = robust + self.clean_weight * clean
         return Terms(total=total, parts=parts)
+
+    def loss_at_agreement(self, roles: Roles, batch: Batch) -> Tensor | float:
+        """The loss without attack, and with teachers that equal the student; 0 for pure distillation."""
+        clean = ce(roles.logits("student", batch.images), batch.labels).mean()
+        return (1 + self.clean_weight) * clean
 
 
 plugin = MyDefense

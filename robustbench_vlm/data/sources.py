@@ -1,0 +1,286 @@
+"""Labelled images that are no dataset of ours yet: class folders, tables of paths or bytes, torchvision.
+
+| given                    | images                                     | labels                        |
+|--------------------------|--------------------------------------------|-------------------------------|
+| a folder                 | `<class>/<image>`, or `<split>/<class>/..` | the class folders             |
+| `.csv` `.tsv` `.jsonl`   | a column of paths beside the file          | a column of names or integers |
+| `.parquet`               | the same, or a column of encoded images    | the same                      |
+| a class of torchvision   | as PNG                                     | its own                       |
+
+Nothing is decoded here but what torchvision hands out decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustbench_vlm.data import shards, tables, texts
+from robustbench_vlm.errors import DataError, InputError, nearest, some
+
+NUMBERED = re.compile(r"\d{3}\.")  # 001.ak47, as in Caltech-256
+SPLITS = ("test", "val", "validation", "valid", "train")
+MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
+
+Item = tuple[str, bytes, str, int]
+"""Original key, encoded image, its extension (`png`, `jpg`, `webp`), class index."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with class indices, and where they are read from.
+
+    Attributes:
+        count: number of images.
+        names: class names in label order; empty where the source has integers only.
+        split: name of the split that the images are.
+        ignored: files that are no images.
+        files: every file that an image or a label comes from.
+        items: starts reading the images, in a fixed order.
+        notes: what was decided while reading (split, columns, matching of names); one line each.
+    """
+
+    count: int
+    names: tuple[str, ...]
+    split: str
+    ignored: int
+    files: tuple[Path, ...]
+    items: Callable[[], Iterator[Item]]
+    notes: tuple[str, ...] = ()
+
+
+def open_images(
+    path: Path,
+    names: Sequence[str] = (),
+    split: str = "",
+    image_column: str = "",
+    label_column: str = "",
+) -> LabelledImages:
+    """The images of a folder or of a table.
+
+    Args:
+        path: a folder of class folders (or of split folders), or a file that ends in `.csv`, `.tsv`, `.jsonl`
+            or `.parquet`.
+        names: class names in label order; by default those of the folders or of the label column, sorted.
+        split: which split to read; by default the one for testing, if there are several.
+        image_column: column of paths or encoded images; by default one of `tables.IMAGE_COLUMNS`.
+        label_column: column of class names or indices; by default one of `tables.LABEL_COLUMNS`.
+
+    Raises:
+        DataError: nothing of that kind there, no images, or labels that do not fit `names`.
+    """
+    if path.is_dir():
+        return from_folders(path, names, split)
+    if path.suffix.lower() not in tables.SUFFIXES:
+        found = "no such file or folder" if not path.exists() else "neither a folder nor a known table"
+        raise DataError(str(path), found, f"class folders, or a file in {', '.join(tables.SUFFIXES)}")
+    return from_table(path, names, split, image_column, label_column)
+
+
+def from_folders(folder: Path, names: Sequence[str] = (), split: str = "") -> LabelledImages:
+    """A tree `<folder>/<class>/<image>`, with the splits as folders above the classes or without any.
+
+    Without `names`, labels follow the sorted folder names, as in torchvision's `ImageFolder`.
+
+    Raises:
+        DataError: no class folders, no images in them, no such split, or folders that do not fit `names`.
+    """
+    if not folder.is_dir():
+        raise DataError(str(folder), "no such folder", "class folders with images")
+    notes: list[str] = []
+    folder, split = _split_of(folder, split, notes)
+    classes = _folders_in(folder)
+    index, _ = shards.index_folders(folder, tuple(classes))
+    spelt_names = tuple(spelt(classes))
+    labels = match(spelt_names, names, str(folder), notes) if names else list(range(len(classes)))
+
+    def items() -> Iterator[Item]:
+        for sample in index.samples:
+            extension = sample.path.suffix.lower().removeprefix(".")
+            yield sample.name, sample.read(), extension, labels[sample.label]
+
+    files = tuple(sample.path for sample in index.samples)
+    chosen = tuple(names) or spelt_names
+    return LabelledImages(len(files), chosen, split or "test", index.ignored, files, items, tuple(notes))
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _split_of(folder: Path, split: str, notes: list[str]) -> tuple[Path, str]:
+    """The folder of the class folders and the name of the split, where `folder` has a folder a split."""
+    inside = _folders_in(folder)
+    if not inside or not set(inside) <= set(SPLITS) or not all(_folders_in(folder / n) for n in inside):
+        return folder, split
+    if split and split not in inside:
+        raise DataError(str(folder), f"no split {split!r}", f"one of: {', '.join(inside)}", "choose another")
+    chosen = split or next(name for name in SPLITS if name in inside)
+    others = [name for name in inside if name != chosen]
+    if others and not split:
+        notes.append(f"split {chosen} is read; {', '.join(others)} beside it are left alone")
+    return folder / chosen, chosen
+
+
+def from_table(
+    file: Path,
+    names: Sequence[str] = (),
+    split: str = "",
+    image_column: str = "",
+    label_column: str = "",
+) -> LabelledImages:
+    """A table with a column of images (paths beside the file, or encoded bytes) and a column of labels.
+
+    Labels that are all integers are class indices; others are class names.
+
+    Raises:
+        DataError: no such columns, a row without image or label, an image that is missing or outside the
+            file's folder, one that occurs twice, or labels that do not fit `names`.
+    """
+    table = tables.read(file)
+    image = tables.column(table, image_column, tables.IMAGE_COLUMNS)
+    label = tables.column(table, label_column, tables.LABEL_COLUMNS)
+    inline = image in table.inline
+    rows = list(table.rows([label] if inline else [image, label]))
+    if not rows:
+        raise DataError(str(file), "no images", "one image a row")
+    notes = [f"images are in column {image!r}, labels in column {label!r}"]
+    values = [_label(where, row.get(label)) for where, row in rows]
+    indices, chosen = _indexed(values, names or table.names.get(label, ()), str(file), notes)
+    paths = [] if inline else _paths(file, [(where, row.get(image)) for where, row in rows])
+
+    def items() -> Iterator[Item]:
+        if not inline:
+            for (key, path), index in zip(paths, indices, strict=True):
+                content = shards.Sample(key, index, path).read()
+                yield key, content, path.suffix.lower().removeprefix("."), index
+            return
+        for i, ((where, row), index) in enumerate(zip(table.rows([image]), indices, strict=True)):
+            content, extension = _encoded(where, row.get(image))
+            yield f"s{i:07d}", content, extension, index
+
+    files = (file, *(path for _, path in paths))
+    stem = file.stem.partition("-")[0].lower()
+    split = split or (stem if stem in SPLITS else "test")
+    return LabelledImages(len(rows), chosen, split, 0, files, items, tuple(notes))
+
+
+def _label(where: str, value: object) -> str | int:
+    """A label as it stands in a table: a class index, or a class name."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    if not text or not text.isprintable():
+        raise DataError(where, f"label {value!r:.40}", "a class name, or a class index from 0")
+    return text
+
+
+def _indexed(
+    values: Sequence[str | int], names: Sequence[str], where: str, notes: list[str]
+) -> tuple[list[int], tuple[str, ...]]:
+    """The class index of each label, and the class names."""
+    if all(isinstance(value, int) or re.fullmatch(r"\d{1,7}", value) for value in values):
+        indices = [int(value) for value in values]
+        largest = max(indices)
+        if not names:
+            notes.append(f"labels are integers without names: the classes are called 0 to {largest}")
+        elif largest >= len(names):
+            raise DataError(where, f"label {largest}", f"0 to {len(names) - 1}, for {len(names)} class names")
+        return indices, tuple(names) or tuple(map(str, range(largest + 1)))
+    found = sorted({str(value) for value in values})
+    if not names:
+        place = {name: i for i, name in enumerate(found)}
+        return [place[str(value)] for value in values], tuple(found)
+    place = dict(zip(found, match(found, names, where, notes, ordered=False), strict=True))
+    return [place[str(value)] for value in values], tuple(names)
+
+
+def match(
+    found: Sequence[str], names: Sequence[str], where: str, notes: list[str], *, ordered: bool = True
+) -> list[int]:
+    """The index in `names` of each class that was found, by spelling (case, `_`, `-` and `/` do not matter).
+
+    With `ordered`, classes whose folders are not all spelt as names (`n01440764`) are matched by their order,
+    if there are as many of them as names and no spelling contradicts the order.
+
+    Raises:
+        DataError: a class that is none of the names.
+    """
+    index = {texts.plain(name): i for i, name in enumerate(names)}
+    missing = [name for name in found if texts.plain(name) not in index]
+    if not missing and len(index) == len(names):
+        return [index[texts.plain(name)] for name in found]
+    spelling = [(texts.plain(name), texts.plain(names[i])) for i, name in enumerate(found[: len(names)])]
+    agree = all(own == listed or own not in index for own, listed in spelling)
+    if ordered and len(found) == len(names) and agree:
+        pairs = some([f"{a} is {b}" for a, b in zip(found, names, strict=True)])
+        notes.append(f"class folders are matched to class names by sorted order: {pairs}")
+        return list(range(len(found)))
+    what = f"{len(missing)} of {len(found)} classes are none of the {len(names)} class names: {some(missing)}"
+    raise DataError(where, what, some(list(names)), "correct the class names, or leave them out")
+
+
+def _paths(file: Path, rows: Sequence[tuple[str, object]]) -> list[tuple[str, Path]]:
+    """(path as written, file) of each row."""
+    root = file.parent.resolve()
+    found: dict[str, Path] = {}
+    for where, name in rows:
+        if not isinstance(name, str) or not name.isprintable():
+            raise DataError(where, f"image {name!r:.80}", "a path beside the table")
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            raise DataError(where, f"no image {name!r:.80} below {root}", "a path relative to that folder")
+        if name in found:
+            raise DataError(where, f"image {name!r:.80} occurs twice", "one row an image")
+        found[name] = path
+    return list(found.items())
+
+
+def _encoded(where: str, value: object) -> tuple[bytes, str]:
+    """The bytes of an image in a table, and their extension; `datasets` stores a struct with `bytes`."""
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes) or len(content) > shards.LARGEST_IMAGE:
+        raise DataError(where, "no image bytes", f"at most {shards.LARGEST_IMAGE} bytes of an encoded image")
+    extension = next((name for magic, name in MAGIC.items() if content.startswith(magic)), "")
+    if not extension:
+        raise DataError(where, f"bytes that begin with {content[:8]!r}", "a PNG, JPEG or WebP image")
+    return content, extension
+
+
+def from_torchvision(name: str, root: Path, settings: Mapping[str, Any]) -> LabelledImages:
+    """A dataset class of torchvision; its images become PNG, and its keys are their positions.
+
+    Raises:
+        InputError: no such class, or arguments that it refuses.
+    """
+    from torchvision import datasets
+
+    known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
+    if name not in known:
+        raise InputError(f"torchvision:{name}", "no such dataset", do=nearest(name, known))
+    try:
+        found = getattr(datasets, name)(root, **settings)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"torchvision:{name}", reason, do="see --source-root and --set") from None
+
+    def items() -> Iterator[Item]:
+        for i in range(len(found)):
+            image, label = found[i]
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            yield f"s{i:07d}", buffer.getvalue(), "png", int(label)
+
+    names = tuple(spelt(getattr(found, "classes", ())))
+    return LabelledImages(len(found), names, "test", 0, (), items)
+
+
+def spelt(classes: Sequence[str]) -> list[str]:
+    """Folder names as class names: `_` is a space; numbered ones lose `001.` and a final `-101`."""
+    if classes and all(NUMBERED.match(name) for name in classes):
+        classes = [name[4:].removesuffix("-101").replace("-", " ") for name in classes]
+    return [name.replace("_", " ") for name in classes]

@@ -22,7 +22,7 @@ from robustbench_vlm import store
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data.canvas_images import Canvases, sound
+from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.engine.attacked_view import PLAIN, Precision
 from robustbench_vlm.evaluation.chain import attack_sha256
@@ -92,7 +92,7 @@ class Subject:
 
     loaded: Loaded
     card: DatasetCard
-    images: Canvases
+    images: CanvasImages
     bank: Tensor
 
     @property
@@ -130,7 +130,7 @@ class Subject:
 
 def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
     """Look at the images of `split` and encode the sentences of `card` for one model."""
-    images = sound(split, loaded.model.image_size)
+    images = decodable_images(split, loaded.model.image_size)
     bank = text_bank(loaded.model, render(card.names, card.templates))
     return Subject(loaded, card, images, bank)
 

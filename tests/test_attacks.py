@@ -5,16 +5,15 @@ under every stopping rule: where a rule is missing in the table, with the config
 `attack_models.discovered`. So a new attack needs no row here.
 """
 
-import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.metadata import EntryPoint, EntryPoints
 from typing import ClassVar
 
 import pytest
 import torch
 from attack_models import blobs, classifier, discovered, findings, position_dependence
 
-from robustbench_vlm import attacks
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
@@ -91,22 +90,23 @@ def test_every_attack_of_the_package_runs_under_every_stopping_rule():
         assert {stop for attack, stop in PLUGINS.values() if type(attack) is kind} == set(STOPS)
 
 
-def test_a_new_attack_is_discovered_from_its_file_alone(tmp_path, monkeypatch):
-    """By a file in the folder; with the defaults of its fields, since no chain uses it."""
+def test_a_new_attack_is_discovered_without_a_chain(tmp_path, monkeypatch):
+    """It is built from the defaults of its fields."""
     lines = (
         "from dataclasses import dataclass",
         "from robustbench_vlm.attacks.fgsm import Fgsm",
         "@dataclass(frozen=True)",
+        "class Shorter(Fgsm):",
+        "    loss: str = 'margin'",
     )
-    body = ("class Shorter(Fgsm):", "    loss: str = 'margin'", "plugin = Shorter", "")
-    (tmp_path / "shorter_fgsm.py").write_text("\n".join([*lines, *body]))
-    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
-    assert "shorter-fgsm" not in PLUGINS
+    (tmp_path / "shorter_fgsm.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("shorter-fgsm", "shorter_fgsm:Shorter", "robustbench_vlm.attacks")
+    monkeypatch.setattr(plugins, "entry_points", EntryPoints([point]).select)
     found = discovered()
+    assert set(found) == set(plugins.names("attacks"))
     assert found["shorter-fgsm"].loss == "margin"
     assert found["shorter-fgsm"].passes == (1, 1)
-    assert set(found) == {*plugins.names("attacks")}
-    sys.modules.pop("robustbench_vlm.attacks.shorter_fgsm")
 
 
 def _data(n=20, n_classes=10):

@@ -17,7 +17,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluation.chain import needs, plugin, require_norm
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat, eps_text, parse_eps
 from robustbench_vlm.types import Classify, Finding
@@ -90,8 +90,8 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
     card = reader.read("attacks", chain, AttackCard)
     backend = Backend(engine, mode, attacked_view.Precision(precision))
-    stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
-    require_norm(card, ball.norm)
+    built = Chain.of(card)
+    built.require_norm(ball.norm)
     if live is not None and live < 1:
         raise InputError("live", str(live), f"1 to {card.rows}, the rows of every model call")
     _require_place(model, images, labels)
@@ -109,7 +109,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
             "labels", f"{int(labels.max())}", f"below {clean.shape[1]}, the classes of the model"
         )
     examined = model_checks.examine(
-        model, images, labels, names, rows=card.rows, seed=seed, **needs(card, clean.shape[1])
+        model, images, labels, names, rows=card.rows, seed=seed, **built.needs(clean.shape[1])
     )
     margins, predictions = losses.correct_margin(clean, labels), clean.argmax(1)
     table = verdicts.begin(
@@ -128,7 +128,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     standing = [int(i) for i in table.index[verdicts.standing(table)]]
     sample = canonical.padded(images[: card.rows], card.rows)
     job = Job(
-        stages=stages,
+        stages=built.stages,
         threat=ball,
         rows=card.rows,
         n_classes=clean.shape[1],

@@ -82,11 +82,13 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     as_json: AsJson = False,
 ) -> None:
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
+    from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
 
     datasets = comma_separated(dataset)
-    order = planning.Order(
+    attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
+    request = planning.EvalRequest(
         models=tuple(model or [_newest_checkpoint()]),
         attacks=comma_separated(attack) or (() if protocol else ("autoattack",)),
         suite=suite or ("" if protocol else _default_suite(datasets)),
@@ -96,16 +98,14 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         n=n,
         results=out,
         data_root=data_root,
-        live=batch_size,
-        keep_images=save_adversarial,
+        active_rows=batch_size,
+        save_images=save_adversarial,
         skip_missing=skip_missing,
-        engine=engine,
-        mode=mode,
-        sight=Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        backend=Backend(engine, mode, attacked_in),
         arch=arch,
         protocol=protocol,
     )
-    plan = planning.plan(order, place(device))
+    plan = planning.plan(request, place(device))
     if dry_run:  # writes nothing, so what would be rendered counts as there
         for line in estimate.price(plan):
             console.result(line)
@@ -126,7 +126,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{reader.as_typed()}"
+        line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
     marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
     flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))

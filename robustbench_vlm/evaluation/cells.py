@@ -22,7 +22,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data.canvas_images import Canvases, sound
+from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models.clip import Classifier
@@ -82,13 +82,13 @@ class Subject:
 
     loaded: Loaded
     card: DatasetCard
-    images: Canvases
+    images: CanvasImages
     bank: Tensor
 
     @classmethod
     def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
         """Look at the images of `split`, and encode the sentences of `card` with one model."""
-        images = sound(split, loaded.model.image_size)
+        images = decodable_images(split, loaded.model.image_size)
         return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))
 
     def classifier(self, device: torch.device, *, bf16: bool = False) -> Classifier:

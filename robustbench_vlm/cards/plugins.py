@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,12 +22,17 @@ from robustbench_vlm.errors import CardError, nearest
 
 
 def names(kind: str) -> list[str]:
-    """Names of all plug-ins of a kind : modules of its folder with a `plugin`, and entry points."""
-    package = importlib.import_module(f"robustbench_vlm.{kind}")
+    """Names of all plug-ins of a kind: files or folders with a line `plugin = ...`, and entry points.
+
+    Their source is searched and nothing is imported, so that a mistyped name is answered without torch.
+    """
+    folder = Path(__file__).parents[1] / kind
+    files = {path.stem: path for path in folder.glob("*.py")}
+    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
     own = [
-        module.name.replace("_", "-")
-        for module in pkgutil.iter_modules(package.__path__)
-        if hasattr(importlib.import_module(f"{package.__name__}.{module.name}"), "plugin")
+        stem.replace("_", "-")
+        for stem, path in files.items()
+        if re.search(r"^plugin\b.*=", path.read_text("utf-8"), re.MULTILINE)
     ]
     return sorted({*own, *(point.name for point in entry_points(group=f"robustbench_vlm.{kind}"))})
 

@@ -110,10 +110,19 @@ def read(kind: str, name: str, record: type[C]) -> C:
     """
     where = path(kind, name)
     card = parse(toml(where), record, str(where))
+    require_plain_name(card, str(where))
+    return card
+
+
+def require_plain_name(card: Card, where: str) -> None:
+    """Refuse a card whose name cannot become part of a path.
+
+    Raises:
+        CardError: its name has other characters than letters, digits and `. _ -`.
+    """
     own = str(getattr(card, "name", "x"))
     if not PLAIN.fullmatch(own):
-        raise CardError(str(where), f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
-    return card
+        raise CardError(where, f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
 
 
 def suite(name: str) -> Suite:

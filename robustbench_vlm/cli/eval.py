@@ -17,7 +17,6 @@ from robustbench_vlm.cli.options import (
     comma_separated,
     place,
     print_grids,
-    require_tiny,
 )
 from robustbench_vlm.errors import InputError
 
@@ -84,6 +83,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
+    from robustbench_vlm.evaluation import evaluate as evaluation
 
     datasets = comma_separated(dataset)
     order = planning.Order(
@@ -110,26 +110,15 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         for line in estimate.price(plan):
             console.result(line)
         return
-    require_tiny([card.name for card in plan.datasets], data_root)
-    for line in plan.protocol.differs if plan.protocol else ():
-        console.remark(f"note: protocol {protocol}: {line}")
-    whole, plan = plan, planning.require_data(plan)
-    for card in whole.datasets:
-        if card not in plan.datasets:
-            console.remark(f"left out: {card.name} is not below {data_root}")
-    for line in estimate.price(plan):
-        console.remark(line)
     with console.meter() as meter:
-        paths = planning.perform(plan, meter, console.remark)
-    rows = planning.rows(plan, paths)
+        rows = evaluation.evaluate(plan, meter, console.remark)
     if as_json:
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
         line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
-    marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
-    flagged = sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
+    flagged = evaluation.flags(rows)
     for line in flagged:
         console.remark(f"flag: {line}")
     if strict and flagged:

@@ -56,7 +56,7 @@ def train(
             else:
                 meter(chosen.name, line["step"], total, f"loss {line['loss']:.4f}")
 
-        kept = teacher_cache.folder() if cache else None
+        kept = teacher_cache.default_folder() if cache else None
         loop.run(chosen, folder, data_root, where, report, kept, console.remark)
     console.result(str(folder))
     told = "" if data_root == Path("data") else f" --data-root {data_root}"

@@ -306,7 +306,7 @@ def test_the_reader_imports_no_torch():
     """So that what it may do with memory stays small, and no loader of torch is at hand."""
     import subprocess
 
-    code = "import sys, robustbench_vlm.models.archives; sys.exit('torch' in sys.modules)"
+    code = "import sys, robustbench_vlm.models.foreign.archives; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -26,6 +26,7 @@ from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical
+from robustbench_vlm.engine.job import Model
 
 HERE = Path(__file__).parent
 WHOLE = "chain"
@@ -50,11 +51,12 @@ def measure(plan: Line, who: Subject) -> Line:
         bare(who.model, probe.images, kind)
     run: Callable[[], Any]
     if engine == "ours":
-        how = attacked_view.Sight(**plan["sight"]) if mode else attacked_view.PLAIN
-        seen = attacked_view.finder(who.model, how, probe.images, who.lower)
-        classify, find = (Watched(model, counts, probe) for model in (who.model, seen))
-        run = partial(ours, who, classify, find if mode else classify, ball, names, size)
-        with attacked_view.numerics(tf32=how.tf32):
+        precision = attacked_view.Precision(**plan["precision"]) if mode else attacked_view.PLAIN
+        view = attacked_view.build(who.model, precision, probe.images, who.lower)
+        watched = Watched(who.model, counts, probe)
+        model = Model(watched, None if view is None else Watched(view, counts, probe))
+        run = partial(ours, who, model, ball, names, size)
+        with attacked_view.numerics(tf32=precision.tf32):
             outcome = clock.time(run, device)
     else:
         _same_precision()
@@ -94,8 +96,8 @@ def _measure(plan: Line, what: argparse.Namespace, index: list[int], labels: lis
 
 def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
     """Everything to be measured, engines next to each other so that they meet the same machine."""
-    sight = {"precision": what.precision, "graphs": what.graphs, "compiled": what.compiled}
-    lower = "ours " + attacked_view.Sight(**sight).label
+    precision = {"format": what.precision, "graphs": what.graphs, "compiled": what.compiled}
+    lower = "ours " + attacked_view.Precision(**precision).label
     for share, eps255 in zip(what.shares, found, strict=True):
         for attack in what.attacks:
             for engine in what.engines:
@@ -108,7 +110,8 @@ def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
                     names.append("autoattack frozen")
                 for name in names:
                     yield {
-                        "share": share, "eps255": eps255, "attack": attack, "engine": name, "sight": sight,
+                        "share": share, "eps255": eps255, "attack": attack, "engine": name,
+                        "precision": precision,
                         "size": {"steps": what.steps, "queries": what.queries, "targets": what.targets},
                         "every": what.every,
                     }  # fmt: skip

@@ -19,9 +19,10 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import canonical, scheduler, trajectories
 from robustbench_vlm.engine.interface import Attack
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.evaluation import chain
 from robustbench_vlm.threat import Threat
-from robustbench_vlm.types import Classify, Finding
+from robustbench_vlm.types import Finding
 
 CHAIN = ("apgd-ce", "apgd-t", "fab-t", "square")
 SEED = 0
@@ -52,32 +53,25 @@ class Outcome:
     unconfirmed: int = 0
 
 
-def ours(
-    who: Subject, classify: Classify, find: Classify, ball: Threat, names: Sequence[str], size: Size
-) -> Outcome:
+def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: Size) -> Outcome:
     """Stages `names` of our chain.
 
     Args:
         who: images and labels.
-        classify: judges.
-        find: is attacked; the same, unless in lower precision.
+        model: canonical function and attacked view.
         ball: norm and radius.
         names: of `CHAIN`.
         size: how long.
     """
     found: list[Finding] = []
     alive = list(range(len(who.keys)))
-    clean = canonical.logits(classify, who.images, ROWS)
+    clean = canonical.logits(model.canonical, who.images, ROWS)
     unconfirmed = 0
-    for group in trajectories.tables(stages(names, size)):
+    for group in trajectories.groups(stages(names, size)):
         if not alive:
             break
-        index = torch.tensor(alive, device=who.images.device)
-        keys = [who.keys[i] for i in alive]
-        cost = scheduler.run(
-            classify, who.images[index], who.labels[index], keys, group, ball, seed=SEED, rows=ROWS,
-            n_classes=who.n_classes, clean=clean[index], find=find, on_finding=found.append,
-        )  # fmt: skip
+        block = ImageBlock(who.images, who.labels, who.keys, clean).take(alive)
+        cost = scheduler.run(model, Job(group, ball, ROWS, who.n_classes, seed=SEED), [block], found.append)
         unconfirmed += cost.unconfirmed
         lost = {finding.key for finding in found if finding.broken}
         alive = [i for i in alive if who.keys[i] not in lost]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
-from robustbench_vlm.data import canvas_images, layout
+from robustbench_vlm.data import dataset, layout
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
@@ -77,7 +77,7 @@ def one(root: Path, n: int, px: int, chain: AttackCard) -> None:
     )
     (path,) = measure.evaluate(what, order, lambda *_: None)
     assert path.with_suffix(".parquet").exists()
-    kept = 0 if what.images.kept is None else what.images.kept.nbytes / 2**20
+    kept = 0 if what.images.pixels is None else what.images.pixels.nbytes / 2**20
     seconds = time.perf_counter() - started
     sizes = (n * px * px * 12 / 2**20, kept, looked, peak() - imported)
     print("\t".join([str(n), str(px), *(f"{size:.0f}" for size in sizes), f"{seconds:.0f}"]))
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     options = parser.parse_args()
     if options.keep is not None:
-        canvas_images.IN_MEMORY = int(options.keep * 2**20)
+        dataset.IN_MEMORY = int(options.keep * 2**20)
     if options.measure:
         one(options.measure, options.sizes[0], options.px, attack(options.attack))
         return

@@ -25,6 +25,7 @@ from watch import Clock, Counts, Probe, Watched, bare
 
 from robustbench_vlm.engine import canonical, scheduler
 from robustbench_vlm.engine.interface import Attack, Oracle, Rows
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.types import Classify
 
@@ -114,10 +115,8 @@ def whole(name: str, classify: Classify, images: Tensor, labels: Tensor, n_class
 
     def run() -> None:
         keys = [str(i) for i in range(len(images))]
-        scheduler.run(
-            watched, images, labels, keys, stages([name], WHOLE), threat(EPS), seed=0, n_classes=n_classes,
-            rows=ROWS, on_finding=lambda _: None,
-        )  # fmt: skip
+        job = Job(stages([name], WHOLE), threat(EPS), ROWS, n_classes)
+        scheduler.run(Model(watched), job, [ImageBlock(images, labels, keys)], lambda _: None)
 
     clock.time(run, images.device)
     took = clock.cpu - probe.spent[1]

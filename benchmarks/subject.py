@@ -18,6 +18,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
 from robustbench_vlm.engine import canonical, scheduler
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.models import openclip, zoo
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank
@@ -143,8 +144,9 @@ def radii(who: Subject, shares: Sequence[float]) -> list[float]:
 def _sound(who: Subject, ball: Threat) -> int:
     lost: list[str] = []
     stages = [(loss, Apgd(loss, SOUNDING, 0.75, restarts=1, targets=0)) for loss in ("ce", "margin")]
+    block = ImageBlock(who.images, who.labels, who.keys)
     scheduler.run(
-        who.model, who.images, who.labels, who.keys, stages, ball, seed=0, n_classes=who.n_classes, rows=ROWS,
-        on_finding=lambda finding: lost.append(finding.key) if finding.broken else None,
+        Model(who.model), Job(stages, ball, ROWS, who.n_classes), [block],
+        lambda finding: lost.append(finding.key) if finding.broken else None,
     )  # fmt: skip
     return len(who.labels) - len(lost)

@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm.backends import backend
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.chain import needs, plugin, require_norm
 from robustbench_vlm.results import verdicts
@@ -56,7 +57,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     live: int | None = None,
     engine: str = "native",
     mode: str = "fast",
-    precision: attacked_view.Precision = "fp32",
+    precision: attacked_view.Format = "fp32",
 ) -> Attacked:
     """Run a chain of attacks on any callable that maps pixels to logits.
 
@@ -88,7 +89,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     """
     ball = threat if isinstance(threat, Threat) else Threat("linf", parse_eps(threat))
     card = reader.read("attacks", chain, AttackCard)
-    means = backend.Means(engine, mode, attacked_view.Sight(precision))
+    backend = Backend(engine, mode, attacked_view.Precision(precision))
     stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
     require_norm(card, ball.norm)
     if live is not None and live < 1:
@@ -110,7 +111,7 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
     examined = model_checks.examine(
         model, images, labels, names, rows=card.rows, seed=seed, **needs(card, clean.shape[1])
     )
-    margins, predictions = losses.judge(clean, labels), clean.argmax(1)
+    margins, predictions = losses.correct_margin(clean, labels), clean.argmax(1)
     table = verdicts.begin(
         names, labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
     )
@@ -124,27 +125,25 @@ def attack(  # noqa: PLR0913 - what a command line says in flags
         line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), ball)
         verdicts.enter(table, i, line, finding.stage, eps)
 
-    alive = torch.tensor([int(i) for i in table.index[verdicts.standing(table)]], dtype=torch.int64)
-    chosen = alive.to(images.device)
-    backend.chain(
-        means,
-        model,
-        images[chosen],
-        labels[chosen],
-        [names[i] for i in alive.tolist()],
-        stages,
-        ball,
-        seed=seed,
-        n_classes=clean.shape[1],
+    standing = [int(i) for i in table.index[verdicts.standing(table)]]
+    sample = canonical.padded(images[: card.rows], card.rows)
+    job = Job(
+        stages=stages,
+        threat=ball,
         rows=card.rows,
-        clean=clean[chosen],
-        live=None if live is None else min(live, card.rows),
+        n_classes=clean.shape[1],
+        active_rows=None if live is None else min(live, card.rows),
         stop=card.stop,
-        find=attacked_view.finder(model, means.sight, canonical.padded(images[: card.rows], card.rows)),
-        on_finding=take,
+        seed=seed,
+    )
+    backend.run_chain(
+        Model(model, attacked_view.build(model, backend.precision, sample)),
+        job,
+        ImageBlock(images, labels, names, clean).take(standing),
+        take,
     )
     after = verdicts.robust_after(table, [stage.name for stage in card.stage], eps)
-    return Attacked(table, adversarial, after, means.label, means.sight.label, examined)
+    return Attacked(table, adversarial, after, backend.label, backend.precision.label, examined)
 
 
 def _require_pixels(images: Tensor, labels: Tensor) -> None:

@@ -164,7 +164,7 @@ def doctor() -> list[tuple[str, str, str]]:
     """(what, what was found, what to do about it) for everything that decides what this machine can do."""
     import torch
 
-    from robustbench_vlm.backends import backend
+    from robustbench_vlm.backends.backend import installed_packages
     from robustbench_vlm.models import zoo
 
     rows = [
@@ -182,7 +182,7 @@ def doctor() -> list[tuple[str, str, str]]:
         rows.append(("gpu", "none", "ImageNet-sized models need one; the tiny world does not"))
     for package in ("open_clip_torch", "peft", "safetensors", "pandas", "pyarrow"):
         rows.append((package, _version(package), ""))
-    for engine, (found, how) in backend.there().items():
+    for engine, (found, how) in installed_packages().items():
         rows.append((f"engine {engine}", found or "not there", "" if found else how))
     rows.append(
         (

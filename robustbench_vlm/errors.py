@@ -1,10 +1,10 @@
-"""Every error a user can meet, drawn as a tree; the door (`cli`) turns each into one line and an exit code.
+"""Every error that a user can meet; the command line prints each as one line and exits with its code.
 
 VlmrobError             exit 1: something failed while running
 ├── AttackError         an attack left the ball or the box, or produced a non-finite number
 ├── TrainingError       a loss is not finite, or training cannot go on
 ├── Incomplete          exit 75: stopped early, but the same command goes on where it stopped
-└── InputError          exit 2: what was typed, or a file that was named, is not usable
+└── InputError          exit 2: what was typed, or a file that was named, cannot be used
     ├── CardError       a TOML or JSON card: unknown key, wrong type, unknown name
     ├── DataError       a dataset: missing, truncated, mislabelled
     └── WeightsError    a checkpoint: other architecture, missing tensor, changed bytes
@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 SHOWN = 24  # known names in one line of error
-FEW = 5  # names that a remark lists before it only counts
+FEW = 5  # names that `some` lists before it only counts
 
 
 class VlmrobError(Exception):
@@ -42,7 +42,7 @@ class Incomplete(VlmrobError):  # noqa: N818 - not an error: the same command re
 class InputError(VlmrobError):
     """What the user gave cannot be used. Exit code 2.
 
-    The message has the house form *where: what was found; what was expected; what to do*.
+    Its message is one line: *where: what was found; expected what; what to do*.
     """
 
     exit_code = 2
@@ -71,7 +71,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped `name`: the nearest known names, then the known ones as far as a line holds them.
+    """A hint for a mistyped `name`: the nearest known names, then the first of all known names.
 
     Returns:
         `did you mean 'x'? known: a, b, c` (the first half only when something is near).

@@ -1,4 +1,4 @@
-"""Randomness as a function of names: never of time, order, batch, worker or device count.
+"""Random numbers as a function of names, and never of time, order, batch, worker count or device count.
 
 A name such as `"0/tiny-seen/test/s0000012/apgd-t/3/0"` is hashed to the key of a counter-based generator
 (Philox), so the same name gives the same numbers everywhere, and the global generators are never touched.
@@ -28,5 +28,8 @@ def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def rank(seed: int, key: str) -> str:
-    """The hash by which subsets are drawn: the n smallest are the subset of size n (so they nest)."""
+    """The hash by which subsets are drawn: the n images with the smallest hashes are the subset of size n.
+
+    So a smaller subset of the same seed is part of every larger one.
+    """
     return hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Bytes on disk: canonical JSON, hashes, atomic writes and append-only ledgers. Nothing is ever deleted."""
+"""Files: canonical JSON, hashes, atomic writes and append-only ledgers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from robustbench_vlm.errors import InputError
 
 Facts = Mapping[str, Any]
-"""What something on disk was made from: plain JSON values."""
+"""Plain JSON values that say what a file was made from."""
 
 
 def cache_folder() -> Path:
@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8; what fingerprints are taken of."""
+    """A JSON value as the bytes that fingerprints are taken of: sorted keys, no spaces, UTF-8."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -42,7 +42,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: a temporary neighbour, flushed to disk, then renamed over `path`."""
+    """Write a file atomically: into a temporary file beside it, flushed to disk, then renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     temporary = Path(name)
@@ -59,7 +59,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write a JSON value for people: two spaces of indent, keys in the given order, one final newline."""
+    """Write a JSON value indented by two spaces, with its keys in the given order and a final newline."""
     write(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -78,14 +78,14 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and hand it to the system, so a killed process loses at most that line."""
+    """Append one JSON line and close the file, so a killed process loses at most that line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write(canonical(dict(record)) + b"\n")
 
 
 def mend(path: Path) -> None:
-    """Cut a half-written last line (a process killed while appending) so that lines can be added again."""
+    """Remove a half-written last line, which a process killed while appending leaves behind."""
     if not path.exists():
         return
     whole = 0
@@ -97,7 +97,7 @@ def mend(path: Path) -> None:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a ledger; a half-written last line is not there yet."""
+    """The complete lines of a ledger; a half-written last line is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -1,11 +1,14 @@
-"""What the attacker may do: a norm and a radius. No torch here, so the door can refuse bad input at once."""
+"""What the attacker may do: a norm and a radius.
+
+Torch is not imported here, so that the command line refuses a mistyped radius at once.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from robustbench_vlm.errors import InputError, nearest
 
@@ -24,15 +27,25 @@ class Threat:
 
     Attributes:
         norm: `linf`, `l2` or `l1`, over all channels and pixels of one image.
-        eps: radius in units of the [0, 1] pixel range, exact. A plain length but for `linf`.
+        eps: radius in units of the [0, 1] pixel range, exact. Text and floats are read by `parse_eps`.
+
+    Example:
+        >>> str(Threat("linf", "4/255")), str(Threat("linf", 8 / 255)), str(Threat("l2", 0.5))
+        ('linf 4/255', 'linf 8/255', 'l2 0.5')
     """
 
     norm: Norm
     eps: Fraction
 
+    if TYPE_CHECKING:  # what a caller may write; `eps` is a Fraction afterwards
+
+        def __init__(self, norm: Norm, eps: Fraction | float | str) -> None: ...
+
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise InputError("norm", repr(self.norm), do=nearest(str(self.norm), NORMS))
+        if not isinstance(self.eps, Fraction):
+            object.__setattr__(self, "eps", parse_eps(self.eps, self.norm))
         if self.eps <= 0:
             do = ZERO if self.eps == 0 else "type for example 4/255"
             raise InputError("eps", str(self.eps), "a positive radius", do)
@@ -55,17 +68,22 @@ def eps_text(norm: str, eps: Fraction) -> str:
     return f"{scaled}/255" if scaled.denominator == 1 else f"{float(scaled):.6g}/255"
 
 
-def parse_eps(text: str, norm: str = "linf") -> Fraction:
-    """The radius meant by what was typed.
+def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
+    """The radius that text or a number means.
 
-    For Linf `2` and `2/255` mean 2/255; `0.0314` is a plain fraction of the pixel range, taken as
-    `N/255` when within 1e-5 of it; a plain fraction above 32/255 must be written `N/255`. For other
-    norms the number is a plain length in [0, 1] pixel units.
+    For Linf `2` and `2/255` mean 2/255; `0.0314` is a fraction of the pixel range, read as `N/255` when
+    within 1e-5 of it; a plain fraction above 32/255 must be written `N/255`. For other norms the number is a
+    length in [0, 1] pixel units.
 
     Raises:
         InputError: not a number, not positive, a decimal of 1 or more, or a plain fraction above 32/255.
+
+    Example:
+        >>> parse_eps("4"), parse_eps(8 / 255), parse_eps("0.5", "l2")
+        (Fraction(4, 255), Fraction(8, 255), Fraction(1, 2))
     """
-    where, text = f"eps {text!r}", text.strip()
+    where = f"eps {typed!r}"
+    text = f"{typed:.15f}".rstrip("0").rstrip(".") if isinstance(typed, float) else str(typed).strip()
     if not NUMBER.fullmatch(text):
         raise InputError(where, "not a number", "4/255, 4 or 0.0157")
     above, _, below = text.partition("/")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_vlm.engine import scheduler
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.types import Finding
 
 SIDE = 12
@@ -43,22 +44,14 @@ def classifier(n_classes: int = 10, side: int = SIDE) -> nn.Module:
 
 
 def findings(model, images, labels, attack, threat, *, order=None, keys=None, **more) -> list[Finding]:
-    """`engine.run` with findings in the order of the images."""
+    """`scheduler.run` with findings in the order of the images."""
     keys = [f"blobs/test/{i}" for i in range(len(images))] if keys is None else keys
     order = range(len(images)) if order is None else order
     order = list(order)
     found: dict[str, Finding] = {}
-    more = {"seed": 0, "rows": 16, **more}
     stages = [(more.pop("stage", "s"), attack)]
     more.setdefault("n_classes", int(model(images[:1]).shape[1]))
-    scheduler.run(
-        model,
-        images[order],
-        labels[order],
-        [keys[i] for i in order],
-        stages,
-        threat,
-        on_finding=lambda finding: found.__setitem__(finding.key, finding),
-        **more,
-    )
+    job = Job(stages, threat, **{"rows": 16, **more})
+    block = ImageBlock(images[order], labels[order], [keys[i] for i in order])
+    scheduler.run(Model(model), job, [block], lambda finding: found.__setitem__(finding.key, finding))
     return [found[keys[i]] for i in range(len(images)) if i in set(order)]

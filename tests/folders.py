@@ -1,4 +1,4 @@
-"""Small datasets on disk for the tests of the data room."""
+"""Small datasets on disk for the tests of the folder data."""
 
 import io
 import tarfile
@@ -8,6 +8,7 @@ from PIL import Image
 
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout
+from robustbench_vlm.store import fingerprint
 
 NAMES = ("red", "green", "blue")
 TEMPLATES = ("a photo of a {c}.",)
@@ -33,6 +34,11 @@ def encode(array, kind="png"):
     file = io.BytesIO()
     Image.fromarray(array).save(file, kind)
     return file.getvalue()
+
+
+def folder_sha(keys, labels, images):
+    """Fingerprint of what a folder holds: ordered keys, labels and hashes of the images."""
+    return fingerprint([[k, int(y), h] for k, y, h in zip(keys, labels, images, strict=True)])
 
 
 def noise(seed, px=8):

@@ -34,6 +34,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import canonical, losses, scheduler, trajectories
 from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.threat import Threat
 
@@ -198,7 +199,7 @@ def test_trajectories_come_target_by_target_each_with_noise_of_its_own_name():
 
     tiny = Threat("linf", Fraction(1, 25500))
     attack = Told("targeted-dlr", 1, 0.75, 2, 3)
-    findings(model, images[:1], labels[:1], attack, tiny, live=1, keys=["a"], seed=7, stage="s")
+    findings(model, images[:1], labels[:1], attack, tiny, active_rows=1, keys=["a"], seed=7, stage="s")
     ranked = canonical.logits(model, images[:1], ROWS)[0].argsort(descending=True).tolist()[1:4]
     assert met == [(f"7/a/s/{target}/{r}", target, r) for target in ranked for r in (0, 1)]
 
@@ -209,10 +210,9 @@ def test_stages_that_share_rows_find_what_each_finds_alone(norm):
     model, images, labels = data(40)
     stages = [("ce", Apgd("ce", 3, 0.75, 1, 0)), ("t", Apgd("targeted-dlr", 3, 0.75, 1, 3))]
     keys, shared = [f"blobs/test/{i}" for i in range(40)], {}
-    scheduler.run(
-        model, images, labels, keys, stages, THREATS[norm], seed=0, n_classes=10, rows=ROWS,
-        on_finding=lambda f: shared.__setitem__((f.stage, f.key), f),
-    )  # fmt: skip
+    job = Job(stages, THREATS[norm], ROWS, 10)
+    block = ImageBlock(images, labels, keys)
+    scheduler.run(Model(model), job, [block], lambda f: shared.__setitem__((f.stage, f.key), f))
     left, met = list(range(40)), 0
     for name, attack in stages:
         alone = findings(model, images, labels, attack, THREATS[norm], stage=name, order=left)
@@ -276,7 +276,7 @@ def one_by_one(model, image, label, name, threat, queries):
                     best[None], image[None], proposal[None].long(), torch.tensor([side]), eps
                 )[0]
             idle += threat.norm == "linf" and torch.equal(x, best)
-        now = float(losses.judge(model(x.expand(ROWS, *x.shape))[:1], label[None]))
+        now = float(losses.correct_margin(model(x.expand(ROWS, *x.shape))[:1], label[None]))
         if now < margin or now <= 0:
             best, margin, found[query] = x, now, x
         if now <= 0:
@@ -298,7 +298,7 @@ def test_square_passing_over_and_looking_ahead_find_what_one_proposal_at_a_time_
     assert norm == "l2" or sum(idle for _, idle, _ in plain) > 0
     for live in (3, ROWS):  # 16 rows for 12 images: crews from the first query on
         attack = Recorded(queries, 0.8, 1)
-        found = findings(model, images, labels, attack, threat, live=live)
+        found = findings(model, images, labels, attack, threat, active_rows=live)
         for i, (points, idle, spent) in enumerate(plain):
             ours = attack.log[images[i].numpy().tobytes()]
             assert ours.keys() == points.keys()
@@ -325,10 +325,10 @@ def test_an_image_that_survives_the_shipped_chain_costs_what_is_written_down():
     index = int((model(images).argmax(1) == labels).nonzero()[0])
     image, label = images[[index]], labels[[index]]
     tiny, spent = Threat("linf", Fraction(1, 25500)), {}
-    for group in trajectories.tables(shipped()):
+    for group in trajectories.groups(shipped()):
         scheduler.run(
-            model, image, label, ["a"], group, tiny, seed=0, n_classes=10, rows=ROWS,
-            on_finding=lambda f: spent.__setitem__(f.stage, (f.broken, f.forwards, f.backwards)),
+            Model(model), Job(group, tiny, ROWS, 10), [ImageBlock(image, label, ["a"])],
+            lambda f: spent.__setitem__(f.stage, (f.broken, f.forwards, f.backwards)),
         )  # fmt: skip
     _, idle, queries = one_by_one(model, image[0], label[0], "0/a/square/-1/0", tiny, 5000)
     assert queries == 5001
@@ -358,12 +358,11 @@ def test_the_shipped_chain_runs_with_any_number_of_classes_and_omits_nothing(n_c
     order = [name for name, _ in chain]
     for eps, all_survive in ((Fraction(1, 2550000), True), (Fraction(1, 30), False)):
         left, entered = list(range(12)), dict.fromkeys(order, 0)
-        for group in trajectories.tables(chain):
+        for group in trajectories.groups(chain):
             found = []
-            scheduler.run(
-                model, images[left], labels[left], [str(i) for i in left], group, Threat("linf", eps),
-                seed=0, n_classes=n_classes, rows=ROWS, on_finding=found.append,
-            )  # fmt: skip
+            block = ImageBlock(images[left], labels[left], [str(i) for i in left])
+            job = Job(group, Threat("linf", eps), ROWS, n_classes)
+            scheduler.run(Model(model), job, [block], found.append)
             for f in found:
                 entered[f.stage] += 1
                 assert not f.error

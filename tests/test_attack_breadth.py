@@ -19,6 +19,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import scheduler, trajectories
 from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.chain import plugin
@@ -189,12 +190,15 @@ def attacked(model, images, labels, name, threat, n_classes, **short):
     """Findings of a chain by (key, stage)."""
     card, stages = chain(name, **short)
     left, found = list(range(len(images))), {}
-    for group in trajectories.tables(stages):
+    for group in trajectories.groups(stages):
+        job = Job(group, threat, 8, n_classes, stop=card.stop)
+        block = ImageBlock(images[left], labels[left], [str(i) for i in left])
         scheduler.run(
-            model, images[left], labels[left], [str(i) for i in left], group, threat, seed=0,
-            n_classes=n_classes, rows=8, stop=card.stop,
-            on_finding=lambda finding: found.__setitem__((finding.key, finding.stage), finding),
-        )  # fmt: skip
+            Model(model),
+            job,
+            [block],
+            lambda finding: found.__setitem__((finding.key, finding.stage), finding),
+        )
         lost = {key for (key, _), finding in found.items() if finding.broken}
         left = [i for i in left if str(i) not in lost]
     return found

@@ -23,8 +23,8 @@ Y, T = torch.tensor([0, 0]), torch.tensor([2, 3])
 
 def test_losses_by_hand():
     assert torch.allclose(losses.cross_entropy(Z, Y, T), Z.logsumexp(1) - Z[:, 0])
-    assert losses.margin(Z, Y, T).tolist() == [-2.0, 2.0]
-    assert losses.judge(Z, Y).tolist() == [2.0, -2.0]
+    assert losses.attack_margin(Z, Y, T).tolist() == [-2.0, 2.0]
+    assert losses.correct_margin(Z, Y).tolist() == [2.0, -2.0]
     # rows: -(4 - 2) / (4 - 1), and -(1 - 3) / (3 - 1)
     assert torch.allclose(losses.dlr(Z, Y, T), torch.tensor([-2 / 3, 1.0]))
     # rows: -(4 - 2) / (4 - (1 - 1) / 2), and -(1 - 2.5) / (3 - (1 + 0) / 2)

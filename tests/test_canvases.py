@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from killed_evaluations import forks, killed, outcome
 
 from robustbench_vlm.data import canvas_images, dataset
-from robustbench_vlm.data.dataset import in_order, open_split
+from robustbench_vlm.data.dataset import open_split
+from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError
 
 N = 14
@@ -32,9 +33,9 @@ def test_floats_are_those_of_the_files_kept_or_not(tmp_path, positions, kept):
     if not (tmp_path / "wds_toy").exists():
         write_toy(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas_images, "IN_MEMORY", 24 * 8 * 8 * 3 - (not kept))
-        images = canvas_images.sound(open_split(card(), tmp_path, "test"), 8)
-    assert (images.kept is not None) == kept
+        patch.setattr(dataset, "IN_MEMORY", 24 * 8 * 8 * 3 - (not kept))
+        images = canvas_images.decodable_images(open_split(card(), tmp_path, "test"), 8)
+    assert (images.pixels is not None) == kept
     found = images.floats(positions)
     assert (found.shape, found.dtype) == ((len(positions), 3, 8, 8), torch.float32)
     wanted = [torch.from_numpy(noise(i)).permute(2, 0, 1).to(torch.float32).div(255) for i in positions]
@@ -43,7 +44,7 @@ def test_floats_are_those_of_the_files_kept_or_not(tmp_path, positions, kept):
 
 def test_parts_are_whole_calls_that_fit(tmp_path, monkeypatch):
     write_toy(tmp_path)
-    images = canvas_images.sound(open_split(card(), tmp_path, "test"), 8)
+    images = canvas_images.decodable_images(open_split(card(), tmp_path, "test"), 8)
     image = 3 * 8 * 8 * 4  # bytes
     for bound, size in ((0, 5), (image * 10 - 1, 5), (image * 10, 10), (image * 14, 10)):
         monkeypatch.setattr(canvas_images, "AT_ONCE", bound)
@@ -55,21 +56,20 @@ def test_parts_are_whole_calls_that_fit(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_replaced_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(canvas_images, "IN_MEMORY", 0)
+    monkeypatch.setattr(dataset, "IN_MEMORY", 0)
     place = write_toy(tmp_path, n=1)
     images = [encode(noise(seed)) for seed in (0, 1)]
     for image in images:
         one_shard(place, tar_bytes([("s0.png", image), ("s0.cls", b"0")]))
         if image == images[0]:
-            found = canvas_images.sound(open_split(card(size={}), tmp_path, "test"), 8)
+            found = canvas_images.decodable_images(open_split(card(size={}), tmp_path, "test"), 8)
             assert len(found.floats([0])) == 1
     assert len(images[0]) == len(images[1])
-    with pytest.raises(DataError, match=r"toy/test/s0: another file than at the start"):
+    with pytest.raises(DataError, match=r"toy/test/s0: its file has changed since the first reading"):
         found.floats([0])
 
 
-def test_threads_run_ahead_a_little_and_keep_the_order(monkeypatch):
-    monkeypatch.setattr(dataset, "AHEAD", 5)
+def test_threads_run_ahead_a_little_and_keep_the_order():
     begun, lock = [], threading.Lock()
 
     def call(i):
@@ -77,7 +77,7 @@ def test_threads_run_ahead_a_little_and_keep_the_order(monkeypatch):
             begun.append(i)
         return i * i
 
-    stream = in_order(call, range(1000))
+    stream = in_order(call, range(1000), 5)
     assert [next(stream) for _ in range(10)] == [i * i for i in range(10)]
     assert max(begun) <= 10 + 5
     stream.close()
@@ -102,11 +102,13 @@ def evaluated(root, results, way, stages=("ce", "t", "square")):
 
 def streamed(patch, calls):
     """Nothing is kept in memory, and parts have so many calls; returns the sizes of what is read."""
-    read, floats = [], canvas_images.Canvases.floats
-    patch.setattr(canvas_images, "IN_MEMORY", 0)
+    read, floats = [], canvas_images.CanvasImages.floats
+    patch.setattr(dataset, "IN_MEMORY", 0)
     patch.setattr(canvas_images, "AT_ONCE", calls * 4 * 3 * toys.PX**2 * 4)
     patch.setattr(
-        canvas_images.Canvases, "floats", lambda self, where: read.append(len(where)) or floats(self, where)
+        canvas_images.CanvasImages,
+        "floats",
+        lambda self, where: read.append(len(where)) or floats(self, where),
     )
     return read
 
@@ -146,7 +148,7 @@ def test_kills_between_and_inside_parts_leave_no_trace(root, way, tmp_path, monk
     toys.run(what, orders["whole"])
     streamed(monkeypatch, 1)
     what = toys.subject(toys.dataset_card(), root)
-    assert what.images.kept is None
+    assert what.images.pixels is None
     counted = multiprocessing.get_context("fork").Value("i", 0)
     assert not killed(what, toys.request(tmp_path / "counted", chain, **way), 0, counted)
     draw = random.Random(0)
@@ -166,8 +168,8 @@ def test_bad_images_are_left_out_wherever_pixels_lie(tmp_path, monkeypatch):
     split = open_split(card(size={}), tmp_path, "test")
     found = []
     for bound in (0, 10**6):
-        monkeypatch.setattr(canvas_images, "IN_MEMORY", bound)
-        images = canvas_images.sound(split, 8, 0.1)
+        monkeypatch.setattr(dataset, "IN_MEMORY", bound)
+        images = canvas_images.decodable_images(split, 8, 0.1)
         assert (len(images), len(images.split.bad)) == (19, 1)
         found.append(images.floats(range(19)))
         i = images.split.keys.index("toy/test/s7")

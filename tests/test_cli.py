@@ -279,7 +279,11 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
     [
         ("train mmt-adr", ["'mmt-adr'", "did you mean 'mmt-ard'"]),
         ("train mmt-ard --recipe nowhere.toml", ["nowhere.toml", "no such file"]),
-        ("train mmt-ard --recipe tiny-tecoa", ["a recipe of 'tecoa'"]),
+        ("train mmt-ard --recipe tiny-tecoa", ["no teacher 'robust'", "--set teachers.robust=MODEL"]),
+        (
+            "train fare --recipe tiny-clean --set teachers.anchor=tiny",
+            ["no [inner] table", "--recipe tiny-agft"],
+        ),
         ("train mmt-ard --set optim.setps=3", ["optim.setps", "did you mean 'steps'"]),
         ("train mmt-ard --set optim.steps", ["key=value"]),
         ("train mmt-ard --device gpu", ["--device gpu", "cpu, cuda"]),

@@ -6,13 +6,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from folders import NAMES, TEMPLATES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
+from folders import (
+    NAMES,
+    TEMPLATES,
+    card,
+    encode,
+    folder_sha,
+    noise,
+    one_shard,
+    samples,
+    tar_bytes,
+    write_toy,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustbench_vlm import rng
 from robustbench_vlm.data import canvas_images, layout
-from robustbench_vlm.data.dataset import Entry, Split, folder_sha, majority, missing, open_split
+from robustbench_vlm.data.dataset import Entry, Split, majority, missing, open_split
 from robustbench_vlm.data.shards import Sample
 from robustbench_vlm.errors import DataError
 
@@ -68,23 +79,23 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     layout.write_texts(tmp_path / "wds_toy", NAMES, TEMPLATES)
     layout.write_split(tmp_path / "wds_toy", "test", rows, 500)
     split = open_split(card(size={}), tmp_path, "test")
-    images = canvas_images.sound(split, 8)
+    images = canvas_images.decodable_images(split, 8)
     whole, floats = images.split, images.floats(range(1998))
-    assert len(whole) == len(images) == len(images.kept) == len(images.sha256) == 1998
+    assert len(whole) == len(images) == len(images.pixels) == len(images.sha256) == 1998
     assert len(whole.bad) == 2
     assert "toy/test/s0000007: not a whole image (a web page)" in whole.bad[0]
     assert "s0001999" in whole.bad[1]
     assert whole.sha256 != split.sha256  # such a row is not mistaken for one on all images
     i = whole.keys.index("toy/test/s0000100")
-    assert np.array_equal(images.kept[i], noise(100))
+    assert np.array_equal(images.pixels[i], noise(100))
     assert torch.equal(floats[i], torch.from_numpy(noise(100)).permute(2, 0, 1).to(torch.float32).div(255))
     assert whole.labels[i] == 100 % 3
     with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):
-        canvas_images.sound(split, 8, 0.0005)
+        canvas_images.decodable_images(split, 8, 0.0005)
     with pytest.raises(DataError, match="s0000007"):
         split.images(8)
     clean = split.subset(5)
-    assert canvas_images.sound(clean, 8).split is clean
+    assert canvas_images.decodable_images(clean, 8).split is clean
 
 
 def test_model_canvas_takes_the_models_size(tmp_path):
@@ -230,7 +241,7 @@ def test_class_folders(tmp_path):
 def test_missing_datasets_say_how_to_get_them(tmp_path):
     write_toy(tmp_path)
     hub = card(name="cars", folder="wds_cars", source={"hub": "clip-benchmark/wds_cars", "revision": "abc"})
-    tiny = card(name="tiny-seen", folder="wds_tiny-seen")
+    tiny = card(name="tiny-seen", folder="wds_tiny-seen", made_by="tiny")
     lines = missing([card(), hub, tiny], tmp_path, "test")
     assert len(lines) == 2
     assert f"vlmrob data fetch cars --root {tmp_path}" in lines[0]

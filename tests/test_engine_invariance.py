@@ -21,9 +21,9 @@ from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.backends import backend
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.engine import canonical, scheduler
-from robustbench_vlm.engine.job import Block
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 100
@@ -70,7 +70,7 @@ def test_1_7_32_and_100_rows_in_three_orders_find_the_same(name, norm):
     first, second, third = orders(40)
     for live, order in ((1, first[:5]), (7, second), (32, third), (100, first)):
         found = findings(
-            model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS, live=live, order=order
+            model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS, active_rows=live, order=order
         )
         for finding in found:
             same(finding, whole[int(finding.key.rsplit("/")[-1])])
@@ -82,11 +82,14 @@ def test_stages_that_share_rows_find_the_same_in_any_order():
 
     def run(order, live):
         found = {}
+        job = Job(stages, THREATS["linf"], ROWS, 10, active_rows=live)
+        block = ImageBlock(images[order], labels[order], [f"image/{i}" for i in order])
         scheduler.run(
-            model, images[order], labels[order], [f"image/{i}" for i in order], stages, THREATS["linf"],
-            seed=0, n_classes=10, rows=ROWS, live=live,
-            on_finding=lambda finding: found.__setitem__((finding.key, finding.stage), finding),
-        )  # fmt: skip
+            Model(model),
+            job,
+            [block],
+            lambda finding: found.__setitem__((finding.key, finding.stage), finding),
+        )
         return found
 
     whole = run(list(range(30)), ROWS)
@@ -111,9 +114,7 @@ def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
             part = slice(i, i + size)
             own = images[part].clone()
             opened.append(weakref.ref(own))
-            block = Block(
-                own, labels[part], [f"image/{k}" for k in range(150)[part]], clean[part], [0] * len(own)
-            )
+            block = ImageBlock(own, labels[part], [f"image/{k}" for k in range(150)[part]], clean[part])
             del own
             yield block
             del block
@@ -127,10 +128,7 @@ def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
 
         opened.clear()
         most.clear()
-        cost = backend.stream(
-            backend.Means(), model, cut(size), stages, THREATS["linf"], seed=0, n_classes=10, rows=8,
-            on_finding=take,
-        )  # fmt: skip
+        cost = Backend().run(Model(model), Job(stages, THREATS["linf"], 8, 10), cut(size), take)
         return found, cost, when
 
     whole, cost, _ = run(150)
@@ -138,7 +136,7 @@ def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
     assert 30 < len(broken) < 120
     for size in (8, 24):
         found, other, when = run(size)
-        # survivors of the first stage come before images that were not there yet, so juries are others
+        # survivors of the first stage come before images that were not there yet, so canonical calls differ
         assert abs(other.gradients - cost.gradients) <= 0.02 * cost.gradients
         assert abs(other.canonical - cost.canonical) <= 2
         assert found.keys() == whole.keys()

@@ -18,11 +18,12 @@ from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.backends import autoattack, backend, packages, torchattacks
-from robustbench_vlm.backends.backend import Means
-from robustbench_vlm.backends.packages import Order
+from robustbench_vlm.backends import autoattack, packages, torchattacks
+from robustbench_vlm.backends.backend import Backend, installed_packages
+from robustbench_vlm.backends.packages import PackageCall, PackageStage
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.engine.attacked_view import Sight
+from robustbench_vlm.engine.attacked_view import Precision
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 
@@ -42,15 +43,13 @@ def data(n=40):
     return model, images[right], labels[right]
 
 
-def run(means, model, images, labels, stages=CHAIN, threat=LINF, **more):
+def run(way, model, images, labels, stages=CHAIN, threat=LINF, **more):
     """The last finding of every image, in order, and the cost."""
     found, keys = {}, [f"i{i}" for i in range(len(images))]
-    more = {"seed": 0, "n_classes": 10, "rows": ROWS, **more}
     clean = canonical.logits(model, images, ROWS) if len(images) else torch.empty(0, 10)
-    cost = backend.chain(
-        means, model, images, labels, keys, stages, threat, clean=clean,
-        on_finding=lambda f: found.__setitem__(f.key, f), **more,
-    )  # fmt: skip
+    block = ImageBlock(images, labels, keys, clean)
+    job = Job(stages, threat, ROWS, 10, **more)
+    cost = way.run_chain(Model(model), job, block, lambda f: found.__setitem__(f.key, f))
     return [found[key] for key in keys], cost
 
 
@@ -64,24 +63,27 @@ def generators():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"engine": "torchatacks"}, "--engine torchatacks: no such engine; did you mean 'torchattacks'"),
+        ({"name": "torchatacks"}, "--engine torchatacks: no such engine; did you mean 'torchattacks'"),
         ({"mode": "slow"}, "--mode slow: no such mode; known: fast, reference"),
-        ({"engine": "torchattacks", "mode": "reference"}, "a mode of the native engine, with --engine torch"),
-        ({"mode": "reference", "sight": Sight("bf16")}, "--mode reference: bf16-find"),
-        ({"mode": "reference", "sight": Sight(graphs=True)}, "--mode reference"),
-        ({"engine": "autoattack", "sight": Sight(compiled=True)}, "leave --compile and --cuda-graphs out"),
+        ({"name": "torchattacks", "mode": "reference"}, "a mode of the native engine, with --engine torch"),
+        ({"mode": "reference", "precision": Precision("bf16")}, "--mode reference: bf16-find"),
+        ({"mode": "reference", "precision": Precision(graphs=True)}, "--mode reference"),
+        (
+            {"name": "autoattack", "precision": Precision(compiled=True)},
+            "leave --compile and --cuda-graphs out",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(fields, message):
     with pytest.raises(InputError, match=message) as caught:
-        Means(**fields)
+        Backend(**fields)
     assert "\n" not in str(caught.value)
 
 
 def test_every_way_to_attack_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setattr(autoattack, "NAMES", ("torch",))  # any installed package
     monkeypatch.setattr(torchattacks, "NAMES", ("numpy",))
-    ways = [Means(), Means(mode="reference"), Means("autoattack"), Means("torchattacks")]
+    ways = [Backend(), Backend(mode="reference"), Backend("autoattack"), Backend("torchattacks")]
     assert len({way.label for way in ways}) == 4
     assert ways[0].label == "native/2"
     assert ways[3].label == f"torchattacks/numpy-{np.__version__}/1"
@@ -99,7 +101,7 @@ def test_a_missing_package_says_how_to_install_it(module, message, monkeypatch):
     monkeypatch.setattr(module, "NAMES", ("no_such_package",))
     with pytest.raises(InputError, match=message):
         module.package()
-    assert backend.there()[module.__name__.rsplit(".", 1)[-1]] == ("", module.INSTALL)
+    assert installed_packages()[module.__name__.rsplit(".", 1)[-1]] == ("", module.INSTALL)
 
 
 def test_a_package_that_lacks_a_module_says_which(tmp_path, monkeypatch):
@@ -111,9 +113,9 @@ def test_a_package_that_lacks_a_module_says_which(tmp_path, monkeypatch):
 
 def test_what_is_left_is_run_alone_or_in_the_batches_that_it_was_in():
     members, left = list(range(10)), {1, 2, 9}
-    assert backend.batches(Means(), members, left, 4) == [1, 2, 9]
-    assert backend.batches(Means(mode="reference"), members, left, 4) == [0, 1, 2, 3, 8, 9]
-    assert backend.batches(Means(mode="reference"), members, {}, 4) == []
+    assert Backend().batches(members, left, 4) == [1, 2, 9]
+    assert Backend(mode="reference").batches(members, left, 4) == [0, 1, 2, 3, 8, 9]
+    assert Backend(mode="reference").batches(members, {}, 4) == []
 
 
 # --- the reference mode ------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def test_what_is_left_is_run_alone_or_in_the_batches_that_it_was_in():
 def test_reference_mode_gives_findings_and_leaves_generators_alone(threat):
     model, images, labels = data()
     before = generators()
-    found, cost = run(Means(mode="reference"), model, images, labels, threat=threat)
+    found, cost = run(Backend(mode="reference"), model, images, labels, threat=threat)
     assert generators() == before
     broken = [f.broken for f in found]
     assert 3 <= sum(broken) <= len(broken) - 3
@@ -133,13 +135,13 @@ def test_reference_mode_gives_findings_and_leaves_generators_alone(threat):
     assert all(f.stage == "square" for f in found if not f.broken)
     assert cost.gradients > 0
     assert cost.forwards > 0
-    fast, _ = run(Means(), model, images, labels, threat=threat)
+    fast, _ = run(Backend(), model, images, labels, threat=threat)
     assert sum(a.broken != b.broken for a, b in zip(fast, found, strict=True)) <= 1
 
 
 def test_reference_mode_is_a_function_of_seed_and_batch():
     model, images, labels = data()
-    reference = Means(mode="reference")
+    reference = Backend(mode="reference")
 
     def advs(seed=0, cut=None):
         found, _ = run(reference, model, images[:cut], labels[:cut], [("ce", CE)], seed=seed)
@@ -153,7 +155,7 @@ def test_reference_mode_is_a_function_of_seed_and_batch():
 def test_l2_square_in_reference_mode_searches():
     model, images, labels = data()
     found, _ = run(
-        Means(mode="reference"),
+        Backend(mode="reference"),
         model,
         images,
         labels,
@@ -175,10 +177,10 @@ def sick(model, images):
     return seen
 
 
-@pytest.mark.parametrize("means", [Means(), Means(mode="reference")], ids=lambda m: m.title)
-def test_rows_with_nan_are_errors_and_no_verdict(means):
+@pytest.mark.parametrize("way", [Backend(), Backend(mode="reference")], ids=lambda way: way.title)
+def test_rows_with_nan_are_errors_and_no_verdict(way):
     model, images, labels = data()
-    found, _ = run(means, sick(model, images), images, labels)
+    found, _ = run(way, sick(model, images), images, labels)
     errors = [f for f in found if f.error]
     assert 1 <= len(errors) < len(found)
     assert not any(f.broken for f in errors)
@@ -202,20 +204,21 @@ def test_rows_with_nan_are_errors_and_no_verdict(means):
 )
 def test_what_has_no_reference_mode_is_refused(attack, threat, stop, message):
     with pytest.raises(InputError, match=message):
-        backend.refuse(Means(mode="reference"), [("s", attack)], threat, n_classes=10, stop=stop)
+        Backend(mode="reference").require(Job([("s", attack)], threat, ROWS, 10, stop=stop))
 
 
-def test_live_rows_are_refused_where_batches_decide():
+def test_active_rows_are_refused_where_batches_decide():
     with pytest.raises(InputError, match="--batch-size 4: native reference draws its noise in batches"):
-        backend.refuse(Means(mode="reference"), CHAIN, LINF, n_classes=10, stop="first", live=4)
-    backend.refuse(Means(), CHAIN, LINF, n_classes=10, stop="first", live=4)
+        Backend(mode="reference").require(Job(CHAIN, LINF, ROWS, 10, active_rows=4))
+    Backend().require(Job(CHAIN, LINF, ROWS, 10, active_rows=4))
 
 
 # --- what packages are asked for ---------------------------------------------------------------------------
 
 
-def order(attack, threat=LINF, n_classes=10, stop="first", shape=(20, 20)):
-    return Order("s", attack, threat, 7, n_classes, stop, shape)
+def stage(attack, threat=LINF, n_classes=10, stop="first", shape=(20, 20)):
+    job = Job([("s", attack)], threat, ROWS, n_classes, stop=stop, seed=7)
+    return PackageStage("s", attack, job, shape)
 
 
 BALL = {"norm": "Linf", "eps": 5 / 255, "seed": 7}
@@ -246,26 +249,26 @@ OURS, THEIRS = autoattack.AutoAttack("x"), torchattacks.TorchAttacks("x")
     ],
 )  # fmt: skip
 def test_a_stage_is_the_packages_own_attack_with_our_numbers(package, attack, kind, settings):
-    call = package.translate(order(attack, L1 if attack is SPARSE else LINF))
+    call = package.translate(stage(attack, L1 if attack is SPARSE else LINF))
     assert (call.kind, call.settings) == (kind, BALL | settings)
 
 
 def test_pgd_is_torchattacks_pgd():
-    call = THEIRS.translate(order(PGD, stop="last"))
+    call = THEIRS.translate(stage(PGD, stop="last"))
     settings = {"eps": 5 / 255, "alpha": 5 / 255 / 4, "steps": 5, "random_start": True}
     assert (call.kind, call.settings) == ("PGD", settings)
-    assert OURS.translate(order(FAB, L1)).settings["norm"] == "L1"
-    assert THEIRS.translate(order(PGD, L2, stop="last")).kind == "PGDL2"
-    assert THEIRS.translate(order(Fgsm("ce"))) == packages.Call("FGSM", {"eps": 5 / 255})
-    call = THEIRS.translate(order(MiFgsm("ce", 7, "1/255", 0.9), stop="last"))
+    assert OURS.translate(stage(FAB, L1)).settings["norm"] == "L1"
+    assert THEIRS.translate(stage(PGD, L2, stop="last")).kind == "PGDL2"
+    assert THEIRS.translate(stage(Fgsm("ce"))) == PackageCall("FGSM", {"eps": 5 / 255})
+    call = THEIRS.translate(stage(MiFgsm("ce", 7, "1/255", 0.9), stop="last"))
     settings = {"eps": 5 / 255, "alpha": 1 / 255, "steps": 7, "decay": 0.9}
     assert (call.kind, call.settings) == ("MIFGSM", settings)
 
 
 def test_few_classes_cap_the_targets():
-    assert OURS.translate(order(FAB, n_classes=2)).settings["n_target_classes"] == 1
-    assert THEIRS.translate(order(FAB, n_classes=2)).settings["n_classes"] == 2
-    assert OURS.translate(order(AIMED, n_classes=4)).settings["n_target_classes"] == 3
+    assert OURS.translate(stage(FAB, n_classes=2)).settings["n_target_classes"] == 1
+    assert THEIRS.translate(stage(FAB, n_classes=2)).settings["n_classes"] == 2
+    assert OURS.translate(stage(AIMED, n_classes=4)).settings["n_target_classes"] == 3
 
 
 @dataclass(frozen=True)
@@ -279,12 +282,12 @@ class Patient(Apgd):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (order(Apgd("margin", 5, 0.75, 1, 0)), "no apgd with loss = 'margin'; use --engine native"),
-        (order(CE, stop="best"), "no apgd with stop = 'best'"),
-        (order(AIMED, n_classes=3), "no apgd with loss = 'targeted-dlr' and 3 classes"),
-        (order(DLR, n_classes=2), "no apgd with loss = 'dlr' and 2 classes"),
-        (order(SQUARE, L2, shape=(12, 12)), r"no square with norm 'l2' on images of \(12, 12\) pixels"),
-        (order(Patient("ce", 5, 0.75, 1, 0, patience=2)), "no patient with patience = 2"),
+        (stage(Apgd("margin", 5, 0.75, 1, 0)), "no apgd with loss = 'margin'; use --engine native"),
+        (stage(CE, stop="best"), "no apgd with stop = 'best'"),
+        (stage(AIMED, n_classes=3), "no apgd with loss = 'targeted-dlr' and 3 classes"),
+        (stage(DLR, n_classes=2), "no apgd with loss = 'dlr' and 2 classes"),
+        (stage(SQUARE, L2, shape=(12, 12)), r"no square with norm 'l2' on images of \(12, 12\) pixels"),
+        (stage(Patient("ce", 5, 0.75, 1, 0, patience=2)), "no patient with patience = 2"),
     ],
 )  # fmt: skip
 def test_what_a_package_cannot_express_is_refused_in_one_line(package, asked, message):
@@ -296,23 +299,23 @@ def test_what_a_package_cannot_express_is_refused_in_one_line(package, asked, me
 @pytest.mark.parametrize(
     ("package", "asked", "message"),
     [
-        (OURS, order(PGD, stop="last"), "stage s: the package has no pgd; use"),
-        (OURS, order(ApgdL1("ce", (4, 3, 3), (3.0, 2.0, 1.0), 5, 0), L1), r"steps = \(4, 3, 3\) at radii"),
-        (THEIRS, order(SPARSE, L1), "stage s: the package has no apgdl1; use"),
-        (THEIRS, order(SQUARE, L1), "no square with norm 'l1'"),
-        (THEIRS, order(FAB, L1), "no fab with norm 'l1'"),
-        (THEIRS, order(Fgsm("ce"), L2), "no fgsm with norm 'l2'"),
-        (THEIRS, order(MiFgsm("ce", 7, "1/255", 0.9)), "no mifgsm with stop = 'first'"),
-        (THEIRS, order(PGD), "no pgd with stop = 'first'"),
-        (THEIRS, order(Pgd("ce", 5, "eps/4", 2, True), stop="last"), "no pgd with restarts = 2"),
-        (THEIRS, order(Pgd("margin", 5, "eps/4", 1, True), stop="last"), "no pgd with loss = 'margin'"),
-        (THEIRS, order(SQUARE, shape=(20, 16)), r"images of \(20, 16\) pixels"),
+        (OURS, stage(PGD, stop="last"), "stage s: the package has no pgd; use"),
+        (OURS, stage(ApgdL1("ce", (4, 3, 3), (3.0, 2.0, 1.0), 5, 0), L1), r"steps = \(4, 3, 3\) at radii"),
+        (THEIRS, stage(SPARSE, L1), "stage s: the package has no apgdl1; use"),
+        (THEIRS, stage(SQUARE, L1), "no square with norm 'l1'"),
+        (THEIRS, stage(FAB, L1), "no fab with norm 'l1'"),
+        (THEIRS, stage(Fgsm("ce"), L2), "no fgsm with norm 'l2'"),
+        (THEIRS, stage(MiFgsm("ce", 7, "1/255", 0.9)), "no mifgsm with stop = 'first'"),
+        (THEIRS, stage(PGD), "no pgd with stop = 'first'"),
+        (THEIRS, stage(Pgd("ce", 5, "eps/4", 2, True), stop="last"), "no pgd with restarts = 2"),
+        (THEIRS, stage(Pgd("margin", 5, "eps/4", 1, True), stop="last"), "no pgd with loss = 'margin'"),
+        (THEIRS, stage(SQUARE, shape=(20, 16)), r"images of \(20, 16\) pixels"),
     ],
 )
 def test_what_one_package_cannot_do(package, asked, message):
     with pytest.raises(InputError, match=message):
         package.translate(asked)
-    assert OURS.translate(order(Patient("ce", 5, 0.75, 1, 0))).kind == "APGDAttack", "a default is no wish"
+    assert OURS.translate(stage(Patient("ce", 5, 0.75, 1, 0))).kind == "APGDAttack", "a default is no wish"
 
 
 # --- what packages cannot reach or hide --------------------------------------------------------------------
@@ -326,7 +329,7 @@ class Rough:
     reach: float = 1.0
 
     def translate(self, asked):
-        return packages.Call("fgsm", {"eps": float(asked.threat.eps) * self.reach})
+        return PackageCall("fgsm", {"eps": float(asked.job.threat.eps) * self.reach})
 
     def build(self, call, model, device):
         def perturb(images, labels):
@@ -342,11 +345,11 @@ class Rough:
         return perturb
 
 
-def rough(model, images, labels, reach=1.0, **more):
+def rough(model, images, labels, reach=1.0, view=None):
     found, keys = {}, [f"i{i}" for i in range(len(images))]
     cost = packages.run(
-        Rough(reach=reach), model, images, labels, keys, [("a", CE), ("b", CE)], LINF, seed=0, n_classes=10,
-        rows=ROWS, on_finding=lambda f: found.setdefault(f.key, []).append(f), **more,
+        Rough(reach=reach), Model(model, view), Job([("a", CE), ("b", CE)], LINF, ROWS, 10),
+        ImageBlock(images, labels, keys), lambda f: found.setdefault(f.key, []).append(f),
     )  # fmt: skip
     return [found[key] for key in keys], cost
 
@@ -431,7 +434,7 @@ def test_lower_precision_finds_and_the_plain_model_decides():
         return -model(x)
 
     honest, _ = rough(model, images, labels)
-    found, _ = rough(model, images, labels, find=liar)
+    found, _ = rough(model, images, labels, view=liar)
     assert sum(met[-1].broken for met in found) < sum(met[-1].broken for met in honest)
     for met, label in zip(found, labels, strict=True):
         assert met[-1].broken == (int(model(met[-1].adv[None]).argmax()) != int(label))
@@ -439,6 +442,6 @@ def test_lower_precision_finds_and_the_plain_model_decides():
 
 def test_no_images_cost_nothing():
     model, images, labels = data()
-    for means in (Means(), Means(mode="reference")):
-        found, cost = run(means, model, images[:0], labels[:0])
+    for way in (Backend(), Backend(mode="reference")):
+        found, cost = run(way, model, images[:0], labels[:0])
         assert (found, cost.gradients, cost.forwards) == ([], 0, 0)

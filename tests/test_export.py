@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import toys
 from command_line import run_command as vlmrob
-from folders import encode, noise
+from folders import encode, folder_sha, noise
 from PIL import Image
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data.dataset import folder_sha, open_split
+from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError
 
 CLASSES = ("cat", "dog", "red_fox")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import card, noise, one_shard, tar_bytes, write_toy
 
-from robustbench_vlm.data import loader
+from robustbench_vlm.data import dataset, loader
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError
 
@@ -40,7 +40,7 @@ def test_batches_hold_what_their_keys_say(split):
 def test_resume_gives_the_same_batches(split, kept, monkeypatch):
     whole = list(loader.batches(split, 7, 0, 0, 12, px=8))
     if not kept:
-        monkeypatch.setattr(loader, "IN_MEMORY", 0)
+        monkeypatch.setattr(dataset, "IN_MEMORY", 0)
     for start in (0, 1, 5, 11, 12):
         resumed = list(loader.batches(split, 7, 0, start, 12, px=8))
         assert len(resumed) == 12 - start
@@ -69,14 +69,14 @@ def test_a_bad_image_is_named_and_stops_at_its_batch(tmp_path, monkeypatch):
     place = write_toy(tmp_path, n=1)
     one_shard(place, tar_bytes([("s0.png", b"<html>"), ("s0.cls", b"0")]))
     split = open_split(card(size={}), tmp_path, "test")
-    for limit in (loader.IN_MEMORY, 0):
-        monkeypatch.setattr(loader, "IN_MEMORY", limit)
+    for limit in (dataset.IN_MEMORY, 0):
+        monkeypatch.setattr(dataset, "IN_MEMORY", limit)
         with pytest.raises(DataError, match=r"0\.tar, toy/test/s0: not a whole image \(a web page\)"):
             next(loader.batches(split, 2, 0, 0, 5, px=8))
 
 
 def test_stopping_early_leaves_no_threads(split, monkeypatch):
-    monkeypatch.setattr(loader, "IN_MEMORY", 0)
+    monkeypatch.setattr(dataset, "IN_MEMORY", 0)
     stream = loader.batches(split, 4, 0, 0, 10**6, px=8)
     assert len(list(islice(stream, 3))) == 3
     stream.close()

@@ -10,6 +10,7 @@ from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.engine import batch_shapes, canonical, scheduler
 from robustbench_vlm.engine.interface import Oracle
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 64
@@ -36,13 +37,12 @@ class Counted(nn.Module):
         return self.told(self.model(images), grad)
 
 
-def run(model, attack, n, **more):
+def run(model, attack, n, view=None, active_rows=None):
     images, labels = blobs(n, 10, seed=4)
     found = {}
-    stages = [("s", attack)]
     cost = scheduler.run(
-        model, images, labels, [str(i) for i in range(n)], stages, LINF, seed=0, n_classes=10, rows=ROWS,
-        on_finding=lambda f: found.__setitem__(f.key, f), **more,
+        Model(model, view), Job([("s", attack)], LINF, ROWS, 10, active_rows),
+        [ImageBlock(images, labels, [str(i) for i in range(n)])], lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
     return [found[str(i)] for i in range(n)], cost
 
@@ -117,15 +117,15 @@ def test_a_model_whose_numbers_depend_on_the_shape_keeps_the_full_one():
     assert all(looked.count(rows) == 2 for rows in looked)
 
 
-def test_another_finder_is_called_in_the_full_shape_only():
-    model, finder = Counted(), Counted()
-    run(model, PLUGINS["apgd-ce"], 20, find=finder)
-    assert {rows for rows, _ in model.calls + finder.calls} == {ROWS}
+def test_another_attacked_view_is_called_in_the_full_shape_only():
+    model, view = Counted(), Counted()
+    run(model, PLUGINS["apgd-ce"], 20, view=view)
+    assert {rows for rows, _ in model.calls + view.calls} == {ROWS}
 
 
 def test_few_rows_in_use_make_small_calls_and_verdicts_are_given_in_the_full_shape():
     model = Counted()
-    _, cost = run(model, PLUGINS["square"], 20, live=5)
+    _, cost = run(model, PLUGINS["square"], 20, active_rows=5)
     sizes = [rows for rows, _ in model.calls]
     assert sizes.count(ROWS) == cost.canonical
     assert sizes.count(8) > 100

@@ -20,7 +20,7 @@ from robustbench_vlm.cli import app
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.results import stats
 from robustbench_vlm.studies import findings, page, render, runner, tables
-from robustbench_vlm.studies.findings import Curve, Findings, Outcome
+from robustbench_vlm.studies.findings import Curve, Findings, FinishedRun
 
 STUDY = """
 name = "small"
@@ -106,8 +106,8 @@ def outcome(arm, seed, robust, step_seconds=1.0, right=((True, True),)):
     recipe = runner.recipe_of(study, next(a for a in study.arm if a.name == arm), seed)
     table = pd.DataFrame(right, columns=["clean", "robust"]).assign(key=[f"i{i}" for i in range(len(right))])
     curve = Curve((0, 10, 20, 30), tuple(100.0 - r for r in robust), tuple(robust))
-    run = runner.Run(arm, seed, recipe, None)
-    return Outcome(run, curve, step_seconds, 30, "processor", {"far": table}, {"far": "unseen"})
+    run = runner.StudyRun(arm, seed, recipe, None)
+    return FinishedRun(run, curve, step_seconds, 30, "processor", {"far": table}, {"far": "unseen"})
 
 
 def made(**changes):
@@ -137,17 +137,17 @@ def test_differences_are_of_runs_with_the_same_seed():
     unseen = found.difference("paper", "unseen", "robust")  # 3/3 - 1/3 and 2/3 - 3/3, in points
     assert unseen.value == pytest.approx((200 / 3 - 100 / 3) / 2)
     assert unseen.high - unseen.value == pytest.approx(12.706205 * 50, rel=1e-6)  # s / sqrt(2) = 50
-    assert found.places == ("val", "unseen")
+    assert found.parts == ("val", "unseen")
 
 
 def test_each_seed_has_its_exact_mcnemar_test():
     """Seed 0: two images robust with `paper` alone, p = 2 / 4; seed 1: one with the baseline alone, p = 1."""
     assert two_seeds().p_values("paper", "unseen", "robust") == pytest.approx([0.5, 1.0])
     found = two_seeds()
-    run = found.outcomes["paper", 1]
-    other = replace(run, right={"far": run.right["far"].assign(key=["a", "b", "c"])})
+    run = found.finished["paper", 1]
+    other = replace(run, verdicts={"far": run.verdicts["far"].assign(key=["a", "b", "c"])})
     with pytest.raises(DataError, match="other images"):
-        replace(found, outcomes=found.outcomes | {("paper", 1): other}).p_values("paper", "unseen", "clean")
+        replace(found, finished=found.finished | {("paper", 1): other}).p_values("paper", "unseen", "clean")
 
 
 def test_steps_to_the_baselines_last_accuracy_and_the_ratio_in_steps_and_time():

@@ -42,7 +42,7 @@ def test_every_packaged_checkpoint_is_made_from_nothing(tmp_path, monkeypatch):
         text = text.replace("\nsteps = 800\n", "\nsteps = 2\n").replace("batch_size = 128", "batch_size = 8")
         (tmp_path / "include" / "recipes" / f"{name}.toml").write_text(text.replace("n = 240", "n = 40"))
     reader.include([tmp_path / "include"])
-    monkeypatch.setattr(weights.session, "make_tiny", small_world)
+    monkeypatch.setattr(weights, "make_tiny", small_world)
     try:
         weights.make(tmp_path / "data", torch.device("cpu"))
     finally:

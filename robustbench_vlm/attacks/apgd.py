@@ -19,16 +19,16 @@ from robustbench_vlm.engine import geometry, losses
 from robustbench_vlm.engine.interface import (
     Alone,
     Attack,
+    Evaluation,
     Oracle,
     Rows,
-    Seen,
     State,
     common,
     misclassified,
     pick,
     spread,
 )
-from robustbench_vlm.engine.stopping import kept
+from robustbench_vlm.engine.stopping import best_iterate
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -54,7 +54,7 @@ class ApgdState(State):
         rises: (S,) int64 of them in which the loss rose.
         reduced: (S,) bool, the last checkpoint halved the step (true at first).
         pending: (S,) bool, the step is halved and the best point taken up at the next move.
-        last, peak: see `keep.Keeping`.
+        last, peak: see `stopping.BestIterate`.
     """
 
     lower: Tensor
@@ -187,7 +187,7 @@ class Apgd(Alone):
             previous=at,
             gradient=seen.gradient,
             size=size,
-            **kept(state, x, seen.values, misclassified(seen.logits, state.labels)),
+            **best_iterate(state, x, seen.values, misclassified(seen.logits, state.labels)),
             iteration=state.iteration + 1,
             done=state.iteration >= self.steps,
             nonfinite=~seen.finite,
@@ -196,11 +196,11 @@ class Apgd(Alone):
         )
         return self._books(moved, seen)
 
-    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Seen:
+    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Evaluation:
         """The evaluation of `x`."""
         return oracle.gradient(x, lambda logits: self._objective(state, logits))
 
-    def _books(self, state: ApgdState, seen: Seen) -> ApgdState:
+    def _books(self, state: ApgdState, seen: Evaluation) -> ApgdState:
         """Best point, windows and checkpoints after an evaluation."""
         begun = state.iteration > 1  # the evaluation of x_0 is no move: it opens the first window
         better = seen.values > state.best_value

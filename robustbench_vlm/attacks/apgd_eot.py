@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustbench_vlm.attacks.apgd import Apgd, ApgdState
-from robustbench_vlm.engine.interface import Alone, Attack, Oracle, Rows, Seen
+from robustbench_vlm.engine.interface import Alone, Attack, Evaluation, Oracle, Rows
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -70,7 +70,7 @@ class ApgdEot(Apgd):
         """As Auto-PGD."""
         return EotState(**vars(super().start(rows, threat)), draws=self.eot)
 
-    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Seen:
+    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Evaluation:
         """The evaluation of `x`: the last one, with the mean of all gradients."""
         seen = super()._look(state, x, oracle)
         total, finite = seen.gradient, seen.finite

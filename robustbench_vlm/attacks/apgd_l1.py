@@ -22,9 +22,9 @@ from robustbench_vlm.engine import geometry, l1, losses
 from robustbench_vlm.engine.interface import (
     Alone,
     Attack,
+    Evaluation,
     Oracle,
     Rows,
-    Seen,
     State,
     common,
     misclassified,
@@ -32,7 +32,7 @@ from robustbench_vlm.engine.interface import (
     progress,
     spread,
 )
-from robustbench_vlm.engine.stopping import kept
+from robustbench_vlm.engine.stopping import best_iterate
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -57,7 +57,7 @@ class SparseState(State):
         share: (S,) part of the entries that a move steps along.
         checked: (S,) changed entries of the best point at the last checkpoint.
         pending: (S,) bool, the next move is from the best point.
-        last, peak: see `keep.Keeping`.
+        last, peak: see `stopping.BestIterate`.
     """
 
     gradient: Tensor
@@ -179,7 +179,7 @@ class ApgdL1(Alone):
             x=x,
             gradient=seen.gradient,
             changed=changed,
-            **kept(state, x, seen.values, wrong),
+            **best_iterate(state, x, seen.values, wrong),
             **progress(state, seen.values),
             iteration=state.iteration + 1,
             done=state.iteration + 1 >= self.evaluations,
@@ -269,7 +269,7 @@ def _next(state: SparseState, begins: Tensor, radius: Tensor) -> tuple[Tensor, T
     return pick(fresh, state.x, x), torch.where(fresh, state.changed, changed)
 
 
-def _books(state: SparseState, seen: Seen, checks: Tensor, radius: Tensor) -> SparseState:
+def _books(state: SparseState, seen: Evaluation, checks: Tensor, radius: Tensor) -> SparseState:
     """Best point, and sparsity and step after a checkpoint."""
     better = seen.values > state.best_loss
     best_changed = torch.where(better, state.changed, state.best_changed)

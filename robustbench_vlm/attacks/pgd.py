@@ -16,16 +16,16 @@ from torch import Tensor
 from robustbench_vlm.engine import geometry, losses
 from robustbench_vlm.engine.interface import (
     Alone,
+    Evaluation,
     Oracle,
     Rows,
-    Seen,
     State,
     common,
     misclassified,
     pick,
     progress,
 )
-from robustbench_vlm.engine.stopping import kept
+from robustbench_vlm.engine.stopping import best_iterate
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, parse_eps
 
@@ -36,7 +36,7 @@ class PgdState(State):
 
     Attributes:
         ahead: (S, 3, H, W) the iterate that follows `x`; when the row is done, the last iterate, unjudged.
-        last, peak: see `keep.Keeping`; followed only under `stop=best`.
+        last, peak: see `stopping.BestIterate`; followed only under `stop=best`.
     """
 
     ahead: Tensor
@@ -113,7 +113,7 @@ def begin(rows: Rows, threat: Threat, x: Tensor) -> PgdState:
     return PgdState(**common(rows, threat, x), ahead=x.clone(), last=x, peak=peak)
 
 
-def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Seen:
+def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Evaluation:
     """The evaluation of the next iterate."""
 
     def objective(logits: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Seen:
     return oracle.gradient(state.ahead, objective)
 
 
-def advanced(state: AnyPgd, seen: Seen, move: Tensor, steps: int) -> AnyPgd:
+def advanced(state: AnyPgd, seen: Evaluation, move: Tensor, steps: int) -> AnyPgd:
     """The state after an evaluation, with the projected move as the iterate that follows.
 
     Args:
@@ -133,7 +133,7 @@ def advanced(state: AnyPgd, seen: Seen, move: Tensor, steps: int) -> AnyPgd:
     """
     changes: dict[str, Any] = {}
     if state.stop != "last":
-        changes = kept(state, state.ahead, seen.values, misclassified(seen.logits, state.labels))
+        changes = best_iterate(state, state.ahead, seen.values, misclassified(seen.logits, state.labels))
     iteration = state.iteration + 1
     return dataclasses.replace(
         state,

@@ -18,7 +18,7 @@ from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.backends import packages
-from robustbench_vlm.backends.packages import NORMS, Call, Order, Perturb
+from robustbench_vlm.backends.packages import NORMS, PackageCall, PackageStage, Perturb
 from robustbench_vlm.errors import InputError
 
 NAMES = ("autoattack", "pyautoattack")  # the original, and the fork
@@ -41,43 +41,43 @@ class AutoAttack:
 
     name: str
 
-    def translate(self, order: Order) -> Call:
+    def translate(self, stage: PackageStage) -> PackageCall:
         """APGD, FAB and Square.
 
         Raises:
             InputError: the package has no such attack.
         """
-        attack = order.attack
+        attack = stage.attack
         if isinstance(attack, Apgd):
-            order.require("autoattack", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
+            stage.require("autoattack", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
             draws = attack.eot if isinstance(attack, ApgdEot) else 1
-            return _apgd(order, attack, n_iter=attack.steps, rho=attack.rho, eot_iter=draws)
+            return _apgd(stage, attack, n_iter=attack.steps, rho=attack.rho, eot_iter=draws)
         if isinstance(attack, ApgdL1):
-            order.require("autoattack", ("l1",), "loss", "steps", "radii", "restarts", "targets")
+            stage.require("autoattack", ("l1",), "loss", "steps", "radii", "restarts", "targets")
             steps = sum(attack.steps)
             larger = len(attack.steps) > 1
             if larger and (attack.radii, attack.steps) != (RADII, runs(steps)):
-                raise order.refusal("autoattack", f"steps = {attack.steps} at radii = {attack.radii}")
-            return _apgd(order, attack, n_iter=steps, use_largereps=larger)
+                raise stage.refusal("autoattack", f"steps = {attack.steps} at radii = {attack.radii}")
+            return _apgd(stage, attack, n_iter=steps, use_largereps=larger)
         if isinstance(attack, Fab):
-            order.require(
+            stage.require(
                 "autoattack", tuple(NORMS), "steps", "targets", "restarts", "alpha_max", "eta", "beta"
             )
-            aim = {"targeted": attack.targets > 0, "n_target_classes": order.targets}
+            aim = {"targeted": attack.targets > 0, "n_target_classes": stage.targets}
             pull = {"alpha_max": attack.alpha_max, "eta": attack.eta, "beta": attack.beta}
             return _call(
-                order, "FABAttack_PT", n_iter=attack.steps, n_restarts=attack.restarts, **aim, **pull
+                stage, "FABAttack_PT", n_iter=attack.steps, n_restarts=attack.restarts, **aim, **pull
             )
         if isinstance(attack, Square):
-            order.require("autoattack", tuple(NORMS), "queries", "p", "restarts")
-            if order.threat.norm != "linf" and order.shape is not None and not tiled(order.shape):
-                what = f"norm {order.threat.norm!r} on images of {order.shape} pixels"
-                raise order.refusal("autoattack", what)
+            stage.require("autoattack", tuple(NORMS), "queries", "p", "restarts")
+            if stage.job.threat.norm != "linf" and stage.shape is not None and not tiled(stage.shape):
+                what = f"norm {stage.job.threat.norm!r} on images of {stage.shape} pixels"
+                raise stage.refusal("autoattack", what)
             settings = {"n_queries": attack.queries, "p_init": attack.p, "n_restarts": attack.restarts}
-            return _call(order, "SquareAttack", **settings, resc_schedule=False)
-        raise order.refusal("autoattack")
+            return _call(stage, "SquareAttack", **settings, resc_schedule=False)
+        raise stage.refusal("autoattack")
 
-    def build(self, call: Call, model: nn.Module, device: torch.device) -> Perturb:
+    def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:
         """That attack, ready for a model."""
         module = packages.load(f"{self.name}.{HOMES[call.kind]}")
         perturb: Perturb = getattr(module, call.kind)(model, **call.settings, device=str(device)).perturb
@@ -96,18 +96,18 @@ def tiled(shape: tuple[int, int]) -> bool:
     return side > 0 and all(length // side <= TILES for length in shape)
 
 
-def _apgd(order: Order, attack: Apgd | ApgdL1, **settings: object) -> Call:
+def _apgd(stage: PackageStage, attack: Apgd | ApgdL1, **settings: object) -> PackageCall:
     """Its APGD, with targets or without."""
     if attack.loss not in LOSSES:
-        raise order.refusal("autoattack", f"loss = {attack.loss!r}")
+        raise stage.refusal("autoattack", f"loss = {attack.loss!r}")
     settings["n_restarts"] = attack.restarts
     if attack.targets:
-        return _call(order, "APGDAttack_targeted", **settings, n_target_classes=order.targets)
-    return _call(order, "APGDAttack", **settings, loss=attack.loss)
+        return _call(stage, "APGDAttack_targeted", **settings, n_target_classes=stage.targets)
+    return _call(stage, "APGDAttack", **settings, loss=attack.loss)
 
 
-def _call(order: Order, kind: str, **settings: object) -> Call:
-    return Call(kind, {**order.common, **settings})
+def _call(stage: PackageStage, kind: str, **settings: object) -> PackageCall:
+    return PackageCall(kind, {**stage.common, **settings})
 
 
 def package() -> AutoAttack:

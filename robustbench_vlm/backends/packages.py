@@ -1,9 +1,10 @@
-"""Attack packages of others behind our interface: their images, our verdicts.
+"""Attack packages of others behind our interface: their adversarial images, our verdicts.
 
 A package attacks the survivors of each stage in consecutive batches, as it would by itself, through the model
-in our fixed shape. Whatever it returns is judged by our canonical pass and held to ball and box, so a finding
-says the same as one of our own; of targets, iterations and passes it keeps no record. Its noise depends on
-the batch, and nothing is resumed in the middle of a batch.
+in our fixed shape. Our canonical pass decides about every image that it returns, and an image outside ball or
+box is an error, so a finding means the same as one of the native engine. Packages do not tell targets,
+iterations and passes of an image, so its finding has none. The noise of a package depends on the batch, so a
+batch is the smallest piece of work: a batch that was interrupted is run again from its start.
 """
 
 from __future__ import annotations
@@ -21,111 +22,112 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm.backends.guarded_model import Seen
-from robustbench_vlm.engine import canonical, geometry, losses, verification
-from robustbench_vlm.engine.interface import Attack, Stop
-from robustbench_vlm.engine.job import Cost, check
-from robustbench_vlm.errors import AttackError, InputError
-from robustbench_vlm.threat import Threat
-from robustbench_vlm.types import Classify, Finding
+from robustbench_vlm.backends.guarded_model import GuardedModel
+from robustbench_vlm.engine import geometry, losses, verification
+from robustbench_vlm.engine.interface import Attack
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, OnFinding, PreparedBlock, prepare
+from robustbench_vlm.engine.verification import Verification
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.types import Finding
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-"""What packages call the norms."""
+"""Names of the norms in the packages."""
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
-"""(images, labels) -> adversarial images, or the images themselves where nothing was found."""
+"""(images, labels) -> adversarial images; the image itself where nothing was found."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """One stage, as a package is asked to run it.
+class PackageCall:
+    """An attack of a package.
 
     Attributes:
-        stage: its name.
-        attack: its configuration.
-        threat: ball and radius.
-        seed: with which the package seeds its noise for every batch.
-        n_classes: classes of the model.
-        stop: of the chain; see `interface.Rows`.
-        shape: (H, W) of the images, where known.
+        kind: name of its class in the package.
+        settings: arguments of its constructor.
     """
-
-    stage: str
-    attack: Attack
-    threat: Threat
-    seed: int
-    n_classes: int
-    stop: Stop
-    shape: tuple[int, int] | None = None
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """What most attacks of every package are told, by the names that they share."""
-        return {"norm": NORMS[self.threat.norm], "eps": geometry.radius(self.threat), "seed": self.seed}
-
-    @property
-    def targets(self) -> int:
-        """Classes that are aimed at: as configured, or all wrong ones where they are fewer."""
-        return self.attack.ranks(self.n_classes)
-
-    def refusal(self, package: str, what: str = "") -> InputError:
-        """The error that says that the package cannot do something, or has no such attack at all."""
-        kind = type(self.attack).__name__.lower() + (f" with {what}" if what else "")
-        where = f"--engine {package}, stage {self.stage}"
-        return InputError(where, f"the package has no {kind}", do="use --engine native")
-
-    def require(self, package: str, norms: Sequence[str], *fields: str) -> None:
-        """Refuse what a package cannot do: other norms than these, and more than these fields.
-
-        Raises:
-            InputError: a norm, a stopping rule, a loss that few classes change; a field set otherwise than by
-                default.
-        """
-        if self.threat.norm not in norms:
-            raise self.refusal(package, f"norm {self.threat.norm!r}")
-        if self.stop == "best":
-            raise self.refusal(package, "stop = 'best'")
-        attack: Any = self.attack  # a dataclass, which its protocol does not say
-        for field in dataclasses.fields(attack):
-            value = getattr(self.attack, field.name)
-            if field.name not in fields and value != field.default:
-                raise self.refusal(package, f"{field.name} = {value!r}")
-        loss: losses.Name | None = getattr(self.attack, "loss", None)
-        if loss is not None and losses.effective(loss, self.n_classes) != loss:
-            raise self.refusal(package, f"loss = {loss!r} and {self.n_classes} classes")
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a package is asked for: an attack by its name there, and all that it is told."""
 
     kind: str
     settings: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class PackageStage:
+    """One stage of a job, as an adapter translates it into a `PackageCall`.
+
+    Attributes:
+        name: of the stage.
+        attack: its configuration.
+        job: threat, seed, classes and stopping rule; a package seeds its noise with the seed for every batch.
+        shape: (H, W) of the images, where known.
+    """
+
+    name: str
+    attack: Attack
+    job: Job
+    shape: tuple[int, int] | None = None
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments that most attacks of every package have, under the names that they share."""
+        threat = self.job.threat
+        return {"norm": NORMS[threat.norm], "eps": geometry.radius(threat), "seed": self.job.seed}
+
+    @property
+    def targets(self) -> int:
+        """Number of target classes: as configured, or all wrong classes where they are fewer."""
+        return self.attack.ranks(self.job.n_classes)
+
+    def refusal(self, package: str, what: str = "") -> InputError:
+        """The error for something that the package cannot do, or for an attack that it does not have."""
+        kind = type(self.attack).__name__.lower() + (f" with {what}" if what else "")
+        where = f"--engine {package}, stage {self.name}"
+        return InputError(where, f"the package has no {kind}", do="use --engine native")
+
+    def require(self, package: str, norms: Sequence[str], *fields: str) -> None:
+        """Refuse what a package cannot do: a norm beside `norms`, a field beside `fields`.
+
+        Raises:
+            InputError: another norm, a stopping rule or a loss that the package does not have; a field that
+                it does not have and that is not at its default.
+        """
+        norm, n_classes = self.job.threat.norm, self.job.n_classes
+        if norm not in norms:
+            raise self.refusal(package, f"norm {norm!r}")
+        if self.job.stop == "best":
+            raise self.refusal(package, "stop = 'best'")
+        attack: Any = self.attack  # a dataclass, which its type does not say
+        for field in dataclasses.fields(attack):
+            value = getattr(self.attack, field.name)
+            if field.name not in fields and value != field.default:
+                raise self.refusal(package, f"{field.name} = {value!r}")
+        loss: losses.Name | None = getattr(self.attack, "loss", None)
+        if loss is not None and losses.effective(loss, n_classes) != loss:
+            raise self.refusal(package, f"loss = {loss!r} and {n_classes} classes")
+
+
 class Package(Protocol):
-    """A package that can attack."""
+    """The adapter of an attack package."""
 
     @property
     def name(self) -> str:
-        """Under which it is imported."""
+        """Name of the module that is imported."""
         ...
 
-    def translate(self, order: Order) -> Call:
-        """The attack of the package that does one stage.
+    def translate(self, stage: PackageStage) -> PackageCall:
+        """The attack of the package that performs one stage.
 
         Raises:
-            InputError: it has none.
+            InputError: the package has none.
         """
         ...
 
-    def build(self, call: Call, model: nn.Module, device: torch.device) -> Perturb:
-        """That attack, ready for a model."""
+    def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:
+        """That attack, constructed for a model."""
         ...
 
 
 def installed(names: Sequence[str]) -> str | None:
-    """The first of these modules that is there; nothing is imported."""
+    """The first of these modules that is installed; nothing is imported."""
     return next((name for name in names if importlib.util.find_spec(name) is not None), None)
 
 
@@ -138,10 +140,10 @@ def version(name: str) -> str:
 
 
 def load(module: str) -> ModuleType:
-    """A module of an installed package.
+    """Import a module of an installed package.
 
     Raises:
-        InputError: something that it needs is missing.
+        InputError: a module that it imports is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -153,85 +155,85 @@ def load(module: str) -> ModuleType:
 
 
 @contextmanager
-def fenced(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeded global generators inside; outside they stay what they were, whatever a package does to them."""
+def isolated_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators inside, and restore them outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-def run(  # noqa: PLR0913 - as `engine.run`
-    package: Package,
-    classify: Classify,
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    stages: Sequence[tuple[str, Attack]],
-    threat: Threat,
-    *,
-    seed: int,
-    n_classes: int,
-    rows: int,
-    stop: Stop = "first",
-    clean: Tensor | None = None,
-    find: Classify | None = None,
-    on_finding: Callable[[Finding], None],
-) -> Cost:
-    """As `engine.run`, by the package, in batches of `rows` images.
+def run(package: Package, model: Model, job: Job, block: ImageBlock, on_finding: OnFinding) -> Cost:
+    """Run all stages of a job by a package, in batches of `job.rows` images.
 
-    Args as those of `engine.run`. The image of a finding that is not broken is the clean one.
+    The adversarial image of a finding that is not broken is the clean image.
 
     Raises:
-        InputError: what the package cannot express, found before any attack; arguments that disagree.
-        AttackError: an image is outside ball or box.
+        InputError: a stage that the package does not have, found before any attack; images that disagree
+            with the job.
+        AttackError: the package returned an image outside ball or box, or the model gives no gradient.
     """
-    check(images, labels, keys, stages, threat, rows, rows, n_classes)
-    shape = (int(images.shape[2]), int(images.shape[3]))
-    orders = [Order(name, attack, threat, seed, n_classes, stop, shape) for name, attack in stages]
-    calls = [package.translate(order) for order in orders]
-    if not len(images):
-        return Cost(0, 0, 0, 0)
-    judged = 0
-    if clean is None:
-        clean, judged = canonical.logits(classify, images, rows), -(-len(images) // rows)
-    model = Seen(find or classify, rows, images.device)
-    margins = losses.judge(clean, labels).tolist()
-    standing = verification.attackable(clean, images, labels, keys, [stages[0][0]] * len(images), on_finding)
-    for (stage, _), call in zip(stages, calls, strict=True):
-        perturb, survivors = package.build(call, model, images.device), []
-        for chunk in [standing[begin : begin + rows] for begin in range(0, len(standing), rows)]:
-            index = torch.tensor(chunk, device=images.device)
-            x, y = images.index_select(0, index), labels.index_select(0, index)
-            with fenced(seed, images.device), model.attacked(x):
-                adv = perturb(x.clone(), y.clone()).detach()
-            said = verification.opinions(classify, adv, x, y, threat, rows)
-            judged += 1
-            for place, (i, opinion, image) in enumerate(zip(chunk, said, adv.cpu(), strict=True)):
-                sick = place in model.sick or not opinion.finite or not bool(image.isfinite().all())
-                if not sick and opinion.excess > geometry.slack(threat):
-                    where = f"{opinion.excess:.3g} outside {threat} or [0, 1]"
-                    raise AttackError(f"{stage}: {package.name} left {keys[i]} {where}")
-                unbroken = _unbroken(keys[i], stage, int(y[place]), margins[i], images[i])
-                finding = _finding(unbroken, opinion, image, sick)
+    job.check()
+    images = prepare(block, model, job)
+    shape = (int(images.images.shape[2]), int(images.images.shape[3]))
+    calls = [package.translate(PackageStage(name, attack, job, shape)) for name, attack in job.stages]
+    if not len(images.keys):
+        return Cost()
+    guarded = GuardedModel(model.attacked, job.rows, images.images.device)
+    first = [job.stages[0][0]] * len(images.keys)
+    standing = verification.report_misclassified(images, first, on_finding)
+    batches = 0
+    for (name, _), call in zip(job.stages, calls, strict=True):
+        perturb, survivors = package.build(call, guarded, images.images.device), []
+        batch = _Batch(name, f"{name}: {package.name} left", perturb, guarded, model, job, images)
+        for begin in range(0, len(standing), job.rows):
+            members = standing[begin : begin + job.rows]
+            batches += 1
+            for i, finding in batch.attack(members):
                 if not finding.broken and not finding.error:
                     survivors.append(i)
                 on_finding(finding)
         standing = survivors
-    return Cost(model.forwards, model.gradients, judged, 0)
+    return Cost(guarded.forwards, guarded.gradients, images.calls + batches)
 
 
-def _unbroken(key: str, stage: str, label: int, margin: float, image: Tensor) -> Finding:
-    """That nothing was found: the clean image, with its label and margin."""
-    return Finding(key, False, image.detach().cpu().clone(), -1, 0, -1, 0, 0, label, margin, stage=stage)
+@dataclass(frozen=True)
+class _Batch:
+    """One stage of a run; `attack` is called for one batch of images after the other."""
 
+    stage: str
+    subject: str  # beginning of the message about an image outside ball or box
+    perturb: Perturb
+    guarded: GuardedModel
+    model: Model
+    job: Job
+    block: PreparedBlock
 
-def _finding(unbroken: Finding, said: verification.Opinion, adv: Tensor, sick: bool) -> Finding:
-    """What a package found on one image; `sick` says that a number on the way was not finite."""
-    if sick:
-        what = "a logit, a gradient or a pixel is not finite"
-        return dataclasses.replace(unbroken, error=f"{unbroken.stage}: {what}")
-    if said.prediction == unbroken.prediction:
-        return unbroken
-    return dataclasses.replace(
-        unbroken, broken=True, adv=adv.clone(), prediction=said.prediction, margin=said.margin
-    )
+    def attack(self, members: Sequence[int]) -> Iterator[tuple[int, Finding]]:
+        """Position and finding of each image of a batch."""
+        images = self.block.images
+        index = torch.tensor(members, device=images.device)
+        x, y = images.index_select(0, index), self.block.labels.index_select(0, index)
+        with isolated_generators(self.job.seed, images.device), self.guarded.attacked(x):
+            adv = self.perturb(x.clone(), y.clone()).detach()
+        verified = verification.verify(self.model, self.job, adv, x, y)
+        for number, (i, result, image) in enumerate(zip(members, verified, adv.cpu(), strict=True)):
+            nonfinite = number in self.guarded.nonfinite or not result.finite
+            nonfinite = nonfinite or not bool(image.isfinite().all())
+            if not nonfinite:
+                result.require_inside(self.job, f"{self.subject} {self.block.keys[i]}")
+            yield i, self._finding(i, result, image, nonfinite=nonfinite)
+
+    def _finding(self, i: int, result: Verification, adv: Tensor, *, nonfinite: bool) -> Finding:
+        """The finding about the image at position i; with the clean image where nothing was found."""
+        block, label = self.block, int(self.block.labels[i])
+        margin = float(losses.correct_margin(block.clean[[i]], block.labels[[i]]))
+        image = block.images[i].detach().cpu().clone()
+        clean = Finding(block.keys[i], False, image, -1, 0, -1, 0, 0, label, margin, stage=self.stage)
+        if nonfinite:
+            error = f"{self.stage}: a logit, a gradient or a pixel is not finite"
+            return dataclasses.replace(clean, error=error)
+        if result.prediction == label:
+            return clean
+        return dataclasses.replace(
+            clean, broken=True, adv=adv.clone(), prediction=result.prediction, margin=result.margin
+        )

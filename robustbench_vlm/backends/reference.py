@@ -1,11 +1,11 @@
-"""The reference mode of the native engine: our attacks, in the reference's schedule, with its random numbers.
+"""The reference mode of the native engine: our attacks in the reference's schedule, with its random numbers.
 
-For comparison with published numbers. Images go through a stage in consecutive batches, all rows of a batch
-step together to the end, and noise comes from one generator a batch and stage, seeded with the seed, in the
-shapes in which the reference draws: so a draw depends on which images of the batch are still robust. Nothing
-is resumed in the middle of a batch, and findings depend on order and batch, which is why this is not the
-default. Global generators are never touched. Returned are the last misclassified iterates, and clean images
-otherwise, as the reference returns them.
+It exists for comparison with published numbers. Images go through a stage in consecutive batches, and all
+rows of a batch step together until the last has ended. Noise comes from one generator for each batch and
+stage, seeded with the seed, in the shapes in which the reference draws it; so a draw depends on which images
+of the batch are still robust. A batch that was interrupted is run again from its start, and findings depend
+on order and batch, which is why this is not the default. Global generators are never touched. Like the
+reference it returns the last misclassified iterate, and the clean image where there is none.
 """
 
 from __future__ import annotations
@@ -21,41 +21,44 @@ from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.backends import reference_square
-from robustbench_vlm.engine import canonical, geometry, losses, trajectories, verification
-from robustbench_vlm.engine.interface import Attack, Oracle, Rows, State, Stop, hold, take
-from robustbench_vlm.engine.job import Cost, check
-from robustbench_vlm.engine.trajectories import End, Walk
+from robustbench_vlm.engine import losses, trajectories, verification
+from robustbench_vlm.engine.interface import Attack, Oracle, Rows, State, freeze, take
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, OnFinding, PreparedBlock, prepare
+from robustbench_vlm.engine.trajectories import End, Trajectory
+from robustbench_vlm.engine.verification import Verification
 from robustbench_vlm.errors import AttackError, InputError
-from robustbench_vlm.threat import Threat
-from robustbench_vlm.types import Classify, Finding
+from robustbench_vlm.types import Finding
 
 ATTACKS: tuple[type, ...] = (Apgd, Fab, Square)
 NORMS = ("linf", "l2")
 LOSSES = ("ce", "dlr", "targeted-dlr")
 
+Feed = Callable[[State], None]
+"""Called before every step with the state that is about to be stepped."""
+
 
 @dataclass(frozen=True)
-class Drawn:
-    """Noise of a sub-batch: each draw is one of its whole shape, from the batch's generator.
+class BatchNoise:
+    """Noise of the n images of a batch that are still robust, each draw from the generator of the batch.
 
     Attributes:
         generator: on the CPU.
-        n: rows of the sub-batch.
+        n: number of images.
     """
 
     generator: torch.Generator
     n: int
 
-    def uniform(self, shape: tuple[int, ...], part: str = "") -> Tensor:  # noqa: ARG002 - draws follow each other
+    def uniform(self, shape: tuple[int, ...], part: str = "") -> Tensor:  # noqa: ARG002 - draws are not named
         """(n, *shape) float32 on [0, 1)."""
         return torch.rand((self.n, *shape), generator=self.generator)
 
-    def normal(self, shape: tuple[int, ...], part: str = "") -> Tensor:  # noqa: ARG002 - likewise
+    def normal(self, shape: tuple[int, ...], part: str = "") -> Tensor:  # noqa: ARG002 - draws are not named
         """(n, *shape) float32, standard normal."""
         return torch.randn((self.n, *shape), generator=self.generator)
 
     def streams(self) -> list[np.random.Generator]:
-        """None: the batch has one generator.
+        """Not available: the batch has one generator.
 
         Raises:
             AttackError: always.
@@ -63,172 +66,144 @@ class Drawn:
         raise AttackError("an attack with a stream for every row has no reference mode")
 
 
-def refuse(stages: Sequence[tuple[str, Attack]], threat: Threat, stop: Stop = "first") -> None:
-    """Refuse a chain that has no reference mode.
+def require(job: Job) -> None:
+    """Refuse a job that has no reference mode.
 
     Raises:
         InputError: an attack, a loss, a norm or a stopping rule that the reference does not have.
     """
     do = "use the mode fast"
-    for name, attack in stages:
-        # an attack on a random model draws from the model too, and those draws are not ours to repeat
-        if type(attack) not in ATTACKS or threat.norm not in NORMS:
-            found = f"stage {name}, {type(attack).__name__.lower()} in {threat.norm}"
+    for name, attack in job.stages:
+        # Subclasses are refused too: APGD with EOT draws from a random model, which cannot be repeated.
+        if type(attack) not in ATTACKS or job.threat.norm not in NORMS:
+            found = f"stage {name}, {type(attack).__name__.lower()} in {job.threat.norm}"
             raise InputError("mode reference", found, "apgd, fab or square in linf or l2", do)
         if isinstance(attack, Apgd) and attack.loss not in LOSSES:
             raise InputError("mode reference", f"stage {name}, loss {attack.loss!r}", " or ".join(LOSSES), do)
-    if stop == "best":
+    if job.stop == "best":
         raise InputError("mode reference", "stop = 'best'", "'first' or 'last'", do)
 
 
-@dataclass
-class _Run:
-    """The arguments of `run`, and what was spent."""
+def run(model: Model, job: Job, block: ImageBlock, on_finding: OnFinding) -> Cost:
+    """Attack images in order, in batches of `job.rows`.
 
-    oracle: Oracle
-    classify: Classify
-    images: Tensor
-    labels: Tensor
-    keys: Sequence[str]
-    stages: Sequence[tuple[str, Attack]]
-    threat: Threat
-    seed: int
-    rows: int
-    wrong: list[list[int]]  # other classes of each image, most likely first
-    margins: list[float]  # of the clean images
-    judged: int
-    unconfirmed: int = 0
+    The image of a finding that is not broken is the clean one.
 
-    def batch(self, number: int, members: list[int]) -> list[Finding]:
-        """The findings of one stage on one batch of images, in order."""
-        attack = self.stages[number][1]
-        targets = [self.wrong[i][: attack.ranks(len(self.wrong[i]) + 1)] or [-1] for i in members]
-        walking = [
-            Walk(i, number, [(t, restart) for t in own for restart in range(attack.restarts)])
-            for i, own in zip(members, targets, strict=True)
-        ]
-        generator = torch.Generator().manual_seed(self.seed)
-        for leg in range(len(walking[0].path)):
-            still = [walk for walk in walking if walk.finding is None]
-            if not still:
+    Raises:
+        InputError: a norm or an attack that the reference does not have, or images that disagree with the
+            job.
+        AttackError: an attack left the ball or the box, or the model gives no gradient.
+    """
+    job.check()
+    require(job)
+    images = prepare(block, model, job)
+    if not len(images.keys):
+        return Cost()
+    batches = _Batches(model, job, images, Oracle(model.canonical))
+    first = [job.stages[0][0]] * len(images.keys)
+    standing = verification.report_misclassified(images, first, on_finding)
+    for number in range(len(job.stages)):
+        survivors = []
+        for begin in range(0, len(standing), job.rows):
+            members = standing[begin : begin + job.rows]
+            for i, finding in zip(members, batches.attack(number, members), strict=True):
+                on_finding(finding)
+                if not finding.broken and not finding.error:
+                    survivors.append(i)
+        standing = survivors
+    calls = batches.oracle.calls
+    return Cost(calls.forwards, calls.gradients, images.calls + batches.verified, batches.unconfirmed)
+
+
+class _Batches:
+    """The images of a run, attacked batch by batch, and how many canonical calls that took."""
+
+    def __init__(self, model: Model, job: Job, block: PreparedBlock, oracle: Oracle) -> None:
+        self.model, self.job, self.block, self.oracle = model, job, block, oracle
+        self.wrong = verification.wrong_classes(block.clean, block.labels)
+        self.margins = losses.correct_margin(block.clean, block.labels).tolist()
+        self.verified = self.unconfirmed = 0
+
+    def attack(self, stage: int, members: Sequence[int]) -> list[Finding]:
+        """The findings of one stage about one batch of images, in order."""
+        attack = self.job.stages[stage][1]
+        images = [trajectories.of_image(i, stage, attack, self.wrong[i]) for i in members]
+        generator = torch.Generator().manual_seed(self.job.seed)
+        for _ in images[0].pairs:
+            robust = [image for image in images if image.finding is None]
+            if not robust:
                 break
-            self.trajectory(attack, still, leg, generator)
-        return [walk.finding for walk in walking if walk.finding is not None]
+            self._run(attack, [image.next() for image in robust], generator)
+        return [image.finding for image in images if image.finding is not None]
 
-    def trajectory(self, attack: Attack, still: list[Walk], leg: int, generator: torch.Generator) -> None:
-        """One target and restart of the images that are still robust, to the end; the walks are changed."""
-        device = self.images.device
-        index = torch.tensor([walk.index for walk in still], device=device)
+    def _run(self, attack: Attack, started: list[Trajectory], generator: torch.Generator) -> None:
+        """Run one trajectory of each robust image to its end, and note how they ended."""
+        block, device, n = self.block, self.block.images.device, len(started)
+        index = torch.tensor([trajectory.image.index for trajectory in started], device=device)
         rows = Rows(
-            images=self.images.index_select(0, index),
-            labels=self.labels.index_select(0, index),
-            targets=torch.tensor([walk.path[leg][0] for walk in still], device=device),
-            noise=Drawn(generator, len(still)),
-            restarts=tuple(walk.path[leg][1] for walk in still),
+            images=block.images.index_select(0, index),
+            labels=block.labels.index_select(0, index),
+            targets=torch.tensor([trajectory.pair[0] for trajectory in started], device=device),
+            noise=BatchNoise(generator, n),
+            restarts=tuple(trajectory.pair[1] for trajectory in started),
             stop="last",
         )
+        feed: Feed | None = None
         if isinstance(attack, Square):
-            begun, feed = reference_square.begin(attack, rows, self.threat, generator)
-            state = self.walk(attack, self.full(begun), len(still), feed)
+            state, feed = reference_square.begin(attack, rows, self.job.threat, generator)
         else:
-            state = self.walk(attack, self.full(attack.start(rows, self.threat)), len(still))
-        state = take(state, list(range(len(still))))
-        said = verification.opinions(
-            self.classify, state.adv, rows.images, rows.labels, self.threat, self.rows
-        )
-        self.judged += 1
-        copies = state.adv.cpu()
-        for i, (walk, end) in enumerate(zip(still, trajectories.ends(state), strict=True)):
-            walk.spent[leg] = end
-            finding = self.finding(walk, leg, end, said[i], copies[i])
-            if finding.broken or finding.error or leg == len(walk.path) - 1:
-                walk.verdicts[leg] = finding
+            state = attack.start(rows, self.job.threat)
+        # rows without an image are copies of the last
+        state = take(state, [min(row, n - 1) for row in range(self.job.rows)])
+        state = take(_to_the_end(attack, state, n, self.oracle, feed), list(range(n)))
+        verified = verification.verify(self.model, self.job, state.adv, rows.images, rows.labels)
+        self.verified += 1
+        for trajectory, end, result, adv in zip(
+            started, trajectories.ends(state), verified, state.adv.cpu(), strict=True
+        ):
+            self._note(trajectory, end, result, adv)
 
-    def full(self, state: State) -> State:
-        """The state in the fixed shape; rows without an image hold copies of the last."""
-        last = len(state.labels) - 1
-        return take(state, [min(row, last) for row in range(self.rows)])
+    def _note(self, trajectory: Trajectory, end: End, result: Verification, adv: Tensor) -> None:
+        """Enter the end of a trajectory, and its finding if that may be decisive."""
+        finding = self._finding(trajectory, end, result, adv)
+        if finding.broken or finding.error or trajectory.last:
+            trajectory.image.decide(trajectory.number, end, finding)
+        else:
+            trajectory.image.ends[trajectory.number] = end
 
-    def walk(
-        self, attack: Attack, state: State, n: int, feed: Callable[[State], None] = lambda _: None
-    ) -> State:
-        """All rows, step by step, until the first n have ended; `feed` is called before every step."""
-        ended = torch.zeros_like(state.broken)
-        while not bool(ended[:n].all()):
-            feed(state)
-            state = hold(~ended, state, attack.step(state, self.oracle))
-            ended = state.done | state.nonfinite
-        return state
-
-    def finding(self, walk: Walk, leg: int, end: End, said: verification.Opinion, adv: Tensor) -> Finding:
-        """What a trajectory found; `adv` (3, H, W) on the CPU is the image that it ended with."""
-        i, stage = walk.index, self.stages[walk.stage][0]
-        target, restart = walk.path[leg]
-        error = ""
-        if end.nonfinite or (end.broken and not said.finite):
-            where = f"iteration {end.iteration - 1}, target {target}, restart {restart}"
-            error = f"{stage}: a logit or gradient is not finite ({where})"
-        elif end.broken and said.excess > geometry.slack(self.threat):
-            raise AttackError(f"{stage}: {self.keys[i]} is {said.excess:.3g} outside {self.threat} or [0, 1]")
-        label = int(self.labels[i])
-        broken = end.broken and not error and said.prediction != label
+    def _finding(self, trajectory: Trajectory, end: End, result: Verification, adv: Tensor) -> Finding:
+        """What a trajectory found; `adv` (3, H, W) on the CPU is the image with which it ended."""
+        i, stage = trajectory.image.index, self.job.stages[trajectory.image.stage][0]
+        key, label, error = self.block.keys[i], int(self.block.labels[i]), ""
+        if end.nonfinite or (end.broken and not result.finite):
+            error = trajectory.nonfinite_error(stage, end)
+        elif end.broken:
+            result.require_inside(self.job, f"{stage}: {key} is")
+        broken = end.broken and not error and result.prediction != label
         self.unconfirmed += end.broken and not error and not broken
+        target, restart = trajectory.pair
         return Finding(
-            key=self.keys[i],
+            key=key,
             broken=broken,
-            adv=adv.clone() if broken else self.images[i].detach().cpu().clone(),
+            adv=adv.clone() if broken else self.block.images[i].detach().cpu().clone(),
             target=target,
             restart=restart,
             iteration=end.first if broken else -1,
             forwards=0,
             backwards=0,
-            prediction=said.prediction if broken else label,
-            margin=said.margin if broken else self.margins[i],
+            prediction=result.prediction if broken else label,
+            margin=result.margin if broken else self.margins[i],
             error=error,
             stage=stage,
         )
 
 
-def run(  # noqa: PLR0913 - as `engine.run`
-    classify: Classify,
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    stages: Sequence[tuple[str, Attack]],
-    threat: Threat,
-    *,
-    seed: int,
-    n_classes: int,
-    rows: int,
-    clean: Tensor | None = None,
-    on_finding: Callable[[Finding], None],
-) -> Cost:
-    """As `engine.run`, in order and batch by batch; `rows` is also the number of images in a batch.
-
-    Args as those of `engine.run`. The image of a finding that is not broken is the clean one.
-
-    Raises:
-        InputError: a norm or an attack that the reference does not have, or arguments that disagree.
-        AttackError: the attack left the ball or the box, or the model gives no gradient.
-    """
-    check(images, labels, keys, stages, threat, rows, rows, n_classes)
-    refuse(stages, threat)
-    if not len(images):
-        return Cost(0, 0, 0, 0)
-    judged = 0
-    if clean is None:
-        clean, judged = canonical.logits(classify, images, rows), -(-len(images) // rows)
-    wrong, margins = verification.wrong_classes(clean, labels), losses.judge(clean, labels).tolist()
-    oracle = Oracle(classify)
-    what = _Run(oracle, classify, images, labels, keys, stages, threat, seed, rows, wrong, margins, judged)
-    standing = verification.attackable(clean, images, labels, keys, [stages[0][0]] * len(images), on_finding)
-    for number in range(len(stages)):
-        survivors = []
-        for begin in range(0, len(standing), rows):
-            members = standing[begin : begin + rows]
-            for i, finding in zip(members, what.batch(number, members), strict=True):
-                on_finding(finding)
-                if not finding.broken and not finding.error:
-                    survivors.append(i)
-        standing = survivors
-    return Cost(oracle.calls.forwards, oracle.calls.gradients, what.judged, what.unconfirmed)
+def _to_the_end(attack: Attack, state: State, n: int, oracle: Oracle, feed: Feed | None) -> State:
+    """Step all rows until the first n have ended."""
+    ended = torch.zeros_like(state.broken)
+    while not bool(ended[:n].all()):
+        if feed is not None:
+            feed(state)
+        state = freeze(~ended, state, attack.step(state, oracle))
+        ended = state.done | state.nonfinite
+    return state

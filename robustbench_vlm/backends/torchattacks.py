@@ -21,7 +21,7 @@ from robustbench_vlm.attacks.pgd import Pgd, step_length
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.backends import packages
 from robustbench_vlm.backends.autoattack import BALLS, LOSSES, tiled
-from robustbench_vlm.backends.packages import Call, Order, Perturb
+from robustbench_vlm.backends.packages import PackageCall, PackageStage, Perturb
 from robustbench_vlm.errors import InputError
 
 NAMES = ("torchattacks",)
@@ -34,20 +34,20 @@ class TorchAttacks:
 
     name: str
 
-    def translate(self, order: Order) -> Call:
+    def translate(self, stage: PackageStage) -> PackageCall:
         """FGSM, MI-FGSM, PGD, APGD, FAB and Square.
 
         Raises:
             InputError: the package has no such attack.
         """
-        attack = order.attack
+        attack = stage.attack
         if isinstance(attack, Fgsm | MiFgsm | Pgd):
-            return self._steps(order, attack)
+            return self._steps(stage, attack)
         if isinstance(attack, Apgd):
-            order.require("torchattacks", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
+            stage.require("torchattacks", BALLS, "loss", "steps", "rho", "restarts", "targets", "eot")
             draws = attack.eot if isinstance(attack, ApgdEot) else 1
             if attack.loss not in LOSSES:
-                raise order.refusal("torchattacks", f"loss = {attack.loss!r}")
+                raise stage.refusal("torchattacks", f"loss = {attack.loss!r}")
             walk = {
                 "steps": attack.steps,
                 "n_restarts": attack.restarts,
@@ -55,52 +55,52 @@ class TorchAttacks:
                 "eot_iter": draws,
             }
             if attack.targets:
-                return Call("APGDT", {**order.common, **walk, "n_classes": order.targets + 1})
-            return Call("APGD", {**order.common, **walk, "loss": attack.loss})
+                return PackageCall("APGDT", {**stage.common, **walk, "n_classes": stage.targets + 1})
+            return PackageCall("APGD", {**stage.common, **walk, "loss": attack.loss})
         if isinstance(attack, Fab):
-            order.require("torchattacks", BALLS, "steps", "targets", "restarts", "alpha_max", "eta", "beta")
+            stage.require("torchattacks", BALLS, "steps", "targets", "restarts", "alpha_max", "eta", "beta")
             walk = {"steps": attack.steps, "n_restarts": attack.restarts}
-            aim = {"multi_targeted": attack.targets > 0, "n_classes": order.targets + 1}
+            aim = {"multi_targeted": attack.targets > 0, "n_classes": stage.targets + 1}
             pull = {"alpha_max": attack.alpha_max, "eta": attack.eta, "beta": attack.beta}
-            return Call("FAB", {**order.common, **walk, **aim, **pull})
+            return PackageCall("FAB", {**stage.common, **walk, **aim, **pull})
         if isinstance(attack, Square):
-            order.require("torchattacks", BALLS, "queries", "p", "restarts")
-            self._require_shape(order)
+            stage.require("torchattacks", BALLS, "queries", "p", "restarts")
+            self._require_shape(stage)
             search = {"n_queries": attack.queries, "p_init": attack.p, "n_restarts": attack.restarts}
-            return Call("Square", {**order.common, **search, "loss": "margin", "resc_schedule": False})
-        raise order.refusal("torchattacks")
+            return PackageCall("Square", {**stage.common, **search, "loss": "margin", "resc_schedule": False})
+        raise stage.refusal("torchattacks")
 
-    def _steps(self, order: Order, attack: Fgsm | MiFgsm | Pgd) -> Call:
+    def _steps(self, stage: PackageStage, attack: Fgsm | MiFgsm | Pgd) -> PackageCall:
         """These raise nothing but cross-entropy, start once, and return the last iterate."""
         norms = BALLS if isinstance(attack, Pgd) else ("linf",)
         own = ("step_size", "decay", "restarts", "random_start")
-        order.require("torchattacks", norms, "loss", "steps", *own)
+        stage.require("torchattacks", norms, "loss", "steps", *own)
         if attack.loss != "ce":
-            raise order.refusal("torchattacks", f"loss = {attack.loss!r}")
+            raise stage.refusal("torchattacks", f"loss = {attack.loss!r}")
         if attack.restarts != 1:
-            raise order.refusal("torchattacks", f"restarts = {attack.restarts}")
-        eps = {"eps": order.common["eps"]}
+            raise stage.refusal("torchattacks", f"restarts = {attack.restarts}")
+        eps = {"eps": stage.common["eps"]}
         if isinstance(attack, Fgsm):
-            return Call("FGSM", eps)
-        if order.stop != "last":
-            raise order.refusal("torchattacks", f"stop = {order.stop!r}")
-        walk = {**eps, "alpha": step_length(attack.step_size, order.threat), "steps": attack.steps}
+            return PackageCall("FGSM", eps)
+        if stage.job.stop != "last":
+            raise stage.refusal("torchattacks", f"stop = {stage.job.stop!r}")
+        walk = {**eps, "alpha": step_length(attack.step_size, stage.job.threat), "steps": attack.steps}
         if isinstance(attack, MiFgsm):
-            return Call("MIFGSM", {**walk, "decay": attack.decay})
-        kind = "PGD" if order.threat.norm == "linf" else "PGDL2"
-        return Call(kind, {**walk, "random_start": attack.random_start})
+            return PackageCall("MIFGSM", {**walk, "decay": attack.decay})
+        kind = "PGD" if stage.job.threat.norm == "linf" else "PGDL2"
+        return PackageCall(kind, {**walk, "random_start": attack.random_start})
 
-    def _require_shape(self, order: Order) -> None:
+    def _require_shape(self, stage: PackageStage) -> None:
         """Its windows are not capped, and its L2 start is laid in tiles as that of AutoAttack."""
-        if order.shape is None:
+        if stage.shape is None:
             return
-        square = order.shape[0] == order.shape[1]
-        if not square or (order.threat.norm == "l2" and not tiled(order.shape)):
-            raise order.refusal(
-                "torchattacks", f"norm {order.threat.norm!r} on images of {order.shape} pixels"
+        square = stage.shape[0] == stage.shape[1]
+        if not square or (stage.job.threat.norm == "l2" and not tiled(stage.shape)):
+            raise stage.refusal(
+                "torchattacks", f"norm {stage.job.threat.norm!r} on images of {stage.shape} pixels"
             )
 
-    def build(self, call: Call, model: nn.Module, device: torch.device) -> Perturb:  # noqa: ARG002 - it asks the model
+    def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:  # noqa: ARG002 - it asks the model
         """That attack, ready for a model."""
         perturb: Perturb = getattr(packages.load(self.name), call.kind)(model, **call.settings)
         return perturb

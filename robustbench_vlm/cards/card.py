@@ -1,4 +1,4 @@
-"""What every record that is read from TOML has in common."""
+"""Base classes of the records that are read from TOML."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
-"""A name that can become part of a path."""
+"""Names that can be part of a path."""
 
 
 class Card(BaseModel):
-    """Base of every record read from TOML: frozen, and no key goes unread."""
+    """Base of every record read from TOML: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Grown(Card):
-    """A record that got fields after runs had been made with it.
+    """A record that got fields after results had been made with it.
 
-    At their defaults they are left out when it is written, so the fingerprint of an old run stands; written
-    with `context={"all": True}`, it is whole.
+    Fields named in `later` are left out of `model_dump` while they have their default, so that fingerprints
+    taken before those fields existed stay equal. `model_dump(context={"all": True})` has every field.
     """
 
     later: ClassVar[frozenset[str]] = frozenset()

@@ -1,4 +1,4 @@
-"""`--set key=value`: the table of a card with single entries replaced."""
+"""`--set key=value`: replace single entries of a card's table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from robustbench_vlm.errors import CardError
 
 
 def number(text: str) -> float | str:
-    """A TOML float; infinities stay text, since JSON has no spelling for them."""
+    """A TOML float; `inf` and `nan` stay text, since JSON has no spelling for them and results are JSON."""
     return text if text.lstrip("+-") in ("inf", "nan") else float(text)
 
 

@@ -1,7 +1,9 @@
-"""The folder is the registry: `get("defenses", "mmt-ard")` is `plugin` in `defenses/mmt_ard.py`.
+"""Attacks and defenses by name: `get("defenses", "mmt-ard")` is `plugin` in `defenses/mmt_ard.py`.
 
-A plug-in is a frozen dataclass; its fields are its configuration. Other packages add theirs by entry points
-(`robustbench_vlm.defenses`, `robustbench_vlm.attacks`), or by name as `module:Name`.
+The folder is the registry: every module in it that defines `plugin` is found. A plug-in is a frozen
+dataclass whose fields are its configuration. Other packages add theirs by entry points of the groups
+`robustbench_vlm.defenses` and `robustbench_vlm.attacks`; a class that is not registered is named
+`module:Name`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Facts are TOML: datasets, attack chains, suites and recipes, read strictly into frozen records.
+"""Read cards: TOML files of datasets, attack chains, suites, recipes and more, into frozen records.
 
-Cards lie in `suites/` (in a wheel: `robustbench_vlm/_suites/`), and in every folder given by `--include`.
-An unknown key, a value of the wrong kind or an unknown name is a `CardError` with the nearest known name.
+Cards are below `suites/` (in a wheel: `robustbench_vlm/_suites/`) and below every folder given by
+`--include`. An unknown key, a value of the wrong type or an unknown name is a `CardError` that names the
+nearest known one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from robustbench_vlm.errors import CardError, InputError, nearest
 
 
 def home() -> Path:
-    """The folder of the project's own cards: inside the wheel, or the checkout's `suites/`."""
+    """The folder of the project's own cards: inside the wheel, or `suites/` of the checkout."""
     packaged = Path(__file__).parents[1] / "_suites"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "suites"
 
@@ -51,13 +52,16 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
 """Kind of card -> folder below each card home, and the record it is read into."""
 
 SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
-"""Names that the literature has for cards of ours."""
+"""Other names of cards: `standard` is what the literature calls AutoAttack's usual chain."""
 
-_include: list[Path] = []
+_include: list[Path] = []  # folders of `include`: state of the process, see there
 
 
 def include(folders: list[Path]) -> None:
-    """Search these folders for cards before the project's own; set once, by the door.
+    """Search these folders for cards before the project's own, for the rest of this process.
+
+    This is global state: the command line sets it once, from `--include`. A new process starts without it, so
+    worker processes are handed `included()` and call this function first.
 
     Raises:
         InputError: a folder does not exist.
@@ -80,7 +84,7 @@ def included() -> list[Path]:
 
 
 def as_typed() -> str:
-    """The folders of `include` as they are typed, behind any command line; empty without one."""
+    """The options `--include FOLDER` that a printed command line needs; empty without included folders."""
     return "".join(f" --include {folder}" for folder in _include)
 
 
@@ -106,10 +110,19 @@ def read(kind: str, name: str, record: type[C]) -> C:
     """
     where = path(kind, name)
     card = parse(toml(where), record, str(where))
+    require_plain_name(card, str(where))
+    return card
+
+
+def require_plain_name(card: Card, where: str) -> None:
+    """Refuse a card whose name cannot become part of a path.
+
+    Raises:
+        CardError: its name has other characters than letters, digits and `. _ -`.
+    """
     own = str(getattr(card, "name", "x"))
     if not PLAIN.fullmatch(own):
-        raise CardError(str(where), f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
-    return card
+        raise CardError(where, f"the name {own!r:.60}", "letters, digits and . _ -: it names files")
 
 
 def suite(name: str) -> Suite:

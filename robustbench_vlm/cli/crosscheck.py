@@ -35,7 +35,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
     """Run all engines on the same images; print where verdicts agree, and what each engine spent."""
     from dataclasses import replace
 
-    from robustbench_vlm.backends.backend import Means
+    from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.evaluation import cells, crosscheck, planning
     from robustbench_vlm.threat import Threat
 
@@ -56,10 +56,10 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
     plan = planning.plan(order, where)
     request, (card,) = plan.request, plan.datasets
 
-    def refuse(means: Means) -> None:
-        planning.refuse(replace(request, engine=means.engine, mode=means.mode), [card])
+    def refuse(backend: Backend) -> None:
+        planning.refuse(replace(request, engine=backend.name, mode=backend.mode), [card])
 
-    means, lacking = crosscheck.ways(engine or [], refuse)
+    backends, lacking = crosscheck.ways(engine or [], refuse)
     for text in lacking:
         console.remark(f"left out: {text}")
     require_tiny([card.name], data_root)
@@ -71,7 +71,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
     noise = request.seed if seed is None else seed
     with console.meter() as meter:
         found = crosscheck.run(
-            what, request.attacks[0], threat, means, seed=noise, device=where, report=meter
+            what, request.attacks[0], threat, backends, seed=noise, device=where, report=meter
         )
     if as_json:
         console.result_json(found.record)

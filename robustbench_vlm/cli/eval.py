@@ -110,7 +110,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     datasets, chains = comma_separated(dataset), comma_separated(attack)
     models = tuple(model or [_newest_checkpoint()])
     _require_models(models, chains)
-    from robustbench_vlm.engine.attacked_view import Sight
+    from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
 
     request = planning.Order(
@@ -128,7 +128,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         skip_missing=skip_missing,
         engine=engine,
         mode=mode,
-        sight=Sight(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        sight=Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
         arch=arch,
         protocol=protocol,
     )

@@ -43,7 +43,7 @@ def study(
         ]
         console.show(f"study {card.name}", ["arm", "seed", "steps", "state", "folder"], rows)
         return
-    where = runner.Place(data_root, str(place(device)), jobs)
+    where = runner.Resources(data_root, str(place(device)), jobs)
     datasets = {run.recipe.data.dataset for run in todo}
     datasets |= set(reader.read("suites", card.final.suite, Suite).datasets)
     require_tiny(sorted(datasets), data_root)

@@ -8,15 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cards import overrides, reader
-from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards import reader
 from robustbench_vlm.cli.options import DataRoot, Device, place, require_tiny
-from robustbench_vlm.errors import CardError, InputError, nearest
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.training.resolve import resolve
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A defense (mmt-ard), a recipe name, or a TOML file.")],
-    recipe_option: Annotated[str | None, typer.Option("--recipe", help="Recipe name or TOML file.")] = None,
+    recipe_option: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe or TOML file to train the defense with.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, e.g. optim.steps=100.")
     ] = None,
@@ -24,15 +26,13 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on in a folder that was started before.")] = True,
     cache: Annotated[
         bool,
-        typer.Option(help="Keep what frozen teachers say of clean images; changes the time and no bit."),
+        typer.Option(help="Store outputs of frozen teachers on clean images; changes the time and no bit."),
     ] = True,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
     """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
-    chosen = _recipe(recipe, recipe_option, settings or [])
-    from robustbench_vlm.training import loop, teacher_cache
-
+    chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
     folder = out or Path("runs") / f"{chosen.name}-{chosen.fingerprint[:8]}"
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(
@@ -40,6 +40,8 @@ def train(
         )
     if (folder / "card.json").exists() and (folder / "recipe.json").exists():
         console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
+    from robustbench_vlm.training import loop, teacher_cache
+
     where = place(device)
     judged = reader.suites_with(chosen.data.dataset)
     require_tiny([chosen.data.dataset], data_root)
@@ -61,38 +63,3 @@ def train(
     target = f"--suite {judged[0]}" if judged else f"--dataset {chosen.data.dataset}"
     line = f"vlmrob eval --model {folder} --attack autoattack {target}{told}"
     console.remark(f"next: {line}{reader.as_typed()}")
-
-
-def _recipe(name: str, option: str | None, settings: list[str]) -> Recipe:
-    """The recipe meant: `--recipe`, a TOML file, a recipe name, or the tiny recipe of a defense."""
-    known = reader.names("recipes")
-    if option is None and (name.endswith(".toml") or name in known):
-        chosen = name
-    else:
-        _require_defense(name)
-        chosen = option or f"tiny-{name}"
-        if option is None:
-            console.remark(f"no recipe was named: taking {chosen}, for the built-in tiny world")
-            paper = f"paper-{name}"
-            if paper in known:
-                console.remark(f"the paper's setting: vlmrob train {name} --recipe {paper}")
-    path = reader.path("recipes", chosen)
-    recipe = reader.parse(overrides.override(reader.toml(path), settings), Recipe, str(path))
-    if option is not None and recipe.defense.get("name") != name:
-        found = f"a recipe of {recipe.defense.get('name')!r}"
-        raise CardError(f"--recipe {option}", found, f"one of {name!r}")
-    return recipe
-
-
-def _require_defense(name: str) -> None:
-    """Refuse an unknown defense without importing torch."""
-    folder = Path(__file__).parents[1] / "defenses"
-    known = [
-        path.stem.replace("_", "-") for path in folder.glob("*.py") if path.stem not in ("__init__", "losses")
-    ]
-    if name not in known and ":" not in name:
-        from robustbench_vlm.cards import plugins
-
-        if name not in plugins.names("defenses"):
-            hint = nearest(name, {*known, *reader.names("recipes")})
-            raise CardError(f"defense or recipe {name!r}", "no such thing", do=hint)

@@ -1,4 +1,4 @@
-"""Pixels of a split when they are needed: kept in memory where all of them fit, decoded again elsewhere."""
+"""The images of a split as an evaluation reads them: in memory if all fit, else decoded when needed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm.data.dataset import TOLERATED, Example, Split, in_order
-from robustbench_vlm.data.loader import IN_MEMORY
+from robustbench_vlm.data.dataset import TOLERATED, Example, Split
+from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError
 
 AT_ONCE = 32 * 2**20  # bytes of float32 pixels that are read together
 
 
 @dataclass(frozen=True)
-class Canvases:
-    """The images of a split on the canvas.
+class CanvasImages:
+    """The decodable images of a split on its canvas.
 
     Attributes:
-        split: which images, all of them whole.
+        split: which images; all of them decode.
         px: the model's input size, used when the canvas is `model`.
         sha256: of each image's file, in hex.
-        kept: (N, H, W, 3) uint8, or None where they are too many to be kept.
+        pixels: (N, H, W, 3) uint8, or `None` if they take more than `dataset.IN_MEMORY` bytes.
     """
 
     split: Split
     px: int
     sha256: tuple[str, ...]
-    kept: np.ndarray | None
+    pixels: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -44,53 +44,58 @@ class Canvases:
         """(n, 3, H, W) float32 in [0, 1] of the images at n positions; v / 255 exactly as `ToTensor`.
 
         Raises:
-            DataError: a file is gone, or is no longer the one that was there.
+            DataError: a file is gone, or its bytes are not those of the first reading.
         """
         found = torch.empty((len(positions), 3, self.side, self.side))
         planes = found.numpy()
-        for place, pixels in enumerate(self._pixels(positions)):
-            planes[place] = pixels.transpose(2, 0, 1)
+        for row, pixels in enumerate(self._pixels(positions)):
+            planes[row] = pixels.transpose(2, 0, 1)
         return found.div_(255)
 
     def parts(self, positions: Sequence[int], rows: int) -> Iterator[Sequence[int]]:
-        """The positions in parts that may be in memory together: each but the last fills calls of `rows`."""
+        """The positions in parts whose float pixels take about `AT_ONCE` bytes.
+
+        The length of every part but the last is a multiple of `rows`, the shape of a model call.
+        """
         calls = AT_ONCE // (rows * 3 * self.side**2 * np.dtype(np.float32).itemsize)
         size = max(calls, 1) * rows
         return (positions[begin : begin + size] for begin in range(0, len(positions), size))
 
     def _pixels(self, positions: Sequence[int]) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 of each."""
-        if self.kept is not None:
-            yield from (self.kept[i] for i in positions)
+        if self.pixels is not None:
+            yield from (self.pixels[i] for i in positions)
             return
         for i, found in zip(positions, in_order(self._read, positions), strict=True):
             if found.sha256 != self.sha256[i]:
-                do = "let nothing write to the data while they are evaluated"
-                raise DataError(found.key, "another file than at the start", "the same bytes", do)
+                do = "let nothing write to the data during an evaluation"
+                raise DataError(
+                    found.key, "its file has changed since the first reading", "the same bytes", do
+                )
             yield found.pixels
 
     def _read(self, i: int) -> Example:
         return self.split.read(i, self.px)
 
 
-def sound(split: Split, px: int, tolerated: float = TOLERATED) -> Canvases:
-    """The images of a split that decode; all are decoded once, to know which.
+def decodable_images(split: Split, px: int, tolerated: float = TOLERATED) -> CanvasImages:
+    """The images of a split that decode; every image is decoded once to find out.
 
     Args:
         split: what to read.
         px: the model's input size.
-        tolerated: share of bad images up to which the others are used; they are named in `split.bad`.
+        tolerated: share of undecodable images up to which they are left out; `split.bad` names them.
 
     Raises:
-        DataError: more bad images than that; the first ones are named.
+        DataError: more undecodable images than that; the first ones are named.
     """
     side = split.side(px)
-    fits = len(split) * side**2 * 3 <= IN_MEMORY
-    kept = np.empty((len(split), side, side, 3), dtype=np.uint8) if fits else None
+    shape = (len(split), side, side, 3)
+    pixels = np.empty(shape, dtype=np.uint8) if split.fits_in_memory(px) else None
 
-    def keep(place: int, found: Example) -> None:
-        if kept is not None:
-            kept[place] = found.pixels
+    def store(i: int, found: Example) -> None:
+        if pixels is not None:
+            pixels[i] = found.pixels
 
-    whole, hashes = split.scan(px, keep, tolerated)
-    return Canvases(whole, px, hashes, None if kept is None else kept[: len(whole)])
+    good, hashes = split.scan(px, store, tolerated)
+    return CanvasImages(good, px, hashes, None if pixels is None else pixels[: len(good)])

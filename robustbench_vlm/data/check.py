@@ -1,20 +1,18 @@
-"""Is a dataset on disk what its card says? Everything that is wrong is told at once, one line each."""
+"""Compare a dataset on disk with its card and its manifest, and name everything that is wrong."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards, texts
+from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, InputError
 
 COLUMNS = ("dataset", "split", "images", "classes", "shards", "MB", "manifest", "state")
-IN_FLIGHT = 64  # images decoded at a time: memory does not grow with the dataset
 
 Report = Callable[[str, int, int], None]
 
@@ -32,7 +30,7 @@ class Checked:
         size: bytes of all files.
         manifest: `recorded` now, `same` as recorded before, or empty.
         problems: what is wrong, one line each; empty when the dataset is whole.
-        notes: what is worth knowing and not wrong.
+        notes: facts worth knowing that are not wrong.
     """
 
     dataset: str
@@ -47,7 +45,7 @@ class Checked:
 
     @property
     def texts(self) -> list[str]:
-        """The line as `COLUMNS` has it."""
+        """The values of `COLUMNS`."""
         state = "whole" if not self.problems else f"broken ({len(self.problems)})"
         counts = (self.images, self.classes, self.shards)
         return [
@@ -61,16 +59,16 @@ class Checked:
 
 
 def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: bool = False) -> Checked:
-    """Hold a dataset to its card and its manifest: texts, every shard to its end, labels, counts, hashes.
+    """Compare a dataset with its card and its manifest: texts, whole shards, labels, counts, hashes.
 
-    A whole dataset without a manifest gets one; a broken one never does.
+    A dataset that is whole and has no manifest gets one; a broken one never does.
 
     Args:
         card: the dataset.
         root: data root.
         split: name of the split.
-        report: told (what, done, total).
-        decode: decode every image, too.
+        report: called with (what, done, total).
+        decode: whether every image is decoded, too.
     """
     folder = root / card.folder
     if not (folder / split).is_dir():
@@ -107,13 +105,13 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     )
 
 
-def _sharded(card: DatasetCard, place: Path, problems: list[str], report: Report) -> list[shards.Sample]:
-    """All samples of the shards that are whole; a line for each that is not, and for keys that repeat."""
+def _sharded(card: DatasetCard, split: Path, problems: list[str], report: Report) -> list[shards.Sample]:
+    """All samples of the whole shards; adds a problem for each broken shard and each repeated key."""
     try:
-        files = shards.shard_files(place)
+        files = shards.shard_files(split)
     except DataError as error:
         problems.append(str(error))
-        files = sorted(place.glob("*.tar"))
+        files = sorted(split.glob("*.tar"))
     samples: list[shards.Sample] = []
     for done, shard in enumerate(files):
         report(f"check {card.name}", done, len(files))
@@ -126,20 +124,20 @@ def _sharded(card: DatasetCard, place: Path, problems: list[str], report: Report
             problems.append(f"{shard}: no images")
         samples += found
     twice = [name for name, count in Counter(sample.name for sample in samples).items() if count > 1]
-    problems += [f"{place}: key {name!r} occurs twice" for name in sorted(twice)]
+    problems += [f"{split}: key {name!r} occurs twice" for name in sorted(twice)]
     return samples
 
 
-def _foldered(card: DatasetCard, place: Path, problems: list[str]) -> list[shards.Sample]:
+def _foldered(card: DatasetCard, split: Path, problems: list[str]) -> list[shards.Sample]:
     try:
-        return list(shards.index_folders(place, card.names)[0].samples)
+        return list(shards.index_folders(split, card.names)[0].samples)
     except DataError as error:
         problems.append(str(error))
         return []
 
 
 def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: list[str]) -> list[str]:
-    """A line if the number of images is not the card's; of a miniature it never is."""
+    """A problem if the number of images is not the card's; for a miniature, a note."""
     wanted = card.size.get(split, count)
     if count == wanted:
         return []
@@ -151,7 +149,7 @@ def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: lis
 
 
 def _undecodable(card: DatasetCard, samples: list[shards.Sample], report: Report) -> list[str]:
-    """A line for each image that does not decode, or not to the card's canvas."""
+    """A problem for each image that does not decode, or does not fit the card's canvas."""
 
     def problem(sample: shards.Sample) -> str:
         where = f"{sample.path}, {card.name}/{sample.name}"
@@ -166,12 +164,9 @@ def _undecodable(card: DatasetCard, samples: list[shards.Sample], report: Report
         return ""
 
     found: list[str] = []
-    waiting, done = iter(samples), 0
-    with ThreadPoolExecutor(dataset.threads()) as pool:
-        while chunk := list(islice(waiting, IN_FLIGHT)):
-            found += [line for line in pool.map(problem, chunk) if line]
-            done += len(chunk)
-            report(f"decode {card.name}", done, len(samples))
+    for done, line in enumerate(in_order(problem, samples), 1):
+        report(f"decode {card.name}", done, len(samples))
+        found += [line] if line else []
     return found
 
 
@@ -183,7 +178,7 @@ def _compared(
     count: int,
     problems: list[str],
 ) -> str:
-    """`same` or `recorded`; differences from the manifest become problems."""
+    """`same` or `recorded`; empty where there are problems, among them differences from the manifest."""
     try:
         known = manifest.read(folder)
     except InputError as error:

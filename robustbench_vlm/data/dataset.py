@@ -1,39 +1,41 @@
-"""A split of a dataset on disk: which images, under which keys and labels, and their pixels on request.
+"""A split of a dataset on disk: its images with keys and labels, and their pixels on request.
 
-Opening indexes names and labels only. Keys, subsets and hashes depend on the card and the names alone:
-never on shard order, workers or batch size.
+Opening a split reads names and labels only. Keys, subsets and hashes depend on the card and the names of the
+images, and never on the order of shards, the number of workers or the batch size.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import manifest, pixels, shards, texts
+from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.store import fingerprint
 
-TOLERATED = 0.001  # share of images that may be bad in an evaluation; they are named, and the row is flagged
+TOLERATED = 0.001  # share of undecodable images up to which an evaluation leaves them out and flags the row
 SHOWN = 5  # bad images that an error names
-AHEAD = 64  # images that are decoded before they are asked for
-
-T = TypeVar("T")
+IN_MEMORY = 512 * 2**20  # bytes of uint8 pixels up to which a split is decoded once and stays in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image of a split: its identity for ever, its class index, and where its bytes lie."""
+    """One image of a split.
+
+    Attributes:
+        key: the identity of the image, `dataset/split/member`.
+        label: class index.
+        sample: where its bytes lie.
+    """
 
     key: str
     label: int
@@ -83,7 +85,7 @@ class Split:
         split: name of the split, also of its folder.
         folder: the dataset's folder.
         entries: the images, sorted by key.
-        notes: what a careful reader of a result should know about the folder; not errors.
+        notes: facts about the folder that matter to a reader of results and are no errors, one line each.
         bad: images that were left out because they do not decode, one line each.
     """
 
@@ -115,8 +117,8 @@ class Split:
     def subset(self, n: int, seed: int = 0, *, stratified: bool = False) -> Split:
         """The `n` images with the smallest `rng.rank(seed, key)`; all of them for n = 0 or n >= N.
 
-        Stratified, the smallest of every class come first, then the second smallest, and so on. Subsets of
-        one seed and kind are nested, and independent of the order of shards and members.
+        With `stratified`, the image with the smallest rank of every class comes first, then the second
+        smallest of every class, and so on. A smaller subset of one seed and kind is part of every larger one.
         """
         if n < 0:
             raise ValueError(f"n = {n}, expected 0 (all) or a positive number")
@@ -125,31 +127,31 @@ class Split:
         ranked = sorted(self.entries, key=lambda entry: rng.rank(seed, entry.key))
         if stratified:
             before: Counter[int] = Counter()
-            turns = []
+            within = []  # how many images of the same class rank before
             for entry in ranked:
-                turns.append(before[entry.label])
+                within.append(before[entry.label])
                 before[entry.label] += 1
-            order = sorted(range(len(ranked)), key=turns.__getitem__)  # stable: by rank within a turn
+            order = sorted(range(len(ranked)), key=within.__getitem__)  # stable: by rank among equals
             ranked = [ranked[i] for i in order]
         drawn = ranked[:n]
         return replace(self, entries=tuple(sorted(drawn, key=lambda entry: entry.key)))
 
     def listed(self, names: Sequence[str], n: int = 0) -> Split:
-        """The images of the first `n` names of a list (0: of all), by their keys with or without extension.
+        """The images of the first `n` names of a list (0: of all); a name is a key with or without extension.
 
         Raises:
             DataError: an image of the list is not there.
         """
         prefix = f"{self.card.name}/{self.split}/"
-        there = {}
+        by_name = {}
         for entry in self.entries:
             key = entry.key.removeprefix(prefix)
             stem, dot, suffix = key.rpartition(".")
-            there[stem if dot and "/" not in suffix else key] = entry
+            by_name[stem if dot and "/" not in suffix else key] = entry
         drawn = {}
         for name in names[: n or None]:
             stem, dot, suffix = name.rpartition(".")
-            found = there.get(stem if dot and "/" not in suffix else name)
+            found = by_name.get(stem if dot and "/" not in suffix else name)
             if found is None:
                 do = "use class folders, or an export of them, which keeps these names"
                 raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
@@ -157,8 +159,12 @@ class Split:
         return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
 
     def side(self, px: int) -> int:
-        """Side of the canvas for a model with input size `px`: the card's own when it is native."""
+        """Side of the canvas for a model with input size `px`: the images' own side if it is native."""
         return self.card.native_px if self.card.canvas == "native" else px
+
+    def fits_in_memory(self, px: int) -> bool:
+        """Whether all pixels are few enough to be decoded once and stay in memory."""
+        return len(self) * self.side(px) ** 2 * 3 <= IN_MEMORY
 
     def read(self, i: int, px: int) -> Example:
         """Image `i` on the canvas; `px` is the model's input size, used when the canvas is `model`.
@@ -176,7 +182,7 @@ class Split:
         return Example(entry.key, entry.label, hashlib.sha256(content).hexdigest(), found)
 
     def images(self, px: int) -> Images:
-        """All images, decoded by a few threads into one array of N x side x side x 3 bytes.
+        """All images, decoded into one array of N x side x side x 3 bytes.
 
         Raises:
             DataError: for the first image, in entry order, that cannot be decoded.
@@ -184,30 +190,31 @@ class Split:
         side = self.side(px)
         array = np.empty((len(self), side, side, 3), dtype=np.uint8)
 
-        def keep(place: int, found: Example) -> None:
-            array[place] = found.pixels
+        def store(i: int, found: Example) -> None:
+            array[i] = found.pixels
 
-        _, hashes = self.scan(px, keep, 0.0)
+        _, hashes = self.scan(px, store, 0.0)
         return Images(array, self.labels, self.keys, hashes)
 
     def scan(
         self, px: int, each: Callable[[int, Example], None], tolerated: float = TOLERATED
     ) -> tuple[Split, tuple[str, ...]]:
-        """Decode every image once, in entry order; only hashes are kept.
+        """Decode every image once, in entry order, and return the hashes of the images that decode.
 
         Args:
             px: the model's input size.
-            each: given every good image, with its position among the good ones.
-            tolerated: share of bad images up to which the others are used; above it nothing is.
+            each: called for every image that decodes, with its position among those and the image.
+            tolerated: share of undecodable images up to which they are left out.
 
         Returns:
-            The split without its bad images, which are named in `bad`, and SHA-256 of the others' files.
+            The split without its undecodable images, which are named in `bad`, and SHA-256 of the others'
+            files.
 
         Raises:
-            DataError: more bad images than that; the first ones are named.
+            DataError: more undecodable images than that; the first ones are named.
         """
         hashes: list[str] = []
-        whole: list[int] = []
+        good: list[int] = []
         bad: list[str] = []
 
         def attempt(i: int) -> Example | DataError:
@@ -221,30 +228,15 @@ class Split:
                 bad.append(str(found))
                 _tolerate(self, bad, tolerated, found)
                 continue
-            each(len(whole), found)
+            each(len(good), found)
             hashes.append(found.sha256)
-            whole.append(i)
-        split = replace(self, entries=tuple(self.entries[i] for i in whole), bad=tuple(bad)) if bad else self
+            good.append(i)
+        split = replace(self, entries=tuple(self.entries[i] for i in good), bad=tuple(bad)) if bad else self
         return split, tuple(hashes)
 
 
-def in_order(call: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
-    """`call(i)` for each position, in order, by a few threads that run a little ahead."""
-    waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(threads())
-    try:
-        for i in positions:
-            waiting.append(pool.submit(call, i))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # also when the caller stops early or an image is bad: nobody waits for what is not needed
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _tolerate(split: Split, bad: Sequence[str], tolerated: float, last: DataError) -> None:
-    """Raise once there are more bad images than are tolerated."""
+    """Raise an error once there are more undecodable images than are tolerated."""
     allowed = int(tolerated * len(split))
     if len(bad) <= allowed:
         return
@@ -252,36 +244,37 @@ def _tolerate(split: Split, bad: Sequence[str], tolerated: float, last: DataErro
         raise last
     where = f"dataset {split.card.name}, split {split.split}"
     named = " | ".join(bad[:SHOWN])
-    raise DataError(where, f"more than {allowed} bad images of {len(split)}: {named}", do="fetch it again")
+    found = f"more than {allowed} undecodable images of {len(split)}: {named}"
+    raise DataError(where, found, f"at most {allowed}", "fetch the dataset again")
 
 
 def open_split(card: DatasetCard, root: Path, split: str) -> Split:
-    """The split as it lies below the data root: shards or class folders, checked but not decoded.
+    """The split of a dataset below the data root, in shards or class folders; nothing is decoded yet.
 
     Raises:
-        DataError: folder or split missing (with how to get it), class names other than the card's, or
-            anything wrong with the shards.
+        DataError: folder or split missing (the message says how to get it), class names other than the
+            card's, or anything wrong with the shards.
     """
     folder = root / card.folder
     if not folder.is_dir():
         raise DataError(f"dataset {card.name}", f"no folder {folder}", do=how_to_get(card, root))
-    place = folder / split
-    if split in ("", ".", "..") or "/" in split or not place.is_dir():
+    inner = folder / split
+    if split in ("", ".", "..") or "/" in split or not inner.is_dir():
         inside = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
         have = ", ".join(sorted(inside)) or "none"
         raise DataError(
             f"dataset {card.name}", f"no split {split!r}", f"one of: {have}", how_to_get(card, root)
         )
-    sharded = shards.is_sharded(place)
+    sharded = shards.is_sharded(inner)
     notes = texts.check(card, folder, required=sharded)
     card = texts.with_names(card, folder)
     if sharded:
-        _as_recorded(folder, place)
-        index = shards.index_shards(place, card.n_classes)
+        _require_recorded_sizes(folder, inner)
+        index = shards.index_shards(inner, card.n_classes)
     else:
-        index, by_name = shards.index_folders(place, card.names)
+        index, by_name = shards.index_folders(inner, card.names)
         if not by_name:
-            of = {one.name.partition("/")[0]: card.names[one.label] for one in index.samples}
+            of = {sample.name.partition("/")[0]: card.names[sample.label] for sample in index.samples}
             pairs = some([f"{folder} is {name}" for folder, name in of.items()])  # 10 sorts before 2
             notes.append(f"class folders are matched to class names by sorted order: {pairs}")
     if index.ignored:
@@ -295,7 +288,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
 
 
 def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
-    """One line for each dataset without that split below the root: its name and how to get it."""
+    """One line for each dataset whose split is not below the root: its name, and how to get it."""
     return [
         f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}"
         for card in cards
@@ -304,7 +297,7 @@ def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
 
 
 def how_to_get(card: DatasetCard, root: Path) -> str:
-    """The command to type, or the address to go to, for a dataset that is not there."""
+    """The command to type, or the address to visit, for a dataset that is not on disk."""
     if card.source.hub:
         return f"get it with: vlmrob data fetch {card.name} --root {root}"
     if card.source.url:
@@ -315,32 +308,15 @@ def how_to_get(card: DatasetCard, root: Path) -> str:
     return f"put it at {root / card.folder}"
 
 
-def folder_sha(keys: Sequence[str], labels: Sequence[int] | np.ndarray, images: Sequence[str]) -> str:
-    """Fingerprint of what was evaluated: SHA-256 over ordered keys, labels and image hashes.
-
-    Args:
-        keys: N keys.
-        labels: N class indices.
-        images: N SHA-256 of the encoded images, in hex.
-    """
-    return fingerprint([[k, int(y), h] for k, y, h in zip(keys, labels, images, strict=True)])
-
-
 def majority(labels: np.ndarray, n_classes: int) -> float:
     """Accuracy of the best constant predictor on (N,) labels, in [0, 1]; 0 for no labels."""
     return float(np.bincount(labels, minlength=n_classes).max() / len(labels)) if len(labels) else 0.0
 
 
-def threads() -> int:
-    """How many threads decode: the cores this process may use, at most 8 (decoding frees the interpreter)."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, usable)
-
-
-def _as_recorded(folder: Path, place: Path) -> None:
-    """Refuse a shard that is not as long as the manifest says, where there is one; hashes are `check`'s."""
+def _require_recorded_sizes(folder: Path, split: Path) -> None:
+    """Refuse a shard whose size is not that of the manifest, if there is one; `check` compares the hashes."""
     known = manifest.read(folder)
-    for path in sorted(place.glob("*.tar")) if known else ():
+    for path in sorted(split.glob("*.tar")) if known else ():
         size, _ = known.files.get(path.relative_to(folder).as_posix(), (-1, "")) if known else (-1, "")
         if size >= 0 and path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes"

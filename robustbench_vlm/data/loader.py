@@ -1,21 +1,20 @@
-"""Training batches as a pure function of the step: a resumed run sees what an uninterrupted one saw."""
+"""Training batches as a pure function of the step, so that a resumed run trains on the same batches."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice, tee
 
 import numpy as np
 import torch
 
 from robustbench_vlm import rng
-from robustbench_vlm.data.dataset import Example, Split, threads
+from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.types import Batch
 
-IN_MEMORY = 512 * 2**20  # bytes of uint8 pixels up to which a split is decoded once and kept
-AHEAD = 3  # batches decoded in advance when it is not kept
+AHEAD = 3  # batches that are decoded in advance where the split does not stay in memory
 
 
 def as_float(pixels: np.ndarray) -> torch.Tensor:
@@ -30,10 +29,10 @@ def batches(
     """Batches `start_step` to `stop_step - 1`, each of exactly `batch_size` images.
 
     Batch t holds positions t B to (t + 1) B - 1 of the concatenated epochs, and epoch e is a permutation
-    keyed by seed, dataset, split and e: batch t is the same whenever and from wherever it is asked for.
+    keyed by seed, dataset, split and e. So batch t is the same in every run that reaches it.
 
     Args:
-        split: the training images; fewer than `batch_size` is allowed, a batch then spans epochs.
+        split: the training images; with fewer than `batch_size` of them, a batch spans epochs.
         batch_size: B.
         seed: of the run.
         start_step: first step, 0 for a new run.
@@ -41,17 +40,17 @@ def batches(
         px: the model's input size, for datasets on the model's canvas.
 
     Raises:
-        DataError: an image that cannot be decoded; the message names its key.
-        ValueError: an empty split, or sizes that make no sense.
+        DataError: an image cannot be decoded; the message names its key.
+        ValueError: an empty split, a batch size below 1, or a negative step.
     """
     if len(split) == 0 or batch_size < 1 or start_step < 0:
         raise ValueError(f"{len(split)} images, batch size {batch_size}, from step {start_step}")
     chosen = (positions(split, batch_size, seed, step) for step in range(start_step, stop_step))
     labels, keys = split.labels, split.keys
-    kept = len(split) * split.side(px) ** 2 * 3 <= IN_MEMORY
-    for where, pixels, shas in _kept(split, px, chosen) if kept else _streamed(split, px, chosen):
-        named = tuple(keys[i] for i in where)
-        yield Batch(as_float(pixels), torch.from_numpy(labels[where]), named, shas)
+    read = _from_memory if split.fits_in_memory(px) else _decoded
+    for where, pixels, shas in read(split, px, chosen):
+        names = tuple(keys[i] for i in where)
+        yield Batch(as_float(pixels), torch.from_numpy(labels[where]), names, shas)
 
 
 def positions(split: Split, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -71,32 +70,27 @@ def _order(name: str, n: int) -> np.ndarray:
     return rng.generator(name).permutation(n)
 
 
-Piece = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
-"""Positions, pixels and hashes of a batch."""
+Pixels = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+"""Of a batch: (B,) positions, (B, H, W, 3) uint8 pixels, and the hash of each image's file."""
 
 
-def _kept(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Piece]:
-    """Each batch from one array decoded at the first."""
+def _from_memory(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Pixels]:
+    """The batches at the chosen positions, from one array that is decoded before the first."""
     images = split.images(px)
     for where in chosen:
         yield where, images.pixels[where], tuple(images.sha256[i] for i in where)
 
 
-def _streamed(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Piece]:
-    """Each batch decoded by threads, a few batches ahead."""
-    waiting: deque[tuple[np.ndarray, list[Future[Example]]]] = deque()
-    pool = ThreadPoolExecutor(threads())
-
-    def piece(where: np.ndarray, futures: list[Future[Example]]) -> Piece:
-        found = [future.result() for future in futures]
-        return where, np.stack([example.pixels for example in found]), tuple(e.sha256 for e in found)
-
-    try:
-        for where in chosen:
-            waiting.append((where, [pool.submit(split.read, int(i), px) for i in where]))
-            if len(waiting) > AHEAD:
-                yield piece(*waiting.popleft())
-        for ready in waiting:
-            yield piece(*ready)
-    finally:  # also when the caller stops early or an image is bad: nobody waits for what is not needed
-        pool.shutdown(wait=False, cancel_futures=True)
+def _decoded(split: Split, px: int, chosen: Iterator[np.ndarray]) -> Iterator[Pixels]:
+    """The batches at the chosen positions, decoded a few batches in advance."""
+    batch, ahead = tee(chosen)
+    first = next(batch, None)
+    if first is None:
+        return
+    positions = (int(i) for where in ahead for i in where)
+    examples = in_order(lambda i: split.read(i, px), positions, AHEAD * len(first))
+    where: np.ndarray | None = first
+    while where is not None:
+        found = list(islice(examples, len(where)))
+        yield where, np.stack([example.pixels for example in found]), tuple(e.sha256 for e in found)
+        where = next(batch, None)

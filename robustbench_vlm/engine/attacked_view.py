@@ -1,8 +1,9 @@
-"""The model as attacks see it: in bf16, compiled, or replayed as a CUDA graph. It finds; it never decides.
+"""The attacked view of a model: the function that attacks query and differentiate.
 
-A success found here counts only once the canonical pass, in fp32 and by the plain model, has confirmed it. So
-lower precision cannot make a model look weaker than it is; it can miss successes, and that is measured, not
-assumed (`benchmarks/attacks.md`).
+It may be the model in bf16, compiled, or replayed as a CUDA graph. It never decides: a success found in it
+counts only once the canonical pass, in fp32 and by the plain model, has confirmed it. So lower precision
+cannot make a model look weaker than it is. It can miss successes; how many is measured
+(`benchmarks/attacks.md`).
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from torch import Tensor
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.types import Classify
 
-Precision = Literal["fp32", "bf16"]
+Format = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Sight:
-    """How attacks see the model.
+class Precision:
+    """The numerics of the attacked view.
 
     Attributes:
-        precision: `fp32`, the model itself; `bf16`, under autocast.
+        format: `fp32`, the model itself; `bf16`, the model under autocast.
         tf32: whether fp32 products may be rounded to TF32 on the device, in the canonical pass too.
-        compiled: through `torch.compile`, for the one fixed shape.
-        graphs: forward and backward replayed as CUDA graphs: the same kernels without launch costs.
+        compiled: whether the view goes through `torch.compile`, for the one fixed shape.
+        graphs: whether forward and backward are replayed as CUDA graphs: the same kernels without the costs
+            of launching them.
     """
 
-    precision: Precision = "fp32"
+    format: Format = "fp32"
     tf32: bool = False
     compiled: bool = False
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise InputError("precision", repr(self.precision), " or ".join(get_args(Precision)))
+        if self.format not in get_args(Format):
+            raise InputError("precision", repr(self.format), " or ".join(get_args(Format)))
 
     def require(self, device: torch.device) -> None:
         """Refuse what this device does not have.
@@ -54,42 +56,45 @@ class Sight:
 
     @property
     def label(self) -> str:
-        """What a result says about its precision; everything in it may change rounding."""
-        words = [self.precision if self.precision == "fp32" else f"{self.precision}-find"]
+        """The column `precision` of a result; names everything that may change rounding."""
+        words = [self.format if self.format == "fp32" else f"{self.format}-find"]
         return "+".join(words + ["tf32"] * self.tf32 + ["compiled"] * self.compiled)
 
 
-PLAIN = Sight()
+PLAIN = Precision()
 
 
-def finder(classify: Classify, how: Sight, sample: Tensor, lower: Classify | None = None) -> Classify:
-    """`classify` as attacks are to see it.
+def build(
+    classify: Classify, precision: Precision, sample: Tensor, lower: Classify | None = None
+) -> Classify | None:
+    """The attacked view of a classifier; None if it is the classifier itself.
 
     Args:
         classify: (B, 3, H, W) -> logits (B, C).
-        how: precision and compilation.
-        sample: (rows, 3, H, W) images of the one shape that will be asked for.
-        lower: the model in bf16, where it knows better than autocast over everything.
+        precision: format and compilation.
+        sample: (rows, 3, H, W) images of the one shape in which the view is called.
+        lower: the classifier in bf16, where it has a better version of itself than autocast over everything.
 
     Raises:
         InputError: CUDA graphs or TF32 without a CUDA device.
     """
-    how.require(sample.device)
-    seen = classify if how.precision == "fp32" else lower or _autocast(classify)
-    if how.compiled:
-        seen = torch.compile(seen, dynamic=False)
-    if how.graphs:
-        seen = _graphed(seen, sample)
-    return seen
+    precision.require(sample.device)
+    view = classify if precision.format == "fp32" else lower or _autocast(classify)
+    if precision.compiled:
+        view = torch.compile(view, dynamic=False)
+    if precision.graphs:
+        view = _graphed(view, sample)
+    return None if view is classify else view
 
 
 def _autocast(classify: Classify) -> Classify:
-    def seen(images: Tensor) -> Tensor:
-        # parameters are frozen, so there are no casts of weights to cache, and a captured graph must not
+    def view(images: Tensor) -> Tensor:
+        # Parameters are frozen, so caching casts of weights saves nothing, and a captured graph must not
+        # contain such a cache.
         with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
             return classify(images)
 
-    return seen
+    return view
 
 
 def _graphed(classify: Classify, sample: Tensor) -> Classify:
@@ -97,21 +102,22 @@ def _graphed(classify: Classify, sample: Tensor) -> Classify:
     example = sample.detach().clone().requires_grad_()
     replay: Any = torch.cuda.make_graphed_callables(classify, (example,))
 
-    def seen(images: Tensor) -> Tensor:
-        # a replay writes logits and image gradient where the last one did; the product and the copy are ours
+    def view(images: Tensor) -> Tensor:
+        # A replay writes logits and image gradient where the last replay wrote them. The product gives the
+        # gradient memory of its own, the copy does so for the logits.
         logits: Tensor = replay(images * 1)
         return logits.clone()
 
-    return seen
+    return view
 
 
 @contextmanager
 def numerics(*, tf32: bool = False) -> Iterator[None]:
-    """Kernels that give the same bits twice; products in full fp32 unless TF32 is asked for.
+    """Use kernels that give the same bits twice, and full fp32 products unless `tf32`.
 
-    PyTorch lets convolutions use TF32 by default, and attention's backward pass may add in any order.
+    By default PyTorch lets convolutions use TF32, and attention's backward pass may add in any order.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     memory: Any = torch.utils.deterministic
     before = matmul.fp32_precision, conv.fp32_precision, memory.fill_uninitialized_memory
@@ -119,7 +125,7 @@ def numerics(*, tf32: bool = False) -> Iterator[None]:
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     matmul.fp32_precision = conv.fp32_precision = "tf32" if tf32 else "ieee"
     torch.use_deterministic_algorithms(True, warn_only=not strict or warns)
-    memory.fill_uninitialized_memory = False  # a debugging aid that costs a pass
+    memory.fill_uninitialized_memory = False  # a debugging aid; costs a pass over memory
     try:
         yield
     finally:

@@ -8,15 +8,12 @@ promises that, so each model is asked, on its own images, in the run that is abo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import losses
-from robustbench_vlm.engine.interface import AnyState, Oracle, take
-
-Leg = TypeVar("Leg")
+from robustbench_vlm.engine.interface import Oracle
 
 LEAST = 8  # rows, and their multiples: whole vectors, and on a CPU the cost of a row is that of a full call
 
@@ -90,18 +87,3 @@ class Shapes:
             self.images[chosen], lambda logits: losses.cross_entropy(logits, labels, labels)
         )
         return [seen.logits, seen.gradient]
-
-
-def fit(state: AnyState, slots: dict[int, Leg], shape: int) -> AnyState:
-    """A state of `shape` rows, those in `slots` first; `slots` follows them.
-
-    Args:
-        state: of any number of rows.
-        slots: what each row that is busy works on; at most `shape` of them.
-        shape: rows to come; those beside the busy ones hold copies.
-    """
-    busy = sorted(slots)
-    fitted = take(state, [*busy, *[0] * (shape - len(busy))])
-    legs = [slots.pop(slot) for slot in busy]
-    slots.update(enumerate(legs))
-    return fitted

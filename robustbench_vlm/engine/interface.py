@@ -6,7 +6,7 @@ reads `broken`, `done` and `nonfinite`, and gives a finished row to the next ima
 over batches, no early exit and no resume of its own, and gets all three.
 
 Rules for `step`: every tensor has leading dimension S; no operation mixes rows, except those of one crew (see
-`Attack.muster`); no random numbers; nothing that waits for the device. The state that it is given is spent:
+`Attack.assign`); no random numbers; nothing that waits for the device. The state that it is given is spent:
 its memory may be written, but not where a row has ended, since the engine keeps such rows as they ended.
 """
 
@@ -141,8 +141,8 @@ class Attack(Protocol):
     norms: ClassVar[tuple[str, ...]]
     """Norms that it supports; the engine refuses others by name."""
 
-    crews: ClassVar[bool]
-    """Whether idle rows can help a row that walks, see `muster`."""
+    looks_ahead: ClassVar[bool]
+    """Whether idle rows can help a row that walks, see `assign`."""
 
     @property
     def restarts(self) -> int:
@@ -172,13 +172,13 @@ class Attack(Protocol):
         """State of trajectories before their first model call. Row by row: independent of n."""
         ...
 
-    def muster(self, state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
-        """Rows grouped into crews, each working ahead on one trajectory; called only if `crews`.
+    def assign(self, state: AnyState, leaders: Tensor, positions: Tensor) -> AnyState:
+        """Rows grouped into crews, each working ahead on one trajectory; called only if `looks_ahead`.
 
         Args:
             state: of S rows.
-            lead: (S,) int64, the row whose trajectory each row works on; its own index for a row alone.
-            place: (S,) int64, position within the crew, 0 for the lead.
+            leaders: (S,) int64, the row whose trajectory each row works on; its own index for a row alone.
+            positions: (S,) int64, position within the crew, 0 for the lead.
 
         Returns:
             The state in which every row holds its lead's trajectory. What the rows of a crew find must be
@@ -194,20 +194,20 @@ class Attack(Protocol):
 class Alone:
     """What an attack inherits whose rows share a table with no other attack and work alone."""
 
-    crews: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def join(self, other: Attack) -> Attack | None:
         """Only with its equal."""
         same: object = self
         return other if other == same else None
 
-    def muster(self, state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
+    def assign(self, state: AnyState, leaders: Tensor, positions: Tensor) -> AnyState:
         """Never called."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Seen:
+class Evaluation:
     """One evaluation with gradient.
 
     Attributes:
@@ -254,7 +254,7 @@ class Oracle:
         with torch.no_grad():
             return self.classify(images).float()
 
-    def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Seen:
+    def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
         """Evaluate and differentiate `objective` (logits (S, C) -> (S,)) at `images`.
 
         The sum over rows is differentiated, so each row's gradient is its own whatever S is. Parameters
@@ -266,7 +266,7 @@ class Oracle:
         (seen,) = self.gradients(images, lambda logits: objective(logits)[:, None])
         return seen
 
-    def gradients(self, images: Tensor, objectives: Callable[[Tensor], Tensor]) -> Iterator[Seen]:
+    def gradients(self, images: Tensor, objectives: Callable[[Tensor], Tensor]) -> Iterator[Evaluation]:
         """As `gradient`, for M objectives (logits (S, C) -> (S, M)): one forward, M backward passes.
 
         One after the other, so that no more than one gradient need be held at a time.
@@ -287,7 +287,7 @@ class Oracle:
             logits = self.classify(leaf).float()
             return leaf, logits, objectives(logits)
 
-    def _differentiate(self, leaf: Tensor, logits: Tensor, values: Tensor, *, keep: bool) -> Seen:
+    def _differentiate(self, leaf: Tensor, logits: Tensor, values: Tensor, *, keep: bool) -> Evaluation:
         """The gradient of `values` (S,); `keep` spares the graph for further backward passes."""
         self.calls.gradients += 1
         if not values.requires_grad:
@@ -298,7 +298,7 @@ class Oracle:
         # one reduction tells zero, finite and neither apart: NaN and infinity pass through a maximum
         largest = gradient.flatten(1).abs().amax(1)
         finite = torch.isfinite(largest + logits.detach().sum(1))
-        return Seen(logits.detach(), values.detach(), gradient, finite, largest == 0)
+        return Evaluation(logits.detach(), values.detach(), gradient, finite, largest == 0)
 
 
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ def scatter(state: AnyState, slots: list[int], fresh: AnyState) -> AnyState:
     return dataclasses.replace(state, **filled)
 
 
-def hold(active: Tensor, old: AnyState, new: AnyState) -> AnyState:
+def freeze(active: Tensor, old: AnyState, new: AnyState) -> AnyState:
     """`new` for rows in `active` (S,) bool, `old` for the others: what ended stays as it ended."""
     before = _tensors(old)
     changed: dict[str, Any] = {

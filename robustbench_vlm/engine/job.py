@@ -1,60 +1,161 @@
-"""Images as they are handed to an engine, and what must hold about them."""
+"""What travels together into every engine: the model, the job, and the images; and what a run cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine.interface import Attack
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine.interface import Attack, Stop
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
+from robustbench_vlm.types import Classify, Finding
+
+Stages = Sequence[tuple[str, Attack]]
+"""Name and attack of each stage of a chain, in order."""
+
+OnFinding = Callable[[Finding], None]
+"""Called once for each image and stage, in the order in which they end."""
 
 
 @dataclass(frozen=True)
-class Block:
+class Model:
+    """One classifier, as verdicts see it and as attacks see it.
+
+    Attributes:
+        canonical: (B, 3, H, W) float32 in [0, 1] -> logits (B, C), in fp32; decides every verdict. In eval
+            mode, parameters best frozen.
+        view: the same classifier in lower precision, compiled or replayed, which attacks query and
+            differentiate (`attacked_view.build`); None where attacks see `canonical` itself.
+    """
+
+    canonical: Classify
+    view: Classify | None = None
+
+    @property
+    def attacked(self) -> Classify:
+        """What attacks query and differentiate."""
+        return self.canonical if self.view is None else self.view
+
+    @property
+    def plain(self) -> bool:
+        """Whether attacks see the very function that decides."""
+        return self.attacked is self.canonical
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done with every image: the attacks, the ball, and how they are run.
+
+    Attributes:
+        stages: name and attack of each stage; each stage is given the survivors of the one before. The name
+            is part of the noise's name.
+        threat: norm and radius.
+        rows: fixed number of rows of every model call; packages and reference mode also attack the images in
+            batches of that many.
+        n_classes: number of classes that the model tells apart.
+        active_rows: rows in use, at most `rows`; all of them if None. Changes speed, never a finding.
+        stop: when a trajectory ends; see `interface.Rows`.
+        seed: part of the noise's name.
+    """
+
+    stages: Stages
+    threat: Threat
+    rows: int
+    n_classes: int
+    active_rows: int | None = None
+    stop: Stop = "first"
+    seed: int = 0
+
+    @property
+    def active(self) -> int:
+        """Rows in use, as a number."""
+        return self.rows if self.active_rows is None else self.active_rows
+
+    def of(self, stages: Stages) -> Job:
+        """The same job with other stages."""
+        return dataclasses.replace(self, stages=stages)
+
+    def check(self) -> None:
+        """Refuse a job that cannot be run.
+
+        Raises:
+            InputError: an attack that does not support the norm; more active rows than rows.
+        """
+        for name, attack in self.stages:
+            if self.threat.norm not in attack.norms:
+                where = f"stage {name}, attack {type(attack).__name__.lower()}"
+                raise InputError(where, f"norm {self.threat.norm!r}", " or ".join(attack.norms))
+        if not 1 <= self.active <= self.rows:
+            wanted = f"1 to {self.rows}, the rows of every model call"
+            raise InputError("active rows", str(self.active), wanted)
+
+
+@dataclass(frozen=True)
+class ImageBlock:
     """Some of the images of a run, so that the others need not be in memory.
 
     Attributes:
         images: (N, 3, H, W) float32 in [0, 1], on the model's device.
         labels: (N,) int64.
         keys: N names, distinct in the whole run.
-        clean: (N, C) logits of the canonical pass.
-        begin: the stage in which each image begins.
+        clean: (N, C) logits of `canonical.logits(model.canonical, images, rows)`; None if not known yet.
+        begin: the stage in which each image begins; the first one if None.
     """
+
+    images: Tensor
+    labels: Tensor
+    keys: Sequence[str]
+    clean: Tensor | None = None
+    begin: Sequence[int] | None = None
+
+    def take(self, positions: Sequence[int]) -> ImageBlock:
+        """The images at some positions."""
+        index = torch.tensor(positions, dtype=torch.int64, device=self.images.device)
+        return ImageBlock(
+            self.images[index],
+            self.labels[index],
+            [self.keys[i] for i in positions],
+            None if self.clean is None else self.clean[index],
+            None if self.begin is None else [self.begin[i] for i in positions],
+        )
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """An `ImageBlock` that agrees with its job and whose clean logits are known; see there."""
 
     images: Tensor
     labels: Tensor
     keys: Sequence[str]
     clean: Tensor
     begin: Sequence[int]
+    calls: int  # of the canonical pass that were made to find `clean`
 
 
-def check(
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    stages: Sequence[tuple[str, Attack]],
-    threat: Threat,
-    rows: int,
-    live: int,
-    n_classes: int,
-) -> None:
-    """Refuse arguments of `run` that disagree.
+def prepare(block: ImageBlock, model: Model, job: Job) -> PreparedBlock:
+    """Check images against the job, and run the clean pass if its logits are not known.
 
     Raises:
-        InputError: which, and why.
+        InputError: shapes, keys, pixels, labels or clean logits that disagree.
     """
-    for name, attack in stages:
-        if threat.norm not in attack.norms:
-            kind = type(attack).__name__.lower()
-            raise InputError(
-                f"stage {name}, attack {kind}", f"norm {threat.norm!r}", " or ".join(attack.norms)
-            )
-    if not 1 <= live <= rows:
-        raise InputError("live rows", str(live), f"1 to {rows}, the rows of every model call")
+    _check(block, job)
+    clean, calls = block.clean, 0
+    if clean is None:
+        calls = -(-len(block.images) // job.rows)
+        clean = canonical.logits(model.canonical, block.images, job.rows) if calls else torch.empty(0, 0)
+    elif tuple(clean.shape) != (len(block.images), job.n_classes):
+        raise InputError("clean logits", str(tuple(clean.shape)), str((len(block.images), job.n_classes)))
+    begin = [0] * len(block.images) if block.begin is None else block.begin
+    return PreparedBlock(block.images, block.labels, block.keys, clean, begin, calls)
+
+
+def _check(block: ImageBlock, job: Job) -> None:
+    images, labels, keys = block.images, block.labels, block.keys
     if not len(images) == len(labels) == len(keys) or len(set(keys)) != len(keys):
         found = f"{len(images)} images, {len(labels)} labels, {len(set(keys))} distinct of {len(keys)} keys"
         raise InputError("attack", found, "as many labels and distinct keys as images")
@@ -63,41 +164,33 @@ def check(
     if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
         low, high = float(images.min()), float(images.max())
         raise InputError("images", f"{images.dtype} in [{low:.4g}, {high:.4g}]", "float32 pixels in [0, 1]")
-    if int(labels.min()) < 0 or int(labels.max()) >= n_classes:
+    if int(labels.min()) < 0 or int(labels.max()) >= job.n_classes:
         found = f"{int(labels.min())} to {int(labels.max())}"
-        raise InputError("labels", found, f"0 to {n_classes - 1}, the classes of the model")
-
-
-def checked(
-    block: Block,
-    *,
-    stages: Sequence[tuple[str, Attack]],
-    threat: Threat,
-    rows: int,
-    live: int,
-    n_classes: int,
-) -> Block:
-    """The block, once it agrees with the other arguments of `run`.
-
-    Raises:
-        InputError: what does not.
-    """
-    check(block.images, block.labels, block.keys, stages, threat, rows, live, n_classes)
-    return block
+        raise InputError("labels", found, f"0 to {job.n_classes - 1}, the classes of the model")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run really took; unlike findings it depends on scheduling.
+    """Model calls that a run really made; unlike findings they depend on scheduling.
 
     Attributes:
-        forwards: model calls without gradient, each of the fixed shape or, at the end, of a smaller one.
-        gradients: model calls with an image gradient, likewise.
+        forwards: calls of the attacked view without gradient, each of the fixed shape or, at the end of a
+            run, of a smaller one.
+        gradients: calls of the attacked view with an image gradient, of the same shapes.
         canonical: calls of the canonical pass, the clean pass included.
         unconfirmed: successes that the canonical pass did not confirm; their rows went on.
     """
 
-    forwards: int
-    gradients: int
-    canonical: int
-    unconfirmed: int
+    forwards: int = 0
+    gradients: int = 0
+    canonical: int = 0
+    unconfirmed: int = 0
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of the costs of several runs."""
+    summed = dict.fromkeys((field.name for field in dataclasses.fields(Cost)), 0)
+    for cost in costs:
+        for name in summed:
+            summed[name] += getattr(cost, name)
+    return Cost(**summed)

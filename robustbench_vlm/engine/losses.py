@@ -37,7 +37,7 @@ def other(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
-def margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001 - one signature
+def attack_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001 - one signature
     """max_{k != y} z_k - z_y (Carlini & Wagner 2017, without a floor)."""
     # by index and not by maximum: at a tie the gradient goes to one class
     best = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
@@ -47,7 +47,7 @@ def margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:  # noqa: 
 def dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Difference of logits ratio: -(z_y - z_other) / (z_(1) - z_(3) + 1e-12)."""
     top = logits.topk(3).values
-    return margin(logits, labels, targets) / (top[:, 0] - top[:, 2] + TINY)
+    return attack_margin(logits, labels, targets) / (top[:, 0] - top[:, 2] + TINY)
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 LOSSES: dict[Name, Loss] = {
     "ce": cross_entropy,
-    "margin": margin,
+    "margin": attack_margin,
     "dlr": dlr,
     "targeted-dlr": targeted_dlr,
     "targeted-margin": targeted_margin,
@@ -128,6 +128,6 @@ def few_classes(name: Name, targets: int, n_classes: int) -> list[str]:
     return found
 
 
-def judge(logits: Tensor, labels: Tensor) -> Tensor:
+def correct_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """(S,) margin of correctness: true logit minus the largest other."""
     return _at(logits, labels) - other(logits, labels)

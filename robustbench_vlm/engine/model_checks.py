@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robustbench_vlm import rng
 from robustbench_vlm.engine import canonical, gradient_check, losses
-from robustbench_vlm.engine.interface import Oracle, Seen, spread
+from robustbench_vlm.engine.interface import Evaluation, Oracle, spread
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.types import Classify
 
@@ -190,7 +190,7 @@ def _change(sample: _Sample, other: Tensor, rows: Tensor) -> float:
 
 def _near(sample: _Sample, change: float) -> int:
     """Images whose clean margin is so small that `change` could change sides."""
-    margins = losses.judge(sample.logits[: sample.n], sample.labels[: sample.n])
+    margins = losses.correct_margin(sample.logits[: sample.n], sample.labels[: sample.n])
     return int((margins.abs() < NEAR * change).sum())
 
 
@@ -254,7 +254,7 @@ def _gradients(sample: _Sample, seed: int, noise: float, *, only_ce: bool) -> li
         margin, ce = sample.oracle.gradients(
             sample.images,
             lambda z: torch.stack(
-                [f(z, sample.labels, sample.labels) for f in (losses.margin, losses.cross_entropy)], 1
+                [f(z, sample.labels, sample.labels) for f in (losses.attack_margin, losses.cross_entropy)], 1
             ),
         )
     except AttackError as error:
@@ -299,7 +299,7 @@ def _saturated(sample: _Sample, lost: Tensor, *, only_ce: bool) -> Check:
     return _check("saturated", level, share, SHARE, said)
 
 
-def _gradient_mismatch(sample: _Sample, margin: Seen, seed: int, noise: float) -> Check:
+def _gradient_mismatch(sample: _Sample, margin: Evaluation, seed: int, noise: float) -> Check:
     """Of the images that have a gradient: is it that of the margin?"""
     usable = (margin.finite & ~margin.zero)[: sample.n].nonzero().squeeze(1)[:DERIVATIVES]
     errors = gradient_check.errors(

@@ -10,7 +10,7 @@ from torch import Tensor
 from robustbench_vlm.engine.interface import Stop, pick
 
 
-class Keeping(Protocol):
+class BestIterate(Protocol):
     """A state that keeps an iterate.
 
     Attributes:
@@ -33,7 +33,7 @@ class Keeping(Protocol):
     def peak(self) -> Tensor: ...  # noqa: D102
 
 
-def kept(state: Keeping, x: Tensor, values: Tensor, wrong: Tensor) -> dict[str, Any]:
+def best_iterate(state: BestIterate, x: Tensor, values: Tensor, wrong: Tensor) -> dict[str, Any]:
     """`broken`, `first`, `last` and `peak` after an evaluation.
 
     Args:

@@ -1,7 +1,8 @@
-"""An image's way through the trajectories of one stage, what it amounts to, and which stages share rows.
+"""The trajectories of one image in one stage, the finding that they amount to, and stages that share rows.
 
-The finding is that of the first success in the order of trajectories, and counts what a walk up to there
-spends, so it does not show what ran beside.
+The finding is that of the first success in the order of trajectories (target by target, restart by restart),
+and it counts what the trajectories up to there spent. So it does not show which trajectories really ran, or
+beside what.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from dataclasses import dataclass, field
 import torch
 
 from robustbench_vlm.engine.interface import Attack, State
+from robustbench_vlm.engine.job import Stages
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.types import Finding
 
 
 @dataclass(frozen=True)
 class End:
-    """How a row stood when it ended, and what its trajectory took; see `interface.State`."""
+    """The state of a row when its trajectory ended; see `interface.State`.
+
+    Attributes:
+        broken, done, nonfinite, first, iteration, forwards, backwards, zero_gradients: as in `State`.
+        progress: by how much the objective rose above its first value; 0 if nothing was evaluated.
+    """
 
     broken: bool
     done: bool
@@ -33,11 +40,11 @@ class End:
 
 
 def ends(state: State) -> list[End]:
-    """Of every row of a state, read at once."""
+    """The end of every row of a state, with few reads from the device."""
     flags = torch.stack([state.broken, state.done, state.nonfinite], dim=1).tolist()
     counts = [state.first, state.iteration, state.forwards, state.backwards, state.zero_gradients]
     whole = torch.stack(counts, dim=1).tolist()
-    # where nothing was evaluated the rise is not a number
+    # The difference is NaN for a row that was never evaluated.
     rises = (state.best_value - state.start_value).nan_to_num(nan=0.0).clamp(min=0).tolist()
     names = [field.name for field in dataclasses.fields(End)]
     rows = ((*flag, *count, rise) for flag, count, rise in zip(flags, whole, rises, strict=True))
@@ -45,95 +52,133 @@ def ends(state: State) -> list[End]:
 
 
 @dataclass(eq=False)
-class Walk:
-    """One image in one stage.
+class Trajectories:
+    """All trajectories of one image in one stage.
 
     Attributes:
-        index: position of the image.
-        stage: position of the stage.
-        path: (target class, restart) of each trajectory, in order.
-        given: trajectories handed out so far.
-        spent: what each trajectory took that ended.
-        verdicts: what the canonical pass said where a trajectory was decisive: a success, an error, the end.
+        index: position of the image in the run.
+        stage: position of the stage in the job.
+        pairs: (target class, restart) of each trajectory, in order.
+        started: number of trajectories that were handed out so far.
+        ends: end of each trajectory that has ended, by its number.
+        decisive: finding of each trajectory that can decide, by its number: a success that was confirmed, an
+            error, or the end of the last one. Its counts are those of the trajectory's own.
     """
 
     index: int
     stage: int
-    path: list[tuple[int, int]]
-    given: int = 0
-    spent: dict[int, End] = field(default_factory=dict)
-    verdicts: dict[int, Finding] = field(default_factory=dict)
+    pairs: list[tuple[int, int]]
+    started: int = 0
+    ends: dict[int, End] = field(default_factory=dict)
+    decisive: dict[int, Finding] = field(default_factory=dict)
 
     @property
-    def cut(self) -> int:
-        """The first decisive trajectory known; later ones no longer matter."""
-        return min(self.verdicts, default=len(self.path))
+    def first_decisive(self) -> int:
+        """Number of the first decisive trajectory known, else of all; later ones do not matter."""
+        return min(self.decisive, default=len(self.pairs))
+
+    @property
+    def left(self) -> int:
+        """How many trajectories that matter were not handed out yet."""
+        return max(self.first_decisive - self.started, 0)
 
     @property
     def finding(self) -> Finding | None:
-        """The finding, once nothing that still runs can come before it."""
-        cut = self.cut
-        if cut == len(self.path) or any(number not in self.spent for number in range(cut + 1)):
+        """The finding about the image, once no trajectory that still runs can come before it."""
+        number = self.first_decisive
+        if number == len(self.pairs) or any(earlier not in self.ends for earlier in range(number + 1)):
             return None
-        spent = [self.spent[number] for number in range(cut + 1)]
+        spent = [self.ends[earlier] for earlier in range(number + 1)]
         return dataclasses.replace(
-            self.verdicts[cut],
-            forwards=sum(one.forwards for one in spent),
-            backwards=sum(one.backwards for one in spent),
-            zero_gradients=sum(one.zero_gradients for one in spent),
-            progress=max(one.progress for one in spent),
+            self.decisive[number],
+            forwards=sum(end.forwards for end in spent),
+            backwards=sum(end.backwards for end in spent),
+            zero_gradients=sum(end.zero_gradients for end in spent),
+            progress=max(end.progress for end in spent),
         )
 
-    def lead(self) -> Leg:
-        """The next trajectory."""
-        self.given += 1
-        return Leg(self, self.given - 1)
+    def decide(self, number: int, end: End, finding: Finding) -> None:
+        """Enter a trajectory that can decide."""
+        self.ends[number] = end
+        self.decisive[number] = finding
+
+    def next(self) -> Trajectory:
+        """Hand out the next trajectory."""
+        self.started += 1
+        return Trajectory(self, self.started - 1)
 
 
-@dataclass
-class Leg:
-    """One trajectory of one image, in a row or about to be.
+@dataclass(eq=False)
+class Trajectory:
+    """One trajectory, in a row or waiting for one.
 
     Attributes:
-        held: one row, to go on after a success that the canonical pass did not confirm.
+        image: the trajectories of its image.
+        number: its position among them.
+        paused: its state of one row, if it goes on after a success that the canonical pass did not confirm.
     """
 
-    walk: Walk
+    image: Trajectories
     number: int
-    held: State | None = None
+    paused: State | None = None
 
     @property
-    def final(self) -> bool:
-        """Whether it is the last of its walk."""
-        return self.number == len(self.walk.path) - 1
+    def pair(self) -> tuple[int, int]:
+        """Its target class (-1 for none) and restart."""
+        return self.image.pairs[self.number]
 
     @property
-    def void(self) -> bool:
-        """An earlier trajectory of the same image has decided."""
-        return self.number > self.walk.cut
+    def last(self) -> bool:
+        """Whether no other trajectory of the image follows."""
+        return self.number == len(self.image.pairs) - 1
+
+    @property
+    def obsolete(self) -> bool:
+        """Whether an earlier trajectory of the same image is decisive."""
+        return self.number > self.image.first_decisive
+
+    def nonfinite_error(self, stage: str, end: End) -> str:
+        """The error of a finding whose trajectory met a number that is not finite."""
+        target, restart = self.pair
+        where = f"iteration {end.iteration - 1}, target {target}, restart {restart}"
+        return f"{stage}: a logit or gradient is not finite ({where})"
 
 
-def joined(stages: Sequence[tuple[str, Attack]]) -> Attack:
+def of_image(index: int, stage: int, attack: Attack, wrong: Sequence[int]) -> Trajectories:
+    """The trajectories of an image.
+
+    Args:
+        index: position of the image in the run.
+        stage: position of the stage in the job.
+        attack: of that stage.
+        wrong: wrong classes of the image, most likely first.
+    """
+    targets = wrong[: attack.ranks(len(wrong) + 1)] or [-1]
+    return Trajectories(index, stage, [(t, restart) for t in targets for restart in range(attack.restarts)])
+
+
+def joined(stages: Stages) -> Attack:
     """The attack that steps the rows of all stages.
 
     Raises:
-        InputError: they do not join.
+        InputError: they cannot share rows.
     """
     (_, attack), *rest = stages
     for name, other in rest:
         both = attack.join(other)
         if both is None:
-            raise InputError(f"stage {name}", "an attack of another table", "stages that join")
+            found = "an attack that cannot share rows with the stages before it"
+            raise InputError(f"stage {name}", found, "stages of one group")
         attack = both
     return attack
 
 
-def tables(stages: Sequence[tuple[str, Attack]]) -> list[list[tuple[str, Attack]]]:
-    """The stages of a chain, those that follow each other and join in one group."""
-    groups: list[list[tuple[str, Attack]]] = []
+def groups(stages: Stages) -> list[Stages]:
+    """The stages of a chain, grouped where stages that follow each other share rows."""
+    found: list[list[tuple[str, Attack]]] = []
     for stage in stages:
-        if groups and joined(groups[-1]).join(stage[1]) is not None:
-            groups[-1].append(stage)
+        if found and joined(found[-1]).join(stage[1]) is not None:
+            found[-1].append(stage)
         else:
-            groups.append([stage])
-    return groups
+            found.append([stage])
+    return list(found)

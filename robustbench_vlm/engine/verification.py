@@ -1,26 +1,27 @@
-"""What the canonical pass says about images: which may be attacked at all, and what attacks made of them."""
+"""The canonical pass over images: which of them may be attacked, and which adversarial images count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from robustbench_vlm.engine import canonical, geometry, losses
-from robustbench_vlm.threat import Threat
-from robustbench_vlm.types import Classify, Finding
+from robustbench_vlm.engine.job import Job, Model, OnFinding, PreparedBlock
+from robustbench_vlm.errors import AttackError
+from robustbench_vlm.types import Finding
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """On one image that is said to be adversarial.
+class Verification:
+    """What the canonical pass computes for one adversarial image.
 
     Attributes:
         prediction: its class.
         margin: true logit minus the largest other.
-        finite: whether all its logits are.
-        excess: by how much it is outside ball or box; at most 0 inside.
+        finite: whether all its logits are finite.
+        excess: by how much it is outside ball or box, in the unit of the radius; at most 0 inside.
     """
 
     prediction: int
@@ -28,56 +29,72 @@ class Opinion:
     finite: bool
     excess: float
 
+    def require_inside(self, job: Job, subject: str) -> None:
+        """Refuse an image outside ball or box by more than rounding.
 
-def opinions(
-    classify: Classify, adv: Tensor, images: Tensor, labels: Tensor, threat: Threat, rows: int
-) -> list[Opinion]:
-    """Of the canonical pass on `adv` (n, 3, H, W), made of `images` (n, 3, H, W) with `labels` (n,)."""
-    found = canonical.logits(classify, adv, rows)
-    columns = (
-        found.argmax(1).tolist(),
-        losses.judge(found, labels).tolist(),
-        found.isfinite().all(1).tolist(),
-        geometry.excess(adv, images, threat).tolist(),
-    )
-    return [Opinion(*facts) for facts in zip(*columns, strict=True)]
+        Args:
+            job: ball, and what it allows for rounding.
+            subject: the beginning of the message: the stage and what it did to which image.
+
+        Raises:
+            AttackError: it is outside.
+        """
+        if self.excess > geometry.slack(job.threat):
+            raise AttackError(f"{subject} {self.excess:.3g} outside {job.threat} or [0, 1]")
 
 
-def attackable(
-    clean: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    stages: Sequence[str],
-    on_finding: Callable[[Finding], None],
-) -> list[int]:
-    """Positions of the images that are right when clean; the others are reported at once, without attack.
+def verify(model: Model, job: Job, adv: Tensor, images: Tensor, labels: Tensor) -> list[Verification]:
+    """Run the canonical pass on adversarial images.
 
     Args:
-        clean: (N, C) canonical logits of the images.
-        images: (N, 3, H, W).
-        labels: (N,) int64.
-        keys: name of each image.
-        stages: name of the stage in which each image is reported.
-        on_finding: a misclassified image counts as broken; one with a non-finite logit has an error.
+        model: its canonical function is called.
+        job: ball and shape.
+        adv: (n, 3, H, W) adversarial images.
+        images: (n, 3, H, W) the clean images.
+        labels: (n,) int64.
     """
-    margins, finite = losses.judge(clean, labels).tolist(), clean.isfinite().all(1).tolist()
+    logits = canonical.logits(model.canonical, adv, job.rows)
+    columns = (
+        logits.argmax(1).tolist(),
+        losses.correct_margin(logits, labels).tolist(),
+        logits.isfinite().all(1).tolist(),
+        geometry.excess(adv, images, job.threat).tolist(),
+    )
+    return [Verification(*facts) for facts in zip(*columns, strict=True)]
+
+
+def report_misclassified(block: PreparedBlock, stages: Sequence[str], on_finding: OnFinding) -> list[int]:
+    """Report images that are misclassified when clean; they are not attacked.
+
+    Args:
+        block: images with their clean logits.
+        stages: name of the stage in which each image is reported.
+        on_finding: is given a finding that is broken for each misclassified image, and one with an error for
+            each image with a clean logit that is not finite.
+
+    Returns:
+        Positions of the other images, which are to be attacked.
+    """
+    clean, labels = block.clean, block.labels
+    margins, finite = losses.correct_margin(clean, labels).tolist(), clean.isfinite().all(1).tolist()
     predictions = clean.argmax(1).tolist()
     right = []
-    for index, label in enumerate(labels.tolist()):
-        if finite[index] and predictions[index] == label:
-            right.append(index)
+    for i, label in enumerate(labels.tolist()):
+        if finite[i] and predictions[i] == label:
+            right.append(i)
             continue
-        stage = stages[index]
-        error = "" if finite[index] else f"{stage}: a logit of the clean image is not finite"
-        adv, key, said = images[index].detach().cpu().clone(), keys[index], predictions[index]
+        stage, adv = stages[i], block.images[i].detach().cpu().clone()
+        error = "" if finite[i] else f"{stage}: a logit of the clean image is not finite"
         on_finding(
-            Finding(key, not error, adv, -1, 0, -1, 0, 0, said, margins[index], error=error, stage=stage)
-        )
+            Finding(
+                block.keys[i], not error, adv, -1, 0, -1, 0, 0,
+                predictions[i], margins[i], error=error, stage=stage,
+            )
+        )  # fmt: skip
     return right
 
 
 def wrong_classes(clean: Tensor, labels: Tensor) -> list[list[int]]:
-    """The other classes of each image, most likely first: the order in which targets are tried."""
+    """The wrong classes of each image, most likely first: the order in which targets are tried."""
     ranking = clean.argsort(dim=1, descending=True, stable=True).tolist()
     return [[k for k in ranked if k != label] for ranked, label in zip(ranking, labels.tolist(), strict=True)]

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm import store
-from robustbench_vlm.backends.backend import Means
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data.canvas_images import Canvases, sound
+from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
 from robustbench_vlm.data.dataset import Split
-from robustbench_vlm.engine.attacked_view import PLAIN, Sight
+from robustbench_vlm.engine.attacked_view import PLAIN, Precision
 from robustbench_vlm.evaluation.chain import attack_sha256
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
@@ -61,19 +61,19 @@ class Request:
     device: torch.device
     live: int | None = None
     keep_images: bool = False
-    sight: Sight = PLAIN
+    sight: Precision = PLAIN
     marks: Mapping[str, str] = field(default_factory=dict)
     engine: str = "native"
     mode: str = "fast"
 
     @cached_property
-    def by(self) -> Means:
+    def by(self) -> Backend:
         """Who attacks and how.
 
         Raises:
             InputError: no such engine or mode, or two things that do not go together.
         """
-        return Means(self.engine, self.mode, self.sight)
+        return Backend(self.engine, self.mode, self.sight)
 
     @cached_property
     def means(self) -> dict[str, str]:
@@ -92,7 +92,7 @@ class Subject:
 
     loaded: Loaded
     card: DatasetCard
-    images: Canvases
+    images: CanvasImages
     bank: Tensor
 
     @property
@@ -130,7 +130,7 @@ class Subject:
 
 def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
     """Look at the images of `split` and encode the sentences of `card` for one model."""
-    images = sound(split, loaded.model.image_size)
+    images = decodable_images(split, loaded.model.image_size)
     bank = text_bank(loaded.model, render(card.names, card.templates))
     return Subject(loaded, card, images, bank)
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from robustbench_vlm.backends import backend
-from robustbench_vlm.backends.backend import Means
+from robustbench_vlm.backends.backend import Backend, installed_packages
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import attacked_view, canonical
-from robustbench_vlm.engine.job import Cost
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.cells import Subject
 from robustbench_vlm.evaluation.chain import plugin
@@ -136,7 +135,7 @@ class Crosscheck:
         ]
 
 
-def ways(names: Sequence[str], refuse: Callable[[Means], None]) -> tuple[list[Means], list[str]]:
+def ways(names: Sequence[str], refuse: Callable[[Backend], None]) -> tuple[list[Backend], list[str]]:
     """The native engine in both of its modes, and the packages of these names, or all that are installed.
 
     Args:
@@ -149,19 +148,19 @@ def ways(names: Sequence[str], refuse: Callable[[Means], None]) -> tuple[list[Me
     Raises:
         InputError: the native engine, or a package that was named, cannot do the chain or is not installed.
     """
-    found, lacking = [Means()], []
+    found, lacking = [Backend()], []
     refuse(found[0])
-    others = names or [name for name, (version, _) in backend.there().items() if version]
-    wanted = [Means(name) for name in dict.fromkeys(others) if name != "native"]
-    for means in [Means(mode="reference"), *wanted]:
+    others = names or [name for name, (version, _) in installed_packages().items() if version]
+    wanted = [Backend(name) for name in dict.fromkeys(others) if name != "native"]
+    for backend in [Backend(mode="reference"), *wanted]:
         try:
-            refuse(means)
+            refuse(backend)
         except InputError as error:
-            if means.engine in names and means.engine != "native":
+            if backend.name in names and backend.name != "native":
                 raise
-            lacking.append(f"{means.title}: {error}")
+            lacking.append(f"{backend.title}: {error}")
             continue
-        found.append(means)
+        found.append(backend)
     return found, lacking
 
 
@@ -169,7 +168,7 @@ def run(
     what: Subject,
     card: AttackCard,
     threat: Threat,
-    means: Sequence[Means],
+    backends: Sequence[Backend],
     *,
     seed: int,
     device: torch.device,
@@ -181,7 +180,7 @@ def run(
         what: model and images.
         card: the chain.
         threat: ball and radius.
-        means: the engines, the one that others are measured by first.
+        backends: the engines, the one that others are measured by first.
         seed: of the noise.
         device: where to attack.
         report: told as images get their verdict.
@@ -192,7 +191,7 @@ def run(
     stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
     with attacked_view.numerics():
         arena = _Arena(what, card, threat, stages, seed, device)
-        runs = tuple(arena.run(one, report) for one in means)
+        runs = tuple(arena.run(backend, report) for backend in backends)
     names = (what.loaded.card.name, what.card.name, card.name, str(threat))
     pairs = tuple(_pair(a, b) for a, b in itertools.combinations(runs, 2))
     return Crosscheck(*names, len(what.images), len(arena.right), seed, runs, pairs)
@@ -206,7 +205,7 @@ class _Arena:
         what: Subject,
         card: AttackCard,
         threat: Threat,
-        stages: backend.Stages,
+        stages: Stages,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -221,7 +220,7 @@ class _Arena:
         self.images, self.labels, self.clean = images[self.right], labels[self.right], clean[self.right]
         self.keys = [what.split.keys[i] for i in self.right]
 
-    def run(self, means: Means, report: Report) -> Run:
+    def run(self, backend: Backend, report: Report) -> Run:
         """One engine on all of them."""
         last = self.stages[-1][0]
         verdicts: dict[str, str] = {}
@@ -230,26 +229,21 @@ class _Arena:
             if finding.error or finding.broken or finding.stage == last:
                 verdict = "error" if finding.error else "broken" if finding.broken else "robust"
                 verdicts[finding.key] = verdict
-                report(means.title, len(verdicts), len(self.keys))
+                report(backend.title, len(verdicts), len(self.keys))
 
         began = time.perf_counter()
-        cost = backend.chain(
-            means,
-            self.classify,
-            self.images,
-            self.labels,
-            self.keys,
-            self.stages,
-            self.threat,
-            seed=self.seed,
-            n_classes=self.clean.shape[1],
+        job = Job(
+            stages=self.stages,
+            threat=self.threat,
             rows=self.card.rows,
-            clean=self.clean,
+            n_classes=self.clean.shape[1],
             stop=self.card.stop,
-            on_finding=take,
+            seed=self.seed,
         )
+        block = ImageBlock(self.images, self.labels, self.keys, self.clean)
+        cost = backend.run_chain(Model(self.classify), job, block, take)
         seconds = time.perf_counter() - began
-        return Run(means.title, means.label, {key: verdicts[key] for key in self.keys}, cost, seconds)
+        return Run(backend.title, backend.label, {key: verdicts[key] for key in self.keys}, cost, seconds)
 
 
 def _pair(a: Run, b: Run) -> Pair:

@@ -17,11 +17,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import store
-from robustbench_vlm.backends import backend
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
-from robustbench_vlm.engine.interface import Attack
-from robustbench_vlm.engine.job import Block, Cost
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages, total
 from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, Request, Subject
 from robustbench_vlm.evaluation.chain import needs, plugin
@@ -30,7 +28,7 @@ from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import result_file, verdicts
 from robustbench_vlm.results.result_file import Content
 from robustbench_vlm.threat import eps_text
-from robustbench_vlm.types import Classify, Finding
+from robustbench_vlm.types import Finding
 
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
@@ -95,10 +93,11 @@ def _measure(
     table = verdicts.begin(what.split.keys, what.split.labels, what.image_shas, predictions, margins, lost)
     lower = Classifier(what.loaded.model, what.bank, bf16=True).to(request.device)
     sample = canonical.padded(what.images.floats(range(len(table))[:rows]).to(request.device), rows)
-    arena = _Arena(cell, classify, clean, attacked_view.finder(classify, request.sight, sample, lower), table)
+    model = Model(classify, attacked_view.build(classify, request.sight, sample, lower))
+    arena = _Arena(cell, model, clean, table)
     stages = [(stage.name, plugin(cell.attack, stage)) for stage in cell.attack.stage]
     number, costs = 0, []
-    for group in backend.tables(cell.request.by, stages):
+    for group in request.by.groups(stages):
         costs.append(arena.attack(number, group, report))
         number += len(group)
     store.write(cell.path.with_suffix(".parquet"), table.to_parquet(index=False))
@@ -108,7 +107,7 @@ def _measure(
     outcome = tally(cell, table, examined.failed)
     stages_as_run = [stage.model_dump(mode="json") for stage in cell.attack.stage]
     content = Content(cell.config, outcome, provenance.of_model(what.loaded), stages_as_run)
-    spent = asdict(backend.total(costs))  # by this run; what ledgers held was paid for by an earlier one
+    spent = asdict(total(costs))  # by this run; what ledgers held was paid for by an earlier one
     run = provenance.of_run(request.device, time.perf_counter() - started, request.live) | {"calls": spent}
     # what failed is hashed, in `flags`; the numbers behind it may differ in rounding from device to device
     result_file.write(cell.path, content, {"checks": examined.record, "run": run})
@@ -123,7 +122,7 @@ def _clean(
         found = canonical.logits(classify, what.images.floats(part).to(device), rows)
         record.add(found)
         predictions.append(found.argmax(1).cpu().numpy())
-        margins.append(losses.judge(found, what.labels[part].to(device)).cpu().numpy())
+        margins.append(losses.correct_margin(found, what.labels[part].to(device)).cpu().numpy())
     return np.concatenate(predictions), np.concatenate(margins)
 
 
@@ -132,9 +131,8 @@ class _Arena:
     """A cell with its model on the device, and the table of its verdicts, which attacks fill."""
 
     cell: Cell
-    classify: Classifier
+    model: Model
     clean: canonical.Record  # of the canonical clean pass
-    find: Classify  # the model as attacks see it
     table: pd.DataFrame
 
     @property
@@ -147,7 +145,7 @@ class _Arena:
         """The position of each image, by its key."""
         return {key: i for i, key in enumerate(self.cell.what.split.keys)}
 
-    def attack(self, number: int, stages: Sequence[tuple[str, Attack]], report: Report) -> Cost:
+    def attack(self, number: int, stages: Stages, report: Report) -> Cost:
         """Run stages that share rows on the images that stand, and enter what they find; what it took now.
 
         Args:
@@ -166,7 +164,7 @@ class _Arena:
         done = len(alive) - len(begin)
         report(name, done, len(alive))
         if not begin:
-            return backend.total([])
+            return Cost()
         for ledger in ledgers.values():
             store.mend(ledger)
 
@@ -189,24 +187,23 @@ class _Arena:
             report(name, done, len(alive))
 
         # where noise is drawn in batches, a batch is run again whole: then a line that is there is met again
-        members = backend.batches(request.by, alive, begin, cell.attack.rows)
+        members = request.by.batches(alive, begin, cell.attack.rows)
         parts = what.images.parts(members, cell.attack.rows)
-        return backend.stream(
-            request.by,
-            self.classify,
-            (self.block(part, begin, pixels) for part in parts),
-            stages,
-            cell.threat,
-            seed=request.seed,
-            n_classes=what.card.n_classes,
+        job = Job(
+            stages=stages,
+            threat=cell.threat,
             rows=cell.attack.rows,
-            live=None if request.live is None else min(request.live, cell.attack.rows),
+            n_classes=what.card.n_classes,
+            active_rows=None if request.live is None else min(request.live, cell.attack.rows),
             stop=cell.attack.stop,
-            find=self.find,
-            on_finding=take,
+            seed=request.seed,
         )
+        blocks = (self.block(part, begin, pixels) for part in parts)
+        return request.by.run(self.model, job, blocks, take)
 
-    def block(self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]) -> Block:
+    def block(
+        self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]
+    ) -> ImageBlock:
         """Images that are read together; their pixels on the CPU are put into `pixels` as well, by key.
 
         Args:
@@ -219,7 +216,7 @@ class _Arena:
         keys = [what.split.keys[i] for i in members]
         pixels.update((key, image.clone()) for key, image in zip(keys, images, strict=True))
         logits, labels = self.clean.rows(members).to(device), what.labels[members].to(device)
-        return Block(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
+        return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
 
     def resumed(self, ledgers: Mapping[str, Path], alive: Sequence[int]) -> dict[int, int]:
         """Enter what the ledgers say about the images at `alive`; where the others go on.

@@ -10,14 +10,14 @@ from typing import cast, get_args
 import pandas as pd
 import torch
 
-from robustbench_vlm.backends import backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset
-from robustbench_vlm.engine.attacked_view import PLAIN, Sight
+from robustbench_vlm.engine.attacked_view import PLAIN, Precision
+from robustbench_vlm.engine.job import Job
 from robustbench_vlm.errors import DataError, InputError, nearest, some
 from robustbench_vlm.evaluation import cells, chain, measure, protocols
 from robustbench_vlm.models import zoo
@@ -45,7 +45,7 @@ class Order:
     skip_missing: bool = False
     engine: str = "native"
     mode: str = "fast"
-    sight: Sight = PLAIN
+    sight: Precision = PLAIN
     arch: str = ""  # of the models that are weights files
     protocol: str = ""
 
@@ -158,15 +158,15 @@ def refuse(request: cells.Request, datasets: Sequence[DatasetCard]) -> None:
         stages = [(stage.name, chain.plugin(card, stage)) for stage in card.stage]
         for data in datasets:
             side = data.native_px if data.canvas == "native" else None
-            backend.refuse(
-                request.by,
-                stages,
-                Threat(request.norm, request.ladder[-1]),
+            job = Job(
+                stages=stages,
+                threat=Threat(request.norm, request.ladder[-1]),
+                rows=card.rows,
                 n_classes=data.n_classes,
+                active_rows=request.live,
                 stop=card.stop,
-                live=request.live,
-                shape=None if side is None else (side, side),
             )
+            request.by.require(job, None if side is None else (side, side))
 
 
 def require_data(plan: Plan) -> Plan:

@@ -1,4 +1,4 @@
-"""Intervals and paired tests for counts of verdicts; all from scipy."""
+"""Intervals and paired tests for counts of verdicts, and means over repetitions; distributions from scipy."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def wilson(hits: int, n: int) -> Interval:
 def wilson_mean(counts: Sequence[tuple[int, int]]) -> Interval:
     """95 % interval of the unweighted mean of independent proportions, each (hits, n).
 
-    The limits of the single Wilson intervals are combined as a sum of squares (MOVER: Zou & Donner, Stat.
-    Med. 2008). For one proportion it is the Wilson interval; no hits at all do not give width zero.
+    The distances of the single Wilson limits from their proportions are added as a sum of squares (MOVER: Zou
+    and Donner, Stat. Med. 2008). For one proportion it is the Wilson interval. Without any hit its width is
+    not zero.
 
     Raises:
         ValueError: no proportions, or counts that cannot be.
@@ -40,8 +41,8 @@ def wilson_mean(counts: Sequence[tuple[int, int]]) -> Interval:
         raise ValueError("a mean of no proportions")
     singles = [(hits / max(n, 1), wilson(hits, n)) for hits, n in counts]
     mean = sum(share for share, _ in singles) / len(singles)
-    below = math.hypot(*(share - one.low for share, one in singles)) / len(singles)
-    above = math.hypot(*(one.high - share for share, one in singles)) / len(singles)
+    below = math.hypot(*(share - interval.low for share, interval in singles)) / len(singles)
+    above = math.hypot(*(interval.high - share for share, interval in singles)) / len(singles)
     return Interval(max(0.0, mean - below), min(1.0, mean + above))
 
 
@@ -50,8 +51,8 @@ class Paired:
     """Two models on the same images.
 
     Attributes:
-        only_a: images right for A alone.
-        only_b: images right for B alone.
+        only_a: images that A alone gets right.
+        only_b: images that B alone gets right.
         n: images compared.
         p: two-sided exact McNemar p-value: the binomial test of `only_a` against `only_b`.
     """
@@ -87,7 +88,8 @@ class Mean:
     """A mean over repetitions.
 
     Attributes:
-        low, high: two-sided 95 % interval; NaN where one repetition leaves the spread unknown.
+        value: the mean.
+        low, high: two-sided 95 % interval; NaN for a single repetition, whose spread is unknown.
     """
 
     value: float
@@ -113,7 +115,7 @@ def t_mean(values: Sequence[float]) -> Mean:
 
 
 def first_reach(steps: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """Where a curve first is at `target`: linear between its points; None if it never gets there.
+    """The step at which a curve, linear between its points, first reaches `target`; None if it never does.
 
     Raises:
         ValueError: lists of different length, or empty ones.

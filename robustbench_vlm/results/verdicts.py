@@ -1,6 +1,6 @@
-"""The verdict table: one row an image, one column a fact; entering findings, and counting.
+"""The verdicts of one result: a table with one row an image (columns: `columns.VERDICTS`), and its counts.
 
-The table is what a result rests on. Everything else (cells, leaderboards) is counted from it.
+Everything else, result files and leaderboards, is counted from this table.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EVIDENCE = (
     "adv_sha256",
     "error",
 )
-"""Columns whose values make the fingerprint of a table."""
+"""Columns that the fingerprint of a table is taken of."""
 
 SPENT = ("forwards", "backwards", "zero_gradients")
 FOUND = (
     *("broken_by", "broken_at_eps", "target", "restart", "iteration"),
     *("adv_prediction", "adv_margin", "distance", "adv_sha256"),
 )
-"""Columns about the adversarial image; an image lost at a smaller radius keeps them at a larger one."""
+"""Columns about the adversarial image. An image that was broken at a smaller radius has them from there."""
 
 
 def begin(
@@ -57,11 +57,12 @@ def begin(
         image_shas: SHA-256 of each image's file.
         predictions: (N,) int64 clean predictions of the canonical pass.
         margins: (N,) float32, true logit minus the largest other; not finite where a logit is not.
-        lost: rows of the same table at a smaller radius whose images were broken there.
+        lost: rows of the table at the next smaller radius whose images were broken there; they count as
+            broken at this radius too, with the same adversarial image.
 
-    `iteration` is that of the success, -1 if there is none; 0 after a random start says that the noise alone
-    was enough. `progress` is by how much the objective rose above its start in the stage with gradients where
-    it rose least, of those that the image survived; NaN if there is none.
+    `iteration` is that of the success, and -1 without one; 0 after a random start means that the noise alone
+    was enough. `progress` is how far the objective rose above its first value, in the stage with gradients
+    where it rose least among those that the image survived; NaN if there is no such stage.
     """
     n = len(keys)
     finite = np.isfinite(margins)
@@ -89,10 +90,10 @@ def begin(
         }
     )
     if lost is not None and len(lost):
-        place = table.index[table.key.isin(lost.key)]
-        kept = lost.set_index("key").loc[table.key[place], list(FOUND)]
+        positions = table.index[table.key.isin(lost.key)]
+        found = lost.set_index("key").loc[table.key[positions], list(FOUND)]
         for column in FOUND:
-            table.loc[place, column] = kept[column].to_numpy()
+            table.loc[positions, column] = found[column].to_numpy()
     return table
 
 
@@ -102,7 +103,15 @@ def standing(table: pd.DataFrame) -> pd.Series:
 
 
 def line(finding: Finding, image: Tensor, image_sha: str, label: int, threat: Threat) -> dict[str, Any]:
-    """A finding as one ledger line; the adversarial image by its hash and its distance in float64."""
+    """A finding as a line of a ledger. The adversarial image is recorded by its hash and its distance.
+
+    Args:
+        finding: of one stage on one image.
+        image: (3, H, W) the clean image, on the CPU.
+        image_sha: SHA-256 of its file.
+        label: its class.
+        threat: the ball; the distance is in its norm, computed in float64.
+    """
     delta = (finding.adv.double() - image.double()).flatten()
     return {
         "key": finding.key,
@@ -131,14 +140,14 @@ def _distance(delta: Tensor, norm: str) -> float:
 
 
 def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:
-    """Write the finding of one stage on image `i` into the table.
+    """Write the finding of one stage on one image into the table.
 
     Args:
-        table: changed in place.
-        i: row.
-        line: the finding as its ledger line.
+        table: is changed in place.
+        i: row of the image.
+        line: the finding as a line of the ledger.
         stage: name of the stage.
-        eps: the radius as text.
+        eps: the radius as `threat.eps_text` writes it.
     """
     for column in SPENT:
         table.at[i, column] += line[column]
@@ -147,8 +156,8 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
     table.at[i, "distance"] = np.float32(line["distance"])
     table.at[i, "adv_sha256"] = line["adv_sha256"]
     table.at[i, "error"] = line["error"]
-    again = line["backwards"] > line["restart"] + 1  # one step alone (FGSM) has nothing to rise above
-    if again and not line["broken"] and not line["error"]:
+    several_steps = line["backwards"] > line["restart"] + 1  # a single step (FGSM) has no second value
+    if several_steps and not line["broken"] and not line["error"]:
         rise = line.get("progress")  # not in ledgers of the first version
         rise = np.float32(math.nan if rise is None else rise)
         least: Any = table.at[i, "progress"]
@@ -161,9 +170,10 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
 
 
 def robust_after(table: pd.DataFrame, stages: Iterable[str], eps: str) -> dict[str, int]:
-    """Images still standing after each stage at radius `eps` (as text), in chain order.
+    """Number of images that are right and not broken after each stage at radius `eps`, in chain order.
 
-    A row with an error counts as not robust; one lost at a smaller radius is lost before the first stage.
+    An image with an error counts as not robust. An image broken at a smaller radius is already broken before
+    the first stage.
     """
     alive = table.clean_correct & (table.error == "") & table.broken_at_eps.isin(["", eps])
     counts = {}
@@ -184,7 +194,7 @@ def per_class(table: pd.DataFrame) -> tuple[float, float]:
 
 
 def zero_gradient_share(table: pd.DataFrame) -> float:
-    """Share of attacked images that met an exactly zero gradient at least once."""
+    """Share of attacked images whose gradient was exactly zero at least once."""
     attacked = table[table.backwards > 0]
     return float((attacked.zero_gradients > 0).mean()) if len(attacked) else 0.0
 

@@ -1,1 +1,1 @@
-"""Several trainings that answer one question."""
+"""Studies: several trainings that answer one question, attacked and compared over paired seeds."""

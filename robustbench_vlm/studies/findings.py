@@ -1,7 +1,10 @@
 """What the runs of a study found out: curves, final accuracies, and differences between paired seeds.
 
-The seed is the unit: a mean and its interval are over seeds, a difference is that of two runs with the same
-seed, which saw the same images in the same order. All accuracies are points (percent).
+The seed is the unit: a mean and its interval are over seeds, and a difference is that of two runs with the
+same seed, which saw the same images in the same order. All accuracies are points (percent).
+
+Accuracies have a part and a kind. Parts are `val`, the last validation probe; `seen` and `unseen`, the mean
+over the test datasets that were or were not met in training. Kinds are `clean` and `robust`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 
@@ -18,55 +22,58 @@ from robustbench_vlm import store
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.errors import DataError, InputError
 from robustbench_vlm.results import result_file, stats, verdicts
+from robustbench_vlm.results.result_file import Result
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.runner import Run
+from robustbench_vlm.studies.runner import StudyRun
 
 SEEN, UNSEEN, VAL = "seen", "unseen", "val"
-WHATS = ("clean", "robust")
+KINDS = ("clean", "robust")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The probes of one run: steps and accuracies in points, all of one length."""
+    """The validation probes of one run: training steps and accuracies in points, all of one length."""
 
     steps: tuple[int, ...]
     clean: tuple[float, ...]
     robust: tuple[float, ...]
 
-    def of(self, what: str) -> tuple[float, ...]:
-        """The accuracies called `what`."""
-        return self.clean if what == "clean" else self.robust
+    def of(self, kind: str) -> tuple[float, ...]:
+        """The clean or the robust accuracies."""
+        return self.clean if kind == "clean" else self.robust
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One finished run.
+class FinishedRun:
+    """What one run left on disk.
 
     Attributes:
-        step_seconds: mean time of a training step, probes left out.
-        timed: steps that the mean is over.
+        run: arm, seed, recipe and folder.
+        curve: of the validation probe.
+        step_seconds: mean time of a training step, probes excluded.
+        timed: number of steps that the mean is over.
         clock: `processor`, of a process of one thread; `wall`, on an accelerator.
-        right: by dataset, columns `key`, `clean` and `robust` (bool), ordered by key.
-        exposure: of each dataset: `seen`, `unseen` or `unknown`.
+        verdicts: by dataset, columns `key`, `clean` and `robust` (bool: right), ordered by key.
+        exposure: by dataset: `seen`, `unseen` or `unknown`.
     """
 
-    run: Run
+    run: StudyRun
     curve: Curve
     step_seconds: float
     timed: int
     clock: str
-    right: Mapping[str, pd.DataFrame]
+    verdicts: Mapping[str, pd.DataFrame]
     exposure: Mapping[str, str]
 
-    def datasets(self, place: str) -> list[str]:
-        """Names of the datasets of that exposure."""
-        return [name for name, exposure in self.exposure.items() if exposure == place]
+    def datasets(self, part: str) -> list[str]:
+        """Names of the datasets of a part, `seen` or `unseen`."""
+        return [name for name, exposure in self.exposure.items() if exposure == part]
 
-    def accuracy(self, place: str, what: str) -> float:
-        """Points: of the last probe for `val`, else the unweighted mean over datasets of that exposure."""
-        if place == VAL:
-            return self.curve.of(what)[-1]
-        shares = [float(self.right[name][what].mean()) for name in self.datasets(place)]
+    def accuracy(self, part: str, kind: str) -> float:
+        """Points: of the last probe for `val`, else the unweighted mean over the datasets of the part."""
+        if part == VAL:
+            return self.curve.of(kind)[-1]
+        shares = [float(self.verdicts[name][kind].mean()) for name in self.datasets(part)]
         return 100 * math.fsum(shares) / len(shares)
 
 
@@ -75,56 +82,61 @@ class Findings:
     """All runs of a study.
 
     Attributes:
-        outcomes: by arm and seed; every arm has every seed.
+        study: the card.
+        finished: by arm and seed; every arm has every seed.
         seeds: in the study's order.
     """
 
     study: Study
-    outcomes: Mapping[tuple[str, int], Outcome]
+    finished: Mapping[tuple[str, int], FinishedRun]
     seeds: tuple[int, ...]
 
     @cached_property
-    def places(self) -> tuple[str, ...]:
-        """`val`, and of `seen` and `unseen` those that the suite has datasets of."""
+    def parts(self) -> tuple[str, ...]:
+        """`val`, then `seen` and `unseen` where the suite has such datasets."""
         first = self.of(self.study.baseline)[0]
-        return (VAL, *(place for place in (SEEN, UNSEEN) if first.datasets(place)))
+        return (VAL, *(part for part in (SEEN, UNSEEN) if first.datasets(part)))
 
-    def of(self, arm: str) -> list[Outcome]:
+    def of(self, arm: str) -> list[FinishedRun]:
         """The runs of one arm, in the order of the seeds."""
-        return [self.outcomes[arm, seed] for seed in self.seeds]
+        return [self.finished[arm, seed] for seed in self.seeds]
 
-    def pairs(self, arm: str) -> Iterator[tuple[Outcome, Outcome]]:
+    def pairs(self, arm: str) -> Iterator[tuple[FinishedRun, FinishedRun]]:
         """(run, run of the baseline) of each seed."""
         return zip(self.of(arm), self.of(self.study.baseline), strict=True)
 
-    def mean(self, arm: str, place: str, what: str) -> Mean:
+    def mean(self, arm: str, part: str, kind: str) -> Mean:
         """Points over seeds."""
-        return stats.t_mean([run.accuracy(place, what) for run in self.of(arm)])
+        return stats.t_mean([run.accuracy(part, kind) for run in self.of(arm)])
 
-    def difference(self, arm: str, place: str, what: str) -> Mean:
+    def difference(self, arm: str, part: str, kind: str) -> Mean:
         """Points above the baseline of the same seed."""
-        values = [a.accuracy(place, what) - b.accuracy(place, what) for a, b in self.pairs(arm)]
+        values = [a.accuracy(part, kind) - b.accuracy(part, kind) for a, b in self.pairs(arm)]
         return stats.t_mean(values)
 
-    def p_values(self, arm: str, place: str, what: str) -> list[float]:
-        """Of the exact McNemar test of each seed, on the images of all datasets of `place` together.
+    def p_values(self, arm: str, part: str, kind: str) -> list[float]:
+        """P of the exact McNemar test of each seed, on the images of all datasets of the part together.
 
         Raises:
-            DataError: two runs that were not judged on the same images.
+            DataError: two runs that were not evaluated on the same images.
         """
         found = []
         for a, b in self.pairs(arm):
-            names = a.datasets(place)
-            left, right = (pd.concat([run.right[name] for name in names]) for run in (a, b))
-            if left.key.tolist() != right.key.tolist():
-                raise DataError(str(a.run.folder), "judged on other images", f"those of {b.run.folder}")
-            found.append(stats.mcnemar(left[what].tolist(), right[what].tolist()).p)
+            names = a.datasets(part)
+            of_a, of_b = (pd.concat([run.verdicts[name] for name in names]) for run in (a, b))
+            if of_a.key.tolist() != of_b.key.tolist():
+                do = "run the study again with one data folder"
+                raise DataError(
+                    str(a.run.folder), "evaluated on other images", f"those of {b.run.folder}", do
+                )
+            found.append(stats.mcnemar(of_a[kind].tolist(), of_b[kind].tolist()).p)
         return found
 
     def reach(self, arm: str) -> list[float | None]:
-        """Of each seed: steps to the last robust accuracy of the baseline's run, at least 1; None: never.
+        """Steps until an arm first has the last robust accuracy of the baseline's run, for each seed.
 
-        Accuracy between two probes is taken to be linear; the first crossing counts, for the baseline too.
+        Accuracy between two probes is taken to be linear, and the same rule is applied to the baseline's own
+        curve. A step count is at least 1; None where the arm never gets there.
         """
         found = []
         for a, b in self.pairs(arm):
@@ -133,7 +145,12 @@ class Findings:
         return found
 
     def speedups(self, arm: str, *, timed: bool) -> list[float | None]:
-        """Of each seed: the baseline's steps to its own last robust accuracy over the arm's; or its time."""
+        """The baseline's steps to its own last robust accuracy over the arm's steps to it, for each seed.
+
+        Args:
+            arm: name of the arm.
+            timed: compare seconds of training instead of steps.
+        """
         found: list[float | None] = []
         own = self.reach(self.study.baseline)
         for at, reference, (a, b) in zip(self.reach(arm), own, self.pairs(arm), strict=True):
@@ -159,55 +176,64 @@ def geometric(ratios: Sequence[float | None]) -> Mean | None:
 
 
 def median(values: Sequence[float | None], missing: float) -> float:
-    """The median with `missing` in the place of what was never reached: infinitely many steps, ratio 0."""
+    """The median, with `missing` for what was never reached: infinitely many steps, or a ratio of 0."""
     return statistics.median([missing if value is None else value for value in values])
 
 
-def read(study: Study, runs: Sequence[Run]) -> Findings:
+def read(study: Study, runs: Sequence[StudyRun]) -> Findings:
     """What the finished runs of a study left on disk.
 
     Raises:
         InputError: a run is not finished.
-        DataError: a log, or a verdict table that its cell was not counted from.
+        DataError: a log that cannot be read, or verdicts that a result was not counted from.
     """
-    outcomes = {(run.arm, run.seed): _outcome(study, run) for run in runs}
-    return Findings(study, outcomes, tuple(dict.fromkeys(run.seed for run in runs)))
+    finished = {(run.arm, run.seed): _finished(study, run) for run in runs}
+    return Findings(study, finished, tuple(dict.fromkeys(run.seed for run in runs)))
 
 
-def _outcome(study: Study, run: Run) -> Outcome:
+def _finished(study: Study, run: StudyRun) -> FinishedRun:
     listed = run.cells(study.final)
     if not listed.exists():
         raise InputError(str(run.folder), "not finished", do=f"run vlmrob study {study.name} again")
-    wanted = {run.folder / str(path) for path in store.read_json(listed)}
-    right, exposure = {}, {}
-    for cell in result_file.read(run.folder / "results"):
-        if cell.path in wanted:
-            table = cell.verdicts()
-            table = table.assign(clean=table.clean_correct, robust=verdicts.standing(table))
-            name = str(cell.config["dataset"])
-            right[name] = table[["key", "clean", "robust"]].sort_values("key", ignore_index=True)
-            exposure[name] = str(cell.outcome["exposure"])
+    results = _final_results(run, {run.folder / str(path) for path in store.read_json(listed)})
+    right = {}
+    for result in results:
+        table = result.verdicts()
+        table = table.assign(clean=table.clean_correct, robust=verdicts.standing(table))
+        right[result.dataset] = table[["key", "clean", "robust"]].sort_values("key", ignore_index=True)
+    exposure = {result.dataset: str(result.outcome["exposure"]) for result in results}
     lines = list(store.records(run.folder / "model" / "log.jsonl"))
     seconds, timed, clock = _clock(run, lines)
-    return Outcome(run, _curve(run, lines), seconds, timed, clock, right, exposure)
+    return FinishedRun(run, _curve(run, lines), seconds, timed, clock, right, exposure)
 
 
-def _curve(run: Run, lines: Sequence[Mapping[str, object]]) -> Curve:
+def _final_results(run: StudyRun, paths: set[Path]) -> list[Result]:
+    """The results of the final attack, which must be one contest: one radius, one chain, one draw."""
+    results = [result for result in result_file.read(run.folder / "results") if result.path in paths]
+    contests = list(dict.fromkeys(result.contest for result in results))
+    if len(contests) > 1:
+        found = f"results of {' and '.join(contest.title for contest in contests)}"
+        do = "give the study's suite one radius"
+        raise DataError(str(run.folder), found, "one attack at one radius", do)
+    return results
+
+
+def _curve(run: StudyRun, lines: Sequence[Mapping[str, object]]) -> Curve:
     probes = {int(str(line["step"])): line["probe"] for line in lines if "probe" in line}
     accuracies: dict[str, tuple[float, ...]] = {}
-    for what in WHATS:
+    for kind in KINDS:
         try:
-            accuracies[what] = tuple(100 * float(probe[what]) for probe in probes.values())  # type: ignore[index]
+            accuracies[kind] = tuple(100 * float(probe[kind]) for probe in probes.values())  # type: ignore[index]
         except (KeyError, TypeError):
             where = str(run.folder / "model" / "log.jsonl")
-            raise DataError(where, f"a probe without {what!r}", "clean and robust accuracy") from None
+            raise DataError(where, f"a probe without {kind!r}", "clean and robust accuracy") from None
     return Curve(tuple(probes), accuracies["clean"], accuracies["robust"])
 
 
-def _clock(run: Run, lines: Sequence[Mapping[str, object]]) -> tuple[float, int, str]:
+def _clock(run: StudyRun, lines: Sequence[Mapping[str, object]]) -> tuple[float, int, str]:
     """(mean seconds of a step, steps timed, kind of clock)."""
     known = {line["step"]: float(line["cpu"]) for line in store.records(run.folder / "clock.jsonl")}
-    if known:  # a step that was done again counts once
+    if known:  # a dict, since a step that was repeated after a stop counts once
         return math.fsum(known.values()) / len(known), len(known), "processor"
     rates = [float(str(line["images_per_second"])) for line in lines if "images_per_second" in line]
     batch = run.recipe.optim.batch_size

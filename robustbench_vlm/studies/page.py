@@ -1,4 +1,4 @@
-"""Findings for people: one Markdown page with what was asked, what came out, and what a paper claims."""
+"""The Markdown page of a study: what was asked, what came out, and what a paper claims."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.findings import SEEN, UNSEEN, VAL, WHATS, Findings, geometric, median
+from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN, VAL, Findings, geometric, median
 
-PLACES = {VAL: "val probe", SEEN: "seen test", UNSEEN: "unseen test"}
+PART_TITLES = {VAL: "val probe", SEEN: "seen test", UNSEEN: "unseen test"}
 MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
 OURS = {
     "robust": "robust accuracy on the seen test set, points above the baseline",
@@ -21,7 +21,7 @@ def markdown(findings: Findings) -> bytes:
     """The page; numbers are those of the CSV files beside it."""
     parts = [_head(findings), _accuracies(findings), _differences(findings)]
     if findings.study.curves:
-        parts += [_way(findings), [f"![curves]({findings.study.name}.svg)"]]
+        parts += [_speed(findings), [f"![curves]({findings.study.name}.svg)"]]
     if findings.study.claim:
         parts.append(_claims(findings))
     parts.append(_notes(findings))
@@ -50,26 +50,26 @@ def _head(findings: Findings) -> list[str]:
 
 
 def _accuracies(findings: Findings) -> list[str]:
-    """Means over seeds."""
-    columns = ["arm", "", *(f"{PLACES[p]}, {what}" for p in findings.places for what in WHATS)]
+    """Mean accuracies over seeds."""
+    columns = ["arm", "", *(f"{PART_TITLES[p]}, {kind}" for p in findings.parts for kind in KINDS)]
     rows = [
-        [arm.name, arm.title, *(_mean(findings.mean(arm.name, p, w)) for p in findings.places for w in WHATS)]
+        [arm.name, arm.title, *(_mean(findings.mean(arm.name, p, k)) for p in findings.parts for k in KINDS)]
         for arm in findings.study.arm
     ]
     return ["## Accuracy at the end, %", "", *_table(columns, rows)]
 
 
 def _differences(findings: Findings) -> list[str]:
-    """Paired differences from the baseline."""
-    study, places = findings.study, findings.places
-    columns = ["arm", *(f"{PLACES[p]}, {what}" for p in places for what in WHATS)]
-    tested = [(place, what) for place in places if place != VAL for what in WHATS]
-    columns += [f"p, {PLACES[p]}, {what}" for p, what in tested]
+    """Differences from the baseline, paired by seed."""
+    study, parts = findings.study, findings.parts
+    columns = ["arm", *(f"{PART_TITLES[p]}, {kind}" for p in parts for kind in KINDS)]
+    tested = [(part, kind) for part in parts if part != VAL for kind in KINDS]
+    columns += [f"p, {PART_TITLES[p]}, {kind}" for p, kind in tested]
     rows = []
     for arm in study.arm:
         if arm.name == study.baseline:
             continue
-        row = [arm.name, *(_mean(findings.difference(arm.name, p, w), "+") for p in places for w in WHATS)]
+        row = [arm.name, *(_mean(findings.difference(arm.name, p, k), "+") for p in parts for k in KINDS)]
         row += [", ".join(f"{p:.2g}" for p in findings.p_values(arm.name, *test)) for test in tested]
         rows.append(row)
     return [
@@ -81,8 +81,8 @@ def _differences(findings: Findings) -> list[str]:
     ]
 
 
-def _way(findings: Findings) -> list[str]:
-    """Steps and time to the baseline's last accuracy."""
+def _speed(findings: Findings) -> list[str]:
+    """How soon each arm has the baseline's last robust accuracy, in steps and in time."""
     study, baseline = findings.study, findings.study.baseline
     columns = ["arm", "reached", "steps, median", "speed-up in steps", "cost of a step", "speed-up in time"]
     columns.append("baseline's whole run over the arm's steps, median")
@@ -108,19 +108,20 @@ def _way(findings: Findings) -> list[str]:
     return [
         f"## Steps and time to the last robust accuracy of `{baseline}`",
         "",
-        f"Target: the robust val accuracy at the end of the `{baseline}` run of the same seed. Steps:",
-        "where the curve, linear between probes, first is there. The same rule holds for the baseline",
-        "itself, and a speed-up is its steps over the arm's: geometric mean with its interval, or, where a",
-        "seed never got there, the median with that seed as 0. The last column puts the baseline's whole",
-        "run in the place of its own first crossing, which flatters every arm: the baseline's own line",
-        "says by how much.",
+        f"Target: the robust val accuracy at the end of the `{baseline}` run of the same seed. An arm",
+        "reaches it at the step where its curve, taken as linear between probes, first crosses it; the",
+        "same rule is applied to the baseline's own curve. A speed-up is the baseline's steps over the",
+        "arm's: the geometric mean with its interval or, where a seed never reached the target, the",
+        "median with 0 for that seed. The last column divides the baseline's whole run instead of its",
+        "steps to the first crossing, which flatters every arm: the baseline's own row shows by how",
+        "much.",
         "",
         *_table(columns, rows),
     ]
 
 
 def _ratio(ratios: Sequence[float | None]) -> str:
-    """`1.20x [1.05, 1.37]`; with a seed that never got there the median, which says so."""
+    """`1.20x [1.05, 1.37]`; where a seed never reached the target, the median, marked as such."""
     mean = geometric(ratios)
     if mean is not None:
         return _mean(mean).replace(" [", "x [") if "[" in _mean(mean) else f"{_mean(mean)}x"
@@ -128,19 +129,19 @@ def _ratio(ratios: Sequence[float | None]) -> str:
 
 
 def _middle(ratios: Sequence[float | None], words: str = "") -> str:
-    """The median with what was never reached as 0."""
+    """The median, with 0 for a target that was never reached."""
     middle = median(ratios, 0.0)
     return f"{middle:.2f}x{words}" if middle else "never"
 
 
 def _claims(findings: Findings) -> list[str]:
-    """What the paper says beside what was measured, whatever it is."""
+    """The paper's numbers beside ours."""
     study = findings.study
     arms = [arm.name for arm in study.arm if arm.name != study.baseline]
     rows = []
     for claim in study.claim:
-        place, what = MEASURES.get(claim.measure, (VAL, ""))
-        if place not in findings.places:
+        part, kind = MEASURES.get(claim.measure, (VAL, ""))
+        if part not in findings.parts:
             continue
         ours = []
         for name in arms:
@@ -148,13 +149,13 @@ def _claims(findings: Findings) -> list[str]:
                 steps, timed = (_ratio(findings.speedups(name, timed=timed)) for timed in (False, True))
                 ours.append(f"{steps} ({timed})")
             else:
-                ours.append(_mean(findings.difference(name, place, what), "+"))
+                ours.append(_mean(findings.difference(name, part, kind), "+"))
         rows.append([claim.words, claim.source, OURS[claim.measure], *ours])
     return [
         "## What the paper claims, and what was found here",
         "",
-        "Other models, other data, another budget: these runs neither confirm nor refute the paper's",
-        "numbers, which stand here so that nobody has to look them up.",
+        "These runs have other models, other data and another budget than the paper: they neither",
+        "confirm nor refute its numbers, which are copied here for reference.",
         "",
         *_table(["paper", "where", "ours", *arms], rows),
     ]
@@ -168,16 +169,16 @@ def _notes(findings: Findings) -> list[str]:
     lines = [
         "## Notes",
         "",
-        f"- Highest mean robust accuracy on val, which alone may choose: `{best.name}`.",
-        f"- {_count(compared, 'arm')} held against one baseline: no interval is corrected for that.",
+        f"- Highest mean robust accuracy on val, the only split that may choose an arm: `{best.name}`.",
+        f"- {_count(compared, 'arm')} are compared with one baseline; no interval is corrected for that.",
     ]
     if study.curves:
         lines += [
             f"- Time is {' and '.join(clocks)} time of training steps without probes, as a ratio to the",
-            "  baseline of the same seed; seconds on the machine at hand are in",
+            "  baseline of the same seed; seconds on the machine that was used are in",
             f"  `{study.name}-seconds.csv`. That file, the ratios of time here and the right half of the",
-            "  plot are measurements, which no second run repeats to the byte. All else is a function of",
-            "  recipes and verdicts.",
+            "  plot are measurements, which no second run repeats to the byte. Everything else is a function",
+            "  of recipes and verdicts.",
         ]
     return [*lines, *(f"- {note}" for note in study.notes)]
 

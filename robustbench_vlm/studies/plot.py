@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from robustbench_vlm.results import stats
 from robustbench_vlm.studies.findings import Findings
 
-# Okabe and Ito's palette, told apart with any kind of colour vision; the baseline is black.
+# Okabe and Ito's palette, which people with any kind of colour vision can tell apart; the baseline is black.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[object, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 STYLE: Any = {
@@ -26,7 +26,7 @@ STYLE: Any = {
 
 
 def svg(findings: Findings) -> bytes:
-    """The picture of `figure`, without a date or anything else that differs from one time to the next."""
+    """The picture of `figure` as bytes, without a date or anything else that differs between two calls."""
     with mpl.rc_context(STYLE):
         file = io.BytesIO()
         figure(findings).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -34,14 +34,14 @@ def svg(findings: Findings) -> bytes:
 
 
 def figure(findings: Findings) -> Figure:
-    """Robust accuracy above, clean below; steps (and images, above the axis) left, time right."""
+    """Four plots: robust accuracy above, clean below; against steps (and images) left, against time right."""
     made = Figure(figsize=(9.0, 6.6), layout="constrained", facecolor="white")
     FigureCanvasSVG(made)
     grid = made.subplots(2, 2, sharey="row", sharex="col")
-    for row, what in enumerate(("robust", "clean")):
+    for row, kind in enumerate(("robust", "clean")):
         for column, timed in enumerate((False, True)):
-            _curves(grid[row][column], findings, what, timed=timed)
-        grid[row][0].set_ylabel(f"{what} accuracy on {findings.study.probe.split}, %")
+            _curves(grid[row][column], findings, kind, timed=timed)
+        grid[row][0].set_ylabel(f"{kind} accuracy on {findings.study.probe.split}, %")
     batch = findings.of(findings.study.baseline)[0].run.recipe.optim.batch_size
     images = grid[0][0].secondary_xaxis("top", functions=(lambda s: s * batch, lambda i: i / batch))
     images.set_xlabel("training images")
@@ -54,8 +54,8 @@ def figure(findings: Findings) -> Figure:
     return made
 
 
-def _curves(axes: Axes, findings: Findings, what: str, *, timed: bool) -> None:
-    """One line and band an arm; time is the arm's mean step over the baseline's, times its steps."""
+def _curves(axes: Axes, findings: Findings, kind: str, *, timed: bool) -> None:
+    """One line and interval band for each arm; time is counted in whole runs of the baseline."""
     coloured = 0
     for number, arm in enumerate(findings.study.arm):
         baseline = arm.name == findings.study.baseline
@@ -65,7 +65,7 @@ def _curves(axes: Axes, findings: Findings, what: str, *, timed: bool) -> None:
         steps = curves[0].steps
         unit = findings.cost(arm.name).value / steps[-1] if timed else 1.0
         x = [step * unit for step in steps]
-        points = [stats.t_mean([curve.of(what)[i] for curve in curves]) for i in range(len(steps))]
+        points = [stats.t_mean([curve.of(kind)[i] for curve in curves]) for i in range(len(steps))]
         style: dict[str, Any] = {"color": colour, "linestyle": DASHES[number % len(DASHES)]}
         axes.plot(x, [p.value for p in points], label=arm.name, linewidth=1.6, **style)
         if not math.isnan(points[0].low):

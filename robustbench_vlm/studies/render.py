@@ -10,10 +10,10 @@ from robustbench_vlm.studies.findings import Findings
 
 
 def write(findings: Findings, out: Path) -> list[Path]:
-    """Write what is known about a study into `out`; returns the files.
+    """Write the tables, the plot and the page of a study into `out`; returns the files.
 
-    `<study>.csv` has a row an arm; where curves are judged, it has a row a probe, and three files more stand
-    beside it: `-summary.csv` with a row an arm, `-seconds.csv`, and the plot.
+    Without curves, `<study>.csv` has a row an arm. With curves it has a row a probe, and beside it stand
+    `<study>-summary.csv` with a row an arm, `<study>-seconds.csv`, and the plot `<study>.svg`.
     """
     name, summary = findings.study.name, tables.csv(tables.summary(findings))
     files = {f"{name}.csv": summary}

@@ -1,7 +1,7 @@
-"""A study: every arm trained over every seed, each run attacked in the end; stopped anywhere, it goes on.
+"""Run a study: train every arm with every seed and attack each model; the same command goes on if stopped.
 
-A run is named by the fingerprint of its recipe, so two studies that train the same share it. Runs are worked
-off by processes of one thread each: how many there are changes the time, never a number.
+A run is named by the fingerprint of its recipe, so two studies with the same training share it. Each run is
+done by a process of one thread: the number of processes changes the time that a study takes, never a number.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ Remark = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One arm with one seed.
 
     Attributes:
-        folder: gets `model/` (see `train.run`), `results/` (see `session.perform`), `clock.jsonl` and, once
-            nothing is left to do, a list of its cells.
+        arm: name of the arm.
+        seed: of the recipe.
+        recipe: the arm's, with seed and probe of the study.
+        folder: gets `model/` (the checkpoint), `results/` (of the final attack), `clock.jsonl` (time of each
+            step) and, once nothing is left to do, a list of its result files.
     """
 
     arm: str
@@ -50,11 +53,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """What progress lines and errors call this run."""
         return f"{self.arm}, seed {self.seed}"
 
     def cells(self, final: Final) -> Path:
-        """The file that lists the cells of the final attack, relative to `folder`; written last of all."""
+        """The file that lists the result files of the final attack; written last of all."""
         chain = reader.read("attacks", final.attack, AttackCard)
         attack = chain.model_dump(mode="json", exclude={"plain_pgd"})  # younger than runs on disk
         suite = reader.read("suites", final.suite, Suite).model_dump(mode="json")
@@ -63,8 +66,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a study is worked off."""
+class Resources:
+    """What a study is run with.
+
+    Attributes:
+        data_root: folder of the datasets.
+        device: where to train and attack.
+        jobs: processes at a time.
+    """
 
     data_root: Path
     device: str = "cpu"
@@ -74,7 +83,7 @@ class Place:
 def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:
     """The recipe of one arm with one seed.
 
-    The recipe card's notes are left out: a remark added there makes no other run.
+    The recipe card's notes are left out, so that a remark added there does not make another run of it.
 
     Raises:
         CardError: no such recipe, or a setting that it does not take.
@@ -86,13 +95,13 @@ def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:
     return reader.parse(table, Recipe, where)
 
 
-def runs(study: Study, out: Path, seeds: int | None = None) -> list[Run]:
-    """All runs of a study, in the order in which they are worked off: seed by seed, so a part is paired.
+def runs(study: Study, out: Path, seeds: int | None = None) -> list[StudyRun]:
+    """All runs of a study, seed by seed: a study that is stopped has complete pairs of its first seeds.
 
     Args:
         study: the card.
         out: folder of the runs.
-        seeds: only the first so many.
+        seeds: number of seeds, the study's first ones; default: all.
 
     Raises:
         CardError: see `recipe_of`; or two arms that are one recipe.
@@ -100,7 +109,7 @@ def runs(study: Study, out: Path, seeds: int | None = None) -> list[Run]:
     """
     if seeds is not None and seeds > len(study.seeds):
         raise InputError(f"--seeds {seeds}", f"study {study.name} has {len(study.seeds)} seeds")
-    found: dict[str, Run] = {}
+    found: dict[str, StudyRun] = {}
     for seed in study.seeds[:seeds]:
         for arm in study.arm:
             recipe = recipe_of(study, arm, seed)
@@ -108,11 +117,11 @@ def runs(study: Study, out: Path, seeds: int | None = None) -> list[Run]:
             if first is not None:
                 raise CardError(f"study {study.name}", f"arms {first.arm} and {arm.name} are one recipe")
             folder = out / f"{recipe.name}-s{seed}-{recipe.fingerprint[:12]}"
-            found[recipe.fingerprint] = Run(arm.name, seed, recipe, folder)
+            found[recipe.fingerprint] = StudyRun(arm.name, seed, recipe, folder)
     return list(found.values())
 
 
-def perform(study: Study, todo: Sequence[Run], place: Place, remark: Remark) -> None:
+def perform(study: Study, todo: Sequence[StudyRun], resources: Resources, remark: Remark) -> None:
     """Train and attack what is not finished yet.
 
     Raises:
@@ -122,44 +131,46 @@ def perform(study: Study, todo: Sequence[Run], place: Place, remark: Remark) -> 
     """
     waiting = [run for run in todo if not run.cells(study.final).exists()]
     remark(f"study {study.name}: {len(todo)} runs, {len(todo) - len(waiting)} finished")
-    check(study, waiting, place)
+    check(study, waiting, resources)
     begun = time.perf_counter()
-    for done, (run, seconds) in enumerate(_worked_off(study, waiting, place), 1):
+    for done, (run, seconds) in enumerate(_finish(study, waiting, resources), 1):
         left = (time.perf_counter() - begun) / done * (len(waiting) - done)
         last = f"about {left / 60:.0f} min left" if done < len(waiting) else "that was the last"
         remark(f"{run.name}: done in {seconds:.0f} s; {done} of {len(waiting)}, {last}")
 
 
-def check(study: Study, todo: Sequence[Run], place: Place) -> None:
-    """Load once what every arm needs, so that what cannot be used is found now and not in an hour.
+def check(study: Study, todo: Sequence[StudyRun], resources: Resources) -> None:
+    """Load once what every arm needs, so that what cannot be used is found before the first training.
 
     Raises:
         InputError: see `perform`.
     """
-    device = devices.choose_device(place.device)
+    device = devices.choose_device(resources.device)
     arms = {run.arm: run for run in reversed(todo)}
     for run in arms.values():
-        prepare.prepare(run.recipe, place.data_root, device)
+        prepare.prepare(run.recipe, resources.data_root, device)
     if arms:
         student = next(iter(arms.values())).recipe.student
-        planning.require_data(planning.plan(_order(student, study.final, place.data_root, Path()), device))
+        planning.require_data(
+            planning.plan(_request(student, study.final, resources.data_root, Path()), device)
+        )
 
 
-def _order(model: str, final: Final, data_root: Path, results: Path) -> planning.Order:
+def _request(model: str, final: Final, data_root: Path, results: Path) -> planning.Order:
     return planning.Order((model,), (final.attack,), final.suite, results, data_root, n=final.n)
 
 
-def _worked_off(study: Study, todo: Sequence[Run], place: Place) -> Iterator[tuple[Run, float]]:
-    """(run, seconds) as runs are finished, `place.jobs` at a time; none is left running."""
+def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Iterator[tuple[StudyRun, float]]:
+    """Do the runs, `resources.jobs` at a time; yields (run, seconds). An error stops all of them."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(todo))
-    running: dict[int, tuple[SpawnProcess, Connection, Run, float]] = {}
+    running: dict[int, tuple[SpawnProcess, Connection, StudyRun, float]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < place.jobs:
+            while waiting and len(running) < resources.jobs:
                 run = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                known = (run, study.final, place, reader.included(), sender)
+                known = (run, study.final, resources, reader.included(), sender)
                 process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
                 process.start()
                 sender.close()
@@ -176,27 +187,31 @@ def _worked_off(study: Study, todo: Sequence[Run], place: Place) -> Iterator[tup
             process.join()
 
 
-def _require_success(run: Run, exitcode: int | None, receiver: Connection) -> None:
+def _require_success(run: StudyRun, exitcode: int | None, receiver: Connection) -> None:
     if exitcode == 0:
         return
     try:
-        said = receiver.recv() if receiver.poll() else ""
+        message = receiver.recv() if receiver.poll() else ""
     except EOFError:
-        said = ""
-    if said:
-        raise VlmrobError(f"{run.name}: {said}")
+        message = ""
+    if message:
+        raise VlmrobError(f"{run.name}: {message}")
     raise Incomplete(f"{run.name}: its process ended with {exitcode}; the same command goes on")
 
 
-def _worker(run: Run, final: Final, place: Place, include: list[Path], sender: Connection) -> None:
-    """The whole life of one process; a known error goes back as its sentence."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this one
+def _worker(
+    run: StudyRun, final: Final, resources: Resources, include: list[Path], sender: Connection
+) -> None:
+    """What one process does; a known error is sent to the parent as its message."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the parent too, which then ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     reader.include(include)
     try:
         with _alone(run.folder):
-            _train_and_attack(run, final, place)
+            _train_and_attack(run, final, resources)
     except VlmrobError as error:
         sender.send(str(error))
         raise SystemExit(error.exit_code) from None
@@ -211,7 +226,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in `folder`; the system forgets the lock of one that is killed."""
+    """Wait until no other process works in `folder`; the system frees the lock of a killed process."""
     try:
         import fcntl
     except ImportError:  # not on Windows, where two studies must not share a folder
@@ -223,24 +238,25 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _train_and_attack(run: Run, final: Final, place: Place) -> None:
+def _train_and_attack(run: StudyRun, final: Final, resources: Resources) -> None:
     done = run.cells(final)
     if done.exists():
         return
-    device = devices.choose_device(place.device)
+    device = devices.choose_device(resources.device)
     clock: loop.Report = Clock(run.folder) if device.type == "cpu" else lambda _: None
-    kept = run.folder / "teachers"  # of its own: a run that found another's would look cheaper than it is
-    model = loop.run(run.recipe, run.folder / "model", place.data_root, device, clock, kept)
-    order = _order(str(model), final, place.data_root, run.folder / "results")
-    paths = planning.perform(planning.require_data(planning.plan(order, device)), lambda *_: None)
+    # a cache of its own: a run that reused teacher outputs of another would look cheaper than it is
+    teacher_cache = run.folder / "teachers"
+    model = loop.run(run.recipe, run.folder / "model", resources.data_root, device, clock, teacher_cache)
+    request = _request(str(model), final, resources.data_root, run.folder / "results")
+    paths = planning.perform(planning.require_data(planning.plan(request, device)), lambda *_: None)
     store.write_json(done, [str(path.relative_to(run.folder)) for path in paths])
 
 
 class Clock:
-    """Writes the processor time of every training step: `{"step": 1, "cpu": 0.24}`, probes left out.
+    """Writes the processor time of every training step: `{"step": 1, "cpu": 0.24}`, without probes.
 
-    The time of a process of one thread is what a quiet core takes, whoever else is on the machine. Steps that
-    a stopped run had done and does again stand there twice. Not for an accelerator, which works beside it.
+    The processor time of one thread hardly depends on what else the machine does. Steps that are repeated
+    after a stop are written twice. It does not measure an accelerator, which works beside the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -249,7 +265,7 @@ class Clock:
         store.mend(self._path)
 
     def __call__(self, line: loop.Line) -> None:
-        """Take note of one line of the training log."""
+        """Record one line of the training log."""
         now = time.process_time()
         if "loss" in line and self._last is not None:
             record: dict[str, Any] = {"step": line["step"], "cpu": round(now - self._last, 6)}

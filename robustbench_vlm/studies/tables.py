@@ -1,7 +1,7 @@
-"""Findings as tables: a row a probe, a row an arm, and apart from these the seconds.
+"""Findings as tables: one with a row a probe, one with a row an arm, and one of seconds.
 
-The first two are functions of verdicts and fingerprints: same outcomes, same bytes. What a clock said, no
-second run repeats, so it has a table of its own.
+The first two are functions of verdicts and fingerprints: the same outcomes give the same bytes. Seconds are
+measurements, which no second run repeats, so they have a table of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import pandas as pd
 
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.findings import VAL, WHATS, Findings, geometric, median
+from robustbench_vlm.studies.findings import KINDS, VAL, Findings, geometric, median
 
 Row = dict[str, str]
 
@@ -73,14 +73,14 @@ def _row(findings: Findings, name: str) -> Row:
     }
     row |= {"attack": study.final.attack, "suite": study.final.suite, "n": str(study.final.n)}
     row["seeds"] = " ".join(map(str, findings.seeds))
-    for place in findings.places:
-        for what in WHATS:
-            key = f"{place}_{what}"
-            row |= _interval(key, findings.mean(name, place, what))
+    for part in findings.parts:
+        for kind in KINDS:
+            key = f"{part}_{kind}"
+            row |= _interval(key, findings.mean(name, part, kind))
             paired = name != study.baseline
-            row |= _interval(f"{key}_diff", findings.difference(name, place, what) if paired else None)
-            if place != VAL:
-                tests = findings.p_values(name, place, what) if paired else []
+            row |= _interval(f"{key}_diff", findings.difference(name, part, kind) if paired else None)
+            if part != VAL:
+                tests = findings.p_values(name, part, kind) if paired else []
                 row[f"{key}_p"] = " ".join(f"{p:.3g}" for p in tests)
     if study.curves:
         row |= _reach(findings, name)
@@ -106,7 +106,7 @@ def _or_never(steps: float) -> str:
 
 
 def _interval(key: str, mean: Mean | None, digits: int = 2) -> Row:
-    """Three fields; empty where there is nothing to say, or one seed leaves no interval."""
+    """Value and limits as three fields; empty without a mean, and limits also where one seed has none."""
     values = (math.nan,) * 3 if mean is None else (mean.value, mean.low, mean.high)
     texts = ["" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
     return dict(zip((key, f"{key}_low", f"{key}_high"), texts, strict=True))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from robustbench_vlm.models.clip import Clip, InBf16, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.training import teacher_cache
+from robustbench_vlm.training.resolve import defense_class
 from robustbench_vlm.training.teacher_cache import Kept, Recalled
 from robustbench_vlm.types import Batch, Encoder
 
@@ -194,10 +194,8 @@ def _defense(recipe: Recipe) -> Defense:
     name = recipe.defense.get("name")
     if not isinstance(name, str):
         raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
-    defense = plugins.build("defenses", name, fields, where)
-    if not isinstance(defense, Defense):
-        expected = "a subclass of robustbench_vlm.defenses.interface.Defense"
-        raise CardError(where, f"{name} is a {type(defense).__name__}", expected)
+    defense_class(name)
+    defense: Defense = plugins.build("defenses", name, fields, where)
     if set(recipe.teachers) != set(defense.teachers):
         found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
         raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")
@@ -217,8 +215,7 @@ def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> N
     data = made.get("data", {})
     if data.get("dataset") != recipe.data.dataset or data.get("template") == recipe.data.template:
         return
-    maker: Any = plugins.get("defenses", str(made["defense"]["name"]))
-    if maker.needs_text:
+    if defense_class(str(made["defense"]["name"])).needs_text:
         raise CardError(
             f"recipe {recipe.name}",
             f"teacher {role} was trained with the sentences {data.get('template')!r}",

@@ -65,7 +65,7 @@ class Outcome:
 def outcome(who: Subject, found: list[Finding], adv: Tensor, *, images: bool) -> Outcome:
     """Ours against what the reference returned; `images` says whether images are compared too."""
     ours, wrong = [f.broken for f in found], who.wrong(adv)
-    margins = losses.judge(who.logits(adv), who.labels).tolist()
+    margins = losses.correct_margin(who.logits(adv), who.labels).tolist()
     flips = [
         {"key": f.key, "broken by": "ours" if f.broken else "theirs", "ours": f.margin, "theirs": margin}
         for f, theirs_wrong, margin in zip(found, wrong, margins, strict=True)

@@ -15,10 +15,10 @@ from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.backends import backend
-from robustbench_vlm.backends.backend import Means
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 
 pytestmark = pytest.mark.parity
 
@@ -34,13 +34,12 @@ ATTACKS = {
 }
 
 
-def run(means, who, attack, threat, stop="first"):
+def run(way, who, attack, threat, stop="first"):
     found = {}
     before = torch.get_rng_state()
-    cost = backend.run(
-        means, who.model, who.images, who.labels, who.keys, [("s", attack)], threat, seed=0,
-        n_classes=who.n_classes, rows=ROWS, stop=stop, on_finding=lambda f: found.__setitem__(f.key, f),
-    )  # fmt: skip
+    job = Job([("s", attack)], threat, ROWS, who.n_classes, stop=stop)
+    block = ImageBlock(who.images, who.labels, who.keys)
+    cost = way.run(Model(who.model), job, [block], lambda f: found.__setitem__(f.key, f))
     assert torch.equal(torch.get_rng_state(), before)
     return [found[key] for key in who.keys], cost
 
@@ -55,10 +54,10 @@ def test_every_attack_of_both_packages_agrees_with_ours(name, norm):
     who, threat = subject("plain", N), radius("plain", N, norm, 0.4)
     if name == "square":
         threat = type(threat)(norm, threat.eps * 4)
-    native, _ = run(Means(), who, ATTACKS[name], threat)
-    reference, spent = run(Means(mode="reference"), who, ATTACKS[name], threat)
-    theirs, took = run(Means("autoattack"), who, ATTACKS[name], threat)
-    others, _ = run(Means("torchattacks"), who, ATTACKS[name], threat)
+    native, _ = run(Backend(), who, ATTACKS[name], threat)
+    reference, spent = run(Backend(mode="reference"), who, ATTACKS[name], threat)
+    theirs, took = run(Backend("autoattack"), who, ATTACKS[name], threat)
+    others, _ = run(Backend("torchattacks"), who, ATTACKS[name], threat)
     assert 0 < sum(f.broken for f in theirs) < N
     assert flips(reference, theirs) == 0
     if name != "square":  # of which test_parity_chain looks at the spread over seeds
@@ -74,8 +73,8 @@ def test_pgd_of_torchattacks_judges_the_last_iterate():
     for norm in ("linf", "l2"):
         who, threat = subject("trained", N), radius("trained", N, norm, 0.4)
         for attack in (Pgd("ce", 20, "eps/4", 1, True), Pgd("ce", 10, "eps/4", 1, False)):
-            native, _ = run(Means(), who, attack, threat, "last")
-            found, cost = run(Means("torchattacks"), who, attack, threat, "last")
+            native, _ = run(Backend(), who, attack, threat, "last")
+            found, cost = run(Backend("torchattacks"), who, attack, threat, "last")
             assert 0 < sum(f.broken for f in found) < N
             assert flips(native, found) <= 1
             assert cost.gradients == attack.steps
@@ -84,8 +83,8 @@ def test_pgd_of_torchattacks_judges_the_last_iterate():
 def test_fgsm_and_its_momentum():
     who, threat = subject("trained", N), radius("trained", N, "linf", 0.4)
     for attack, stop in ((Fgsm("ce"), "first"), (MiFgsm("ce", 10, "eps/4", 1.0), "last")):
-        native, _ = run(Means(), who, attack, threat, stop)
-        found, _ = run(Means("torchattacks"), who, attack, threat, stop)
+        native, _ = run(Backend(), who, attack, threat, stop)
+        found, _ = run(Backend("torchattacks"), who, attack, threat, stop)
         assert 0 < sum(f.broken for f in found) < N
         assert flips(native, found) == 0
 
@@ -94,8 +93,8 @@ def test_l1_and_mean_gradients():
     who, threat = subject("plain", N), radius("plain", N, "l1", 0.4)
     sparse = ApgdL1("ce", (9, 9, 12), (3.0, 2.0, 1.0), 2, 0)
     for attack in (sparse, ApgdL1("targeted-dlr", (30,), (1.0,), 1, 3), Fab(12, 3, 1, **PULL)):
-        native, _ = run(Means(), who, attack, threat)
-        found, cost = run(Means("autoattack"), who, attack, threat)
+        native, _ = run(Backend(), who, attack, threat)
+        found, cost = run(Backend("autoattack"), who, attack, threat)
         assert 0 < sum(f.broken for f in found) < N
         assert flips(native, found) <= 1
         if attack is sparse:
@@ -103,9 +102,9 @@ def test_l1_and_mean_gradients():
 
     who, threat = subject("plain", N), radius("plain", N, "linf", 0.4)
     mean = ApgdEot("ce", 10, 0.75, 1, 0, eot=3)
-    native, _ = run(Means(), who, mean, threat)
+    native, _ = run(Backend(), who, mean, threat)
     for engine in ("autoattack", "torchattacks"):
-        found, cost = run(Means(engine), who, mean, threat)
+        found, cost = run(Backend(engine), who, mean, threat)
         assert flips(native, found) == 0
         assert cost.gradients == 3 * 11
 
@@ -119,11 +118,11 @@ def test_two_classes():
     threat = type(threat)("linf", threat.eps * 2)
     for attack in (ATTACKS["ce"], ATTACKS["fab-t"]):
         sides = []
-        for means in (Means(), Means("autoattack"), Means("torchattacks")):
+        for way in (Backend(), Backend("autoattack"), Backend("torchattacks")):
             found = {}
-            backend.run(
-                means, model, images, labels, keys, [("s", attack)], threat, seed=0, n_classes=2, rows=ROWS,
-                on_finding=lambda f, found=found: found.__setitem__(f.key, f.broken),
+            way.run(
+                Model(model), Job([("s", attack)], threat, ROWS, 2), [ImageBlock(images, labels, keys)],
+                lambda f, found=found: found.__setitem__(f.key, f.broken),
             )  # fmt: skip
             sides.append([found[key] for key in keys])
         assert sides[0] == sides[1] == sides[2]

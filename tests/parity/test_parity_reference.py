@@ -12,6 +12,7 @@ from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.backends import reference
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 
 pytestmark = pytest.mark.parity
 
@@ -23,10 +24,9 @@ models = pytest.mark.parametrize("name", NAMES)
 def ours(who: Subject, stages, threat, seed=0):
     """What each image ended with."""
     found = {}
-    reference.run(
-        who.model, who.images, who.labels, who.keys, stages, threat, seed=seed, n_classes=who.n_classes,
-        rows=ROWS, on_finding=lambda f: found.__setitem__(f.key, f),
-    )  # fmt: skip
+    job = Job(stages, threat, ROWS, who.n_classes, seed=seed)
+    block = ImageBlock(who.images, who.labels, who.keys)
+    reference.run(Model(who.model), job, block, lambda f: found.__setitem__(f.key, f))
     return [found[key] for key in who.keys]
 
 

@@ -24,9 +24,9 @@ from robustbench_vlm.attacks.fab.projection import FLAT, Hyperplanes
 from robustbench_vlm.engine import geometry, losses
 from robustbench_vlm.engine.interface import (
     Alone,
+    Evaluation,
     Oracle,
     Rows,
-    Seen,
     State,
     common,
     misclassified,
@@ -172,13 +172,13 @@ class Fab(Alone):
             zero_gradients=state.zero_gradients + seen.zero,
         )
 
-    def _linearise(self, state: FabState, oracle: Oracle) -> Seen:
+    def _linearise(self, state: FabState, oracle: Oracle) -> Evaluation:
         """The logit difference that is driven to zero, with its gradient."""
         if self.targets:
             return oracle.gradient(
                 state.at, lambda logits: losses.targeted_margin(logits, state.labels, state.targets)
             )
-        found: Seen | None = None
+        found: Evaluation | None = None
         distance = torch.full_like(state.nearest, torch.inf)
         for seen in oracle.gradients(state.at, lambda logits: _margins(logits, state.labels)):
             size = _norm(seen.gradient, DUAL[state.threat.norm])
@@ -188,7 +188,7 @@ class Fab(Alone):
         assert found is not None, "a classifier has two classes or more"
         return found
 
-    def _advance(self, state: FabState, seen: Seen) -> tuple[Tensor, Tensor]:
+    def _advance(self, state: FabState, seen: Evaluation) -> tuple[Tensor, Tensor]:
         """(S, 3, H, W) the overshot, weighted mean of the two projections onto {linearised margin = 0}.
 
         Also (S, 2) where the next projections start to search.
@@ -222,9 +222,9 @@ def _margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, wrong) - logits.gather(1, labels[:, None])
 
 
-def _choose(mask: Tensor, new: Seen, old: Seen) -> Seen:
+def _choose(mask: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
     """Row-wise `new` where `mask` (S,), else `old`; finite only where both are."""
-    return Seen(
+    return Evaluation(
         new.logits,
         pick(mask, new.values, old.values),
         pick(mask, new.gradient, old.gradient),

@@ -123,7 +123,7 @@ def alone(state: SquareState, seen: Look, queries: int) -> Settled:
     )
 
 
-def muster(state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
+def assign(state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
     """Every row becomes a copy of its lead, with its own place."""
     size = torch.zeros_like(lead).scatter_add(0, lead, torch.ones_like(lead))
     crewed = not torch.equal(lead.cpu(), torch.arange(len(lead)))

@@ -47,7 +47,7 @@ class Square(Alone):
     restarts: int
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
-    crews: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.queries, self.restarts) < 1 or not 0 < self.p <= 1:
@@ -105,9 +105,9 @@ class Square(Alone):
             crewed=False,
         )
 
-    def muster(self, state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
+    def assign(self, state: AnyState, leaders: Tensor, positions: Tensor) -> AnyState:
         """Rows of a crew look at consecutive proposals of their lead."""
-        return lookahead.muster(state, lead, place)
+        return lookahead.assign(state, leaders, positions)
 
     def step(self, state: SquareState, oracle: Oracle) -> SquareState:
         """Evaluate one proposal of every row (the start point first) and keep it where it is better."""
@@ -120,7 +120,7 @@ class Square(Alone):
             x, idle, passed = self._propose(state, at), None, 0
 
         logits = oracle.logits(x)
-        margin = losses.judge(logits, state.labels)
+        margin = losses.correct_margin(logits, state.labels)
         better = margin < state.best_margin
         seen = lookahead.Look(
             margin=margin,

@@ -1,4 +1,4 @@
-"""The model as attacks see it: it finds, and the plain model decides."""
+"""The attacked view of a model finds adversarial images; the plain model decides about them."""
 
 from fractions import Fraction
 
@@ -9,6 +9,7 @@ from attack_models import blobs, classifier
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.engine import attacked_view, scheduler
+from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -19,11 +20,12 @@ ROWS = 16
 CE = (("ce", Apgd("ce", 20, 0.75, 1, 0)),)
 
 
-def run(model, images, labels, find=None, stages=CE):
+def run(model, images, labels, view=None, stages=CE):
     found = {}
     cost = scheduler.run(
-        model, images, labels, [str(i) for i in range(len(images))], stages, THREAT, seed=0,
-        n_classes=10, rows=ROWS, find=find, on_finding=lambda f: found.__setitem__(f.key, f),
+        Model(model, view), Job(stages, THREAT, ROWS, 10),
+        [ImageBlock(images, labels, [str(i) for i in range(len(images))])],
+        lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
     return [found[str(i)] for i in range(len(images))], cost
 
@@ -38,7 +40,7 @@ def data(n=40):
 def test_bf16_finds_and_fp32_decides():
     model, images, labels = data()
     plain, _ = run(model, images, labels)
-    low = attacked_view.finder(model, attacked_view.Sight("bf16"), images[:ROWS])
+    low = attacked_view.build(model, attacked_view.Precision("bf16"), images[:ROWS])
     assert low(images[:ROWS]).dtype == torch.bfloat16
     found, _ = run(model, images, labels, low)
     for a, b in zip(plain, found, strict=True):
@@ -47,7 +49,7 @@ def test_bf16_finds_and_fp32_decides():
     assert sum(f.broken for f in found) >= 5
 
 
-def test_a_success_that_only_the_finder_sees_does_not_count():
+def test_a_success_that_only_the_attacked_view_sees_does_not_count():
     model, images, labels = data()
 
     def liar(x):
@@ -87,9 +89,9 @@ def test_what_can_be_differentiated_only_once_is_asked_only_once():
 
 
 @pytest.mark.slow
-def test_compiled_finding_gives_the_same_verdicts():
+def test_a_compiled_view_gives_the_same_verdicts():
     model, images, labels = data()
-    seen = attacked_view.finder(model, attacked_view.Sight(compiled=True), images[:ROWS])
+    seen = attacked_view.build(model, attacked_view.Precision(compiled=True), images[:ROWS])
     plain, _ = run(model, images, labels)
     found, _ = run(model, images, labels, seen)
     for a, b in zip(plain, found, strict=True):
@@ -99,9 +101,9 @@ def test_compiled_finding_gives_the_same_verdicts():
 def test_graphs_need_a_device_and_precision_a_name():
     model, images, _ = data()
     with pytest.raises(InputError, match="CUDA graphs"):
-        attacked_view.finder(model, attacked_view.Sight(graphs=True), images[:ROWS])
+        attacked_view.build(model, attacked_view.Precision(graphs=True), images[:ROWS])
     with pytest.raises(InputError, match="fp32 or bf16"):
-        attacked_view.Sight("fp16")
+        attacked_view.Precision("fp16")
 
 
 @pytest.mark.gpu
@@ -110,7 +112,7 @@ def test_graphs_replay_the_same_numbers():
     model, images, labels = model.to("cuda"), images.to("cuda"), labels.to("cuda")
     plain, _ = run(model, images, labels)
     found, _ = run(
-        model, images, labels, attacked_view.finder(model, attacked_view.Sight(graphs=True), images[:ROWS])
+        model, images, labels, attacked_view.build(model, attacked_view.Precision(graphs=True), images[:ROWS])
     )
     assert [f.broken for f in plain] == [f.broken for f in found]
     for a, b in zip(plain, found, strict=True):
@@ -120,7 +122,8 @@ def test_graphs_replay_the_same_numbers():
 def test_labels_say_what_may_change_rounding():
     assert attacked_view.PLAIN.label == "fp32"
     assert (
-        attacked_view.Sight("bf16", tf32=True, compiled=True, graphs=True).label == "bf16-find+tf32+compiled"
+        attacked_view.Precision("bf16", tf32=True, compiled=True, graphs=True).label
+        == "bf16-find+tf32+compiled"
     )
 
 

@@ -1,0 +1,127 @@
+"""The rows of a run: one state of fixed shape, and which trajectory is in which row of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm.engine import trajectories
+from robustbench_vlm.engine.batch_shapes import Shapes
+from robustbench_vlm.engine.image_queue import ImageQueue
+from robustbench_vlm.engine.interface import Attack, Oracle, State, freeze, scatter, single, take
+from robustbench_vlm.engine.trajectories import End, Trajectory
+
+
+class RowTable:
+    """The state of all rows.
+
+    Attributes:
+        busy: the trajectory in each row that has one. The other rows are copies, and what they compute is
+            ignored.
+    """
+
+    def __init__(self, attack: Attack, queue: ImageQueue, shapes: Shapes | None) -> None:
+        """A table without trajectories.
+
+        Args:
+            attack: steps the rows of all stages of the job.
+            queue: gives the trajectories.
+            shapes: smaller shapes of the same bits; None where all calls have the full shape.
+        """
+        self.busy: dict[int, Trajectory] = {}
+        self._attack, self._queue, self._shapes = attack, queue, shapes
+        self._state: State | None = None
+        # The leader of each row's lookahead group: the row itself if it works alone. None once rows have
+        # moved, which makes group assignments from before invalid.
+        self._leaders: list[int] | None = []
+
+    def fill(self) -> None:
+        """Give free rows the next trajectories, in the shape that fits them best."""
+        job, shape = self._queue.job, self._shape()
+        if self._state is not None and len(self._state.labels) != shape:
+            self._resize(self._state, shape)
+        given = []
+        for row in range(min(job.active, shape)):
+            trajectory = self._queue.next() if row not in self.busy else None
+            if trajectory is not None:
+                given.append((row, trajectory))
+        fresh = [(row, trajectory) for row, trajectory in given if trajectory.paused is None]
+        for stage in sorted({trajectory.image.stage for _, trajectory in fresh}):
+            own = [(row, trajectory) for row, trajectory in fresh if trajectory.image.stage == stage]
+            begun = self._queue.start([trajectory for _, trajectory in own])
+            if self._state is None:
+                self._state = take(begun, [min(row, len(own) - 1) for row in range(shape)])
+            self._state = scatter(self._state, [row for row, _ in own], begun)
+        for row, trajectory in given:
+            self.busy[row] = trajectory
+            if trajectory.paused is not None and self._state is not None:
+                self._state, trajectory.paused = scatter(self._state, [row], trajectory.paused), None
+        if self._attack.looks_ahead and self._state is not None:
+            self._state = self._assign(self._state)
+
+    def _shape(self) -> int:
+        """Rows of the next calls, with room for all that can start: in large calls a row costs less."""
+        job, queue = self._queue.job, self._queue
+        waiting = len(self.busy) + len(queue.waiting)
+        if self._shapes is None or 2 * waiting > job.rows == job.active:
+            return job.rows
+        return self._shapes.smallest(min(job.active, len(self.busy) + len(queue.paused) + queue.startable))
+
+    def _resize(self, state: State, shape: int) -> None:
+        """Another number of rows: the busy ones first, the others copies of the first row."""
+        rows = sorted(self.busy)
+        self._state = take(state, [*rows, *[0] * (shape - len(rows))])
+        self.busy = {new: self.busy[old] for new, old in enumerate(rows)}
+        self._leaders = None
+
+    def _assign(self, state: State) -> State:
+        """Assign rows without a trajectory, evenly, to the lookahead groups of rows that have one."""
+        alone = list(range(len(state.labels)))
+        leaders = list(alone)
+        if not self._queue.waiting and not self._queue.paused and self.busy:
+            busy = sorted(self.busy)
+            idle = [row for row in alone[: self._queue.job.active] if row not in self.busy]
+            for number, row in enumerate(idle):
+                leaders[row] = busy[number % len(busy)]
+        if self._leaders is not None and leaders == alone == (self._leaders or alone):
+            return state
+        self._leaders = leaders
+        sizes: dict[int, int] = {}
+        positions = [0] * len(alone)
+        for row in sorted(alone, key=lambda row: (leaders[row] != row, row)):
+            positions[row] = sizes.get(leaders[row], 0)
+            sizes[leaders[row]] = positions[row] + 1
+        device = state.labels.device
+        return self._attack.assign(
+            state, torch.tensor(leaders, device=device), torch.tensor(positions, device=device)
+        )
+
+    def step(self, oracle: Oracle, times: int) -> None:
+        """Step all rows; between several steps rows that have ended stay as they ended."""
+        for _ in range(times if self._state is not None else 0):
+            assert self._state is not None
+            stepped = self._attack.step(self._state, oracle)
+            self._state = stepped if times == 1 else freeze(_active(self._state), self._state, stepped)
+
+    def take_ended(self) -> list[tuple[Trajectory, State, End]]:
+        """Free the rows whose trajectories have ended; each with its state of one row and its end."""
+        if self._state is None:
+            return []
+        ended = [row for row in (~_active(self._state)).nonzero().flatten().tolist() if row in self.busy]
+        if not ended:
+            return []
+        rows = take(self._state, ended)
+        return [
+            (self.busy.pop(row), single(rows, i), end)
+            for i, (row, end) in enumerate(zip(ended, trajectories.ends(rows), strict=True))
+        ]
+
+    def drop_obsolete(self) -> None:
+        """Free the rows of trajectories that an earlier one of the same image has made obsolete."""
+        self.busy = {row: trajectory for row, trajectory in self.busy.items() if not trajectory.obsolete}
+
+
+def _active(state: State) -> Tensor:
+    """(S,) bool: the row has not ended."""
+    ended = state.done | state.nonfinite
+    return ~(ended | state.broken) if state.stop == "first" else ~ended

@@ -1,0 +1,138 @@
+"""Which recipe a run trains: found by the name of a recipe or a defense, and changed by settings.
+
+Torch is imported only where a defense is combined with the recipe of another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from robustbench_vlm.cards import overrides, plugins, reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.defenses.interface import Defense
+from robustbench_vlm.errors import CardError, nearest
+
+
+def resolve(
+    name: str,
+    recipe: str = "",
+    settings: Sequence[str] = (),
+    remark: Callable[[str], None] = lambda _: None,
+) -> Recipe:
+    """The recipe that `vlmrob train NAME [--recipe RECIPE] [--set key=value ...]` trains.
+
+    Args:
+        name: a recipe, a TOML file, or a defense. A defense alone takes its recipe `tiny-NAME`.
+        recipe: with a defense as `name`: a recipe or a TOML file that gives models, data, attack and
+            optimiser. If it is a recipe of another defense, that defense and its fields are replaced.
+        settings: `key=value` each, applied last.
+        remark: called with a line about each choice that was not typed.
+
+    Raises:
+        CardError: no such recipe or defense, a defense without a recipe, or a recipe that does not fit it.
+    """
+    known = reader.names("recipes")
+    if not recipe and (name.endswith(".toml") or name in known):
+        return _read(name, settings)
+    _require_defense(name, known)
+    if recipe:
+        path = reader.path("recipes", recipe)
+        table = reader.toml(path)
+        if _defense_of(table) == name:
+            return _parsed(table, settings, str(path))
+        remark(f"{recipe} is a recipe of {_defense_of(table)}: its defense is replaced by {name}")
+        made = _parsed(_with_defense(table, name), settings, f"--recipe {recipe}")
+        _require_fit(made, name, f"--recipe {recipe}")
+        return made
+    if f"tiny-{name}" not in known:
+        raise CardError(
+            f"defense {name!r}",
+            "it has no recipe of its own",
+            "the recipe of another defense, to take models, data, attack and optimiser from",
+            f"type: vlmrob train {name} --recipe {_similar(name, known)}",
+        )
+    remark(f"no recipe was named: taking tiny-{name}, for the built-in tiny world")
+    if f"paper-{name}" in known:
+        remark(f"the paper's setting: vlmrob train {name} --recipe paper-{name}")
+    return _read(f"tiny-{name}", settings)
+
+
+def defense_class(name: str) -> type[Defense]:
+    """The class of the defense `name`, registered or at `module:Name`.
+
+    Raises:
+        CardError: nothing of that name, or something else than a defense.
+    """
+    plugin = plugins.get("defenses", name)
+    if not (isinstance(plugin, type) and issubclass(plugin, Defense)):
+        expected = "a frozen dataclass that subclasses robustbench_vlm.defenses.interface.Defense"
+        raise CardError(f"defense {name!r}", f"a {getattr(plugin, '__name__', plugin)!s:.40}", expected)
+    return plugin
+
+
+def _read(name: str, settings: Sequence[str]) -> Recipe:
+    path = reader.path("recipes", name)
+    return _parsed(reader.toml(path), settings, str(path))
+
+
+def _parsed(table: dict[str, Any], settings: Sequence[str], where: str) -> Recipe:
+    recipe = reader.parse(overrides.override(table, list(settings)), Recipe, where)
+    reader.require_plain_name(recipe, where)
+    return recipe
+
+
+def _require_defense(name: str, recipes: Sequence[str]) -> None:
+    """Refuse a name that is no defense; a `module:Name` is looked up when it is built."""
+    if ":" not in name and name not in (known := plugins.names("defenses")):
+        raise CardError(f"defense or recipe {name!r}", "no such thing", do=nearest(name, {*known, *recipes}))
+
+
+def _defense_of(table: Mapping[str, Any]) -> str:
+    """The name of the defense in a recipe's table; empty if there is none."""
+    defense = table.get("defense")
+    return str(defense.get("name", "")) if isinstance(defense, dict) else ""
+
+
+def _with_defense(table: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table of a recipe with the defense `name` in place of its own.
+
+    Models, data, attack and optimiser stay. Fields of the other defense are not carried over, nor are its
+    notes, teachers of other roles, or an attack that the new defense does not use.
+    """
+    plugin = defense_class(name)
+    made = {key: value for key, value in table.items() if key != "notes"}
+    made["defense"] = {"name": name}
+    made["name"] = f"{name.rpartition(':')[2].lower()}-with-{table.get('name')}"
+    made["title"] = f"{name}, with models, data, attack and optimiser of {table.get('name')}"
+    if "teachers" in table:
+        made["teachers"] = {
+            role: table["teachers"][role] for role in plugin.teachers if role in table["teachers"]
+        }
+    if not plugin.adversarial:
+        made.pop("inner", None)
+    return made
+
+
+def _require_fit(recipe: Recipe, name: str, where: str) -> None:
+    """Refuse a recipe that lacks a teacher or the attack of the defense `name`."""
+    plugin = defense_class(name)
+    for role in plugin.teachers:
+        if role not in recipe.teachers:
+            expected = f"teachers {sorted(plugin.teachers)}, for {name}"
+            raise CardError(where, f"no teacher {role!r}", expected, f"type --set teachers.{role}=MODEL")
+    if plugin.adversarial and recipe.inner is None:
+        fitting = _similar(name, reader.names("recipes"))
+        do = f"type a recipe with one, for example --recipe {fitting}"
+        raise CardError(where, "no [inner] table", f"an attack, for {name}", do)
+
+
+def _similar(name: str, recipes: Sequence[str]) -> str:
+    """A recipe that fits the defense `name`: the same teachers, and an attack exactly if it has one."""
+    plugin = defense_class(name)
+    for recipe in sorted(recipes, key=lambda known: not known.startswith("tiny-")):
+        table = reader.toml(reader.path("recipes", recipe))
+        same_roles = set(table.get("teachers", {})) == set(plugin.teachers)
+        if same_roles and ("inner" in table) == plugin.adversarial:
+            return recipe
+    return "FILE.toml"

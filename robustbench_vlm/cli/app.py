@@ -42,6 +42,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+INTERRUPTED = 130
+"""What typer returns after Ctrl-C."""
+
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for a command line that it cannot read."""
 
@@ -116,13 +119,15 @@ def _run(words: list[str]) -> int:
     try:
         code = app(_include_first(words), prog_name=NAME, standalone_mode=False)
     except typer.Abort:
-        raise Incomplete("stopped; type the same command again to go on") from None
+        code = INTERRUPTED
     except UsageError as error:
         message = " ".join(error.format_message().split())
         if not message:  # no arguments: the help is printed already
             return int(error.exit_code)
         command = error.ctx.command_path if error.ctx else NAME
         raise InputError(command, message.rstrip("."), do=f"see {command} --help") from None
+    if code == INTERRUPTED:
+        raise Incomplete("stopped; type the same command again, and it goes on where it was")
     return code if isinstance(code, int) else 0
 
 

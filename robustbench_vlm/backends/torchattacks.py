@@ -1,8 +1,8 @@
 """The backend `torchattacks`: the package's attacks one by one, each with the numbers of the chain.
 
 Its own AutoAttack takes 10 steps instead of 100, aims at every class and stretches Square's schedule to
-10,000 queries; this adapter does not use it. Two differences remain: in L2 its targeted APGD moves all rows by
-the step size of the first, and its Square measures a window over all channels together.
+10,000 queries; this adapter does not use it. Two differences remain: in L2 its targeted APGD moves all rows
+by the step size of the first, and its Square measures a window over all channels together.
 """
 
 from __future__ import annotations

@@ -103,5 +103,5 @@ def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  
         return TypeAdapter(plugin).validate_python(dict(fields))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CardError(where, f"{name}.{place}: {first['msg']} (found {first['input']!r:.80})") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise CardError(where, f"{name}.{field}: {first['msg']} (found {first['input']!r:.80})") from None

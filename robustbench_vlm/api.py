@@ -23,7 +23,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
-from robustbench_vlm.errors import InputError, nearest
+from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import evaluate as evaluation
 from robustbench_vlm.evaluation import planning, tensors
 from robustbench_vlm.evaluation.chain import needs, plugin, require_norm
@@ -160,7 +160,7 @@ def attack(
         AttackError: the model returns no logits, or an attack left the ball or the box.
 
     Warns:
-        UserWarning: an examination of the model failed, with its sentence.
+        UntrustedResultWarning: an examination of the model failed, with its sentence.
 
     Example:
         >>> model = load_model("tiny").classifier(["circle", "square"])
@@ -188,7 +188,7 @@ def attack(
     after = verdicts.robust_after(table, [name for name, _ in job.stages], eps_text(ball.norm, ball.eps))
     for check in examined.checks:
         if check.level == "fail":
-            warnings.warn(f"{check.name}: {check.sentence}", UserWarning, stacklevel=2)
+            warnings.warn(f"{check.name}: {check.sentence}", UntrustedResultWarning, stacklevel=2)
     return Attacked(table, adversarial, after, backend.label, precision.label, examined)
 
 
@@ -269,7 +269,7 @@ def evaluate(
         InputError: an unknown name, a radius or a model that cannot be used, or missing datasets.
 
     Warns:
-        UserWarning: a result carries a flag, so that its number does not mean what it says.
+        UntrustedResultWarning: a result carries a flag, so that its number does not mean what it says.
 
     Example:
         >>> rows = evaluate("tiny", "fgsm", datasets=["tiny-digits"], eps="4/255", n=4)
@@ -298,7 +298,7 @@ def evaluate(
     plan = planning.plan(request, choose_device(options.get("device", "auto")))
     rows = evaluation.evaluate(plan, _no_progress, LOG.info)
     for line in evaluation.flags(rows):
-        warnings.warn(line, UserWarning, stacklevel=2)
+        warnings.warn(line, UntrustedResultWarning, stacklevel=2)
     return rows
 
 
@@ -378,8 +378,8 @@ def compare(a: str, b: str, results: str | Path = "results", suite: str = "tiny"
 
     Example:
         >>> rows = evaluate(["tiny", "tiny-robust-teacher"], "fgsm", datasets=["tiny-digits"], eps=4, n=4)
-        >>> compare("tiny", "tiny-robust-teacher").columns[0]
-        'dataset'
+        >>> compare("tiny", "tiny-robust-teacher").dataset.iloc[0]
+        'tiny-digits'
     """
     found = result_file.of_suite(result_file.read(Path(results)), reader.suite(suite))
     lines = [line.texts for line in comparison.compare(found, a, b)]

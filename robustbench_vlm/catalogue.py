@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.card import Card
@@ -55,29 +56,27 @@ def names(what: str) -> list[tuple[str, str]]:
         read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
         return [(name, str(card.model_dump()["title"])) for name, card in read]
     if kind == "defenses":
-        return [(name, _first_line(plugins.get(kind, name))) for name in plugins.names(kind)]
+        return sorted(plugins.titles(kind).items())
     return [(row["name"], row["title"]) for row in models()]
 
 
 def models() -> list[dict[str, str]]:
-    """Packaged and public checkpoints: name, title, defense, architecture, radius, source, licence, place."""
-    from robustbench_vlm.models import checkpoint, public, zoo
+    """Packaged and public checkpoints, one row each: see `_row` for the columns."""
+    from robustbench_vlm.models import model_ids, public
 
     rows = []
-    for name in zoo.packaged():
-        card = checkpoint.read_card(zoo.PACKAGED / name)
-        seen = (
-            "unknown data" if card.trained_on is None else ", ".join(card.trained_on) or "no listed dataset"
-        )
-        title = f"{card.parameters / 1e3:.0f}k parameters, trained on {seen}"
-        eps = str((card.recipe.get("inner") or {}).get("eps", ""))
-        rows.append(_row(name, title, card.defense, card.arch, eps, "packaged", "Apache-2.0", "here"))
+    for name in model_ids.packaged():
+        card = store.read_json(model_ids.PACKAGED / name / "card.json")
+        data = "unknown data" if card["trained_on"] is None else ", ".join(card["trained_on"])
+        title = f"{card['parameters'] / 1e3:.0f}k parameters, trained on {data or 'no listed dataset'}"
+        eps = str((card["recipe"].get("inner") or {}).get("eps", ""))
+        facts = (name, title, card["defense"], card["arch"], eps, "packaged", "Apache-2.0", "here")
+        rows.append(_row(*facts))
     for name in reader.names("models"):
         known = reader.read("models", name, ModelCard)
-        place = "here" if public.here(known) else "not published" if known.loader == "none" else "not here"
-        rows.append(
-            _row(name, known.title, known.defense, known.base, known.eps, known.source, known.licence, place)
-        )
+        state = "here" if public.here(known) else "not published" if known.loader == "none" else "not here"
+        facts = (name, known.title, known.defense, known.base, known.eps, known.source, known.licence, state)
+        rows.append(_row(*facts))
     rows.append(_row("ARCH:TAG", "any open_clip name, e.g. ViT-B-32:openai"))
     return [*rows, _row("DIR", "a checkpoint folder or one of transformers; a weights file with --arch")]
 
@@ -175,9 +174,9 @@ def details(what: str, name: str) -> dict[str, Any]:
         module = inspect.getmodule(plugin)
         teachers = list(getattr(plugin, "teachers", ()))
         return {"name": name, "fields": fields, "teachers": teachers, "doc": inspect.getdoc(module)}
-    from robustbench_vlm.models import checkpoint, public, zoo
+    from robustbench_vlm.models import model_ids, public
 
-    folder = zoo.folder_of(name)
+    folder = model_ids.folder_of(name)
     if folder is None:
         listed = reader.names("models")
         if name in listed:
@@ -185,9 +184,11 @@ def details(what: str, name: str) -> dict[str, Any]:
             where = {"folder": str(public.folder(known)), "here": public.here(known)}
             fetch = {} if known.loader == "none" else {"fetch": public.fetch(known)}
             return {**known.model_dump(mode="json"), **where, **fetch}
-        known_names = [*zoo.packaged(), *listed]
+        known_names = [*model_ids.packaged(), *listed]
         found = "no packaged or public checkpoint, and no folder"
         raise InputError(f"model {name!r}", found, do=nearest(name, known_names))
+    from robustbench_vlm.models import checkpoint
+
     return checkpoint.read_card(folder).model_dump(mode="json")
 
 
@@ -214,18 +215,13 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
 
 def _config(model: str) -> dict[str, Any] | None:
     """The configuration of a model; of a run still to be made, that of its recipe's student."""
-    from robustbench_vlm.models import openclip, zoo
+    from robustbench_vlm.models import model_ids, openclip, zoo
 
     name = Path(model).name
-    while zoo.folder_of(model) is None and model != name and name in reader.names("recipes"):
+    while model_ids.folder_of(model) is None and model != name and name in reader.names("recipes"):
         model = reader.read("recipes", name, Recipe).student
         name = Path(model).name
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))
-
-
-def _first_line(plugin: type) -> str:
-    module = inspect.getmodule(plugin)
-    return (inspect.getdoc(module) or inspect.getdoc(plugin) or "").split("\n")[0]
 
 
 def doctor() -> list[tuple[str, str, str]]:
@@ -233,7 +229,7 @@ def doctor() -> list[tuple[str, str, str]]:
     import torch
 
     from robustbench_vlm.backends.backend import installed_packages
-    from robustbench_vlm.models import zoo
+    from robustbench_vlm.models import model_ids
 
     rows = [
         ("python", platform.python_version(), ""),
@@ -255,8 +251,8 @@ def doctor() -> list[tuple[str, str, str]]:
     rows.append(
         (
             "packaged models",
-            ", ".join(zoo.packaged()) or "none",
-            "" if zoo.packaged() else "make tiny-weights",
+            ", ".join(model_ids.packaged()) or "none",
+            "" if model_ids.packaged() else "make tiny-weights",
         )
     )
     free = shutil.disk_usage(Path.cwd()).free / 2**30

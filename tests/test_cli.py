@@ -8,8 +8,10 @@ import tarfile
 import time
 
 import command_line
+import pandas as pd
 import pytest
 import toys
+from PIL import Image
 
 from robustbench_vlm.backends import torchattacks
 from robustbench_vlm.cards import reader
@@ -515,3 +517,106 @@ def test_data_make_writes_a_miniature_of_every_dataset(vlmrob, tmp_path):
         assert (tmp_path / "made" / f"wds_{name}" / "test" / "nshards.txt").exists()
         assert (tmp_path / "made" / f"wds_{name}" / "miniature.txt").exists()
     assert vlmrob("data make toys --root made --n 3")[:2] == (0, "made\n")  # and again, without harm
+
+
+# --- images without a card ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Class folders of six pictures of two classes, and tables of the same pictures."""
+    card = toys.dataset_card("photos", ("cat", "dog"))
+    rows = []
+    for i, picture in enumerate(toys.pictures(card, 6)):
+        path = tmp_path / "photos" / card.names[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+        rows.append({"path": str(path.relative_to(tmp_path)), "label": card.names[i % 2]})
+    (tmp_path / "photos.csv").write_text(
+        "path,label\n" + "".join(f"{row['path']},{row['label']}\n" for row in rows)
+    )
+    (tmp_path / "photos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
+    return "eval --model {home}/models/m0 --attack pgd5 --device cpu"
+
+
+@pytest.mark.parametrize("source", ["photos", "photos.csv", "photos.jsonl", "photos.parquet"])
+def test_images_without_a_card_are_evaluated(vlmrob, tmp_path, photos, source):
+    code, out, err = vlmrob(f"{photos} --data {source} --json")
+    assert code == 0, err
+    row = json.loads(out)[0]
+    assert (row["n"], row["n_classes"], row["canvas_px"]) == (6, 2, toys.model().image_size)
+    assert row["suite"] == row["dataset"]
+    assert f"note: {source}: 6 images of 2 classes: 'cat', 'dog'" in err
+    code, out, err = vlmrob(f"{photos} --data {source}")  # finished: nothing is exported or attacked again
+    assert code == 0, err
+    assert f"next: vlmrob leaderboard --results results --suite {row['suite']} --include" in err
+    line = err.partition("next: vlmrob ")[2].splitlines()[0]
+    assert json.loads(vlmrob(f"{line} --json")[1])[0]["dataset"] == row["dataset"]
+
+
+def test_names_templates_and_columns_of_images_without_a_card(vlmrob, tmp_path, photos):
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    (tmp_path / "templates.txt").write_text("a sketch of a {c}.\n")
+    (tmp_path / "other.csv").write_text(
+        (tmp_path / "photos.csv").read_text().replace("path,label", "where,what")
+    )
+    options = "--names names.txt --templates templates.txt --columns where,what"
+    code, _, err = vlmrob(f"{photos} --data other.csv {options} --json")
+    assert code == 0, err
+    card = next((tmp_path / "data" / "cards" / "datasets").glob("*.toml")).read_text()
+    assert 'names = ["dog", "cat"]' in card
+    assert "a sketch of a {c}." in card
+
+
+def test_a_dry_run_over_images_without_a_card_writes_nothing(vlmrob, tmp_path, photos):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = vlmrob(f"{photos} --data photos --dry-run")
+    assert code == 0
+    assert "4 cells" in out or "2 cells" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--data photos --suite toys", ["--data photos", "--suite beside it", "leave out --suite or --data"]),
+        ("--data photos --dataset toy", ["--dataset beside it"]),
+        ("--data photos --protocol aa2", ["--protocol beside it"]),
+        ("--names names.txt --suite toys", ["--names", "no --data", "add --data"]),
+        ("--split val --suite toys", ["--split", "no --data"]),
+        ("--data nowhere", ["nowhere", "no such file or folder", "class folders, or a file in"]),
+        ("--data photos --names nowhere.txt", ["--names nowhere.txt", "No such file", "one entry a line"]),
+        ("--data photos.csv --columns where,what", ["photos.csv", "'where'"]),
+    ],
+)
+def test_images_without_a_card_that_cannot_be_used(vlmrob, tmp_path, photos, options, words):
+    one_line(*vlmrob(f"{photos} {options}"), *words)
+    assert not (tmp_path / "data").exists()
+
+
+# --- one dataset without a suite ---------------------------------------------------------------------------
+
+
+def test_a_dataset_without_a_suite_is_evaluated_alone(vlmrob):
+    line = EVAL.replace(" --suite toys", "") + " --dataset toy --json"
+    code, out, err = vlmrob(line)
+    assert code == 0, err
+    row = json.loads(out)[0]
+    assert (row["suite"], row["dataset"], row["eps"], row["n_requested"]) == ("toy", "toy", "4/255", 1000)
+    assert "no --suite: toy alone, eps 4/255, n 1000" in err
+    assert "suites with toy: toys; --suite takes their radii and images" in err
+    one_line(
+        *vlmrob(EVAL.replace(" --suite toys", "") + " --dataset toy,pair"),
+        "several datasets without --suite", "--suite toys", "vlmrob new suite",
+    )  # fmt: skip
+    one_line(
+        *vlmrob(EVAL.replace("toys", "tiny") + " --dataset toy"),
+        "not in suite tiny", "leave --suite out to evaluate toy alone, or type --suite toys",
+    )  # fmt: skip
+
+
+def test_attacks_and_datasets_take_commas(vlmrob):
+    code, out, err = vlmrob(EVAL.replace("--attack aa", "--attack aa,pgd5") + " --dataset toy,pair --dry-run")
+    assert code == 0, err
+    assert "4 cells: 1 model x 2 datasets (24 images) x 2 attacks" in out

@@ -1,8 +1,10 @@
-"""`vlmrob --help` is there at once."""
+"""Help, lists and mistakes are answered at once, without importing torch."""
 
 import resource
 import subprocess
 import sys
+
+import pytest
 
 VERBS = (
     *("train", "eval", "leaderboard", "compare", "demo", "crosscheck", "convert", "canary"),
@@ -19,9 +21,16 @@ def test_help_does_not_import_torch_and_names_every_verb():
     assert all(f" {verb} " in done.stdout for verb in VERBS)
 
 
-def test_help_answers_in_under_a_second():
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--help", "list models", "list defenses", "list attacks", "list suites", "show suite tiny"),
+        *("eval --model nobody", "train nobody", "new suite tiny"),
+    ],
+)
+def test_what_needs_no_torch_answers_in_under_a_second(line):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "robustbench_vlm", "--help"], capture_output=True, check=True)
+    subprocess.run([sys.executable, "-m", "robustbench_vlm", *line.split()], capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # seconds of the processor: those on the wall depend on who else is using it
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

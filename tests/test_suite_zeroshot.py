@@ -74,11 +74,11 @@ def test_the_line_of_the_readme_over_all_fifteen(tmp_path, monkeypatch, capsys, 
 
     rows = read(Path("leaderboards/zeroshot.csv"))
     for eps in EPS.split(","):
-        names = [row["dataset"] for row in rows if row["eps"] == eps]
+        names = [row["dataset"] for row in rows if row["eps"] == f"{eps}/255"]
         assert names == [*suite.datasets, "mean", "mean:fare-13", "mean:without-pcam"]
     attackable(rows, suite.datasets)
-    mean = next(row for row in rows if row["dataset"] == "mean" and row["eps"] == "4")
-    finals = [float(r["robust"]) for r in rows if r["eps"] == "4" and r["dataset"] in suite.datasets]
+    mean = next(row for row in rows if row["dataset"] == "mean" and row["eps"] == "4/255")
+    finals = [float(r["robust"]) for r in rows if r["eps"] == "4/255" and r["dataset"] in suite.datasets]
     assert float(mean["robust"]) == pytest.approx(sum(finals) / 15, abs=0.01)
     pair = next(row for row in rows if row["dataset"] == "pcam")
     assert pair["n_classes"] == "2"
@@ -99,7 +99,7 @@ def test_the_full_suite_under_pgd_and_autoattack_in_one_command(tmp_path, monkey
     for attack in ("pgd20", "autoattack"):
         own = [row for row in rows if row["attack"] == attack]
         for eps in EPS.split(","):
-            names = [row["dataset"] for row in own if row["eps"] == eps]
+            names = [row["dataset"] for row in own if row["eps"] == f"{eps}/255"]
             assert names == [*suite.datasets, "mean", "mean:fare-13", "mean:zeroshot"]
     attackable([row for row in rows if row["attack"] == "autoattack"], suite.datasets)
 

@@ -8,10 +8,12 @@ dataclass whose fields are its configuration. Other packages add theirs by entry
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
-import re
+import inspect
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,40 @@ from robustbench_vlm.errors import CardError, nearest
 
 
 def names(kind: str) -> list[str]:
-    """Names of all plug-ins of a kind: files or folders with a line `plugin = ...`, and entry points.
+    """Names of all plug-ins of a kind: files that assign `plugin`, and entry points; nothing is imported."""
+    points = entry_points(group=f"robustbench_vlm.{kind}")
+    return sorted({*_own(kind), *(point.name for point in points)})
 
-    Their source is searched and nothing is imported, so that a mistyped name is answered without torch.
-    """
+
+def titles(kind: str) -> dict[str, str]:
+    """The first line of each plug-in's file by name; only entry points of other packages are imported."""
+    own = _own(kind)
+    return {name: own[name] if name in own else _title(get(kind, name)) for name in names(kind)}
+
+
+@cache
+def _own(kind: str) -> Mapping[str, str]:
+    """Name and first docstring line of the package's files of a kind, read without running them."""
+    found = {}
     folder = Path(__file__).parents[1] / kind
-    files = {path.stem: path for path in folder.glob("*.py")}
-    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
-    own = [
-        stem.replace("_", "-")
-        for stem, path in files.items()
-        if re.search(r"^plugin\b.*=", path.read_text("utf-8"), re.MULTILINE)
-    ]
-    return sorted({*own, *(point.name for point in entry_points(group=f"robustbench_vlm.{kind}"))})
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        name = path.parent.name if path.stem == "__init__" else path.stem
+        if any(_binds_plugin(node) for node in tree.body):
+            found[name.replace("_", "-")] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def _binds_plugin(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return any((alias.asname or alias.name) == "plugin" for alias in node.names)
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(isinstance(target, ast.Name) and target.id == "plugin" for target in targets)
+
+
+def _title(plugin: type) -> str:
+    doc = inspect.getdoc(inspect.getmodule(plugin)) or inspect.getdoc(plugin) or ""
+    return doc.partition("\n")[0]
 
 
 def get(kind: str, name: str) -> type:

@@ -33,10 +33,9 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     A pickle is read as data in a process of its own with limits on memory and time: nothing that it names is
     imported or run, and everything but tensors and plain tables is refused.
     """
-    from robustbench_vlm.models import convert
-    from robustbench_vlm.models.foreign import weights_file
+    from robustbench_vlm.models import convert, model_ids
 
-    if not card and not arch and not weights_file.is_transformers(source):
+    if not card and not arch and not model_ids.is_transformers(source):
         found = "neither --arch nor --card"
         raise InputError(f"convert {source}", found, "the model that the weights were made from")
     if card:

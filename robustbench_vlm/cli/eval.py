@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, cast
 
 import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
+from robustbench_vlm.cli.images import Images
 from robustbench_vlm.cli.options import (
     AsJson,
     DataRoot,
@@ -19,6 +22,7 @@ from robustbench_vlm.cli.options import (
     print_grids,
 )
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.models import model_ids
 
 CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
@@ -48,6 +52,20 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
             help="Only these datasets of the suite, e.g. cars,dtd; repeatable. One dataset needs no suite."
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images without a card: class folders, or a .csv, .jsonl or .parquet file."),
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help="With --data: class names, one a line.")] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="With --data: sentences with {c} for the class name, one a line.")
+    ] = None,
+    columns: Annotated[
+        str, typer.Option(help="With --data and a table: IMAGE,LABEL; default: the usual names.")
+    ] = "",
+    split: Annotated[
+        str, typer.Option(help="With --data: which of its splits; default: the one for testing.")
+    ] = "",
     eps: Annotated[str, typer.Option(help="Radii, e.g. 4 or 1,2,4; default: the suite's.")] = "",
     norm: Annotated[str, typer.Option(help="linf, l2 or l1; default: the suite's.")] = "",
     n: Annotated[
@@ -81,15 +99,19 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     as_json: AsJson = False,
 ) -> None:
     """Attack models over a suite; finished cells are kept, half-finished ones go on."""
+    images = Images(data, names, templates, columns, split)
+    images.require_consistent(suite=suite, dataset=dataset, protocol=protocol)
+    datasets, chains = comma_separated(dataset), comma_separated(attack)
+    models = tuple(model or [_newest_checkpoint()])
+    _require_models(models, chains)
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
     from robustbench_vlm.evaluation import evaluate as evaluation
 
-    datasets = comma_separated(dataset)
-    order = planning.Order(
-        models=tuple(model or [_newest_checkpoint()]),
-        attacks=comma_separated(attack) or (() if protocol else ("autoattack",)),
-        suite=suite or ("" if protocol else _default_suite(datasets)),
+    request = planning.Order(
+        models=models,
+        attacks=chains or (() if protocol else ("autoattack",)),
+        suite=suite,
         datasets=datasets,
         eps=eps,
         norm=norm,
@@ -105,11 +127,17 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         arch=arch,
         protocol=protocol,
     )
-    plan = planning.plan(order, place(device))
-    if dry_run:  # writes nothing, so what would be rendered counts as there
-        for line in estimate.price(plan):
-            console.result(line)
-        return
+    with TemporaryDirectory() as scratch:
+        if data is not None:
+            root = Path(scratch) if dry_run else data_root
+            request = replace(request, suite=images.add(root), data_root=root)
+        elif not (suite or protocol):
+            request = replace(request, suite=_default_suite(datasets))
+        plan = planning.plan(request, place(device))
+        if dry_run:  # leaves nothing behind, so what would be rendered or exported counts as there
+            for line in estimate.price(plan):
+                console.result(line)
+            return
     with console.meter() as meter:
         rows = evaluation.evaluate(plan, meter, console.remark)
     if as_json:
@@ -121,8 +149,16 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     flagged = evaluation.flags(rows)
     for line in flagged:
         console.remark(f"flag: {line}")
-    if strict and flagged:
+    if flagged and strict:
         raise typer.Exit(CHECK_FLAG)
+
+
+def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
+    """Refuse an unknown model before torch is imported, unless a chain of one's own may be wrong, too."""
+    known = reader.names("attacks")
+    if all(name in known and reader.path("attacks", name).is_relative_to(reader.home()) for name in chains):
+        for name in models:
+            model_ids.require(name)
 
 
 def _default_suite(datasets: tuple[str, ...]) -> str:

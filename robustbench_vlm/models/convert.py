@@ -9,7 +9,7 @@ from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.models import checkpoint, model_ids, zoo
 from robustbench_vlm.models.checkpoint import CheckpointCard, Parent
 from robustbench_vlm.models.foreign import weights_file
 
@@ -39,11 +39,11 @@ def convert(
     if known.sha256 and source.is_file() and (found := store.file_sha256(source)) != known.sha256:
         raise WeightsError(str(source), f"SHA-256 {found[:12]}", f"{known.sha256[:12]} as in its card")
     parents: tuple[Parent, ...] = ()
-    if source.is_dir() and weights_file.is_transformers(source):
+    if source.is_dir() and model_ids.is_transformers(source):
         made = weights_file.from_transformers(source)
     else:
-        if not weights_file.is_weights(source.name):
-            expected = f"a file in {', '.join(weights_file.SUFFIXES)}, or a folder of transformers"
+        if not model_ids.is_weights(source.name):
+            expected = f"a file in {', '.join(model_ids.WEIGHTS)}, or a folder of transformers"
             raise WeightsError(str(source), "neither weights by its name nor a model's folder", expected)
         weights_file.require_file(source)
         base = zoo.load(known.base)
@@ -91,7 +91,7 @@ def add_canary(name: str) -> Path:
     Raises:
         WeightsError: no such folder, or weights that do not fit its card.
     """
-    folder = zoo.folder_of(name)
+    folder = model_ids.folder_of(name)
     if folder is None:
         raise WeightsError(f"model {name!r}", "no packaged checkpoint or folder", "a folder with a card.json")
     bare = checkpoint.read_card(folder).model_copy(update={"canary": None})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from robustbench_vlm.errors import WeightsError, nearest
 from robustbench_vlm.models.clip import Clip, ModelFacts, Preprocess
+from robustbench_vlm.models.model_ids import CONFIGS
 
-CONFIGS = Path(__file__).parent / "configs"
 SCHEMAS = ("hf-hub:", "local-dir:")
 
 

@@ -9,13 +9,11 @@ import torch
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
-from robustbench_vlm.errors import WeightsError, nearest
-from robustbench_vlm.models import checkpoint, openclip, public
+from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models import checkpoint, model_ids, openclip, public
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import sandbox, weights_file
-
-PACKAGED = Path(__file__).parent.parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -33,27 +31,15 @@ class Loaded:
     card: CheckpointCard
 
 
-def packaged() -> list[str]:
-    """Names of the checkpoints that ship with the package."""
-    return sorted(path.parent.name for path in PACKAGED.glob("*/card.json"))
-
-
-def folder_of(name: str) -> Path | None:
-    """The checkpoint folder meant by `name`: a path that has a card, or a packaged checkpoint."""
-    if (Path(name) / "card.json").is_file():
-        return Path(name)
-    return PACKAGED / name if name in packaged() else None
-
-
 def address(name: str) -> str:
     """`name` so that it means the same from any working directory: a user's folder by its full path."""
-    folder = folder_of(name)
-    return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
+    folder = model_ids.folder_of(name)
+    return str(folder.resolve()) if folder is not None and folder.parent != model_ids.PACKAGED else name
 
 
 def arch_of(name: str) -> str:
     """The architecture of the model called `name`, without loading it; empty if a download must tell."""
-    folder = folder_of(name)
+    folder = model_ids.folder_of(name)
     if folder is not None:
         return checkpoint.read_card(folder).arch
     if name in reader.names("models"):
@@ -76,19 +62,18 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
     Raises:
         WeightsError: nothing of that name, or weights that do not fit their card or architecture.
     """
-    folder = folder_of(name)
+    model_ids.require(name)
+    folder = model_ids.folder_of(name)
     if folder is not None:
         card = checkpoint.read_card(folder)
         return Loaded(name, open_folder(name, folder, card).to(device), card)
     if name in reader.names("models"):
         return _public(reader.read("models", name, ModelCard), device)
-    if weights_file.is_weights(name):
+    if model_ids.is_weights(name):
         return _from_file(name, device, arch)
-    if Path(name).is_dir() and weights_file.is_transformers(Path(name)):
+    if Path(name).is_dir() and model_ids.is_transformers(Path(name)):
         made = weights_file.from_transformers(Path(name))
         return _described(name, made, device, text_from=str(Path(name).resolve()))
-    if ":" not in name and name not in openclip.architectures():
-        raise _unknown(name)
     model = openclip.load(name).eval().to(device)
     card = checkpoint.describe(model, _plain(name), defense="none", trained_on=None, text_from=name)
     return Loaded(name, model, card)
@@ -97,23 +82,6 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
 def _plain(name: str) -> str:
     """A name for tables and folders, from a model id."""
     return name.replace(":", "_").replace("/", "_")
-
-
-def _unknown(name: str) -> WeightsError:
-    if Path(name).exists():
-        found = (
-            "no card.json in it" if Path(name).is_dir() else "not a file of weights that is known by its name"
-        )
-        endings = ", ".join(weights_file.SUFFIXES)
-        expected = f"a checkpoint folder that vlmrob wrote, or a file that ends in {endings}"
-        return WeightsError(f"model {name!r}", found, expected)
-    if "/" in name:
-        expected = f"a checkpoint folder (below {Path.cwd()}, if not a full path) or hf-hub:ORG/NAME"
-        do = "train or convert it first"
-        return WeightsError(f"model {name!r}", "no such model or folder", expected, do)
-    known = [*packaged(), *reader.names("models"), "ViT-B-32:openai", "ViT-L-14:openai"]
-    expected = "an id, ARCH:TAG or a folder"
-    return WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))
 
 
 def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
@@ -132,11 +100,9 @@ def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
 
 
 def _described(name: str, made: weights_file.Foreign, device: torch.device | str, text_from: str) -> Loaded:
-    stem = (
-        Path(name).name.removesuffix(".tar").rpartition(".")[0]
-        if weights_file.is_weights(name)
-        else Path(name).name
-    )
+    stem = Path(name).name
+    if model_ids.is_weights(name):
+        stem = stem.removesuffix(".tar").rpartition(".")[0]
     card = checkpoint.describe(
         made.model,
         _plain(stem),

@@ -17,7 +17,6 @@ from robustbench_vlm.models import checkpoint, openclip
 from robustbench_vlm.models.clip import Clip, Preprocess
 from robustbench_vlm.models.foreign import naming, sandbox
 
-SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
 CONVERT = "vlmrob convert FILE --arch ARCH:TAG --out DIR"
 BICUBIC = 3  # PIL's number, in preprocessor_config.json
 FIRST_EOS, EOS = 2, 49407  # the end of text by either number of transformers is the largest token id
@@ -40,11 +39,6 @@ class Foreign:
 
 
 require_file = sandbox.require_file
-
-
-def is_weights(name: str) -> bool:
-    """Whether a model id is the name of a weights file."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def state_of(path: Path, limits: Mapping[str, int] | None = None) -> sandbox.Unpickled:
@@ -91,11 +85,6 @@ def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, .
 
 
 # Folders of transformers
-
-
-def is_transformers(folder: Path) -> bool:
-    """Whether a folder holds a model of transformers: config.json, and no config of open_clip."""
-    return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists()
 
 
 def from_transformers(folder: Path) -> Foreign:

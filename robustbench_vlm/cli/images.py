@@ -1,0 +1,84 @@
+"""The option `--data` of `vlmrob eval`: images that no card describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustbench_vlm import console
+from robustbench_vlm.cards import reader
+from robustbench_vlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Images:
+    """`--data` and the options that go with it, as they were typed.
+
+    Attributes:
+        source: folder of class folders, or a table; `None` without `--data`.
+        names: text file of class names in label order, one a line.
+        templates: text file of sentences with `{c}` for the class name, one a line.
+        columns: names of the columns of images and of labels, with a comma between them; empty if not given.
+        split: which split to read, where the source has several; empty for the one for testing.
+    """
+
+    source: Path | None
+    names: Path | None
+    templates: Path | None
+    columns: str
+    split: str
+
+    def require_consistent(self, **others: object) -> None:
+        """Refuse options that contradict each other.
+
+        Args:
+            **others: options that choose datasets in another way (`suite`, `dataset`, `protocol`).
+
+        Raises:
+            InputError: `--data` together with one of them, or an option of `--data` without it.
+        """
+        if self.source is None:
+            own = {"names": self.names, "templates": self.templates, "columns": self.columns}
+            for name in [name for name, value in {**own, "split": self.split}.items() if value]:
+                raise InputError(f"--{name}", "no --data", "--data FOLDER or FILE beside it", "add --data")
+            return
+        for name in [name for name, value in others.items() if value]:
+            found, do = f"--{name} beside it", f"leave out --{name} or --data"
+            raise InputError(f"--data {self.source}", found, "one way to choose the images", do)
+
+    def add(self, root: Path) -> str:
+        """Export the images into a data root, search its cards from now on; returns the name of their suite.
+
+        Raises:
+            DataError: images or labels that cannot be used.
+        """
+        assert self.source is not None
+        from robustbench_vlm.data.image_cards import card_of_images
+        from robustbench_vlm.types import TEMPLATES
+
+        image_column, _, label_column = self.columns.partition(",")
+        with console.meter() as meter:
+            made = card_of_images(
+                self.source,
+                root,
+                meter,
+                names=_lines("--names", self.names),
+                templates=_lines("--templates", self.templates) or TEMPLATES,
+                split=self.split,
+                columns=(image_column.strip(), label_column.strip()),
+            )
+        for note in made.notes:
+            console.remark(f"note: {self.source}: {note}")
+        reader.include([*reader.included(), made.include])
+        return made.name
+
+
+def _lines(flag: str, file: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that an option names; none without the option."""
+    if file is None:
+        return ()
+    try:
+        return tuple(file.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise InputError(f"{flag} {file}", reason, "a text file, one entry a line") from None

@@ -1,0 +1,72 @@
+"""What a model id can be, and what it names on this machine; decided without importing torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from robustbench_vlm.cards import reader
+from robustbench_vlm.errors import WeightsError, nearest
+
+PACKAGED = Path(__file__).parent.parent / "weights"
+CONFIGS = Path(__file__).parent / "configs"
+"""Configurations of this package's own architectures, as open_clip reads them."""
+
+WEIGHTS = (".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
+"""Ends of the names of weights files."""
+
+
+def packaged() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/card.json"))
+
+
+def folder_of(name: str) -> Path | None:
+    """The checkpoint folder called `name`: a path that has a card, or a packaged checkpoint."""
+    if (Path(name) / "card.json").is_file():
+        return Path(name)
+    return PACKAGED / name if name in packaged() else None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a model id is the name of a weights file."""
+    return name.lower().endswith(WEIGHTS)
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers: config.json, and no config of open_clip."""
+    return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists()
+
+
+def architectures() -> set[str]:
+    """Every architecture name that open_clip can build, and this package's own."""
+    spec = importlib.util.find_spec("open_clip")
+    folders = [CONFIGS]
+    if spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parent / "model_configs")
+    return {path.stem for folder in folders for path in folder.glob("*.json")}
+
+
+def require(name: str) -> None:
+    """Refuse an id that names nothing; whether its weights can be loaded is not looked at.
+
+    Raises:
+        WeightsError: nothing of that name; the message gives the nearest names.
+    """
+    listed = reader.names("models")
+    is_folder = folder_of(name) is not None or is_transformers(Path(name))
+    if is_folder or name in listed or is_weights(name) or ":" in name or name in architectures():
+        return
+    path = Path(name)
+    if path.exists():
+        found = "no card.json in it" if path.is_dir() else "not a file of weights that is known by its name"
+        expected = f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(WEIGHTS)}"
+        do = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
+        raise WeightsError(f"model {name!r}", found, expected, do)
+    if "/" in name:
+        expected = f"a checkpoint folder (below {Path.cwd()}, if not a full path) or hf-hub:ORG/NAME"
+        do = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
+        raise WeightsError(f"model {name!r}", "no such model or folder", expected, do)
+    known = [*packaged(), *listed, "ViT-B-32:openai", "ViT-L-14:openai"]
+    expected = "an id, ARCH:TAG or a folder"
+    raise WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))

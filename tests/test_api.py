@@ -356,7 +356,9 @@ def test_the_public_names_are_listed_and_cost_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["", ".api", ".catalogue", ".threat", ".models.clip"])
+@pytest.mark.parametrize(
+    "module", ["", ".api.attack", ".api.commands", ".catalogue", ".threat", ".models.clip"]
+)
 def test_the_examples_of_the_docstrings_run(module, tmp_path, monkeypatch):
     """Every public function has one; `tiny-seen` has few images here, so that nothing long is rendered."""
     monkeypatch.chdir(tmp_path)

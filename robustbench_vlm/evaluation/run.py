@@ -11,7 +11,7 @@ from robustbench_vlm.evaluation import estimate, measure, planning
 from robustbench_vlm.evaluation.planning import Plan
 
 
-def evaluate(plan: Plan, report: measure.Report, remark: Callable[[str], None]) -> pd.DataFrame:
+def run_plan(plan: Plan, report: measure.Report, remark: Callable[[str], None]) -> pd.DataFrame:
     """Evaluate every cell of a plan that is not finished yet, and return the rows of all of them.
 
     Datasets of the tiny world that are not below the data root are rendered first.

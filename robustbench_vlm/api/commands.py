@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from robustbench_vlm.api.attack import require_known
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import UntrustedResultWarning
@@ -44,7 +45,7 @@ class EvalOptions(TypedDict, total=False):
         device: `auto` (default), `cpu`, `cuda` or `cuda:N`.
         engine: as for `attack`.
         mode: as for `attack`.
-        keep_images: whether adversarial images are stored, too.
+        save_images: whether adversarial images are stored, too.
         skip_missing: whether datasets that are not on disk are left out.
     """
 
@@ -55,7 +56,7 @@ class EvalOptions(TypedDict, total=False):
     device: str
     engine: str
     mode: str
-    keep_images: bool
+    save_images: bool
     skip_missing: bool
 
 
@@ -121,7 +122,7 @@ def evaluate(
     """
     require_known("evaluate", options, EvalOptions)
     protocol = options.get("protocol", "")
-    request = planning.Order(
+    request = planning.EvalRequest(
         models=_names(models),
         attacks=_names(attacks) or (() if protocol else ("autoattack",)),
         suite=suite or ("" if protocol else "tiny"),
@@ -131,10 +132,9 @@ def evaluate(
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         norm=options.get("norm", ""),
         n=n,
-        keep_images=options.get("keep_images", False),
+        save_images=options.get("save_images", False),
         skip_missing=options.get("skip_missing", False),
-        engine=options.get("engine", "native"),
-        mode=options.get("mode", "fast"),
+        backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         arch=options.get("arch", ""),
         protocol=protocol,
     )

@@ -1,16 +1,14 @@
-"""Write the datasets of the tiny world, and generated miniatures of public ones."""
+"""Write generated miniatures of public datasets."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset, miniature
-from robustbench_vlm.data.tiny import write
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.evaluation import cells
 from robustbench_vlm.evaluation.planning import Meter
@@ -18,22 +16,6 @@ from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Classifier
 
 ROWS = 32  # shape of the model calls that label a miniature
-
-
-def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> list[Path]:
-    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made.
-
-    Args:
-        root: folder of all datasets.
-        report: called with (what, done, total).
-        only: names of datasets; those that are not of the tiny world are passed over. Default: all of it.
-    """
-    made: list[Path] = []
-    for name in reader.names("datasets") if only is None else only:
-        card = reader.read("datasets", name, DatasetCard)
-        if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
-            made += write.make(root, [name], report)
-    return made
 
 
 def make_miniature(

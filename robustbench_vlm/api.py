@@ -19,14 +19,13 @@ from torch import Tensor
 
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.evaluation import evaluate as evaluation
 from robustbench_vlm.evaluation import planning, tensors
-from robustbench_vlm.evaluation.chain import needs, plugin, require_norm
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.results import compare as comparison
@@ -97,7 +96,7 @@ class EvalOptions(TypedDict, total=False):
         device: `auto` (default), `cpu`, `cuda` or `cuda:N`.
         engine: as for `attack`.
         mode: as for `attack`.
-        keep_images: whether adversarial images are stored, too.
+        save_images: whether adversarial images are stored, too.
         skip_missing: whether datasets that are not on disk are left out.
     """
 
@@ -108,7 +107,7 @@ class EvalOptions(TypedDict, total=False):
     device: str
     engine: str
     mode: str
-    keep_images: bool
+    save_images: bool
     skip_missing: bool
 
 
@@ -171,18 +170,18 @@ def attack(
     """
     _require_known("attack", options, AttackOptions)
     ball = threat if isinstance(threat, Threat) else Threat("linf", threat)
-    card = reader.read("attacks", chain, AttackCard)
+    built = Chain.named(chain)
     precision = attacked_view.Precision(options.get("precision", "fp32"))
     backend = Backend(options.get("engine", "native"), options.get("mode", "fast"), precision)
-    job = _job(card, ball, options)
+    job = _job(built, ball, options)
     tensors.require_classifier(model)
     tensors.require_tensors(model, images, labels)
     shas = tensors.sha256_of_images(images)
     keys = tensors.distinct_keys(options.get("keys"), shas, labels)
-    clean = canonical.logits(model, images, card.rows)
+    clean = canonical.logits(model, images, job.rows)
     job = _with_classes(job, clean, labels)
     examined = model_checks.examine(
-        model, images, labels, keys, rows=card.rows, seed=job.seed, **needs(card, job.n_classes)
+        model, images, labels, keys, rows=job.rows, seed=job.seed, **built.needs(job.n_classes)
     )
     table, adversarial = _attacked(backend, model, job, ImageBlock(images, labels, keys, clean), shas)
     after = verdicts.robust_after(table, [name for name, _ in job.stages], eps_text(ball.norm, ball.eps))
@@ -192,16 +191,14 @@ def attack(
     return Attacked(table, adversarial, after, backend.label, precision.label, examined)
 
 
-def _job(card: AttackCard, ball: Threat, options: AttackOptions) -> Job:
+def _job(chain: Chain, ball: Threat, options: AttackOptions) -> Job:
     """The stages of a chain and how they are run; the number of classes is not known yet."""
-    stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
-    require_norm(card, ball.norm)
+    chain.require_norm(ball.norm)
     active = options.get("active_rows")
     if active is not None and active < 1:
-        raise InputError("active_rows", str(active), f"1 to {card.rows}, the rows of every model call")
-    active = None if active is None else min(active, card.rows)
-    seed = options.get("seed", 0)
-    return Job(stages, ball, card.rows, 0, active_rows=active, stop=card.stop, seed=seed)
+        raise InputError("active_rows", str(active), f"1 to {chain.rows}, the rows of every model call")
+    active = None if active is None else min(active, chain.rows)
+    return chain.job(ball, n_classes=0, seed=options.get("seed", 0), active_rows=active)
 
 
 def _with_classes(job: Job, clean: Tensor, labels: Tensor) -> Job:
@@ -278,7 +275,7 @@ def evaluate(
     """
     _require_known("evaluate", options, EvalOptions)
     protocol = options.get("protocol", "")
-    request = planning.Order(
+    request = planning.EvalRequest(
         models=_names(models),
         attacks=_names(attacks) or (() if protocol else ("autoattack",)),
         suite=suite or ("" if protocol else "tiny"),
@@ -288,10 +285,9 @@ def evaluate(
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         norm=options.get("norm", ""),
         n=n,
-        keep_images=options.get("keep_images", False),
+        save_images=options.get("save_images", False),
         skip_missing=options.get("skip_missing", False),
-        engine=options.get("engine", "native"),
-        mode=options.get("mode", "fast"),
+        backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         arch=options.get("arch", ""),
         protocol=protocol,
     )

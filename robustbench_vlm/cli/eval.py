@@ -104,10 +104,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     datasets, chains = comma_separated(dataset), comma_separated(attack)
     models = tuple(model or [_newest_checkpoint()])
     _require_models(models, chains)
+    from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, evaluate, planning
 
-    request = planning.Order(
+    attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
+    request = planning.EvalRequest(
         models=models,
         attacks=chains or (() if protocol else ("autoattack",)),
         suite=suite,
@@ -117,12 +119,10 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         n=n,
         results=out,
         data_root=data_root,
-        live=batch_size,
-        keep_images=save_adversarial,
+        active_rows=batch_size,
+        save_images=save_adversarial,
         skip_missing=skip_missing,
-        engine=engine,
-        mode=mode,
-        sight=Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        backend=Backend(engine, mode, attacked_in),
         arch=arch,
         protocol=protocol,
     )
@@ -143,7 +143,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{reader.as_typed()}"
+        line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
     flags = evaluate.flags(rows)
     for line in flags:

@@ -10,8 +10,8 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset, miniature
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import cells
-from robustbench_vlm.evaluation.planning import Meter
+from robustbench_vlm.evaluation.cells import Subject
+from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Classifier
 
@@ -19,7 +19,7 @@ ROWS = 32  # shape of the model calls that label a miniature
 
 
 def make_miniature(
-    suite: str, root: Path, n: int, label_with: str, report: Meter, per_class: int | None = None
+    suite: str, root: Path, n: int, label_with: str, report: Report, per_class: int | None = None
 ) -> None:
     """Write a miniature of every dataset of a suite, labelled by a model's own predictions when one is named.
 
@@ -41,10 +41,10 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
     with tempfile.TemporaryDirectory() as folder:
         miniature.make(card, Path(folder), n=n, split=split)
         opened = dataset.open_split(card, Path(folder), split)
-        what = cells.subject(loaded, opened.card, opened)
-        classify = Classifier(loaded.model, what.bank)
+        subject = Subject.of(loaded, opened.card, opened)
+        classify = Classifier(loaded.model, subject.bank)
         found: list[int] = []
-        for part in what.images.parts(range(len(what.images)), ROWS):
-            found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()
-        pairs = zip(what.split.keys, found, strict=True)
+        for part in subject.images.parts(range(len(subject.images)), ROWS):
+            found += canonical.logits(classify, subject.images.floats(part), ROWS).argmax(1).tolist()
+        pairs = zip(subject.split.keys, found, strict=True)
         return {key.rsplit("/", 1)[-1]: label for key, label in pairs}

@@ -90,9 +90,9 @@ def run(
     further = (str(out / "models" / TECOA), *TEACHERS)
     for who, models in (("", main), *((("further models, ", further),) if full else ())):
         for attacks, datasets in (SHORT, DEEP):
-            order = planning.Order(models, attacks, "tiny", results, data_root, datasets=datasets, n=n)
+            request = planning.EvalRequest(models, attacks, "tiny", results, data_root, datasets, n=n)
             with phase(f"{who}attack with {' and '.join(attacks)}"):
-                planning.perform(planning.require_data(planning.plan(order, device)), meter)
+                planning.perform(planning.require_data(planning.plan(request, device)), meter)
     with phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         found = result_file.of_suite(result_file.read(results), suite)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pandas as pd
 
 from robustbench_vlm.data.tiny import write
-from robustbench_vlm.evaluation import estimate, measure, planning
+from robustbench_vlm.evaluation import estimate, planning
 from robustbench_vlm.evaluation.planning import Plan
+from robustbench_vlm.evaluation.stages import Report
 
 
-def evaluate(plan: Plan, report: measure.Report, remark: Callable[[str], None]) -> pd.DataFrame:
+def evaluate(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.DataFrame:
     """Evaluate every cell of a plan that is not finished yet, and return the rows of all of them.
 
     Datasets of the tiny world that are not below the data root are rendered first.
@@ -24,7 +25,7 @@ def evaluate(plan: Plan, report: measure.Report, remark: Callable[[str], None]) 
     Raises:
         DataError: datasets are missing and `skip_missing` was not asked for.
     """
-    root = plan.order.data_root
+    root = plan.request.data_root
     if write.make_missing(root, report, [card.name for card in plan.datasets]):
         remark(f"rendered the tiny world into {root}")
     for line in plan.protocol.differs if plan.protocol else ():

@@ -66,5 +66,5 @@ def train(
         else:
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 
-    stored = teacher_cache.folder() if cache else None
+    stored = teacher_cache.default_folder() if cache else None
     return loop.run(recipe, out, data_root, where, report, stored, remark)

@@ -51,7 +51,7 @@ def _own(kind: str) -> Mapping[str, str]:
 def _binds_plugin(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         return any((alias.asname or alias.name) == "plugin" for alias in node.names)
-    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]  # with or without a type
     return any(isinstance(target, ast.Name) and target.id == "plugin" for target in targets)
 
 

@@ -214,7 +214,7 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
 
 
 def _config(model: str) -> dict[str, Any] | None:
-    """The open_clip configuration of a model; of a run that does not exist yet, that of its recipe's student."""
+    """The configuration of a model; of a run that does not exist yet, that of its recipe's student."""
     from robustbench_vlm.models import model_ids, openclip, zoo
 
     name = Path(model).name

@@ -28,7 +28,7 @@ CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
 
 
-def evaluate(  # noqa: PLR0913 - one parameter a flag
+def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,7 +149,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     flagged = flags(rows)
     for line in flagged:
         console.remark(f"flag: {line}")
-    if flagged and strict:
+    if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
 
 

@@ -17,7 +17,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.demo.pretrain import Pretrained, Pretraining, pretrain
-from robustbench_vlm.models import checkpoint, openclip, zoo
+from robustbench_vlm.models import checkpoint, model_ids, openclip
 from robustbench_vlm.training import loop
 
 WORK = Path("runs/tiny-weights")  # the recipes of the teachers name a folder below it as their student
@@ -55,7 +55,7 @@ def make(data_root: Path, device: torch.device) -> None:
 def publish(name: str) -> None:
     """Copy the weights and the card of a finished folder into the package, byte for byte."""
     for path in [*sorted((WORK / name).glob("*.safetensors")), WORK / name / "card.json"]:
-        store.write(zoo.PACKAGED / name / path.name, path.read_bytes())
+        store.write(model_ids.PACKAGED / name / path.name, path.read_bytes())
 
 
 def _report(name: str, total: int, meter: console.Meter) -> loop.Report:

@@ -14,7 +14,6 @@ from robustbench_vlm.models import checkpoint, model_ids, openclip, public
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import sandbox, weights_file
-from robustbench_vlm.models.model_ids import PACKAGED as PACKAGED
 from robustbench_vlm.models.model_ids import folder_of as folder_of
 from robustbench_vlm.models.model_ids import packaged as packaged
 
@@ -37,7 +36,7 @@ class Loaded:
 def address(name: str) -> str:
     """`name` so that it means the same from any working directory: a user's folder by its full path."""
     folder = folder_of(name)
-    return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
+    return str(folder.resolve()) if folder is not None and folder.parent != model_ids.PACKAGED else name
 
 
 def arch_of(name: str) -> str:

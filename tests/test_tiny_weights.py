@@ -13,7 +13,7 @@ LIMIT = 8 * 2**20  # bytes that a wheel may spend on weights
 
 
 def test_packaged_weights_fit_the_wheel_and_load():
-    names = zoo.packaged()
+    names = model_ids.packaged()
     assert names == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
     assert sum(path.stat().st_size for path in model_ids.PACKAGED.rglob("*") if path.is_file()) < LIMIT
     student, clean, robust = (zoo.load(name) for name in names)
@@ -47,7 +47,7 @@ def test_every_packaged_checkpoint_is_made_from_nothing(tmp_path, monkeypatch):
         weights.make(tmp_path / "data", torch.device("cpu"))
     finally:
         reader.include([])
-    assert zoo.packaged() == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
+    assert model_ids.packaged() == ["tiny", "tiny-clean-teacher", "tiny-robust-teacher"]
     start = zoo.load(str(weights.WORK / weights.START)).card
     assert zoo.load("tiny-robust-teacher").card.parents[0].sha256 == start.sha256
 

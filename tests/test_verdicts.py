@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from robustbench_vlm.results import verdicts
+from robustbench_vlm.results import columns, verdicts
 
 
 def line(**changes):
@@ -27,6 +27,10 @@ def by_hand():
     verdicts.enter(found, 1, line(), "two", "4/255")
     verdicts.enter(found, 3, line(broken=True, prediction=2, target=2, restart=1), "two", "4/255")
     return found
+
+
+def test_every_column_has_its_meaning():
+    assert list(by_hand()) == list(columns.VERDICTS)
 
 
 def test_the_counts_of_a_table_made_by_hand():

@@ -202,7 +202,7 @@ def _lines(card: Path, name: str) -> list[str]:
 
 
 def subset(suite: Suite) -> tuple[str, ...]:
-    """The image names of a suite that takes them from a file; the file must be the one that the suite means.
+    """The image names of a suite that takes them from a file; the file must have the SHA-256 of the card.
 
     Raises:
         CardError: no such file, or another SHA-256.
@@ -231,28 +231,28 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
         unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
         missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
-        places = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
-        place, inner = ", ".join(places), _record_at(record, first["loc"][:-1])
+        keys = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
+        key, inner = ", ".join(keys), _record_at(record, first["loc"][:-1])
         if unknown:
             do = nearest(str(first["loc"][-1]), inner.model_fields)
-            raise CardError(where, f"unknown key {place!r}", do=do) from None
+            raise CardError(where, f"unknown key {key!r}", do=do) from None
         if missing:
-            key = first["loc"][-1]
-            facts = next((one for one in fields(inner) if one.key == key and len(missing) == 1), None)
+            last, alone = first["loc"][-1], len(missing) == 1
+            facts = next((one for one in fields(inner) if alone and one.key == last), None)
             expected = f"{facts.type_text}: {facts.meaning}".rstrip(".") if facts else "all of them"
             do = "vlmrob new KIND NAME writes a card with every key"
-            raise CardError(where, f"no key {place}", expected, do) from None
+            raise CardError(where, f"no key {key}", expected, do) from None
         raise wrong_value(error, where) from None
 
 
 def wrong_value(error: ValidationError, where: str) -> CardError:
     """The first finding of pydantic about a value, as `where: key = value; expected ...`."""
     first = error.errors()[0]
-    place = _one_line(".".join(str(part) for part in first["loc"]))
+    key = _one_line(".".join(str(part) for part in first["loc"]))
     message = _one_line(first["msg"]).removeprefix("Value error, ")
-    if not place or not message.startswith("Input should be "):
-        return CardError(where, f"{place}: {message}" if place else message)
-    return CardError(where, f"{place} = {first['input']!r:.80}", message.removeprefix("Input should be "))
+    if not key or not message.startswith("Input should be "):
+        return CardError(where, f"{key}: {message}" if key else message)
+    return CardError(where, f"{key} = {first['input']!r:.80}", message.removeprefix("Input should be "))
 
 
 def _one_line(text: str) -> str:

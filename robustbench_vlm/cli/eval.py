@@ -106,7 +106,8 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     _require_models(models, chains)
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
-    from robustbench_vlm.evaluation import estimate, evaluate, planning
+    from robustbench_vlm.evaluation import estimate, planning
+    from robustbench_vlm.evaluation.run import flags, run_plan
 
     attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
     request = planning.EvalRequest(
@@ -138,17 +139,17 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
                 console.result(line)
             return
     with console.meter() as meter:
-        rows = evaluate.evaluate(plan, meter, console.remark)
+        rows = run_plan(plan, meter, console.remark)
     if as_json:
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
         line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
-    flags = evaluate.flags(rows)
-    for line in flags:
+    flagged = flags(rows)
+    for line in flagged:
         console.remark(f"flag: {line}")
-    if strict and flags:
+    if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
 
 

@@ -40,7 +40,7 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
         "square-beats-white-box": black_box_only > BLACK_BOX * len(table),
         "untrained-words": bool(subject.untrained),
         "bad-images": bool(subject.split.bad),
-        "generated-images": (subject.split.folder / miniature.MARK).exists(),
+        "generated-images": (subject.split.folder / miniature.MARKER).exists(),
     }
     return {
         "n": len(table),

@@ -62,7 +62,7 @@ class CellRun:
             report: called as images finish.
 
         Returns:
-            Model calls that were made now; what the ledgers held was paid for by an earlier run.
+            Model calls that were made now, without those of an earlier run whose findings are in the ledgers.
         """
         subject, settings, rows = self.cell.subject, self.cell.settings, self.cell.chain.rows
         ledgers = {name: self.cell.ledger(number + i) for i, (name, _) in enumerate(stages)}
@@ -134,7 +134,7 @@ class CellRun:
         return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
 
     def resume(self, ledgers: Mapping[str, Path], standing: Sequence[int]) -> dict[int, int]:
-        """Enter into the table what the ledgers hold about some images.
+        """Enter the findings that ledgers have about some images into the table.
 
         Args:
             ledgers: by name of the stage, in order.

@@ -116,9 +116,7 @@ def test_an_activation_that_the_code_forgets_is_caught_on_load(tmp_path, monkeyp
 
     def forgetful(arch, *, quick_gelu=False, **options):
         stated = BUILD(arch, quick_gelu=quick_gelu, **options)
-        return BUILD(arch, **options).replaced(
-            facts=stated.facts
-        )  # an activation that the towers do not have
+        return BUILD(arch, **options).replaced(facts=stated.facts)  # not of the towers
 
     BUILD = openclip.build  # noqa: N806 - the true one
     monkeypatch.setattr(openclip, "build", forgetful)

@@ -17,7 +17,7 @@ from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 import robustbench_vlm
 from robustbench_vlm import store
 from robustbench_vlm.errors import CardError, InputError, WeightsError
-from robustbench_vlm.models import checkpoint, lora, openclip, zoo
+from robustbench_vlm.models import checkpoint, checkpoint_card, lora, openclip, zoo
 from robustbench_vlm.models.clip import Classifier, Clip, frozen
 from robustbench_vlm.models.preprocess import Preprocess
 from robustbench_vlm.models.text_bank import render, text_bank
@@ -397,7 +397,7 @@ def test_a_folder_without_a_card_is_one_line(folder):
         zoo.load(str(folder))
     one_line(error)
     with pytest.raises(WeightsError, match=r"no card\.json") as error:
-        checkpoint.read_card(folder)
+        checkpoint_card.read_card(folder)
     one_line(error)
 
 

@@ -9,8 +9,8 @@ from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, model_ids, zoo
-from robustbench_vlm.models.checkpoint import CheckpointCard, Parent
+from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, zoo
+from robustbench_vlm.models.checkpoint_card import CheckpointCard, Parent
 from robustbench_vlm.models.foreign import weights_file
 
 
@@ -96,7 +96,7 @@ def add_canary(name: str) -> Path:
     folder = model_ids.folder_of(name)
     if folder is None:
         raise WeightsError(f"model {name!r}", "no packaged checkpoint or folder", "a folder with a card.json")
-    bare = checkpoint.read_card(folder).model_copy(update={"canary": None})
+    bare = checkpoint_card.read_card(folder).model_copy(update={"canary": None})
     model = zoo.open_folder(name, folder, bare)
     card = checkpoint.with_canary(model, checkpoint.of_today(bare, model))
     store.write_json(folder / "card.json", card.model_dump(mode="json"))

@@ -11,8 +11,8 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, model_ids, openclip, public
-from robustbench_vlm.models.checkpoint import CheckpointCard
+from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, openclip, public
+from robustbench_vlm.models.checkpoint_card import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import weights_file
 
@@ -48,7 +48,7 @@ def arch_of(name: str) -> str:
     """The architecture of the model called `name`, without loading it; empty if only a download shows it."""
     folder = model_ids.folder_of(name)
     if folder is not None:
-        return checkpoint.read_card(folder).arch
+        return checkpoint_card.read_card(folder).arch
     if name in reader.names("models"):
         return arch_of(reader.read("models", name, ModelCard).base)
     if name.startswith(openclip.SCHEMAS):  # its config must be downloaded, unless a card names it
@@ -107,7 +107,7 @@ def _is_local(name: str) -> bool:
 
 def _of_folder(name: str, folder: Path, readers: tuple[Path, ...]) -> Loaded:
     """The model of a checkpoint folder, compared with its card."""
-    card = checkpoint.read_card(folder)
+    card = checkpoint_card.read_card(folder)
     model = open_folder(name, folder, card, readers)
     return Loaded(name, model, checkpoint.of_today(card, model))
 

@@ -109,7 +109,7 @@ def of_open_clip(stated: Mapping[str, Any], side: int, where: str) -> Preprocess
     kernel: Any = stated.get("interpolation") or "bicubic"
     kernel = "bicubic" if kernel == "random" else kernel
     mode: Any = stated.get("resize_mode") or "shortest"
-    if (kernel, mode) not in CANVAS:
+    if (kernel, mode) not in list(CANVAS):  # a value may be no name at all
         found = f"interpolation {kernel!r:.40} with resize_mode {mode!r:.40}"
         expected = "bicubic or bilinear (or random), with shortest, longest or squash"
         raise WeightsError(where, found, expected)

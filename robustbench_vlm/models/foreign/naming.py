@@ -7,7 +7,6 @@ names the nearest scheme, and which tensors are missing or left over.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,11 +87,16 @@ def _split(scheme: str, state: State) -> Named:
     image = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     others = ("visual.", "text_decoder.", "logit_scale", "logit_bias")  # CoCa's decoder classifies nothing
     rest = {f"net.{k}": v for k, v in state.items() if not k.startswith(others)}
-    scale, bias = (
-        float(value.double()) if value is not None and value.numel() == 1 else None
-        for value in (state.get("logit_scale"), state.get("logit_bias"))
+    scale, bias = (state.get(name) for name in ("logit_scale", "logit_bias"))
+    return Named(
+        scheme,
+        image,
+        rest,
+        float(scale.float().exp())
+        if scale is not None and scale.numel() == 1
+        else None,  # as open_clip: fp32
+        float(bias.float()) if bias is not None and bias.numel() == 1 else None,
     )
-    return Named(scheme, image, rest, None if scale is None else math.exp(scale), bias)
 
 
 def lora(state: State) -> Named | None:

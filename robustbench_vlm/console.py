@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,8 +17,41 @@ from rich.text import Text
 
 PLAIN_EVERY = 10.0  # seconds between progress lines when stderr is not a terminal
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+class _Stream:
+    r"""`sys.stdout` or `sys.stderr` as it is at the time; what its encoding lacks is written as an escape.
+
+    A middle dot becomes `\xb7` on an ASCII terminal, as Python itself writes it to stderr.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a stream has
+        return getattr(getattr(sys, self._name), name)
+
+    @property
+    def unicode(self) -> bool:
+        """Whether every character can be written."""
+        return (getattr(self, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        stream = getattr(sys, self._name)
+        if not self.unicode:
+            text = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+        written: int = stream.write(text)
+        return written
+
+
+_stdout = _Stream("stdout")
+out = Console(file=cast("IO[str]", _stdout), soft_wrap=True, highlight=False)
+err = Console(file=cast("IO[str]", _Stream("stderr")), soft_wrap=True, highlight=False)
+
+
+def error(text: str) -> None:
+    """The error that ends a command, on stderr; the text is printed as it is, without markup or emoji."""
+    err.print(Text(f"error: {text}", style="bold red"))
 
 
 def remark(text: str) -> None:
@@ -33,7 +66,7 @@ def result(text: str) -> None:
 
 def result_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
     """A JSON result on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _stdout.write(json.dumps(value, indent=2, ensure_ascii=not _stdout.unicode) + "\n")
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -43,9 +76,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     narrow for the longest words of all columns, each row becomes a block of lines, so no word is broken.
     """
     if not out.is_terminal:
-        sys.stdout.write(f"# {title}\n")
+        _stdout.write(f"# {title}\n")
         for row in [columns, *rows]:
-            sys.stdout.write("\t".join(row) + "\n")
+            _stdout.write("\t".join(row) + "\n")
         return
     out.print(Text(title, style="bold"))  # above the table: a title inside would be cut to its width
     if _least_width(columns, rows) > out.width:

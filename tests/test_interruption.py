@@ -1,11 +1,17 @@
 """Signals: a stopped training saves its state, says where it goes on, and ends as if it never stopped."""
 
+import errno
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import command_line
 import pytest
 import torch
 
-from robustbench_vlm import interruption, store
+from robustbench_vlm import catalogue, interruption, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
@@ -114,3 +120,86 @@ def test_differences_of_recipes():
         "inner.eps = 4/255 (now 2/255)",
         "lora = nothing (now {'r': 4})",
     ]
+
+
+# Commands
+
+
+def run_until(seconds, number, *words):
+    """Exit code and stderr of a command that gets a signal some time after its start."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # off in a background job
+    )
+    code += f"import sys; sys.argv = {['vlmrob', *words]!r}\nfrom robustbench_vlm.cli import main\nmain()"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err.decode()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+def test_a_signal_while_libraries_are_imported_is_one_line(seconds):
+    code, err = run_until(seconds, signal.SIGINT, "eval", "--dry-run", "--model", "tiny")
+    assert (code, err.count("\n"), "Traceback" in err) == (75, 1, False), err
+    assert "stopped" in err
+
+
+class Unlucky:
+    """Stands for the part of a command that fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
+
+
+ENDS = [
+    (MemoryError(), 1, "vlmrob list: out of memory (MemoryError: no message); free some"),
+    (RuntimeError("first line\nsecond"), 1, "vlmrob list: RuntimeError: first line; the traceback is in "),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+        75,
+        "/x/y: No space left on device; make room",
+    ),
+    (OSError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
+    (KeyError("a"), 1, "vlmrob list: KeyError: 'a'; the traceback is in "),
+    (KeyboardInterrupt(), 75, "vlmrob list: stopped; nothing was saved"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "expected"), ENDS, ids=lambda value: type(value).__name__)
+def test_whatever_ends_a_command_is_one_line(monkeypatch, capsys, error, code, expected):
+    monkeypatch.setattr(catalogue, "names", Unlucky(error))
+    assert command_line.run_command(monkeypatch, "list", "attacks") == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {expected}")
+    if "traceback" in line:
+        file = Path(line.rpartition(" ")[2])
+        assert file.read_text().startswith("vlmrob list attacks\nTraceback")
+        file.unlink()
+
+
+def test_a_message_is_printed_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(catalogue, "names", Unlucky(InputError("[red]:x:[/red]", "no")))
+    assert command_line.run_command(monkeypatch, "list", "attacks") == 2
+    assert capsys.readouterr().err == "error: [red]:x:[/red]: no\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_names_the_file():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        store.append(Path("/dev/full"), {})
+
+
+def test_no_home_and_empty_variables(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLMROB_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert store.cache_folder() == tmp_path / "vlmrob"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert store.cache_folder() == tmp_path / ".cache" / "vlmrob"
+    monkeypatch.setattr(Path, "home", Unlucky(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(NotADirectoryError):
+        store.write(store.cache_folder() / "text" / "x", b"")  # as a cache that cannot be written

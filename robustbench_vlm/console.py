@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+RECENT = 60.0  # seconds over which the rate of a progress line is taken
 PLAIN_EVERY = 10.0  # seconds between progress lines when stderr is not a terminal
 
 
@@ -116,24 +118,34 @@ class Meter:
         self._bar = bar
         self._task: TaskID | None = None
         self._what = ""
-        self._begun = self._printed = time.monotonic()
-        self._first = 0
+        self._printed = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque()  # time, and units done by then
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of the work called `what` are finished."""
         if what != self._what:
-            self._what, self._begun, self._first = what, time.monotonic(), done
+            self._what = what
+            self._recent.clear()
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total, note="") if self._bar is not None else None
-        rate = (done - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        rate = self._rate(done)
         if self._bar is not None and self._task is not None:
-            text = f"{rate:.1f}/s {note}" if done > self._first else note
+            text = f"{rate:.1f}/s {note}" if rate else note
             self._bar.update(self._task, completed=done, total=total, note=text)
         elif time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
             remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
+
+    def _rate(self, done: int) -> float:
+        """Units a second over the last `RECENT` seconds, so that a slow beginning is soon forgotten."""
+        now = time.monotonic()
+        self._recent.append((now, done))
+        while len(self._recent) > 2 and self._recent[1][0] < now - RECENT:
+            self._recent.popleft()
+        begun, first = self._recent[0]
+        return (done - first) / max(now - begun, 1e-9)
 
 
 @contextmanager

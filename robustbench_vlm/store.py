@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from robustbench_vlm.errors import InputError
+
+LEAST_FREE = 2**24  # bytes on the disk of the results, below which no work is begun
 
 Facts = Mapping[str, Any]
 """Plain JSON values that say what a file was made from."""
@@ -30,6 +34,30 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "vlmrob"
     except RuntimeError:  # no HOME, and a user without an entry in the password file, as in containers
         return Path(os.devnull) / "vlmrob"
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder, if it is missing, and write a file there, before the work whose results go into it.
+
+    Args:
+        folder: of results.
+        flag: the option that names it.
+
+    Raises:
+        InputError: it cannot be made or written.
+        OSError: with the code of a full disk, if there is hardly any space left.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        found, do = error.strerror or str(error), f"choose another folder with {flag}"
+        raise InputError(f"{flag} {folder}", found, "a folder that can be written", do) from None
+    if shutil.disk_usage(folder).free < LEAST_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value

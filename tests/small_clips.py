@@ -26,8 +26,10 @@ DEPTHS = {  # arguments that set how many blocks there are, by the module of tim
     "convnext": {"depths": (1, 1, 1, 1)},
     "swin_transformer": {"depths": (1, 1, 1, 1)},
     "fastvit": {"layers": (1, 1, 1, 1)},
+    "five stages": {"layers": (1, 1, 1, 1, 1)},
     "": {"depth": 1},
 }
+FIVE_STAGES = ("fastvit_mci3", "fastvit_mci4")
 
 
 @contextmanager
@@ -38,7 +40,8 @@ def shallow_timm(monkeypatch):
 
     def shallow(name, **options):
         module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
-        return create(name, **(DEPTHS.get(module, DEPTHS[""]) | options))
+        depth = DEPTHS["five stages"] if name in FIVE_STAGES else DEPTHS.get(module, DEPTHS[""])
+        return create(name, **(depth | options))
 
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", shallow)

@@ -89,10 +89,17 @@ def test_numbered_folders_and_names_from_a_file(tmp_path, monkeypatch):
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "numbered"]
     assert vlmrob(monkeypatch, *line) == 0
     assert (tmp_path / "out/wds_numbered/classnames.txt").read_text() == "ak47\ncar side\nt shirt\n"
-    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfT-shirt\r\nAK47\r\ncar side\r\n")
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "other"]
     assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 0
-    assert (tmp_path / "out/wds_other/classnames.txt").read_text() == "x\ny\nz\n"
+    assert (tmp_path / "out/wds_other/classnames.txt").read_text() == "T-shirt\nAK47\ncar side\n"
+    reader.include([tmp_path / "out/cards"])
+    keys = {entry.sample.name[:3]: entry.label for entry in opened(tmp_path / "out", "other").entries}
+    assert keys == {"001": 1, "002": 2, "003": 0}
+    reader.include([])
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "third"]
+    assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
     (tmp_path / "names.txt").write_text("x\ny\n")
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "third"]
     assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
@@ -131,7 +138,8 @@ def test_a_torchvision_dataset_keeps_its_pixels_and_order(tmp_path, monkeypatch,
     line = ["data", "export", "torchvision:FakeData", "--to", tmp_path, "--name", "fake", "--names"]
     (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(3)))
     more = ["--set", "size=7", "--set", "image_size=[3, 20, 24]", "--set", "num_classes=3"]
-    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", *more) == 2  # its first argument is no root
+    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", *more) == 0  # its first argument is no root
+    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", "--set", "colour=3") == 2
     assert "torchvision:FakeData: " in capsys.readouterr().err
 
     (tmp_path / "tv/eurosat/2750/River").mkdir(parents=True)

@@ -11,6 +11,7 @@ from robustbench_vlm import console
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.cli.images import lines_of
 from robustbench_vlm.cli.options import AsJson
 from robustbench_vlm.errors import CardError, DataError, nearest
 from robustbench_vlm.types import TEMPLATES
@@ -189,7 +190,7 @@ def export(
     known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
     given = known.names if known else ()
     if names is not None:
-        given = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+        given = lines_of("--names", names)
     if source.startswith("torchvision:"):
         arguments = overrides.override({}, settings or [])
         found = sources.from_torchvision(source.partition(":")[2], source_root, arguments)

@@ -87,7 +87,7 @@ class Split:
         entries: the images, sorted by key.
         notes: facts about the folder that matter to a reader of results and are no errors, one line each.
         flags: names of facts about the whole split that change what is measured on it: `images-left-out`,
-            `classes-without-images`.
+            `classes-without-images` (class folders alone).
         bad: images that were left out because they do not decode, one line each.
     """
 
@@ -308,7 +308,8 @@ def remarks_on(
     present = {sample.label for sample in index.samples}
     empty = [name for label, name in enumerate(card.names) if label not in present]
     if empty and not generated:
-        flags.append("classes-without-images")
+        if index.rule:  # a folder that was made for a class and is empty has lost its images
+            flags.append("classes-without-images")
         notes.append(f"{len(empty)} of {card.n_classes} classes have no image: {some(empty)}")
     return notes, tuple(flags)
 

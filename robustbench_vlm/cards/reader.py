@@ -57,6 +57,7 @@ SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
 """Other names of cards: `standard` is what the literature calls AutoAttack's usual chain."""
 
 _include: list[Path] = []  # folders of `include`: state of the process, see there
+_beside_data: list[Path] = []  # folder of `use_cards_of`: the same
 
 
 def include(folders: list[Path]) -> None:
@@ -74,6 +75,21 @@ def include(folders: list[Path]) -> None:
             raise InputError(f"--include {folder}", "no such folder", expected, do)
     _include[:] = folders
     _paths.cache_clear()
+
+
+def use_cards_of(data_root: Path) -> None:
+    """Search the folder `cards` of a data root too, to which `vlmrob data export` writes.
+
+    A card there never replaces one of the project's own or of `include`. This is global state, as `include`.
+    """
+    folder = data_root / "cards"
+    _beside_data[:] = [folder] if folder.is_dir() else []
+    _paths.cache_clear()
+
+
+def card_folders() -> list[Path]:
+    """Every folder that cards are searched in beside the project's own, as worker processes include them."""
+    return [*_include, *_beside_data]
 
 
 def singular(kind: str) -> str:
@@ -95,7 +111,7 @@ def as_typed() -> str:
 def _paths(kind: str) -> dict[str, Path]:
     folder, _ = FOLDERS[kind]
     found: dict[str, Path] = {}
-    for root in (home(), *reversed(_include)):
+    for root in (*_beside_data, home(), *reversed(_include)):
         files = sorted((root / folder).glob("*.toml"))
         found |= {path.stem: path for path in files if not path.name.startswith(".")}
     return found
@@ -212,7 +228,7 @@ def subset(suite: Suite) -> tuple[str, ...]:
         CardError: no such file below a folder of cards, no text, or another SHA-256.
     """
     name, where = suite.subset.removeprefix("file:"), f"suite {suite.name}"
-    found = next((file for root in (*_include, home(), Path()) if (file := below(root, name))), None)
+    found = next((file for root in (*card_folders(), home(), Path()) if (file := below(root, name))), None)
     if found is None:
         raise CardError(where, f"no file {name!r:.80}", "a path below a folder of cards, without ..")
     try:

@@ -61,6 +61,7 @@ def open_images(
     split: str = "",
     image_column: str = "",
     label_column: str = "",
+    wordnet_ids: Sequence[str] = (),
 ) -> LabelledImages:
     """The images of a folder or of a table.
 
@@ -71,12 +72,13 @@ def open_images(
         split: which split to read; by default the one for testing, if there are several.
         image_column: column of paths or encoded images; by default one of `tables.IMAGE_COLUMNS`.
         label_column: column of class names or indices; by default one of `tables.LABEL_COLUMNS`.
+        wordnet_ids: those of `names`, for class folders that are called by them.
 
     Raises:
         DataError: nothing of that kind there, no images, or labels that do not fit `names`.
     """
     if path.is_dir():
-        return from_folders(path, names, split)
+        return from_folders(path, names, split, wordnet_ids)
     if path.suffix.lower() not in tables.SUFFIXES:
         found = "no such file or folder" if not path.exists() else "neither a folder nor a known table"
         raise DataError(str(path), found, f"class folders, or a file in {', '.join(tables.SUFFIXES)}")
@@ -248,11 +250,26 @@ def _encoded(where: str, value: object) -> tuple[bytes, str]:
     return content, extension
 
 
-def from_torchvision(name: str, root: Path, settings: Mapping[str, Any]) -> LabelledImages:
+def from_torchvision(
+    name: str,
+    root: Path,
+    settings: Mapping[str, Any],
+    names: Sequence[str] = (),
+    wordnet_ids: Sequence[str] = (),
+) -> LabelledImages:
     """A dataset class of torchvision; its images become PNG, and its keys are their positions.
+
+    Args:
+        name: of the class.
+        root: the folder that it reads.
+        settings: its further arguments.
+        names: class names in label order; its own classes are matched to them by `class_names.match`, and
+            where it has none, its labels count as indices of them.
+        wordnet_ids: those of `names`.
 
     Raises:
         InputError: no such class, or arguments that it refuses.
+        DataError: its classes match no class names.
     """
     from torchvision import datasets
 
@@ -272,9 +289,24 @@ def from_torchvision(name: str, root: Path, settings: Mapping[str, Any]) -> Labe
             image, label = found[i]
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            yield f"s{i:07d}", buffer.getvalue(), "png", int(label)
+            yield f"s{i:07d}", buffer.getvalue(), "png", labels[int(label)] if labels else int(label)
 
     # ImageNet has a tuple of synonyms for each class
     classes = [entry if isinstance(entry, str) else entry[0] for entry in getattr(found, "classes", ())]
-    names = tuple(class_names.spelt(classes))
-    return LabelledImages(len(found), names, "test", 0, (), items)
+    own, notes = tuple(class_names.spelt(classes)), []
+    labels: tuple[int, ...] = ()
+    if names and own:
+        ids = list(getattr(found, "wnids", ()))
+        spellings = ids if wordnet_ids and set(ids) <= set(wordnet_ids) and ids else own
+        matched = class_names.match(spellings, names, f"torchvision:{name}", wordnet_ids)
+        labels = matched.labels
+        notes.append(f"classes are matched to class names by {matched.rule}")
+    chosen = tuple(names) or own
+    return LabelledImages(len(found), chosen, "test", 0, (), items, tuple(notes))
+
+
+def summary(images: LabelledImages, names: Sequence[str]) -> list[str]:
+    """How many images of which classes a source has, and how many files are none, one line each."""
+    classes = f"{len(names)} classes: {some([repr(name) for name in names])}"
+    ignored = [f"{images.ignored} files that are no images were left out"] if images.ignored else []
+    return [f"{images.count} images of {classes}", *ignored]

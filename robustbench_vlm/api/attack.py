@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks, tied_classes
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import tensors
@@ -78,7 +78,8 @@ def attack(
 
     Args:
         model: (B, 3, H, W) float32 in [0, 1] -> logits (B, C), in eval mode, with normalisation and resizing
-            inside. Any callable; that of an encoder is `encoder.classifier(class_names)`.
+            inside. Any callable; that of an encoder is `encoder.classifier(class_names)`. Classes with the
+            same logits for every image are attacked as one (`engine.tied_classes`).
         images: (N, 3, H, W) float32 in [0, 1], on the model's device.
         labels: (N,) int64.
         threat: a `Threat`, or an Linf radius such as `"4/255"` or `4 / 255`.
@@ -113,15 +114,25 @@ def attack(
     keys = tensors.distinct_keys(options.get("keys"), shas, labels)
     clean = canonical.logits(model, images, job.rows)
     job = _with_classes(job, clean, labels)
-    examined = model_checks.examine(
-        model, images, labels, keys, rows=job.rows, seed=job.seed, **built.needs(job.n_classes)
-    )
-    table, adversarial = _attacked(backend, model, job, ImageBlock(images, labels, keys, clean), shas)
+    block = ImageBlock(images, labels, keys, clean)
+    job = replace(job, tied=tied_classes.found_in(model, images, clean, job.rows))
+    examined = _examined(model, job, block, built)
+    table, adversarial = _attacked(backend, model, job, block, shas)
     after = verdicts.robust_after(table, [name for name, _ in job.stages], eps_text(ball.norm, ball.eps))
     for check in examined.checks:
         if check.level == "fail":
             warnings.warn(f"{check.name}: {check.sentence}", UntrustedResultWarning, stacklevel=2)
     return Attacked(table, adversarial, after, backend.label, precision.label, examined)
+
+
+def _examined(model: Classify, job: Job, block: ImageBlock, chain: Chain) -> model_checks.Examined:
+    """What the model checks find, on the function that is attacked."""
+    labels, needs = block.labels, chain.needs(job.n_classes)
+    if job.tied is not None:
+        model, labels = tied_classes.DistinctClasses(model, job.tied), job.tied.labels(labels)
+    return model_checks.examine(
+        model, block.images, labels, block.keys, rows=job.rows, seed=job.seed, **needs
+    )
 
 
 def _job(chain: Chain, ball: Threat, options: AttackOptions) -> Job:
@@ -149,6 +160,8 @@ def _attacked(
     images, labels, clean = block.images, block.labels, block.clean
     assert clean is not None
     margins, predictions = losses.correct_margin(clean, labels), clean.argmax(1)
+    if job.tied is not None:
+        margins, predictions = job.tied.correct_margin(clean, labels), job.tied.predictions(clean)
     table = verdicts.begin(
         list(block.keys), labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def run(
     with attacked_view.numerics():
         model = Model(subject.classifier(device))
         images = _right_images(subject, model, chain.rows, device)
-        job = chain.job(threat, subject.card.n_classes, seed=seed)
+        job = replace(chain.job(threat, subject.card.n_classes, seed=seed), tied=subject.tied)
         runs = tuple(_run(backend, model, job, images, report) for backend in backends)
     names = (subject.loaded.card.name, subject.card.name, chain.name, str(threat))
     pairs = tuple(_pair(a, b) for a, b in itertools.combinations(runs, 2))
@@ -196,7 +196,8 @@ def _right_images(subject: Subject, model: Model, rows: int, device: torch.devic
     images = subject.images.floats(range(len(subject.images))).to(device)
     labels = subject.labels.to(device)
     clean = canonical.logits(model.canonical, images, rows)
-    right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
+    predictions = clean.argmax(1) if subject.tied is None else subject.tied.predictions(clean)
+    right = ((predictions == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
     if not right:
         found = f"none of {len(images)} images is right when clean"
         raise InputError(f"crosscheck on {subject.card.name}", found, "something to attack", "raise --n")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.job import Model, total
+from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
@@ -53,14 +54,16 @@ def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_ch
     """Check on some images of the subset what the chain takes for granted about the model."""
     device, keys = settings.device, subject.split.keys
     positions = model_checks.chosen(keys, chain.rows, settings.seed)
+    classifier, labels = subject.classifier(device), subject.labels[positions].to(device)
+    tied = subject.tied
     return model_checks.examine(
-        subject.classifier(device),
+        classifier if tied is None else DistinctClasses(classifier, tied),
         subject.images.floats(positions).to(device),
-        subject.labels[positions].to(device),
+        labels if tied is None else tied.labels(labels),
         [keys[i] for i in positions],
         rows=chain.rows,
         seed=settings.seed,
-        **chain.needs(subject.card.n_classes),
+        **chain.needs(subject.n_distinct),
     )
 
 
@@ -133,6 +136,9 @@ def _clean_pass(
     for part in subject.images.parts(range(len(subject.images)), rows):
         logits = canonical.logits(classifier, subject.images.floats(part).to(device), rows)
         record.add(logits)
-        predictions.append(logits.argmax(1).cpu().numpy())
-        margins.append(losses.correct_margin(logits, subject.labels[part].to(device)).cpu().numpy())
+        labels, tied = subject.labels[part].to(device), subject.tied
+        found = logits.argmax(1) if tied is None else tied.predictions(logits)
+        margin = (losses if tied is None else tied).correct_margin(logits, labels)
+        predictions.append(found.cpu().numpy())
+        margins.append(margin.cpu().numpy())
     return np.concatenate(predictions), np.concatenate(margins)

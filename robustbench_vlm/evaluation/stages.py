@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,11 @@ class CellRun:
         """These stages as the backend is given them."""
         chain, settings = self.cell.chain, self.cell.settings
         active = None if settings.active_rows is None else min(settings.active_rows, chain.rows)
-        n_classes = self.cell.subject.card.n_classes
-        return chain.job(self.cell.threat, n_classes, seed=settings.seed, active_rows=active).of(stages)
+        subject = self.cell.subject
+        job = chain.job(self.cell.threat, subject.card.n_classes, seed=settings.seed, active_rows=active).of(
+            stages
+        )
+        return replace(job, tied=subject.tied)
 
     def record(self, i: int, finding: Finding, image: Tensor, ledger: Path) -> None:
         """Write the finding of one stage on image `i` to its ledger and into the table.

@@ -20,7 +20,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import canonical, scheduler, trajectories
 from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
-from robustbench_vlm.evaluation import chain
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
 
@@ -86,12 +86,12 @@ def stages(names: Sequence[str], size: Size) -> list[tuple[str, Attack]]:
     """Stages of the shipped chain at another length."""
     card = reader.read("attacks", "autoattack", AttackCard)
     sizes = {"steps": size.steps, "queries": size.queries, "targets": size.targets}
-    found = []
+    chosen = []
     for stage in card.stage:
         if stage.name in names:
             own = {key: value for key, value in sizes.items() if stage.fields.get(key)}
-            found.append((stage.name, chain.plugin(card, stage.model_copy(update=own))))
-    return found
+            chosen.append(stage.model_copy(update=own))
+    return list(Chain.of(card.model_copy(update={"stage": tuple(chosen)})).stages)
 
 
 def autoattack(who: Subject, model: nn.Module, ball: Threat, names: Sequence[str], size: Size) -> Tensor:

@@ -26,7 +26,9 @@ from robustbench_vlm.data import dataset, layout
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import cells, measure
+from robustbench_vlm.evaluation import measure
+from robustbench_vlm.evaluation.cells import EvalSettings, Subject
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank
@@ -64,10 +66,10 @@ def write(root: Path, n: int, px: int, loaded: Loaded) -> None:
 def one(root: Path, n: int, px: int, chain: AttackCard) -> None:
     known, loaded = card(n, px), zoo.load("tiny")
     imported, started = peak(), time.perf_counter()
-    what = cells.subject(loaded, known, open_split(known, root, "test"))
+    what = Subject.of(loaded, known, open_split(known, root, "test"))
     looked = peak() - imported
-    order = cells.Request(
-        attacks=(chain,),
+    order = EvalSettings(
+        chains=(Chain.of(chain),),
         norm="linf",
         ladder=(Fraction(1, 255),),
         n=0,

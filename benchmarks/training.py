@@ -34,8 +34,11 @@ from robustbench_vlm.data import loader, miniature
 from robustbench_vlm.defenses.losses import kl, kl_terms, of_label
 from robustbench_vlm.models import openclip
 from robustbench_vlm.models.clip import InBf16, frozen
-from robustbench_vlm.training import cost, loop, prepare
-from robustbench_vlm.training.prepare import Setup
+from robustbench_vlm.training import cost
+from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.setup import Setup
+from robustbench_vlm.training.state import TrainingState, resumed
+from robustbench_vlm.training.step import train_step
 from robustbench_vlm.types import Batch, Encoder
 
 HERE = Path(__file__).parent
@@ -45,13 +48,13 @@ BATCHES = 2  # distinct batches, met in turn
 Line = dict[str, Any]
 
 
-def released(setup: Setup, state: loop.State, batch: Batch, origin: Encoder) -> None:
+def released(setup: Setup, state: TrainingState, batch: Batch, origin: Encoder) -> None:
     """One step as the released code does it: three teachers, a forward for each use, nothing kept.
 
     As read there: the attack differentiates the student with its weights unfrozen, with respect to the
     images; the log's numbers and the probe are left out.
     """
-    roles, inner, defense = setup.roles_in_training(batch), setup.recipe.inner, setup.defense
+    roles, inner, defense = setup.training_roles(batch), setup.recipe.inner, setup.defense
     x, labels, eps, alpha = batch.images, batch.labels, float(inner.threat.eps), float(inner.step)
     student = partial(roles.logits, "student")
     setup.model.visual.eval()
@@ -85,7 +88,7 @@ def released(setup: Setup, state: loop.State, batch: Batch, origin: Encoder) -> 
 
 def floor(setup: Setup, batch: Batch) -> None:
     """Nothing but the passes that no way can do without: K of the attack, R on x', the outer one."""
-    roles, x = setup.roles_in_training(batch), batch.images
+    roles, x = setup.training_roles(batch), batch.images
     with frozen(setup.model):
         for _ in range(setup.recipe.inner.steps):
             leaf = x.detach().requires_grad_()
@@ -102,8 +105,8 @@ def floor(setup: Setup, batch: Batch) -> None:
 def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Callable[[int], None]]:
     """Every way to take step t, with models, optimiser and images of its own setup."""
     device = torch.device(what.device)
-    with_kept = prepare.prepare(recipe, root, device, root / "embeddings")
-    without = dataclasses.replace(with_kept, kept={})
+    with_kept = prepare(recipe, root, device, root / "embeddings")
+    without = dataclasses.replace(with_kept, caches={})
     origin: Encoder = copy.deepcopy(with_kept.teachers["clean"].model)
     if recipe.compute.precision == "bf16":
         origin = InBf16(origin)
@@ -111,10 +114,10 @@ def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Call
         with_kept.split, recipe.optim.batch_size, 0, 0, BATCHES, with_kept.model.image_size
     )
     batches = [batch.to(device) for batch in stream]
-    state = loop._begin(with_kept, root / "no checkpoint")
+    state = resumed(with_kept, root / "no checkpoint")
     return {
-        "ours": lambda t: loop.advance(with_kept, state, batches[t % BATCHES]) and None,
-        "ours, nothing kept": lambda t: loop.advance(without, state, batches[t % BATCHES]) and None,
+        "ours": lambda t: train_step(with_kept, state, batches[t % BATCHES]) and None,
+        "ours, nothing kept": lambda t: train_step(without, state, batches[t % BATCHES]) and None,
         "released": lambda t: released(without, state, batches[t % BATCHES], origin),
         "floor": lambda t: floor(without, batches[t % BATCHES]),
     }

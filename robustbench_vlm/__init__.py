@@ -1,31 +1,79 @@
-"""Adversarial robustness of CLIP-like vision-language models: train, attack, compare."""
+"""Adversarial robustness of CLIP-like vision-language models: train, attack, compare.
+
+The public interface is what `dir(robustbench_vlm)` lists. Names are imported when they are first used, so
+that `import robustbench_vlm` and `vlmrob --help` do not wait for torch.
+
+Example:
+    >>> import robustbench_vlm
+    >>> robustbench_vlm.list_models()[:2]
+    ['tiny', 'tiny-clean-teacher']
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustbench_vlm.api import Attacked, attack
-    from robustbench_vlm.models.zoo import load as load_model
+    from robustbench_vlm.api import (
+        Attacked,
+        attack,
+        compare,
+        evaluate,
+        leaderboard,
+        load_model,
+        train,
+    )
+    from robustbench_vlm.catalogue import (
+        list_attacks,
+        list_datasets,
+        list_defenses,
+        list_models,
+        list_recipes,
+        list_suites,
+    )
+    from robustbench_vlm.models.clip import Classifier
     from robustbench_vlm.threat import Threat
+    from robustbench_vlm.types import Encoder
 
 from robustbench_vlm.version import __version__
 
-__all__ = ["Attacked", "Threat", "__version__", "attack", "load_model"]
+__all__ = [
+    "Attacked",
+    "Classifier",
+    "Encoder",
+    "Threat",
+    "__version__",
+    "attack",
+    "compare",
+    "evaluate",
+    "leaderboard",
+    "list_attacks",
+    "list_datasets",
+    "list_defenses",
+    "list_models",
+    "list_recipes",
+    "list_suites",
+    "load_model",
+    "train",
+]
 
-_HOMES = {
-    "Attacked": ("robustbench_vlm.api", "Attacked"),
-    "Threat": ("robustbench_vlm.threat", "Threat"),
-    "attack": ("robustbench_vlm.api", "attack"),
-    "load_model": ("robustbench_vlm.models.zoo", "load"),
+_MODULES = {
+    "Classifier": "models.clip",
+    "Encoder": "types",
+    "Threat": "threat",
+    **{name: "catalogue" for name in __all__ if name.startswith("list_")},
 }
+"""Module of each public name; `api` where none is given."""
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever is exported
-    """Import the public names when first used: `vlmrob --help` must not wait for torch."""
-    if name not in _HOMES:
+    """Import a public name when it is first used."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)

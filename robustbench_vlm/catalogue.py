@@ -86,6 +86,70 @@ def _row(*facts: str) -> dict[str, str]:
     return dict(zip(columns, [*facts, *[""] * (len(columns) - len(facts))], strict=True))
 
 
+def list_attacks() -> list[str]:
+    """Names of the attack chains that `attack` and `evaluate` take.
+
+    Example:
+        >>> "autoattack" in list_attacks()
+        True
+    """
+    return reader.names("attacks")
+
+
+def list_defenses() -> list[str]:
+    """Names of the defenses that `train` takes.
+
+    Example:
+        >>> "mmt-ard" in list_defenses()
+        True
+    """
+    return plugins.names("defenses")
+
+
+def list_suites() -> list[str]:
+    """Names of the suites, which are lists of datasets that are evaluated together.
+
+    Example:
+        >>> "tiny" in list_suites()
+        True
+    """
+    return reader.names("suites")
+
+
+def list_datasets() -> list[str]:
+    """Names of the datasets that have a card; their images may have to be fetched.
+
+    Example:
+        >>> "tiny-digits" in list_datasets()
+        True
+    """
+    return reader.names("datasets")
+
+
+def list_models() -> list[str]:
+    """Names of the checkpoints that ship with the package, then of the public ones that have a card.
+
+    `load_model` takes more than these: checkpoint folders, weights files, and every model of open_clip.
+
+    Example:
+        >>> list_models()[0]
+        'tiny'
+    """
+    from robustbench_vlm.models import model_ids
+
+    return [*model_ids.packaged(), *reader.names("models")]
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that `train` takes.
+
+    Example:
+        >>> "tiny-mmt-ard" in list_recipes()
+        True
+    """
+    return reader.names("recipes")
+
+
 def details(what: str, name: str) -> dict[str, Any]:
     """Everything known about one thing.
 

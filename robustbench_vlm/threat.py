@@ -68,6 +68,11 @@ def eps_text(norm: str, eps: Fraction) -> str:
     return f"{scaled}/255" if scaled.denominator == 1 else f"{float(scaled):.6g}/255"
 
 
+def typed_eps(value: str | float) -> str:
+    """A radius as it would be typed: text as it is, a number in decimals."""
+    return f"{value:.15f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value).strip()
+
+
 def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
     """The radius that text or a number means.
 
@@ -82,8 +87,7 @@ def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
         >>> parse_eps("4"), parse_eps(8 / 255), parse_eps("0.5", "l2")
         (Fraction(4, 255), Fraction(8, 255), Fraction(1, 2))
     """
-    where = f"eps {typed!r}"
-    text = f"{typed:.15f}".rstrip("0").rstrip(".") if isinstance(typed, float) else str(typed).strip()
+    where, text = f"eps {typed!r}", typed_eps(typed)
     if not NUMBER.fullmatch(text):
         raise InputError(where, "not a number", "4/255, 4 or 0.0157")
     above, _, below = text.partition("/")

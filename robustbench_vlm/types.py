@@ -1,24 +1,24 @@
-"""The nouns everything is about. Letters: B batch, C classes, D embedding, H W image, S engine slots.
+"""Types that every part of the package uses. Shapes: B batch, C classes, D embedding, H and W image.
 
-Pixels are float32 in [0, 1] at the resolution of the ball everywhere outside an encoder; resizing and
-normalisation live inside it. Torch is imported for annotations only, so the door opens fast.
+Outside an encoder, pixels are float32 in [0, 1] at the resolution of the ball; resizing and normalisation
+happen inside it. Torch is imported for annotations only, so that the command line starts fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Classify = Callable[["Tensor"], "Tensor"]
-"""(B, 3, H, W) float32 in [0, 1] -> logits (B, C) float32."""
+"""A classifier: (B, 3, H, W) float32 in [0, 1] -> logits (B, C) float32. Never an `Encoder`."""
 
 Objective = Callable[["Tensor"], "Tensor"]
-"""Adversarial images (B, 3, H, W) -> what the adversary maximises, per sample (B,)."""
+"""What an attack maximises: adversarial images (B, 3, H, W) -> one value a sample (B,)."""
 
 
 TEMPLATES = ("a photo of a {c}.",)
@@ -27,13 +27,13 @@ TEMPLATES = ("a photo of a {c}.",)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their names.
+    """Images with labels and keys.
 
     Attributes:
         images: (B, 3, H, W) float32 in [0, 1], unnormalised.
         labels: (B,) int64.
-        keys: the identity of each image for ever, `dataset/split/member`.
-        sha256: of the encoded bytes of each image, in hex; empty where nobody asked.
+        keys: the identity of each image, `dataset/split/member`; it never changes.
+        sha256: of the encoded bytes of each image, in hex; empty if not computed.
     """
 
     images: Tensor
@@ -46,8 +46,12 @@ class Batch:
         return Batch(self.images.to(device), self.labels.to(device), self.keys, self.sha256)
 
 
+@runtime_checkable
 class Encoder(Protocol):
-    """An image tower that owns its preprocessing, with the text tower it was trained against."""
+    """An image tower with its preprocessing, and the text tower it was trained against.
+
+    It maps pixels to embeddings, not to logits. `isinstance(model, Encoder)` tells it from a classifier.
+    """
 
     @property
     def image_size(self) -> int:
@@ -56,12 +60,12 @@ class Encoder(Protocol):
 
     @property
     def logit_scale(self) -> float:
-        """S of the cosine logits."""
+        """The factor s of the zero-shot logits s * cos(image, class)."""
         ...
 
     @property
     def rows_apart(self) -> bool:
-        """Whether no row of a call depends on the others: false where batch norms are in train mode."""
+        """Whether each row of a call is computed alone: false while batch norms are in train mode."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -83,23 +87,27 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Wrapped:
-    """An encoder seen through something that changes how it is called and nothing that it is."""
+    """An encoder that passes every call on to another one; subclasses change how it is called.
+
+    Attributes:
+        encoder: the other one.
+    """
 
     encoder: Encoder
 
     @property
     def image_size(self) -> int:
-        """The encoder's."""
+        """Side of the tower's square input."""
         return self.encoder.image_size
 
     @property
     def logit_scale(self) -> float:
-        """The encoder's."""
+        """The factor of the zero-shot logits."""
         return self.encoder.logit_scale
 
     @property
     def rows_apart(self) -> bool:
-        """The encoder's."""
+        """Whether each row of a call is computed alone."""
         return self.encoder.rows_apart
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -117,24 +125,24 @@ class Wrapped:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one attack found out about one image.
+    """The result of one attack on one image.
 
     Attributes:
         key: the image.
-        broken: an admissible image with another prediction was found and verified.
-        adv: (3, H, W) that image on the CPU, or the last iterate when `broken` is false.
+        broken: whether an image inside the ball with another prediction was found and verified.
+        adv: (3, H, W) on the CPU: that image, or the last iterate when `broken` is false.
         target: class index that the successful (or last) trajectory aimed at, -1 if untargeted.
         restart: index of that trajectory's restart.
-        iteration: model evaluation of that trajectory at which success was first seen, 0-based; -1 if none.
-        forwards: forward passes spent on this image, over all trajectories, in canonical order.
-        backwards: image gradients spent on this image, likewise.
+        iteration: model evaluation of that trajectory at which it first succeeded, 0-based; -1 if none.
+        forwards: forward passes spent on this image over all trajectories, in canonical order.
+        backwards: image gradients spent on this image over all trajectories, in canonical order.
         prediction: class of `adv` in the canonical pass.
         margin: true logit minus largest other logit of `adv` in the canonical pass.
         zero_gradients: evaluations whose image gradient was exactly zero.
-        progress: by how much the objective rose above its first value, the most over all trajectories; 0 says
-            that no step ever found anything better than its start, None that nobody looked.
+        progress: largest rise of the objective above its first value, over all trajectories. With 0, no step
+            found anything better than its start; `None` if it was not measured.
         stage: name of the attack in its chain.
-        error: why there is no verdict (a non-finite gradient); empty otherwise.
+        error: why there is no verdict, such as a gradient that is not finite; empty otherwise.
     """
 
     key: str
@@ -151,7 +159,3 @@ class Finding:
     error: str = ""
     progress: float | None = None
     stage: str = ""
-
-
-Config = Mapping[str, Any]
-"""A resolved configuration: plain TOML/JSON values only."""

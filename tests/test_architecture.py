@@ -21,7 +21,8 @@ LAYERS = (
     {"attacks", "data", "models", "results"},  # these do not know each other
     {"backends", "training"},
     {"evaluation"},
-    {"api", "catalogue", "demo", "studies"},
+    {"catalogue", "demo", "studies"},
+    {"api"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -22,7 +22,7 @@ from robustbench_vlm.engine.interface import Oracle, Rows
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluation.chain import plugin
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.threat import Threat
 
 LINF, L2 = Threat("linf", Fraction(1, 10)), Threat("l2", Fraction(1, 2))
@@ -232,7 +232,7 @@ def test_every_chain_runs_whatever_the_number_of_classes(name, n_classes):
 def test_what_stands_in_is_said_with_its_reason():
     def said(name, n_classes):
         card = reader.read("attacks", name, AttackCard)
-        return {s.name: plugin(card, s).substitutions(n_classes) for s in card.stage}
+        return {name: attack.substitutions(n_classes) for name, attack in Chain.of(card).stages}
 
     assert said("autoattack", 2) == {
         "apgd-ce": [],
@@ -307,7 +307,7 @@ def test_the_names_of_the_literature_are_the_same_cards():
 def test_chains_are_those_of_the_released_code():
     def stages(name):
         card = reader.read("attacks", name, AttackCard)
-        return {stage.name: plugin(card, stage) for stage in card.stage}
+        return dict(Chain.of(card).stages)
 
     fab = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
     plus = stages("plus")

@@ -143,7 +143,7 @@ def test_kills_between_and_inside_parts_leave_no_trace(root, way, tmp_path, monk
     chain = toys.chain("aa", "ce", "square", rows=4)
     what = toys.subject(toys.dataset_card(), root)
     orders = {
-        name: toys.request(tmp_path / name, chain, keep_images=True, **way) for name in ("whole", "torn")
+        name: toys.request(tmp_path / name, chain, save_images=True, **way) for name in ("whole", "torn")
     }
     toys.run(what, orders["whole"])
     streamed(monkeypatch, 1)

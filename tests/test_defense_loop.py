@@ -11,9 +11,13 @@ from worlds import INNER
 from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.losses import in_one_forward
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.training import loop
+from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.state import initial, resumed
+from robustbench_vlm.training.step import starting_images, train_step
 
 CPU = torch.device("cpu")
 NAMES = plugins.names("defenses")
@@ -44,12 +48,12 @@ def recipe_of(toy, name, fields=None, **changes):
 
 
 def prepared(toy, tmp_path, recipe):
-    setup = loop.prepare(recipe, toy.data, CPU)
-    return setup, loop._begin(setup, tmp_path)
+    setup = prepare(recipe, toy.data, CPU)
+    return setup, resumed(setup, tmp_path)
 
 
 def first_batch(setup, size=8):
-    return next(loop.loader.batches(setup.split, size, 3, 0, 1, 32))
+    return next(loader.batches(setup.split, size, 3, 0, 1, 32))
 
 
 def watched(setup):
@@ -72,7 +76,7 @@ def test_a_step_costs_what_its_defense_says_and_runs_in_the_recipes_mode(toy, tm
     recipe = recipe_of(toy, name, fields, teachers=toy.teachers(*defense.teachers))
     setup, state = prepared(toy, tmp_path, recipe)
     seen = watched(setup)
-    loop.advance(setup, state, first_batch(setup))
+    train_step(setup, state, first_batch(setup))
     passes = setup.defense.passes()
     if passes is None:
         pytest.skip(f"{name} does not state its passes")
@@ -120,10 +124,10 @@ def with_batch_norm(setup):
 @pytest.mark.parametrize(("mode", "updates"), [("eval", 2), ("train", 2 + K)])
 def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, updates):
     recipe = toy.recipe("mmt-ard", "robust", "clean", inner={**INNER, "mode": mode})
-    setup = with_batch_norm(loop.prepare(recipe, toy.data, CPU))
-    state = loop._begin(setup, tmp_path)
+    setup = with_batch_norm(prepare(recipe, toy.data, CPU))
+    state = resumed(setup, tmp_path)
     before = setup.model.visual.bn1.running_mean.clone()
-    loop.advance(setup, state, first_batch(setup))
+    train_step(setup, state, first_batch(setup))
     assert setup.model.visual.bn1.num_batches_tracked.item() == updates
     assert not torch.equal(setup.model.visual.bn1.running_mean, before)
     assert not setup.model.visual.bn1.training
@@ -132,7 +136,7 @@ def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, up
 def attacked_with(toy, mode, dropout):
     """The adversarial images of a first step, with adapters that matter."""
     lora = {"r": 4, "alpha": 400, "dropout": dropout}
-    setup = loop.prepare(toy.recipe("tecoa", inner={**INNER, "mode": mode}, lora=lora), toy.data, CPU)
+    setup = prepare(toy.recipe("tecoa", inner={**INNER, "mode": mode}, lora=lora), toy.data, CPU)
     with torch.no_grad():
         for name, parameter in setup.parameters().items():
             if "lora_B" in name:
@@ -140,7 +144,7 @@ def attacked_with(toy, mode, dropout):
     kept = []
     object.__setattr__(setup, "defense", Spy(setup.defense, kept))
     torch.rand(3)  # the global generator moves on; nothing may depend on it
-    loop.advance(setup, loop.State(0, loop._optimiser(setup), {}), first_batch(setup))
+    train_step(setup, initial(setup), first_batch(setup))
     return kept[0]
 
 
@@ -169,7 +173,7 @@ def test_starts_are_where_the_recipe_says(toy):
     names = ["a", "b", "c"]
 
     def start(how):
-        return loop._start(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
+        return starting_images(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
 
     eps = 4 / 255
     inside, outside, near = start("uniform"), start("unclipped"), start("gaussian")
@@ -180,7 +184,7 @@ def test_starts_are_where_the_recipe_says(toy):
     torch.testing.assert_close(outside.clamp(0, 1), inside)
     assert ((outside - images).abs().amax((1, 2, 3)) > 0.9 * eps).all()
     assert (near - images).std().item() == pytest.approx(0.001, rel=0.1)
-    assert torch.equal(near[1:2], loop._start(
+    assert torch.equal(near[1:2], starting_images(
         toy.recipe("tecoa", inner={**INNER, "start": "gaussian"}).inner, images[1:2], names[1:2]
     ))  # fmt: skip
 
@@ -194,11 +198,10 @@ def test_sgd_is_the_rule_with_momentum(toy, tmp_path):
     velocity, rates = torch.zeros_like(weight), [0.1, 0.05]
     for step in range(2):
         before = weight.detach().clone()
-        line = loop.advance(setup, state, first_batch(setup))
+        line = train_step(setup, state, first_batch(setup))
         assert line["lr"] == pytest.approx(rates[step])
         velocity = 0.9 * velocity + weight.grad
         torch.testing.assert_close(weight.detach(), before - rates[step] * velocity)
-        state.step += 1
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run is stopped on purpose
@@ -251,9 +254,8 @@ def test_carries_change_from_step_to_step(toy, tmp_path):
     for name in ("mtard", "b-mtard"):
         setup, state = prepared(toy, tmp_path, recipe_of(toy, name))
         weights = []
-        for batch in loop.loader.batches(setup.split, 8, 3, 0, 3, 32):
-            loop.advance(setup, state, batch)
-            state.step += 1
+        for batch in loader.batches(setup.split, 8, 3, 0, 3, 32):
+            train_step(setup, state, batch)
             weights.append(state.carry["weight"])
         assert not torch.equal(weights[0], weights[2])
 
@@ -277,7 +279,7 @@ def test_patch_tokens_begin_with_the_embedding_and_share_its_projection(toy, tmp
 
 
 def test_a_tower_without_a_class_token_is_refused_by_tga_zsr_in_one_line(toy, tmp_path):
-    setup = with_batch_norm(loop.prepare(recipe_of(toy, "tga-zsr"), toy.data, CPU))
+    setup = with_batch_norm(prepare(recipe_of(toy, "tga-zsr"), toy.data, CPU))
     with pytest.raises(InputError, match="patch tokens: vlmrob-tiny has no class token") as error:
         setup.defense.require(setup.roles)
     assert "\n" not in str(error.value)
@@ -303,7 +305,7 @@ def test_a_teacher_of_other_sentences_is_refused_in_one_line(toy, tmp_path):
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
     same = table | {"data": {"dataset": "toy", "template": "a {c} picture"}}
-    loop.prepare(reader.parse(same, Recipe, "a test"), toy.data, CPU)
+    prepare(reader.parse(same, Recipe, "a test"), toy.data, CPU)
 
 
 def test_clean_and_adversarial_images_share_a_forward_unless_rows_see_each_other(toy, tmp_path):

@@ -1,4 +1,4 @@
-"""What frozen teachers say of clean images is kept: it saves passes, changes no bit, refuses others."""
+"""Stored teacher outputs on clean images: they save passes, change no bit, and never serve other images."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,10 @@ from worlds import INNER
 from robustbench_vlm import store
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
-from robustbench_vlm.training import loop, prepare, teacher_cache
+from robustbench_vlm.training import loop, teacher_cache
+from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.state import resumed, save_state
+from robustbench_vlm.training.step import train_step
 from robustbench_vlm.types import Batch
 
 CPU = torch.device("cpu")
@@ -42,10 +45,9 @@ def calls_of(setup, role):
 
 
 def steps(setup, tmp_path, first=0, last=6):
-    state = loop._begin(setup, tmp_path)
+    state = resumed(setup, tmp_path)
     for batch in loader.batches(setup.split, 8, 3, first, last, 32):
-        loop.advance(setup, state, batch)
-        state.step += 1
+        train_step(setup, state, batch)
 
 
 def files(cache, suffix):
@@ -65,12 +67,12 @@ def test_a_run_ends_with_the_same_bytes_with_and_without_and_with_a_filled_file(
 
 
 def test_a_clean_image_is_shown_to_a_teacher_once_and_an_adversarial_one_always(toy, tmp_path):
-    setup = prepare.prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
+    setup = prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
     clean, robust = calls_of(setup, "clean"), calls_of(setup, "robust")
     steps(setup, tmp_path / "none", 0, 12)  # two epochs of six batches
     assert clean == [8] * 6
     assert robust == [8] * 12
-    again = prepare.prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
+    again = prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
     clean = calls_of(again, "clean")
     steps(again, tmp_path / "none", 0, 3)
     assert clean == []
@@ -91,16 +93,39 @@ def test_a_row_that_was_torn_is_computed_again(toy, tmp_path):
 
 
 def test_another_picture_under_the_same_name_is_not_the_one_that_was_seen(toy, tmp_path):
-    setup = prepare.prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
-    kept, teacher = setup.kept["clean"], setup.teachers["clean"].model
+    setup = prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
+    kept, teacher = setup.caches["clean"], setup.teachers["clean"].model
     batch = next(loader.batches(setup.split, 8, 3, 0, 1, 32))
     with torch.no_grad():
-        first = kept.recall(batch, teacher)
-        assert torch.equal(kept.recall(batch, None), first)  # nobody is asked
+        first = kept.embeddings(batch, teacher)
+        assert torch.equal(kept.embeddings(batch, None), first)  # no teacher is run
         other = Batch(1 - batch.images, batch.labels, batch.keys, ("0" * 64, *batch.sha256[1:]))
-        found = kept.recall(other, teacher)
+        found = kept.embeddings(other, teacher)
         assert torch.equal(found, teacher(other.images))
         assert not torch.equal(found, first)
+
+
+def test_clean_images_are_known_by_their_pixels_and_others_are_run(toy, tmp_path):
+    """A defense may copy the batch; what it has changed, or wants a gradient of, goes through the teacher."""
+    setup = prepare(recipe_of(toy), toy.data, CPU, tmp_path / "cache")
+    batch = next(loader.batches(setup.split, 8, 3, 0, 1, 32))
+    rows = calls_of(setup, "clean")
+    teacher = setup.training_roles(batch).teachers["clean"]
+    with torch.no_grad():
+        first = teacher(batch.images)
+        assert rows == [8]
+        assert torch.equal(teacher(batch.images.clone()), first)
+        assert torch.equal(teacher(batch.images + 0.0), first)
+        assert rows == [8]
+        changed = batch.images.clone()
+        changed[-1, 0, 0, 0] += 1 / 255
+        assert not torch.equal(teacher(changed), first)
+        assert rows == [8, 8]
+        torch.testing.assert_close(teacher(batch.images[:4]), first[:4])
+        assert rows == [8, 8, 4]
+    leaf = batch.images.clone().requires_grad_()
+    assert teacher(leaf).requires_grad
+    assert rows == [8, 8, 4, 8]
 
 
 def test_what_the_bits_depend_on_is_in_the_name(toy, tmp_path):
@@ -109,7 +134,7 @@ def test_what_the_bits_depend_on_is_in_the_name(toy, tmp_path):
 
     def made(**changes):
         before = set(files(cache, ".rows"))
-        prepare.prepare(recipe_of(toy, **changes), toy.data, CPU, cache)
+        prepare(recipe_of(toy, **changes), toy.data, CPU, cache)
         return len(set(files(cache, ".rows")) - before)
 
     assert made() == 2
@@ -123,33 +148,33 @@ def test_what_the_bits_depend_on_is_in_the_name(toy, tmp_path):
 
 def test_a_file_made_from_other_weights_is_refused(toy, tmp_path):
     cache = tmp_path / "cache"
-    prepare.prepare(recipe_of(toy), toy.data, CPU, cache)
+    prepare(recipe_of(toy), toy.data, CPU, cache)
     one, other = files(cache, ".json")
     other.write_bytes(one.read_bytes())
     with pytest.raises(WeightsError, match=r"a cache made from another model \w{16}") as error:
-        prepare.prepare(recipe_of(toy), toy.data, CPU, cache)
+        prepare(recipe_of(toy), toy.data, CPU, cache)
     assert "\n" not in str(error.value)
     assert str(other) in str(error.value)
     other.write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        prepare.prepare(recipe_of(toy), toy.data, CPU, cache)
+        prepare(recipe_of(toy), toy.data, CPU, cache)
     other.write_text(json.dumps([1]))
     with pytest.raises(WeightsError, match="another model None"):
-        prepare.prepare(recipe_of(toy), toy.data, CPU, cache)
+        prepare(recipe_of(toy), toy.data, CPU, cache)
 
 
 def test_a_folder_that_cannot_be_written_costs_time_alone(toy, tmp_path):
     blocked = tmp_path / "a file"
     blocked.write_text("")
-    setup = prepare.prepare(recipe_of(toy), toy.data, CPU, blocked / "cache")
-    assert setup.kept == {}
+    setup = prepare(recipe_of(toy), toy.data, CPU, blocked / "cache")
+    assert setup.caches == {}
     steps(setup, tmp_path / "none")
 
 
 def test_a_teacher_that_learns_is_never_remembered(toy, tmp_path):
     prompts = {"image": 1, "text": 1, "depth": 2}
     recipe = toy.recipe("apd", "clean", prompts=prompts)
-    assert prepare.prepare(recipe, toy.data, CPU, tmp_path / "cache").kept == {}
+    assert prepare(recipe, toy.data, CPU, tmp_path / "cache").caches == {}
 
 
 def test_the_command_keeps_them_unless_told(toy, tmp_path, monkeypatch, capsys):
@@ -158,9 +183,9 @@ def test_the_command_keeps_them_unless_told(toy, tmp_path, monkeypatch, capsys):
     path = write_recipe(tmp_path, toy.table("mmt-ard", *ROLES))
     line = ["--include", toy.cards, "train", path, "--data-root", toy.data]
     assert command_line.run_command(monkeypatch, *line, "--out", "a", "--no-cache") == 0
-    assert not teacher_cache.folder().exists()
+    assert not teacher_cache.default_folder().exists()
     assert command_line.run_command(monkeypatch, *line, "--out", "b") == 0
-    assert len(files(teacher_cache.folder(), ".rows")) == 2
+    assert len(files(teacher_cache.default_folder(), ".rows")) == 2
     assert Path("a/image.safetensors").read_bytes() == Path("b/image.safetensors").read_bytes()
     capsys.readouterr()
 
@@ -186,9 +211,9 @@ def test_fused_adamw_is_of_adamw(toy):
 
 def first_line(toy, tmp_path, **changes):
     """The log line of the first step, the step's gradient by parameter, and the student."""
-    setup = prepare.prepare(recipe_of(toy, **changes), toy.data, CPU)
-    state = loop._begin(setup, tmp_path / "none")
-    line = loop.advance(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    setup = prepare(recipe_of(toy, **changes), toy.data, CPU)
+    state = resumed(setup, tmp_path / "none")
+    line = train_step(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
     return line, {n: p.grad.clone() for n, p in setup.parameters().items() if p.grad is not None}, setup
 
 
@@ -201,7 +226,7 @@ def test_bf16_computes_towers_in_bf16_and_everything_else_in_fp32(toy, tmp_path)
     a, b = (torch.cat([g.flatten() for g in found.values()]) for found in (gradients, rounded))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
     batch = next(loader.batches(setup.split, 8, 3, 0, 1, 32))
-    student = lower.roles_in_training(batch).student
+    student = lower.training_roles(batch).student
     assert student(batch.images).dtype == torch.float32
     assert lower.roles.student is lower.model  # the probe's view stays fp32
 
@@ -215,16 +240,15 @@ def test_kernels_change_a_step_by_rounding_alone_and_a_stopped_run_goes_on(toy, 
         assert torch.allclose(found[name], gradient, rtol=1e-2, atol=1e-4 * float(gradient.abs().max()))
     recipe = recipe_of(toy, compute={field: True})
     whole = trained(toy, recipe, tmp_path / "whole", None)
-    setup = prepare.prepare(recipe, toy.data, CPU)
+    setup = prepare(recipe, toy.data, CPU)
     store.write_json(
         tmp_path / "cut" / "recipe.json",
         {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")},
     )
-    state = loop._begin(setup, tmp_path / "cut")
+    state = resumed(setup, tmp_path / "cut")
     for batch in loader.batches(setup.split, 8, 3, 0, 4, 32):
-        loop.advance(setup, state, batch)
-        state.step += 1
-    loop._keep(tmp_path / "cut", setup, state)
+        train_step(setup, state, batch)
+    save_state(tmp_path / "cut", setup, state)
     assert trained(toy, recipe, tmp_path / "cut", None) == whole
 
 

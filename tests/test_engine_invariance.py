@@ -159,17 +159,17 @@ def what(tmp_path_factory):
 def order(results, *stages, norm="linf", eps=("4/255",), rows=16, stop="first", **more):
     ladder = [str(parse_eps(text, norm)) for text in eps]
     chain = toys.chain("aa", *(stages or ("ce", "t", "fab", "square")), rows=rows, stop=stop)
-    return toys.request(results, chain, norm=norm, eps=ladder, keep_images=True, **more)
+    return toys.request(results, chain, norm=norm, eps=ladder, save_images=True, **more)
 
 
 @forks
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_iterations_leave_no_trace(what, seed, tmp_path):
     counted = multiprocessing.get_context("fork").Value("i", 0)
-    assert not killed(what, order(tmp_path / "whole", live=5), 0, counted)
+    assert not killed(what, order(tmp_path / "whole", active_rows=5), 0, counted)
     draw = random.Random(seed)
     kills = [
-        killed(what, order(tmp_path / "torn", live=live), draw.randint(1, counted.value // 2))
+        killed(what, order(tmp_path / "torn", active_rows=live), draw.randint(1, counted.value // 2))
         for live in (3, 12, 5, 7)
     ]
     assert sum(kills) >= 2
@@ -196,7 +196,7 @@ CHANGES = {
 def remains(what, tmp_path_factory):
     """The folder of an evaluation that was killed half way."""
     folder = tmp_path_factory.mktemp("killed")
-    assert killed(what, order(folder, live=5), 50)
+    assert killed(what, order(folder, active_rows=5), 50)
     assert len(list((folder / "ledger").rglob("*.jsonl"))) >= 2
     return folder
 

@@ -92,4 +92,4 @@ def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
     out, err = process.communicate(timeout=command_line.TIMEOUT)
     assert process.returncode == 75, err
     assert out == ""
-    assert err.splitlines()[-1] == "error: stopped; the same command goes on where it was"
+    assert err.splitlines()[-1] == "error: stopped; type the same command again, and it goes on where it was"

@@ -284,7 +284,7 @@ def test_a_half_written_ledger_line_is_run_again(what, tmp_path):
 
 def test_a_ladder_is_monotone_and_names_the_smaller_radius(what, tmp_path):
     eps = ("1/255", "2/255", "4/255", "8/255")
-    order = toys.request(tmp_path, toys.chain("aa", "ce", "square"), eps=eps, keep_images=True)
+    order = toys.request(tmp_path, toys.chain("aa", "ce", "square"), eps=eps, save_images=True)
     cells = toys.run(what, order)
     assert [content["config"]["eps_ladder"][-1] for _, content in cells] == list(eps)
     finals = [content["outcome"]["robust"]["square"] for _, content in cells]
@@ -342,12 +342,12 @@ def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
     what = toys.subject(card, root)
     found = {}
     for live in (1, 7, 64):
-        order = toys.request(tmp_path / f"live{live}", chain, keep_images=True, live=live)
+        order = toys.request(tmp_path / f"live{live}", chain, save_images=True, active_rows=live)
         ((path, content),) = toys.run(what, order)
         found[live] = evidence(path), content["sha256"]
     shuffled = np.random.default_rng(0).permutation(n).tolist()
     other = toys.subject(card, toys.write(card, tmp_path / "shuffled", n=n, order=shuffled))
-    ((path, content),) = toys.run(other, toys.request(tmp_path / "order", chain, keep_images=True))
+    ((path, content),) = toys.run(other, toys.request(tmp_path / "order", chain, save_images=True))
     found["order"] = evidence(path), content["sha256"]
     (reference, images), sha = found[64]
     both_kinds(reference)
@@ -377,7 +377,7 @@ def test_kept_images_lie_in_the_ball_and_fool_the_model_in_one_pass(what, tmp_pa
     from robustbench_vlm.threat import parse_eps
 
     chain = toys.chain("aa", *(("l1", "fab", "square") if norm == "l1" else FULL))
-    order = toys.request(tmp_path, chain, eps=(str(parse_eps(eps, norm)),), norm=norm, keep_images=True)
+    order = toys.request(tmp_path, chain, eps=(str(parse_eps(eps, norm)),), norm=norm, save_images=True)
     ((path, _),) = toys.run(what, order)
     found = table(path).set_index("key")
     both_kinds(found)
@@ -402,7 +402,7 @@ def test_images_can_be_asked_for_later(what, tmp_path):
     chain = toys.chain("one", "ce")
     ((path, content),) = toys.run(what, toys.request(tmp_path, chain))
     assert not path.with_suffix(".safetensors").exists()
-    ((again, kept),) = toys.run(what, toys.request(tmp_path, chain, keep_images=True))
+    ((again, kept),) = toys.run(what, toys.request(tmp_path, chain, save_images=True))
     assert again == path
     assert without_run(kept) == without_run(content)
     assert load_file(path.with_suffix(".safetensors"))

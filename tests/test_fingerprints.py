@@ -16,11 +16,10 @@ import torch
 
 from robustbench_vlm import store
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.evaluation.cells import Cell, Request, Subject
-from robustbench_vlm.evaluation.chain import attack_sha256
+from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
+from robustbench_vlm.evaluation.chain import Chain
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "fingerprints.json").read_text())
 RUNS = [("linf", "2/255,4/255", chain) for chain in ("aa2", "pgd20", "autoattack")]
@@ -42,19 +41,19 @@ def found(dataset):
     """Fingerprints of cells and ledgers of the runs above."""
     what = subject(reader.read("datasets", dataset, DatasetCard))
     names = {}
-    for norm, ladder, chain in RUNS:
-        card = reader.read("attacks", chain, AttackCard)
+    for norm, ladder, name in RUNS:
+        chain = Chain.named(name)
         rungs = tuple(Fraction(eps) for eps in ladder.split(","))
-        request = Request((card,), norm, rungs, 2, 0, Path("results"), torch.device("cpu"))
+        settings = EvalSettings((chain,), norm, rungs, 2, 0, Path("results"), torch.device("cpu"))
         for last in range(len(rungs)):
-            cell = Cell(what, card, request, rungs[: last + 1])
-            ledgers = [cell.ledger(number).stem for number in range(len(card.stage))]
-            names[f"{chain} {norm} {ladder.split(',')[last]}"] = [store.fingerprint(cell.config), *ledgers]
+            cell = Cell(what, chain, settings, rungs[: last + 1])
+            ledgers = [cell.ledger(number).stem for number in range(len(chain.stages))]
+            names[f"{name} {norm} {ladder.split(',')[last]}"] = [store.fingerprint(cell.config), *ledgers]
     return names
 
 
 def test_chains_keep_their_fingerprints():
-    chains = {name: attack_sha256(reader.read("attacks", name, AttackCard)) for name in GOLDEN["chains"]}
+    chains = {name: Chain.named(name).sha256 for name in GOLDEN["chains"]}
     assert chains == GOLDEN["chains"]
 
 

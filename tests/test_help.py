@@ -45,3 +45,22 @@ def test_the_short_form_of_help_and_completion_are_there():
         [sys.executable, "-m", "robustbench_vlm", "-h"], capture_output=True, text=True, check=True
     )
     assert "--install-completion" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("evla", "error: vlmrob: No such command 'evla'"),
+        ("eval --attak aa", "error: vlmrob eval: No such option: --attak"),
+        ("train", "error: vlmrob train: Missing argument"),
+        ("eval --n some", "error: vlmrob eval: Invalid value for '--n'"),
+        ("data chek", "error: vlmrob data: No such command 'chek'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(line, error):
+    command = [sys.executable, "-m", "robustbench_vlm", *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(error)
+    assert done.stderr.count("\n") == 1
+    assert "; see vlmrob" in done.stderr

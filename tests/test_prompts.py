@@ -7,11 +7,15 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import INNER, tilted
 
 from robustbench_vlm.cards import reader
+from robustbench_vlm.data import loader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, openclip, prompts, zoo
 from robustbench_vlm.models.clip import PromptSizes
 from robustbench_vlm.models.text_bank import text_bank
 from robustbench_vlm.training import loop
+from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.state import resumed
+from robustbench_vlm.training.step import train_step
 
 CPU = torch.device("cpu")
 SIZES = {"image": 3, "text": 2, "depth": 2}
@@ -145,16 +149,16 @@ def test_training_changes_the_prompts_alone_and_the_folder_keeps_both_towers(wor
 
 def test_the_teacher_of_apd_learns_along(toy, tmp_path):
     recipe = toy.recipe("apd", "clean", prompts=PROMPTS)
-    setup = loop.prepare(recipe, toy.data, CPU)
-    state = loop._begin(setup, tmp_path)
+    setup = prepare(recipe, toy.data, CPU)
+    state = resumed(setup, tmp_path)
     names = setup.parameters()
     roles = {name.split(".")[1] for name in names if name.startswith("prompts.")}
     assert roles == {"student", "clean"}
     before = {name: value.detach().clone() for name, value in names.items()}
-    bank = setup.roles_now().text["student"].detach().clone()
-    loop.advance(setup, state, next(loop.loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    bank = setup.current_roles().text["student"].detach().clone()
+    train_step(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
     assert all(not torch.equal(before[name], value) for name, value in setup.parameters().items())
-    assert not torch.equal(setup.roles_now().text["student"], bank)
+    assert not torch.equal(setup.current_roles().text["student"], bank)
 
 
 def test_a_folder_whose_prompts_were_changed_is_refused(trained, tmp_path):
@@ -187,7 +191,7 @@ def test_what_cannot_have_prompts_is_refused_in_one_line(toy, trained):
         prompts.attach(residual, PromptSizes(1, 0, 1))
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="has learned prompts"):
-        loop.prepare(toy.recipe("tecoa", student=str(trained)), toy.data, CPU)
+        prepare(toy.recipe("tecoa", student=str(trained)), toy.data, CPU)
 
 
 REFUSED = {
@@ -202,7 +206,7 @@ REFUSED = {
 def test_a_recipe_with_prompts_that_make_no_sense_is_one_line(toy, case):
     (defense, *roles), changes, expected = REFUSED[case]
     with pytest.raises(CardError, match=expected) as error:
-        loop.prepare(toy.recipe(defense, *roles, inner=INNER, **changes), toy.data, CPU)
+        prepare(toy.recipe(defense, *roles, inner=INNER, **changes), toy.data, CPU)
     assert "\n" not in str(error.value)
 
 

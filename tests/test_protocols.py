@@ -149,15 +149,18 @@ def test_resizes_of_the_protocols_are_torchvisions_bit_for_bit(width, height):
 
 def test_the_protocol_places_every_dataset_on_its_canvas():
     tga, tecoa = (reader.read("protocols", name, Protocol) for name in ("tga-pgd100", "tecoa-pgd"))
-    placed = {name: protocols.placed(dataset(name), tga) for name in ("cifar10", "dtd", "hateful_memes")}
+    placed = {
+        name: protocols.with_protocol_canvas(dataset(name), tga)
+        for name in ("cifar10", "dtd", "hateful_memes")
+    }
     assert {name: (of.canvas, of.resize) for name, of in placed.items()} == {
         "cifar10": ("model", "bilinear-squash"),
         "dtd": ("model", "bilinear-256"),
         "hateful_memes": ("model", "bilinear-squash"),
     }
-    assert protocols.placed(dataset("cifar10"), tecoa).canvas == "native"
-    assert protocols.placed(dataset("dtd"), tecoa).resize == "bilinear-256"
-    assert protocols.placed(dataset("dtd"), None) == dataset("dtd")
+    assert protocols.with_protocol_canvas(dataset("cifar10"), tecoa).canvas == "native"
+    assert protocols.with_protocol_canvas(dataset("dtd"), tecoa).resize == "bilinear-256"
+    assert protocols.with_protocol_canvas(dataset("dtd"), None) == dataset("dtd")
 
 
 # --- subsets by name ---------------------------------------------------------------------------------------
@@ -311,10 +314,10 @@ def test_the_papers_name_of_a_chain_agrees_with_a_protocol_that_uses_it():
         **{"name": "own", "title": "Own", "paper": "none", "suite": "tiny", "attack": "autoattack"},
         **{"eps": ("4/255",), "n": 12, "prompts": "clip"},
     )
-    order = planning.Order(models=(), attacks=("standard",), suite="", results=Path(), data_root=Path())
-    assert planning.under(chain, order).attacks == ("autoattack",)
+    order = planning.EvalRequest(models=(), attacks=("standard",), suite="", results=Path(), data_root=Path())
+    assert planning.under_protocol(order, chain).attacks == ("autoattack",)
     with pytest.raises(InputError, match="--attack: not what protocol own says; expected autoattack"):
-        planning.under(chain, replace(order, attacks=("aa2",)))
+        planning.under_protocol(replace(order, attacks=("aa2",)), chain)
 
 
 def test_engines_are_held_against_each_other_on_a_dataset_that_is_named_by_its_folder(

@@ -8,7 +8,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,11 +19,16 @@ from worlds import INNER, twin
 from robustbench_vlm import cli, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Optim, Recipe
+from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.interface import Defense, Terms
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
 from robustbench_vlm.models import checkpoint, zoo
-from robustbench_vlm.training import loop, prepare
+from robustbench_vlm.training import loop
+from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.probe import probe
+from robustbench_vlm.training.state import resumed
+from robustbench_vlm.training.step import learning_rate, train_step
 
 CPU = torch.device("cpu")
 LORA = {"r": 4, "alpha": 8, "dropout": 0.25}
@@ -60,14 +65,14 @@ def write_recipe(folder, table):
 
 def test_a_dataset_that_is_named_by_its_folder_trains_against_those_names(toy, tmp_path):
     recipe = toy.recipe("tecoa")
-    card = prepare.prepare(recipe, toy.data, CPU)
+    card = prepare(recipe, toy.data, CPU)
     named = (toy.cards / "datasets" / "toy.toml").read_text().splitlines()
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "toy.toml").write_text(
         "\n".join('names_from = "folder"' if line.startswith("names = ") else line for line in named)
     )
     reader.include([tmp_path, toy.cards])
-    found = prepare.prepare(recipe, toy.data, CPU)
+    found = prepare(recipe, toy.data, CPU)
     assert found.split.card.names == card.split.card.names
     assert torch.equal(found.roles.text["student"], card.roles.text["student"])
 
@@ -79,13 +84,13 @@ def test_the_learning_rate_by_hand():
     optim = Optim(lr=0.8, steps=12, warmup=4, batch_size=1)
     warm = [0.2, 0.4, 0.6, 0.8]
     cosine = [0.8 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
-    assert [loop.lr(t, optim) for t in range(12)] == pytest.approx(warm + cosine, abs=1e-15)
-    assert loop.lr(8, optim) == pytest.approx(0.4)
+    assert [learning_rate(t, optim) for t in range(12)] == pytest.approx(warm + cosine, abs=1e-15)
+    assert learning_rate(8, optim) == pytest.approx(0.4)
 
 
 def test_the_learning_rate_without_warm_up_starts_full_and_ends_at_zero():
     optim = Optim(lr=0.5, steps=10, warmup=0, batch_size=1)
-    rates = [loop.lr(t, optim) for t in range(11)]
+    rates = [learning_rate(t, optim) for t in range(11)]
     assert rates[0] == 0.5
     assert rates[10] == pytest.approx(0, abs=1e-15)
     assert rates == sorted(rates, reverse=True)
@@ -93,7 +98,7 @@ def test_the_learning_rate_without_warm_up_starts_full_and_ends_at_zero():
 
 def test_a_warm_up_as_long_as_the_run_is_no_division_by_zero():
     optim = Optim(lr=1.0, steps=4, warmup=4, batch_size=1)
-    assert [loop.lr(t, optim) for t in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate(t, optim) for t in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 # Resume
@@ -247,7 +252,7 @@ def test_a_finished_folder_is_not_trained_again(toy, whole):
 def test_training_lowers_the_loss_and_changes_every_weight_of_the_image_tower(toy, whole):
     lines = [line for line in store.records(whole["tecoa"] / "log.jsonl") if "loss" in line]
     optim = toy.recipe("tecoa").optim
-    assert [line["lr"] for line in lines] == [loop.lr(step, optim) for step in range(6)]
+    assert [line["lr"] for line in lines] == [learning_rate(step, optim) for step in range(6)]
     assert lines[-1]["loss"] < lines[0]["loss"]
     before, after = (
         load_file(f"{toy.student}/image.safetensors"),
@@ -270,13 +275,12 @@ def test_lora_changes_the_attention_weights_alone(toy, whole):
 
 def test_teachers_and_text_towers_are_untouched_by_training(toy, tmp_path):
     recipe = toy.recipe("mmt-ard", "robust", "clean", optim={"lr": 0.01, "steps": 2, "batch_size": 8})
-    setup = loop.prepare(recipe, toy.data, CPU)
+    setup = prepare(recipe, toy.data, CPU)
     before = {role: loaded.model.fingerprints() for role, loaded in setup.teachers.items()}
     start = setup.model.fingerprints()
-    state = loop._begin(setup, tmp_path)
-    for batch in loop.loader.batches(setup.split, 8, 3, 0, 2, 32):
-        loop.advance(setup, state, batch)
-        state.step += 1
+    state = resumed(setup, tmp_path)
+    for batch in loader.batches(setup.split, 8, 3, 0, 2, 32):
+        train_step(setup, state, batch)
     assert {role: loaded.model.fingerprints() for role, loaded in setup.teachers.items()} == before
     assert setup.model.fingerprints()["text"] == start["text"]
     assert setup.model.fingerprints()["image"] != start["image"]
@@ -304,33 +308,34 @@ def test_the_student_trains_in_train_mode_and_is_attacked_in_eval_mode(toy, tmp_
             modes.append(("outer", roles.student.visual.training, roles.student.visual.proj.requires_grad))
             return super().outer(roles, step)
 
-    setup = loop.prepare(toy.recipe("mmt-ard", "robust", "clean"), toy.data, CPU)
-    setup = loop.Setup(**{**vars(setup), "defense": Watching()})
-    state = loop._begin(setup, tmp_path)
-    loop.advance(setup, state, next(loop.loader.batches(setup.split, 8, 3, 0, 1, 32)))
+    setup = prepare(toy.recipe("mmt-ard", "robust", "clean"), toy.data, CPU)
+    setup = replace(setup, defense=Watching())
+    state = resumed(setup, tmp_path)
+    train_step(setup, state, next(loader.batches(setup.split, 8, 3, 0, 1, 32)))
     assert modes == [("inner", False, False), ("outer", True, True)]
     assert not setup.model.visual.training
 
 
 def test_the_probe_holds_every_class_as_equally_as_it_can(toy):
-    setup = loop.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU)
-    assert sorted(Counter(setup.probe.labels.tolist()).values()) == [2, 2, 2, 3]  # 9 images of 4 classes
-    assert all(key.startswith("toy/test/") for key in setup.probe.keys)
-    assert setup.probe.keys == loop.prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU).probe.keys
-    found = loop.probe(setup)
+    setup = prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU)
+    labels = Counter(setup.probe_batch.labels.tolist())
+    assert sorted(labels.values()) == [2, 2, 2, 3]  # 9 images of 4 classes
+    assert all(key.startswith("toy/test/") for key in setup.probe_batch.keys)
+    assert setup.probe_batch.keys == prepare(toy.recipe("tecoa", probe=PROBE), toy.data, CPU).probe_batch.keys
+    found = probe(setup)
     assert set(found) == {"clean", "robust"}
     with torch.no_grad():
-        right = setup.roles.logits("student", setup.probe.images).argmax(1) == setup.probe.labels
+        right = setup.roles.logits("student", setup.probe_batch.images).argmax(1) == setup.probe_batch.labels
     assert found["clean"] == pytest.approx(right.float().mean().item(), abs=1e-4)
     assert found["robust"] <= found["clean"]
 
 
 def test_the_probe_of_a_defense_without_adversary_or_text(toy):
-    clean = loop.prepare(toy.recipe("clean", inner=None, probe=PROBE), toy.data, CPU)
-    assert set(loop.probe(clean)) == {"clean"}
-    fare = loop.prepare(toy.recipe("fare", "anchor", probe=PROBE), toy.data, CPU)
-    assert set(loop.probe(fare)) == {"clean", "robust"}
-    assert loop.prepare(toy.recipe("fare", "anchor"), toy.data, CPU).roles.text == {}
+    clean = prepare(toy.recipe("clean", inner=None, probe=PROBE), toy.data, CPU)
+    assert set(probe(clean)) == {"clean"}
+    fare = prepare(toy.recipe("fare", "anchor", probe=PROBE), toy.data, CPU)
+    assert set(probe(fare)) == {"clean", "robust"}
+    assert prepare(toy.recipe("fare", "anchor"), toy.data, CPU).roles.text == {}
 
 
 def test_a_step_leaves_the_global_generator_alone(toy, tmp_path):
@@ -412,14 +417,14 @@ def test_a_folder_of_another_recipe_is_refused(toy, whole, tmp_path, monkeypatch
     table = toy.table("tecoa", seed=99)
     before = {path: path.stat().st_mtime_ns for path in whole["tecoa"].rglob("*")}
     line = refused(toy, tmp_path, monkeypatch, capsys, "--out", whole["tecoa"], table=table)
-    assert "holds a run of another recipe" in line
+    assert "a run of another recipe is in it" in line
     assert "choose another folder" in line
     assert {path: path.stat().st_mtime_ns for path in whole["tecoa"].rglob("*")} == before
 
 
 def test_a_folder_with_a_foreign_checkpoint_is_refused(toy, tmp_path, monkeypatch, capsys):
     line = refused(toy, tmp_path, monkeypatch, capsys, "--out", toy.robust, table=toy.table("tecoa"))
-    assert "holds a checkpoint that this recipe did not make" in line
+    assert "a checkpoint that this recipe did not make is in it" in line
 
 
 REFUSED = {
@@ -549,13 +554,12 @@ def test_a_number_that_is_not_finite_names_step_term_and_images(toy, tmp_path, w
 def test_a_copy_of_a_model_in_two_roles_is_not_the_student(toy, tmp_path):
     """The anchor of FARE is usually the student's own start: it must stay there."""
     recipe = toy.recipe("fare", "anchor", optim={"lr": 1e-2, "steps": 3, "batch_size": 8})
-    setup = loop.prepare(recipe, toy.data, CPU)
+    setup = prepare(recipe, toy.data, CPU)
     assert setup.teachers["anchor"].card.sha256 == setup.student.card.sha256
     before = twin(setup.model)
-    state = loop._begin(setup, tmp_path)
-    for batch in loop.loader.batches(setup.split, 8, 3, 0, 2, 32):
-        loop.advance(setup, state, batch)
-        state.step += 1
+    state = resumed(setup, tmp_path)
+    for batch in loader.batches(setup.split, 8, 3, 0, 2, 32):
+        train_step(setup, state, batch)
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(setup.teachers["anchor"].model(x), before(x))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
@@ -20,7 +21,9 @@ from robustbench_vlm.data import layout, miniature
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import cells, measure
+from robustbench_vlm.evaluation import measure
+from robustbench_vlm.evaluation.cells import EvalSettings, Subject
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models import checkpoint, openclip
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank
@@ -129,13 +132,15 @@ def write(card, root, n=12, seed=0, order=None, labels=None):
 
 def request(results, *attacks, eps=("4/255",), n=0, **more):
     ladder = tuple(Fraction(text) for text in eps)
-    fields = {"norm": "linf", "seed": 0, "device": torch.device("cpu"), **more}
-    return cells.Request(attacks=attacks, ladder=ladder, n=n, results=Path(results), **fields)
+    backend = Backend(more.pop("engine", "native"), more.pop("mode", "fast"))
+    fields = {"norm": "linf", "seed": 0, "device": torch.device("cpu"), "backend": backend, **more}
+    chains = tuple(Chain.of(attack) for attack in attacks)
+    return EvalSettings(chains=chains, ladder=ladder, n=n, results=Path(results), **fields)
 
 
 def subject(card, root, n=0, seed=0, trained_on=("elsewhere",)):
     split = open_split(card, root, "test").subset(n, 0)
-    return cells.subject(loaded(seed, trained_on), card, split)
+    return Subject.of(loaded(seed, trained_on), card, split)
 
 
 def run(what, order, seen=None):

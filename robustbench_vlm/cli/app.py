@@ -1,10 +1,13 @@
-"""The door: what people type, and the one place that prints errors and exits. Torch waits for its verb."""
+"""All commands in one program, and the one place that prints errors and exits.
+
+Torch is imported by the commands that need it, never here, so help and lists are there at once.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -24,11 +27,13 @@ from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
-from robustbench_vlm.errors import Incomplete, VlmrobError
+from robustbench_vlm.errors import Incomplete, InputError, VlmrobError
 from robustbench_vlm.version import __version__
 
+NAME = "vlmrob"
+
 app = typer.Typer(
-    name="vlmrob",
+    name=NAME,
     help="How robust is a CLIP-like model, compared with every other one, and can that number be trusted?",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,11 +42,15 @@ app = typer.Typer(
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-INTERRUPTED = 130  # how typer leaves after Ctrl-C
+INTERRUPTED = 130
+"""What typer returns after Ctrl-C."""
+
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for a command line that it cannot read."""
 
 Include = Annotated[
     list[Path] | None,
-    typer.Option(help="Folder of further TOML cards; repeatable; before or after the command."),
+    typer.Option(help="Folder of cards, laid out like suites/; repeatable; before or after the command."),
 ]
 
 
@@ -58,7 +67,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Train defenses, attack models, read the leaderboard."""
+    """Train defenses, attack models, and compare them in tables."""
     if include:
         reader.include(include)
 
@@ -82,8 +91,8 @@ data_app.command()(data.export)
 data_app.command()(data.make)
 
 
-def _in_front(words: list[str]) -> list[str]:
-    """The words with every `--include FOLDER` moved before the verb, whose option it is."""
+def _include_first(words: list[str]) -> list[str]:
+    """The words with every `--include FOLDER` in front of the command, since typer takes it only there."""
     front: list[str] = []
     rest: list[str] = []
     left = iter(words)
@@ -93,27 +102,46 @@ def _in_front(words: list[str]) -> list[str]:
         elif word == "--include":
             folder = next(left, None)
             if folder is None:
-                return [word]  # so that it is missed here, and the verb not taken for it
+                return [word]  # typer then says that the folder is missing, and takes no command for it
             front += [word, folder]
         else:
             (front if word.startswith("--include=") else rest).append(word)
     return [*front, *rest]
 
 
-def _exit(error: VlmrobError) -> NoReturn:
-    console.err.print(f"error: {error}", style="bold red", markup=False)
-    sys.exit(error.exit_code)
+def _run(words: list[str]) -> int:
+    """Run the command line; returns the exit code.
+
+    Raises:
+        InputError: an unknown command or option, or a value of the wrong kind.
+        Incomplete: stopped by Ctrl-C.
+    """
+    try:
+        code = app(_include_first(words), prog_name=NAME, standalone_mode=False)
+    except typer.Abort:
+        code = INTERRUPTED
+    except UsageError as error:
+        message = " ".join(error.format_message().split())
+        if not message:  # no arguments: the help is printed already
+            return int(error.exit_code)
+        command = error.ctx.command_path if error.ctx else NAME
+        raise InputError(command, message.rstrip("."), do=f"see {command} --help") from None
+    if code == INTERRUPTED:
+        raise Incomplete("stopped; type the same command again, and it goes on where it was")
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:
-    """Run the command line; every known error is one line and an exit code."""
+    """Run the command line; every known error becomes one line on stderr and an exit code."""
     try:
-        app(_in_front(sys.argv[1:]))
+        code = _run(sys.argv[1:])
     except VlmrobError as error:
-        _exit(error)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            _exit(Incomplete("stopped; the same command goes on where it was"))
-        raise
+        code = _print_error(error)
     except OSError as error:
-        _exit(VlmrobError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
+        code = _print_error(VlmrobError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
+    sys.exit(code)
+
+
+def _print_error(error: VlmrobError) -> int:
+    console.err.print(f"error: {error}", style="bold red", markup=False)
+    return error.exit_code

@@ -36,11 +36,11 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
     from dataclasses import replace
 
     from robustbench_vlm.backends.backend import Backend
-    from robustbench_vlm.evaluation import cells, crosscheck, planning
-    from robustbench_vlm.threat import Threat
+    from robustbench_vlm.evaluation import crosscheck, planning
+    from robustbench_vlm.evaluation.cells import Subject
 
     chosen = reader.suite(suite)
-    order = planning.Order(
+    request = planning.EvalRequest(
         models=(model,),
         attacks=(attack,),
         suite=suite,
@@ -53,26 +53,23 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         arch=arch,
     )
     where = place(device)
-    plan = planning.plan(order, where)
-    request, (card,) = plan.request, plan.datasets
+    plan = planning.plan(request, where)
+    settings, (card,) = plan.settings, plan.datasets
 
-    def refuse(backend: Backend) -> None:
-        planning.refuse(replace(request, engine=backend.name, mode=backend.mode), [card])
+    def require(backend: Backend) -> None:
+        planning.require_supported(replace(settings, backend=backend), [card])
 
-    backends, lacking = crosscheck.ways(engine or [], refuse)
+    backends, lacking = crosscheck.available(engine or [], require)
     for text in lacking:
         console.remark(f"left out: {text}")
     require_tiny([card.name], data_root)
     (split,) = planning.open_data(planning.require_data(plan))
-    what = cells.subject(plan.models[0], split.card, split)
-    for line in what.split.bad:
+    subject = Subject.of(plan.models[0], split.card, split)
+    for line in subject.split.bad:
         console.remark(f"note: {card.name}: left out: {line}")
-    threat = Threat(request.norm, request.ladder[0])
-    noise = request.seed if seed is None else seed
+    noise = replace(settings, seed=settings.seed if seed is None else seed)
     with console.meter() as meter:
-        found = crosscheck.run(
-            what, request.attacks[0], threat, backends, seed=noise, device=where, report=meter
-        )
+        found = crosscheck.run(subject, settings.chains[0], noise, backends, meter)
     if as_json:
         console.result_json(found.record)
         return

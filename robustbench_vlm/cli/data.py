@@ -220,11 +220,12 @@ def make(
     ] = "",
 ) -> None:
     """Make the tiny world, or a miniature of a suite with generated images in the real layout."""
-    from robustbench_vlm.demo.datasets import make_miniature, make_tiny
+    from robustbench_vlm.data.tiny import write
+    from robustbench_vlm.demo.datasets import make_miniature
 
     with console.meter() as meter:
         if suite == "tiny":
-            make_tiny(root, meter)
+            write.make_missing(root, meter)
         else:
             make_miniature(suite, root, n, label_with, meter, per_class)
     console.result(str(root))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -20,15 +20,9 @@ from robustbench_vlm.cli.options import (
     comma_separated,
     place,
     print_grids,
-    require_tiny,
 )
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models import model_ids
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from robustbench_vlm.evaluation import planning
 
 CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
@@ -110,10 +104,13 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     datasets, chains = comma_separated(dataset), comma_separated(attack)
     models = tuple(model or [_newest_checkpoint()])
     _require_models(models, chains)
+    from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
+    from robustbench_vlm.evaluation import evaluate as evaluation
 
-    request = planning.Order(
+    attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
+    request = planning.EvalRequest(
         models=models,
         attacks=chains or (() if protocol else ("autoattack",)),
         suite=suite,
@@ -123,12 +120,10 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
         n=n,
         results=out,
         data_root=data_root,
-        live=batch_size,
-        keep_images=save_adversarial,
+        active_rows=batch_size,
+        save_images=save_adversarial,
         skip_missing=skip_missing,
-        engine=engine,
-        mode=mode,
-        sight=Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs),
+        backend=Backend(engine, mode, attacked_in),
         arch=arch,
         protocol=protocol,
     )
@@ -143,43 +138,19 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
             for line in estimate.price(plan):
                 console.result(line)
             return
-    rows = _attack(plan)
+    with console.meter() as meter:
+        rows = evaluation.evaluate(plan, meter, console.remark)
     if as_json:
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        line = f"vlmrob leaderboard --results {out} --suite {plan.order.suite}{reader.as_typed()}"
+        line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
-    if _flags(rows) and strict:
-        raise typer.Exit(CHECK_FLAG)
-
-
-def _attack(plan: planning.Plan) -> pd.DataFrame:
-    """Carry a plan out, and print on the way what its reader should know; returns its leaderboard rows."""
-    from robustbench_vlm.evaluation import estimate, planning
-
-    root = plan.order.data_root
-    require_tiny([card.name for card in plan.datasets], root)
-    for line in plan.protocol.differs if plan.protocol else ():
-        console.remark(f"note: protocol {plan.order.protocol}: {line}")
-    whole, plan = plan, planning.require_data(plan)
-    for card in whole.datasets:
-        if card not in plan.datasets:
-            console.remark(f"left out: {card.name} is not below {root}")
-    for line in estimate.price(plan):
-        console.remark(line)
-    with console.meter() as meter:
-        paths = planning.perform(plan, meter, console.remark)
-    return planning.rows(plan, paths)
-
-
-def _flags(rows: pd.DataFrame) -> list[str]:
-    """Print the flags of measured rows; returns them."""
-    flagged = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
-    lines = sorted(set(flagged.model_id + " on " + flagged.dataset + ": " + flagged.flag))
-    for line in lines:
+    flagged = evaluation.flags(rows)
+    for line in flagged:
         console.remark(f"flag: {line}")
-    return lines
+    if flagged and strict:
+        raise typer.Exit(CHECK_FLAG)
 
 
 def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:

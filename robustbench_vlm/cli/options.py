@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.dataset import DatasetCard
 
 DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
@@ -32,13 +30,10 @@ def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
 
 def require_tiny(names: list[str], root: Path) -> None:
     """Render the datasets of the tiny world that are asked for and not there yet."""
-    wanted = [name for name in names if reader.read("datasets", name, DatasetCard).made_by == "tiny"]
-    if not wanted:
-        return
-    from robustbench_vlm.demo.datasets import make_tiny
+    from robustbench_vlm.data.tiny import write
 
     with console.meter() as meter:
-        made = make_tiny(root, meter, wanted)
+        made = write.make_missing(root, meter, names)
     if made:
         console.remark(f"rendered the tiny world into {root}")
 

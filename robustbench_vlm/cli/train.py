@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cli.options import DataRoot, Device, place, require_tiny
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.cli.options import DataRoot, Device
 from robustbench_vlm.training.resolve import resolve
 
 
@@ -33,33 +32,14 @@ def train(
 ) -> None:
     """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
-    folder = out or Path("runs") / f"{chosen.name}-{chosen.fingerprint[:8]}"
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"--out {folder}", "not empty", "an empty folder with --no-resume", "choose another one"
-        )
-    if (folder / "card.json").exists() and (folder / "recipe.json").exists():
-        console.remark(f"{folder} is finished already; held against the recipe, nothing is trained again")
-    from robustbench_vlm.training import loop, teacher_cache
+    from robustbench_vlm.training import train
 
-    where = place(device)
-    judged = reader.suites_with(chosen.data.dataset)
-    require_tiny([chosen.data.dataset], data_root)
-    threat = chosen.inner.threat if chosen.inner else "no adversary"
-    console.remark(f"training {chosen.name}: {chosen.optim.steps} steps, {threat}, on {where}, into {folder}")
-    total = chosen.optim.steps
+    folder = out or train.folder_of(chosen)
     with console.meter() as meter:
-
-        def report(line: Any) -> None:  # noqa: ANN401 - a JSON line of the log
-            if "probe" in line:
-                console.remark(f"step {line['step']}: probe {line['probe']}")
-            else:
-                meter(chosen.name, line["step"], total, f"loss {line['loss']:.4f}")
-
-        kept = teacher_cache.folder() if cache else None
-        loop.run(chosen, folder, data_root, where, report, kept, console.remark)
+        train.train(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
     console.result(str(folder))
+    suites = reader.suites_with(chosen.data.dataset)
     told = "" if data_root == Path("data") else f" --data-root {data_root}"
-    target = f"--suite {judged[0]}" if judged else f"--dataset {chosen.data.dataset}"
+    target = f"--suite {suites[0]}" if suites else f"--dataset {chosen.data.dataset}"
     line = f"vlmrob eval --model {folder} --attack autoattack {target}{told}"
     console.remark(f"next: {line}{reader.as_typed()}")

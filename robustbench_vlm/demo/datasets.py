@@ -1,43 +1,25 @@
-"""Write the datasets of the tiny world, and generated miniatures of public ones."""
+"""Write generated miniatures of public datasets."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset, miniature
-from robustbench_vlm.data.tiny import write
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import cells
-from robustbench_vlm.evaluation.planning import Meter
+from robustbench_vlm.evaluation.cells import Subject
+from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Classifier
 
 ROWS = 32  # shape of the model calls that label a miniature
 
 
-def make_tiny(root: Path, report: Meter, only: Sequence[str] | None = None) -> list[Path]:
-    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made.
-
-    Args:
-        root: folder of all datasets.
-        report: called with (what, done, total).
-        only: names of datasets; those that are not of the tiny world are passed over. Default: all of it.
-    """
-    made: list[Path] = []
-    for name in reader.names("datasets") if only is None else only:
-        card = reader.read("datasets", name, DatasetCard)
-        if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
-            made += write.make(root, [name], report)
-    return made
-
-
 def make_miniature(
-    suite: str, root: Path, n: int, label_with: str, report: Meter, per_class: int | None = None
+    suite: str, root: Path, n: int, label_with: str, report: Report, per_class: int | None = None
 ) -> None:
     """Write a miniature of every dataset of a suite, labelled by a model's own predictions when one is named.
 
@@ -59,10 +41,10 @@ def predictions(loaded: zoo.Loaded, card: DatasetCard, split: str, n: int) -> di
     with tempfile.TemporaryDirectory() as folder:
         miniature.make(card, Path(folder), n=n, split=split)
         opened = dataset.open_split(card, Path(folder), split)
-        what = cells.subject(loaded, opened.card, opened)
-        classify = Classifier(loaded.model, what.bank)
+        subject = Subject.of(loaded, opened.card, opened)
+        classify = Classifier(loaded.model, subject.bank)
         found: list[int] = []
-        for part in what.images.parts(range(len(what.images)), ROWS):
-            found += canonical.logits(classify, what.images.floats(part), ROWS).argmax(1).tolist()
-        pairs = zip(what.split.keys, found, strict=True)
+        for part in subject.images.parts(range(len(subject.images)), ROWS):
+            found += canonical.logits(classify, subject.images.floats(part), ROWS).argmax(1).tolist()
+        pairs = zip(subject.split.keys, found, strict=True)
         return {key.rsplit("/", 1)[-1]: label for key, label in pairs}

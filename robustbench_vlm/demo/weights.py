@@ -16,7 +16,7 @@ import torch
 from robustbench_vlm import console, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
-from robustbench_vlm.demo.datasets import make_tiny
+from robustbench_vlm.data.tiny import write
 from robustbench_vlm.demo.pretrain import Plan, Pretrained, pretrain
 from robustbench_vlm.models import checkpoint, openclip, zoo
 from robustbench_vlm.training import loop
@@ -46,7 +46,7 @@ def make(data_root: Path, device: torch.device) -> None:
             text = _text_of(WORK / "tiny")
             made = pretrain(TEACHER, text, lambda done, total, _: meter("pretrain the teacher", done, total))
             _save(WORK / START, START, made, TEACHER, text_from="tiny")
-        make_tiny(data_root, meter, ["tiny-seen"])
+        write.make_missing(data_root, meter, ["tiny-seen"])
         for name in TEACHERS:
             recipe = reader.read("recipes", name, Recipe)
             loop.run(recipe, WORK / name, data_root, device, _report(name, recipe.optim.steps, meter))

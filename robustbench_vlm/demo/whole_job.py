@@ -18,7 +18,7 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.demo.datasets import make_tiny
+from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.results import compare, leaderboard, result_file
 from robustbench_vlm.training import loop
@@ -73,7 +73,7 @@ def run(
 
     suite = reader.read("suites", "tiny", Suite)
     with phase("render the tiny world"):
-        make_tiny(data_root, meter)
+        write.make_missing(data_root, meter)
     for name in (BASELINE, OURS, *((TECOA,) if full else ())):
         recipe = reader.read("recipes", name, Recipe)
         with phase(f"train {name}"):
@@ -90,9 +90,9 @@ def run(
     further = (str(out / "models" / TECOA), *TEACHERS)
     for who, models in (("", main), *((("further models, ", further),) if full else ())):
         for attacks, datasets in (SHORT, DEEP):
-            order = planning.Order(models, attacks, "tiny", results, data_root, datasets=datasets, n=n)
+            request = planning.EvalRequest(models, attacks, "tiny", results, data_root, datasets, n=n)
             with phase(f"{who}attack with {' and '.join(attacks)}"):
-                planning.perform(planning.require_data(planning.plan(order, device)), meter)
+                planning.perform(planning.require_data(planning.plan(request, device)), meter)
     with phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         found = result_file.of_suite(result_file.read(results), suite)

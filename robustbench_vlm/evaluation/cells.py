@@ -1,8 +1,9 @@
-"""What is evaluated, and the name of a result: everything that decides a number, as plain values with a hash.
+"""Cells: which results an evaluation makes, and what each of them is named by.
 
-A cell is model x dataset x attack x eps x subset. What an attack found out about an image is a property of
-(model, image, threat, attack, seed) alone, so it is kept in a *ledger* that every cell shares: `autoattack`
-starts from what `aa2` found, n = 500 from n = 100, and a killed run from its last image.
+A cell is one model on one dataset under one chain at one radius on one subset of images. Everything that
+decides its outcome is written as plain values, whose hash names it. What an attack finds out about an image
+depends on model, image, threat, attack and seed alone, so it is written to a *ledger* that cells share:
+`autoattack` starts from what `aa2` found, n = 500 from n = 100, and a killed run from its last image.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
 from robustbench_vlm.data.dataset import Split
-from robustbench_vlm.engine.attacked_view import PLAIN, Precision
-from robustbench_vlm.evaluation.chain import attack_sha256
+from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.results import result_file
@@ -33,52 +33,40 @@ from robustbench_vlm.threat import Norm, Threat
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to evaluate, apart from the model and the data.
+class EvalSettings:
+    """How models are evaluated, whichever model and dataset it is.
 
     Attributes:
-        attacks: chains, each run on the images as they are.
+        chains: each is run on the clean images.
         norm: of the ball.
-        ladder: radii, ascending; an image broken at one counts as broken at the larger ones.
-        n: images a dataset, 0 for all.
-        seed: of subset and attacks.
-        results: folder of cells and ledgers.
+        ladder: radii in ascending order; an image that is broken at one counts as broken at the larger ones.
+        n: images of every dataset; 0 means all.
+        seed: of the subset and of the attacks' noise.
+        results: folder of result files and ledgers.
         device: where to attack.
-        live: rows in use, at most `rows` of the chain; changes speed and memory, never a verdict.
-        keep_images: store the adversarial images too.
-        sight: how attacks see the model; verdicts are in fp32 whatever it is.
-        marks: what else a row must be told apart by (protocol, list of images); empty for none.
-        engine: `native`, or the package that attacks instead.
-        mode: of the native engine: `fast`, or `reference`, in lock-step with the reference's noise.
+        backend: what runs the attacks, and in which precision the model is attacked.
+        active_rows: images under attack at once, at most the chain's `rows`; None for all rows. It changes
+            speed and memory, never a verdict.
+        save_images: write the adversarial images too.
+        tags: further facts that tell results apart: the protocol and the list of images; empty for none.
     """
 
-    attacks: tuple[AttackCard, ...]
+    chains: tuple[Chain, ...]
     norm: Norm
     ladder: tuple[Fraction, ...]
     n: int
     seed: int
     results: Path
     device: torch.device
-    live: int | None = None
-    keep_images: bool = False
-    sight: Precision = PLAIN
-    marks: Mapping[str, str] = field(default_factory=dict)
-    engine: str = "native"
-    mode: str = "fast"
+    backend: Backend = field(default_factory=Backend)
+    active_rows: int | None = None
+    save_images: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def by(self) -> Backend:
-        """Who attacks and how.
-
-        Raises:
-            InputError: no such engine or mode, or two things that do not go together.
-        """
-        return Backend(self.engine, self.mode, self.sight)
-
-    @cached_property
-    def means(self) -> dict[str, str]:
-        """How the numbers come about: part of every fingerprint."""
-        return {"precision": self.sight.label, "engine": self.by.label}
+    def numerics(self) -> dict[str, str]:
+        """What computed the numbers: part of every fingerprint."""
+        return {"precision": self.backend.precision.label, "engine": self.backend.label}
 
 
 @dataclass(frozen=True)
@@ -86,14 +74,26 @@ class Subject:
     """One model on one dataset, ready to be attacked.
 
     Attributes:
-        images: N of them, whose pixels are read when they are needed.
-        bank: (C, D) unit text rows.
+        loaded: the model with its card.
+        card: of the dataset.
+        images: N of them; pixels are read when they are needed.
+        bank: (C, D) unit text embeddings of the classes.
     """
 
     loaded: Loaded
     card: DatasetCard
     images: CanvasImages
     bank: Tensor
+
+    @classmethod
+    def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
+        """Look at the images of `split`, and encode the sentences of `card` with one model."""
+        images = decodable_images(split, loaded.model.image_size)
+        return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))
+
+    def classifier(self, device: torch.device, *, bf16: bool = False) -> Classifier:
+        """The model as a classifier of pixels on a device."""
+        return Classifier(self.loaded.model, self.bank, bf16=bf16).to(device)
 
     @property
     def split(self) -> Split:
@@ -128,81 +128,85 @@ class Subject:
         }
 
 
-def subject(loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
-    """Look at the images of `split` and encode the sentences of `card` for one model."""
-    images = decodable_images(split, loaded.model.image_size)
-    bank = text_bank(loaded.model, render(card.names, card.templates))
-    return Subject(loaded, card, images, bank)
-
-
 @dataclass(frozen=True)
 class Cell:
-    """One result to be: a subject, a chain, and the radii up to its own."""
+    """One result, measured already or still to be measured.
 
-    what: Subject
-    attack: AttackCard
-    request: Request
+    Attributes:
+        subject: model and images.
+        chain: attacks.
+        settings: of the evaluation.
+        ladder: radii up to and including the cell's own.
+    """
+
+    subject: Subject
+    chain: Chain
+    settings: EvalSettings
     ladder: tuple[Fraction, ...]
 
     @property
     def threat(self) -> Threat:
-        """The ball of this cell: the last rung of its ladder."""
-        return Threat(self.request.norm, self.ladder[-1])
+        """The ball: norm, and the last radius of the ladder."""
+        return Threat(self.settings.norm, self.ladder[-1])
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Everything that decides the outcome, as plain values; its hash names the cell."""
-        what, card = self.what, self.what.card
+        """Everything that decides the outcome, as plain values; its hash names the cell.
+
+        Radii are exact fractions here, since they are hashed.
+        """
+        subject, card, settings = self.subject, self.subject.card, self.settings
         return {
-            **what.facts,
-            **self.request.means,
-            **self.request.marks,
-            "model": what.loaded.card.name,
+            **subject.facts,
+            **settings.numerics,
+            **settings.tags,
+            "model": subject.loaded.card.name,
             "dataset": card.name,
             "dataset_version": card.version,
-            "split": what.split.split,
-            "n_requested": self.request.n,
-            "seed": self.request.seed,
-            "subset_sha256": what.split.sha256,
-            "images_sha256": store.fingerprint(list(what.image_shas)),
+            "split": subject.split.split,
+            "n_requested": settings.n,
+            "seed": settings.seed,
+            "subset_sha256": subject.split.sha256,
+            "images_sha256": store.fingerprint(list(subject.image_shas)),
             "names_sha256": store.fingerprint(list(card.names)),
             "templates_sha256": store.fingerprint(list(card.templates)),
-            "norm": self.request.norm,
+            "norm": settings.norm,
             "eps": str(self.ladder[-1]),
             "eps_ladder": [str(eps) for eps in self.ladder],
-            "attack": self.attack.name,
-            "attack_version": self.attack.version,
-            "attack_sha256": attack_sha256(self.attack),
+            "attack": self.chain.name,
+            "attack_version": self.chain.card.version,
+            "attack_sha256": self.chain.sha256,
         }
 
     @property
     def path(self) -> Path:
-        """The cell's JSON file; Parquet and images stand beside it."""
-        return result_file.path_of(self.request.results, self.config, len(self.what.split))
+        """The cell's JSON file; verdicts and images are files of the same name with other endings."""
+        return result_file.path_of(self.settings.results, self.config, len(self.subject.split))
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        suffixes = [".json", ".parquet", *([".safetensors"] if self.request.keep_images else [])]
-        return all(self.path.with_suffix(suffix).exists() for suffix in suffixes)
+        """Whether all files of the cell exist."""
+        images = [".safetensors"] if self.settings.save_images else []
+        path = self.path
+        return all(path.with_suffix(suffix).exists() for suffix in (".json", ".parquet", *images))
 
     def ledger(self, number: int) -> Path:
-        """Where the findings of stage `number` are kept.
+        """The file with the findings of stage `number`.
 
-        Named by all that decides them: the chain up to this stage, and not the subset, unless images are
-        attacked in batches that the subset decides.
+        It is named by everything that decides a finding: the chain up to this stage and, where the backend
+        draws noise in batches, also the subset, which decides what is in a batch.
         """
-        drawn = [self.what.split.sha256, *self.what.image_shas]
+        subject, settings = self.subject, self.settings
+        drawn = store.fingerprint([subject.split.sha256, *subject.image_shas])
         config = {
-            **({} if self.request.by.keyed else {"drawn": store.fingerprint(drawn)}),
-            **self.what.facts,
-            **self.request.means,
-            "norm": self.request.norm,
+            **({} if settings.backend.keyed else {"drawn": drawn}),
+            **subject.facts,
+            **settings.numerics,
+            "norm": settings.norm,
             "ladder": [str(eps) for eps in self.ladder],
-            "seed": self.request.seed,
-            "rows": self.attack.rows,
-            "stop": self.attack.stop,
-            "stages": [stage.model_dump(mode="json") for stage in self.attack.stage[: number + 1]],
+            "seed": settings.seed,
+            "rows": self.chain.rows,
+            "stop": self.chain.stop,
+            "stages": self.chain.stage_records[: number + 1],
         }
-        folder = self.request.results / "ledger" / self.what.card.name
-        return folder / f"{store.fingerprint(config)[:32]}.jsonl"
+        return settings.results / "ledger" / subject.card.name / f"{store.fingerprint(config)[:32]}.jsonl"

@@ -1,60 +1,126 @@
-"""A chain of attacks, built from its card."""
+"""A chain of attacks, built once from its card: it answers whatever depends on its stages."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard, Stage
-from robustbench_vlm.engine.interface import Attack
+from robustbench_vlm.engine.interface import Attack, Stop
+from robustbench_vlm.engine.job import Job, Stages
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.threat import Norm
+from robustbench_vlm.threat import Norm, Threat
 
 
-def needs(card: AttackCard, n_classes: int) -> dict[str, bool]:
-    """What a chain needs a model to be, as `checks.examine` wants to know it."""
-    white_box = any(plugin(card, stage).cost(n_classes)[1] for stage in card.stage)
-    return {"white_box": white_box, "only_ce": all(stage.fields.get("loss") == "ce" for stage in card.stage)}
+@dataclass(frozen=True)
+class Chain:
+    """Attacks that run one after the other; each is given the images that survived the ones before.
 
-
-def black_box(card: AttackCard, n_classes: int) -> list[str]:
-    """Names of the stages without gradients that come after one with gradients."""
-    gradients = [plugin(card, stage).cost(n_classes)[1] for stage in card.stage]
-    return [stage.name for i, stage in enumerate(card.stage) if not gradients[i] and any(gradients[:i])]
-
-
-def attack_sha256(card: AttackCard) -> str:
-    """Fingerprint of a chain: its stages with every number, the padded shape and the stopping rule."""
-    return store.fingerprint(card.model_dump(mode="json", include={"rows", "stop", "stage"}))
-
-
-def require_norm(card: AttackCard, norm: Norm) -> None:
-    """Build every attack of a chain, so that what cannot run stops here, before any time is spent.
-
-    Raises:
-        CardError: an unknown attack or field.
-        InputError: an attack that does not know the norm; the message names the chains that do.
+    Attributes:
+        card: the record it was built from.
+        stages: name and attack of each stage, in the order in which they run.
     """
-    for stage in card.stage:
-        attack = plugin(card, stage)
-        if norm in attack.norms:
-            continue
-        others = [reader.read("attacks", name, AttackCard) for name in reader.names("attacks")]
-        able = [o.name for o in others if all(norm in plugin(o, s).norms for s in o.stage)]
-        raise InputError(
-            f"attack {card.name}, stage {stage.name}",
-            f"norm {norm!r}",
-            " or ".join(attack.norms),
-            f"chains for {norm}: {', '.join(able) or 'none'}",
-        )
+
+    card: AttackCard
+    stages: Stages
+
+    @classmethod
+    def of(cls, card: AttackCard) -> Chain:
+        """Build every attack of a card.
+
+        Raises:
+            CardError: an unknown attack or field.
+        """
+        return cls(card, tuple((stage.name, _attack(card, stage)) for stage in card.stage))
+
+    @classmethod
+    def named(cls, name: str) -> Chain:
+        """The chain of a card of `suites/attacks` or of `--include`, or of a TOML file.
+
+        Raises:
+            CardError: no such card, or an unknown attack or field in it.
+        """
+        return cls.of(reader.read("attacks", name, AttackCard))
+
+    @property
+    def name(self) -> str:
+        """Name of the card."""
+        return self.card.name
+
+    @property
+    def rows(self) -> int:
+        """Images in every model call."""
+        return self.card.rows
+
+    @property
+    def stop(self) -> Stop:
+        """When a trajectory ends."""
+        return self.card.stop
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [name for name, _ in self.stages]
+
+    @property
+    def stage_records(self) -> list[dict[str, Any]]:
+        """Every number of every stage, as plain values."""
+        return [stage.model_dump(mode="json") for stage in self.card.stage]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the chain: its stages with every number, the rows and the stop rule."""
+        return store.fingerprint(self.card.model_dump(mode="json", include={"rows", "stop", "stage"}))
+
+    def cost(self, n_classes: int) -> tuple[int, int]:
+        """(forward passes, image gradients) of one image that survives every stage: the worst case."""
+        costs = [attack.cost(n_classes) for _, attack in self.stages]
+        return sum(forwards for forwards, _ in costs), sum(gradients for _, gradients in costs)
+
+    def needs(self, n_classes: int) -> dict[str, bool]:
+        """What the chain needs of a model, in the keywords of `model_checks.examine`."""
+        only_ce = all(stage.fields.get("loss") == "ce" for stage in self.card.stage)
+        return {"white_box": self.cost(n_classes)[1] > 0, "only_ce": only_ce}
+
+    def black_box(self, n_classes: int) -> list[str]:
+        """Names of the stages without gradients that run after a stage with gradients."""
+        gradients = [attack.cost(n_classes)[1] for _, attack in self.stages]
+        return [name for i, name in enumerate(self.stage_names) if not gradients[i] and any(gradients[:i])]
+
+    def substitutions(self, n_classes: int) -> list[str]:
+        """What runs otherwise than written because there are so few classes; one sentence each."""
+        return [f"{name}: {text}" for name, attack in self.stages for text in attack.substitutions(n_classes)]
+
+    def require_norm(self, norm: Norm) -> None:
+        """Refuse a norm that an attack of the chain does not support.
+
+        Raises:
+            InputError: the message names the chains that do.
+        """
+        for name, attack in self.stages:
+            if norm not in attack.norms:
+                others = [Chain.named(other) for other in reader.names("attacks")]
+                able = [other.name for other in others if other.supports(norm)]
+                raise InputError(
+                    f"attack {self.name}, stage {name}",
+                    f"norm {norm!r}",
+                    " or ".join(attack.norms),
+                    f"chains for {norm}: {', '.join(able) or 'none'}",
+                )
+
+    def supports(self, norm: Norm) -> bool:
+        """Whether every attack of the chain knows the norm."""
+        return all(norm in attack.norms for _, attack in self.stages)
+
+    def job(self, threat: Threat, n_classes: int, *, seed: int = 0, active_rows: int | None = None) -> Job:
+        """The chain as an engine is given it; see `Job`."""
+        return Job(self.stages, threat, self.rows, n_classes, active_rows, self.stop, seed)
 
 
-def plugin(card: AttackCard, stage: Stage) -> Attack:
-    """The attack of one stage, with its fields.
-
-    Raises:
-        CardError: an unknown attack or field.
-    """
-    attack: Attack = plugins.build(
-        "attacks", stage.attack, stage.fields, f"attack {card.name}, stage {stage.name}"
-    )
+def _attack(card: AttackCard, stage: Stage) -> Attack:
+    where = f"attack {card.name}, stage {stage.name}"
+    attack: Attack = plugins.build("attacks", stage.attack, stage.fields, where)
     return attack

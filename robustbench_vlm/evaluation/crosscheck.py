@@ -1,4 +1,4 @@
-"""Do the engines agree? The same images through each, verdict by verdict, and what each of them spent."""
+"""Compare backends: the same images through each of them, verdict by verdict, and what each of them spent."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from typing import Any
 import torch
 
 from robustbench_vlm.backends.backend import Backend, installed_packages
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import attacked_view, canonical
-from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluation.cells import Subject
-from robustbench_vlm.evaluation.chain import plugin
-from robustbench_vlm.models.clip import Classifier
+from robustbench_vlm.evaluation.cells import EvalSettings, Subject
+from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Finding
-
-Report = Callable[[str, int, int], None]
 
 RUNS = (
     *("engine", "version", "attacked", "robust", "errors"),
@@ -31,15 +28,15 @@ PAIRS = ("a", "b", "both broken", "only a", "only b", "agreement %", "disagree o
 
 
 @dataclass(frozen=True)
-class Run:
-    """One engine on all images.
+class BackendRun:
+    """One backend on all images.
 
     Attributes:
         engine: its name, with the mode of the native one.
-        version: as results state it.
-        verdicts: by key: `broken`, `robust`, or `error`; images that are wrong when clean are absent.
+        version: as the column `engine` of a result states it.
+        verdicts: by key: `broken`, `robust` or `error`; images that are wrong when clean are absent.
         cost: model calls of the fixed shape, by kind.
-        seconds: of this run on this machine, which depend on what else it does.
+        seconds: of this run, on this machine with whatever else it was doing.
     """
 
     engine: str
@@ -49,18 +46,18 @@ class Run:
     seconds: float
 
     def count(self, verdict: str) -> int:
-        """Images of that verdict."""
+        """Number of images with a verdict."""
         return sum(found == verdict for found in self.verdicts.values())
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two engines, image by image; errors are no verdict, and count as broken by neither.
+class BackendPair:
+    """Two backends, image by image. An image with an error counts as not broken.
 
     Attributes:
-        a, b: names of the engines.
-        both: images that both broke.
-        only_a, only_b: keys of those that one broke and the other did not.
+        a, b: their names.
+        both: number of images that both broke.
+        only_a, only_b: keys of the images that one broke and the other did not.
         agreement: share of images with the same verdict.
     """
 
@@ -74,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Crosscheck:
-    """All engines on the same images.
+    """All backends on the same images.
 
     Attributes:
         model, dataset, attack: names.
@@ -82,8 +79,8 @@ class Crosscheck:
         n: images drawn; those that are wrong when clean are not attacked.
         attacked: the others.
         seed: of subset and attacks.
-        runs: in the order asked for, the native engine in its mode `fast` first.
-        pairs: every two of them.
+        runs: in the given order, the native engine in its mode `fast` first.
+        pairs: every two of the runs.
     """
 
     model: str
@@ -93,17 +90,17 @@ class Crosscheck:
     n: int
     attacked: int
     seed: int
-    runs: tuple[Run, ...]
-    pairs: tuple[Pair, ...]
+    runs: tuple[BackendRun, ...]
+    pairs: tuple[BackendPair, ...]
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As plain values, for JSON."""
         return asdict(self)
 
     @property
     def costs(self) -> list[list[str]]:
-        """Lines of the table of runs, as `RUNS` has them; the ratio is to the seconds of the first."""
+        """Lines of the table of runs, in the order of `RUNS`; `ratio` is to the seconds of the first."""
         return [
             [
                 run.engine,
@@ -120,7 +117,7 @@ class Crosscheck:
 
     @property
     def agreements(self) -> list[list[str]]:
-        """Lines of the table of pairs, as `PAIRS` has them."""
+        """Lines of the table of pairs, in the order of `PAIRS`."""
         return [
             [
                 pair.a,
@@ -135,26 +132,26 @@ class Crosscheck:
         ]
 
 
-def ways(names: Sequence[str], refuse: Callable[[Backend], None]) -> tuple[list[Backend], list[str]]:
+def available(names: Sequence[str], require: Callable[[Backend], None]) -> tuple[list[Backend], list[str]]:
     """The native engine in both of its modes, and the packages of these names, or all that are installed.
 
     Args:
-        names: packages that must take part; of others, those that cannot are left out.
-        refuse: raises for an engine that cannot do the chain.
+        names: packages that must take part; without names, those that can.
+        require: raises for a backend that cannot run the chain.
 
     Returns:
-        Engines, and a sentence about each that is left out.
+        Backends, the native one in mode `fast` first, and a sentence about each that is left out.
 
     Raises:
-        InputError: the native engine, or a package that was named, cannot do the chain or is not installed.
+        InputError: the native engine, or a package that was named, cannot run the chain or is not installed.
     """
     found, lacking = [Backend()], []
-    refuse(found[0])
+    require(found[0])
     others = names or [name for name, (version, _) in installed_packages().items() if version]
     wanted = [Backend(name) for name in dict.fromkeys(others) if name != "native"]
     for backend in [Backend(mode="reference"), *wanted]:
         try:
-            refuse(backend)
+            require(backend)
         except InputError as error:
             if backend.name in names and backend.name != "native":
                 raise
@@ -165,93 +162,72 @@ def ways(names: Sequence[str], refuse: Callable[[Backend], None]) -> tuple[list[
 
 
 def run(
-    what: Subject,
-    card: AttackCard,
-    threat: Threat,
-    backends: Sequence[Backend],
-    *,
-    seed: int,
-    device: torch.device,
-    report: Report,
+    subject: Subject, chain: Chain, settings: EvalSettings, backends: Sequence[Backend], report: Report
 ) -> Crosscheck:
-    """Run a chain on the same images by each engine.
+    """Run a chain on the same images by each backend, at the smallest radius of the settings.
 
     Args:
-        what: model and images.
-        card: the chain.
-        threat: ball and radius.
-        backends: the engines, the one that others are measured by first.
-        seed: of the noise.
-        device: where to attack.
-        report: told as images get their verdict.
+        subject: model and images.
+        chain: attacks.
+        settings: norm, radii, seed and device.
+        backends: the one that the times of the others are divided by first.
+        report: called as images finish.
 
     Raises:
-        InputError: an engine cannot do the chain; no image is right when clean.
+        InputError: a backend cannot run the chain; no image is right when clean.
     """
-    stages = [(stage.name, plugin(card, stage)) for stage in card.stage]
+    threat, seed, device = Threat(settings.norm, settings.ladder[0]), settings.seed, settings.device
     with attacked_view.numerics():
-        arena = _Arena(what, card, threat, stages, seed, device)
-        runs = tuple(arena.run(backend, report) for backend in backends)
-    names = (what.loaded.card.name, what.card.name, card.name, str(threat))
+        model = Model(subject.classifier(device))
+        images = _right_images(subject, model, chain.rows, device)
+        job = chain.job(threat, subject.card.n_classes, seed=seed)
+        runs = tuple(_run(backend, model, job, images, report) for backend in backends)
+    names = (subject.loaded.card.name, subject.card.name, chain.name, str(threat))
     pairs = tuple(_pair(a, b) for a, b in itertools.combinations(runs, 2))
-    return Crosscheck(*names, len(what.images), len(arena.right), seed, runs, pairs)
+    return Crosscheck(*names, len(subject.images), len(images.keys), seed, runs, pairs)
 
 
-class _Arena:
-    """The images that are right when clean, with their model on the device."""
+def _right_images(subject: Subject, model: Model, rows: int, device: torch.device) -> ImageBlock:
+    """The images that the model classifies correctly.
 
-    def __init__(
-        self,
-        what: Subject,
-        card: AttackCard,
-        threat: Threat,
-        stages: Stages,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.card, self.threat, self.stages, self.seed = card, threat, stages, seed
-        self.classify = Classifier(what.loaded.model, what.bank).to(device)
-        images, labels = what.images.floats(range(len(what.images))).to(device), what.labels.to(device)
-        clean = canonical.logits(self.classify, images, card.rows)
-        self.right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
-        if not self.right:
-            found = f"none of {len(images)} images is right when clean"
-            raise InputError(f"crosscheck on {what.card.name}", found, "something to attack", "raise --n")
-        self.images, self.labels, self.clean = images[self.right], labels[self.right], clean[self.right]
-        self.keys = [what.split.keys[i] for i in self.right]
-
-    def run(self, backend: Backend, report: Report) -> Run:
-        """One engine on all of them."""
-        last = self.stages[-1][0]
-        verdicts: dict[str, str] = {}
-
-        def take(finding: Finding) -> None:
-            if finding.error or finding.broken or finding.stage == last:
-                verdict = "error" if finding.error else "broken" if finding.broken else "robust"
-                verdicts[finding.key] = verdict
-                report(backend.title, len(verdicts), len(self.keys))
-
-        began = time.perf_counter()
-        job = Job(
-            stages=self.stages,
-            threat=self.threat,
-            rows=self.card.rows,
-            n_classes=self.clean.shape[1],
-            stop=self.card.stop,
-            seed=self.seed,
-        )
-        block = ImageBlock(self.images, self.labels, self.keys, self.clean)
-        cost = backend.run_chain(Model(self.classify), job, block, take)
-        seconds = time.perf_counter() - began
-        return Run(backend.title, backend.label, {key: verdicts[key] for key in self.keys}, cost, seconds)
+    Raises:
+        InputError: there is none.
+    """
+    images = subject.images.floats(range(len(subject.images))).to(device)
+    labels = subject.labels.to(device)
+    clean = canonical.logits(model.canonical, images, rows)
+    right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
+    if not right:
+        found = f"none of {len(images)} images is right when clean"
+        raise InputError(f"crosscheck on {subject.card.name}", found, "something to attack", "raise --n")
+    return ImageBlock(images, labels, subject.split.keys, clean).take(right)
 
 
-def _pair(a: Run, b: Run) -> Pair:
-    """What two runs agree about."""
+def _run(backend: Backend, model: Model, job: Job, images: ImageBlock, report: Report) -> BackendRun:
+    """One backend on all of the images."""
+    last = job.stages[-1][0]
+    verdicts: dict[str, str] = {}
+
+    def note(finding: Finding) -> None:
+        if finding.error or finding.broken or finding.stage == last:
+            verdict = "error" if finding.error else "broken" if finding.broken else "robust"
+            verdicts[finding.key] = verdict
+            report(backend.title, len(verdicts), len(images.keys))
+
+    began = time.perf_counter()
+    cost = backend.run_chain(model, job, images, note)
+    seconds = time.perf_counter() - began
+    return BackendRun(
+        backend.title, backend.label, {key: verdicts[key] for key in images.keys}, cost, seconds
+    )
+
+
+def _pair(a: BackendRun, b: BackendRun) -> BackendPair:
+    """On which images two backends agree."""
     keys = list(a.verdicts)
     broken_a = {key for key in keys if a.verdicts[key] == "broken"}
     broken_b = {key for key in keys if b.verdicts[key] == "broken"}
-    return Pair(
+    return BackendPair(
         a=a.engine,
         b=b.engine,
         both=len(broken_a & broken_b),

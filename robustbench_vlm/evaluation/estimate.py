@@ -3,57 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset
-from robustbench_vlm.evaluation import chain
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.models import zoo
 from robustbench_vlm.threat import Threat
 
-LONG = 3600.0  # seconds of worst case from which the smaller command is printed too
-
-
+LONG = 3600.0  # seconds of worst case from which a smaller command is printed too
 TIMED = 3  # repetitions when one batch is timed
-
-
 BACKWARD = 1.3  # an image gradient in forward passes, where only the forward was timed
 
 
 def price(plan: Plan) -> list[str]:
-    """What the evaluation costs at most, from one timed batch of each model; lines for the log."""
-    request = plan.request
-    threats = [str(Threat(request.norm, eps)) for eps in request.ladder]
-    count = len(plan.models) * len(plan.datasets) * len(request.attacks) * len(request.ladder)
-    sizes = [_size(plan, card) for card in plan.datasets]
-    seconds = 0.0
-    for loaded in plan.models:
-        for card in request.attacks:
-            forward = _seconds_per_image(loaded, plan.datasets[0], card.rows, request.device)
-            for data, n in zip(plan.datasets, sizes, strict=True):
-                forwards, backwards = worst_case(card, data.n_classes)
-                seconds += n * len(request.ladder) * forward * (forwards + BACKWARD * backwards)
+    """Lines that say what an evaluation costs at most, from one timed batch of each model."""
+    settings, sizes = plan.settings, [_size(plan, card) for card in plan.datasets]
+    threats = [str(Threat(settings.norm, eps)) for eps in settings.ladder]
+    count = len(plan.models) * len(plan.datasets) * len(settings.chains) * len(settings.ladder)
+    seconds = worst_case(plan, sizes)
     lines = [
         f"{_count(count, 'cell')}: {_count(len(plan.models), 'model')} x "
         f"{_count(len(plan.datasets), 'dataset')} ({_count(sum(sizes), 'image')}) x "
-        f"{_count(len(request.attacks), 'attack')} x {', '.join(threats)}",
-        f"at most {_duration(seconds)} on {request.device}, if every image survived every attack",
+        f"{_count(len(settings.chains), 'attack')} x {', '.join(threats)}",
+        f"at most {_duration(seconds)} on {settings.device}, if every image survived every attack",
     ]
-    for name, card in zip(plan.order.attacks, request.attacks, strict=True):
+    for name, chain in zip(plan.request.attacks, settings.chains, strict=True):
         if (known := reader.SAME.get(("attacks", name), name)) != name:
-            lines.append(f"attack {name} is {known} here: {card.title}")
-    root, split = plan.order.data_root, plan.suite.split
+            lines.append(f"attack {name} is {known} here: {chain.card.title}")
+    root, split = plan.request.data_root, plan.suite.split
     lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
     if lacking:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if seconds > LONG:
         models = " ".join(f"--model {loaded.id}" for loaded in plan.models)
-        models += f" --arch {plan.order.arch}" if plan.order.arch else ""
-        where = f"--suite {plan.order.suite} --data-root {plan.order.data_root}{reader.as_typed()}"
+        models += f" --arch {plan.request.arch}" if plan.request.arch else ""
+        where = f"--suite {plan.request.suite} --data-root {plan.request.data_root}{reader.as_typed()}"
         lines.append(f"for a first look: vlmrob eval {models} {where} --attack aa2 --n 100")
     return lines
 
@@ -63,15 +51,26 @@ def _count(number: int, noun: str) -> str:
 
 
 def _size(plan: Plan, card: DatasetCard) -> int:
-    """Images of a dataset that are drawn, as far as its card knows."""
-    there, n = card.size.get(plan.suite.split, 0), plan.request.n
+    """Number of images that are drawn from a dataset, as far as its card knows."""
+    there, n = card.size.get(plan.suite.split, 0), plan.settings.n
     return min(n, there) if n and there else n or there
 
 
-def worst_case(card: AttackCard, n_classes: int) -> tuple[int, int]:
-    """(forward passes, image gradients) of one image that survives every stage of a chain."""
-    costs = [chain.plugin(card, stage).cost(n_classes) for stage in card.stage]
-    return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+def worst_case(plan: Plan, sizes: Sequence[int]) -> float:
+    """Seconds if every image survived every stage at every radius.
+
+    Args:
+        plan: whose models are timed.
+        sizes: images of each dataset.
+    """
+    settings, seconds = plan.settings, 0.0
+    for loaded in plan.models:
+        for chain in settings.chains:
+            forward = _seconds_per_image(loaded, plan.datasets[0], chain.rows, settings.device)
+            for card, n in zip(plan.datasets, sizes, strict=True):
+                forwards, gradients = chain.cost(card.n_classes)
+                seconds += n * len(settings.ladder) * forward * (forwards + BACKWARD * gradients)
+    return seconds
 
 
 def _seconds_per_image(loaded: zoo.Loaded, card: DatasetCard, rows: int, device: torch.device) -> float:

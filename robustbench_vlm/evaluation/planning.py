@@ -1,35 +1,54 @@
-"""From what was typed to what is done: resolve an evaluation, refuse what is missing, price it, do it."""
+"""Plan and perform an evaluation: resolve what was typed, refuse what cannot be done, open data, measure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast, get_args
 
 import pandas as pd
 import torch
 
+from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset
-from robustbench_vlm.engine.attacked_view import PLAIN, Precision
-from robustbench_vlm.engine.job import Job
+from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import DataError, InputError, nearest, some
-from robustbench_vlm.evaluation import cells, chain, measure, protocols
+from robustbench_vlm.evaluation import measure, protocols
+from robustbench_vlm.evaluation.cells import EvalSettings, Subject
+from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models import zoo
+from robustbench_vlm.models.zoo import Loaded
 from robustbench_vlm.results import leaderboard, result_file
 from robustbench_vlm.threat import Norm, Threat, parse_eps
 
-Meter = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
-class Order:
-    """An evaluation as it was typed; empty means: as the suite says."""
+class EvalRequest:
+    """An evaluation as it was typed, with names instead of what they name.
+
+    Attributes:
+        models: names, folders, weights files or `ARCH:TAG`.
+        attacks: names of chains.
+        suite: name of the suite, or a TOML file; empty: the protocol's.
+        results: folder of result files and ledgers.
+        data_root: folder of the datasets.
+        datasets: only these of the suite; empty: all.
+        eps: radii, separated by commas; empty: the suite's.
+        norm: of the ball; empty: the suite's.
+        n: images of every dataset, 0 for all; None: the suite's number.
+        active_rows: images under attack at once; see `EvalSettings`.
+        save_images: write the adversarial images too.
+        skip_missing: leave out datasets that are not on disk.
+        backend: what runs the attacks.
+        arch: of the models that are weights files.
+        protocol: name of a protocol, which fixes attack, norm, radii and number of images; empty: none.
+    """
 
     models: tuple[str, ...]
     attacks: tuple[str, ...]
@@ -40,106 +59,119 @@ class Order:
     eps: str = ""
     norm: str = ""
     n: int | None = None
-    live: int | None = None
-    keep_images: bool = False
+    active_rows: int | None = None
+    save_images: bool = False
     skip_missing: bool = False
-    engine: str = "native"
-    mode: str = "fast"
-    sight: Precision = PLAIN
-    arch: str = ""  # of the models that are weights files
+    backend: Backend = field(default_factory=Backend)
+    arch: str = ""
     protocol: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation with every name resolved."""
+    """An evaluation with every name resolved.
 
-    order: Order
+    Attributes:
+        request: as typed; under a protocol, with what the protocol fixes.
+        suite: datasets, split and draw.
+        datasets: the chosen ones, on the canvas of the protocol.
+        models: loaded, with the resize of the protocol.
+        settings: of the evaluation.
+        protocol: if one was asked for.
+    """
+
+    request: EvalRequest
     suite: Suite
     datasets: tuple[DatasetCard, ...]
-    models: tuple[zoo.Loaded, ...]
-    request: cells.Request
+    models: tuple[Loaded, ...]
+    settings: EvalSettings
     protocol: Protocol | None = None
 
 
-def plan(order: Order, device: torch.device) -> Plan:
-    """Resolve names, radii and models; nothing is attacked yet.
+def plan(request: EvalRequest, device: torch.device) -> Plan:
+    """Resolve names, radii and models; nothing is attacked yet, and models are loaded last.
 
     Raises:
-        InputError: an unknown name, norm or radius; a model that cannot be loaded.
+        InputError: an unknown name, norm or radius; things that do not go together; a model that cannot be
+            loaded.
     """
-    protocol = reader.read("protocols", order.protocol, Protocol) if order.protocol else None
-    order = under(protocol, order) if protocol else order
-    suite = reader.suite(order.suite)
-    for name in order.datasets:
+    protocol = reader.read("protocols", request.protocol, Protocol) if request.protocol else None
+    request = under_protocol(request, protocol) if protocol else request
+    suite = reader.suite(request.suite)
+    for name in request.datasets:
         _require_member(suite, name)
-    chosen = [name for name in suite.datasets if not order.datasets or name in order.datasets]
-    norm = order.norm or suite.norm
+    settings = _settings(request, suite, protocol, device)
+    chosen = [name for name in suite.datasets if not request.datasets or name in request.datasets]
+    cards = (reader.read("datasets", name, DatasetCard) for name in chosen)
+    datasets = tuple(protocols.with_protocol_canvas(card, protocol) for card in cards)
+    require_supported(settings, datasets)
+    loaded = (zoo.load(name, device, request.arch) for name in request.models)
+    models = tuple(protocols.with_protocol_resize(model, protocol) for model in loaded)
+    return Plan(request, suite, datasets, models, settings, protocol)
+
+
+def _settings(
+    request: EvalRequest, suite: Suite, protocol: Protocol | None, device: torch.device
+) -> EvalSettings:
+    """The settings of a request, where it says nothing those of the suite."""
+    norm = request.norm or suite.norm
     if norm not in get_args(Norm):
         raise InputError(f"--norm {norm}", "not a norm", do=nearest(norm, get_args(Norm)))
-    texts = order.eps.split(",") if order.eps else list(suite.eps)
-    ladder = tuple(sorted({parse_eps(text, norm) for text in texts}))
-    request = cells.Request(
-        attacks=tuple(reader.read("attacks", name, AttackCard) for name in order.attacks),
+    texts = request.eps.split(",") if request.eps else list(suite.eps)
+    settings = EvalSettings(
+        chains=tuple(Chain.named(name) for name in request.attacks),
         norm=cast("Norm", norm),
-        ladder=ladder,
-        n=suite.n if order.n is None else order.n,
+        ladder=tuple(sorted({parse_eps(text, norm) for text in texts})),
+        n=suite.n if request.n is None else request.n,
         seed=suite.seed,
-        results=order.results,
+        results=request.results,
         device=device,
-        live=order.live,
-        keep_images=order.keep_images,
-        sight=order.sight,
-        engine=order.engine,
-        mode=order.mode,
-        marks=protocols.marks(protocol, suite),
+        backend=request.backend,
+        active_rows=request.active_rows,
+        save_images=request.save_images,
+        tags=protocols.tags(protocol, suite),
     )
-    for card in request.attacks:  # a mistyped field or a norm too many stops here, before any model is loaded
-        chain.require_norm(card, request.norm)
-    datasets = tuple(
-        protocols.placed(reader.read("datasets", name, DatasetCard), protocol) for name in chosen
-    )
-    refuse(request, datasets)
-    models = tuple(protocols.sized(zoo.load(name, device, order.arch), protocol) for name in order.models)
-    return Plan(order, suite, datasets, models, request, protocol)
+    for chain in settings.chains:
+        chain.require_norm(settings.norm)
+    return settings
 
 
-def _require_member(suite: Suite, dataset: str) -> None:
+def _require_member(suite: Suite, name: str) -> None:
     """Refuse a dataset that is not in the suite, and say how it can be evaluated."""
-    if dataset in suite.datasets:
+    if name in suite.datasets:
         return
     found = f"not in suite {suite.name}"
-    if dataset not in reader.names("datasets"):
+    if name not in reader.names("datasets"):
         known = {*suite.datasets, *reader.names("datasets")}
-        raise InputError(f"--dataset {dataset}", found, "a known dataset", nearest(dataset, known))
-    others = reader.suites_with(dataset)
-    do = f"leave --suite out to evaluate {dataset} alone"
+        raise InputError(f"--dataset {name}", found, "a known dataset", nearest(name, known))
+    others = reader.suites_with(name)
+    do = f"leave --suite out to evaluate {name} alone"
     do += f", or type --suite {' or '.join(others[:3])}" if others else ""
-    raise InputError(f"--dataset {dataset}", found, some(suite.datasets), do)
+    raise InputError(f"--dataset {name}", found, some(suite.datasets), do)
 
 
-def under(protocol: Protocol, order: Order) -> Order:
-    """The order with all that a protocol fixes, once nothing that was typed contradicts it.
+def under_protocol(request: EvalRequest, protocol: Protocol) -> EvalRequest:
+    """The request with everything that a protocol fixes.
 
     Raises:
-        InputError: another attack, norm, radius or number of images than the protocol's.
+        InputError: another attack, norm, radius or number of images was typed than the protocol's.
     """
-    attacks = tuple(reader.SAME.get(("attacks", name), name) for name in order.attacks)
-    radii = [parse_eps(text, protocol.norm) for text in order.eps.split(",")] if order.eps else []
-    fixed = [parse_eps(text, protocol.norm) for text in protocol.eps]
+    attacks = tuple(reader.SAME.get(("attacks", name), name) for name in request.attacks)
+    radii = {parse_eps(text, protocol.norm) for text in request.eps.split(",")} if request.eps else set()
+    fixed = {parse_eps(text, protocol.norm) for text in protocol.eps}
     typed = {
         "--attack": (bool(attacks) and attacks != (protocol.attack,), protocol.attack),
-        "--norm": (bool(order.norm) and order.norm != protocol.norm, protocol.norm),
-        "--eps": (bool(radii) and sorted(set(radii)) != sorted(set(fixed)), ",".join(protocol.eps)),
-        "--n": (order.n is not None and order.n != protocol.n, str(protocol.n)),
+        "--norm": (bool(request.norm) and request.norm != protocol.norm, protocol.norm),
+        "--eps": (bool(radii) and radii != fixed, ",".join(protocol.eps)),
+        "--n": (request.n is not None and request.n != protocol.n, str(protocol.n)),
     }
     for flag, (differs, wanted) in typed.items():
         if differs:
             do = "leave that out, or --protocol"
             raise InputError(flag, f"not what protocol {protocol.name} says", wanted, do)
     return replace(
-        order,
-        suite=order.suite or protocol.suite,
+        request,
+        suite=request.suite or protocol.suite,
         attacks=(protocol.attack,),
         norm=protocol.norm,
         eps=",".join(protocol.eps),
@@ -147,39 +179,32 @@ def under(protocol: Protocol, order: Order) -> Order:
     )
 
 
-def refuse(request: cells.Request, datasets: Sequence[DatasetCard]) -> None:
-    """Refuse what cannot be carried out as it was asked for.
+def require_supported(settings: EvalSettings, datasets: Sequence[DatasetCard]) -> None:
+    """Refuse what the backend or the device cannot do; costs nothing, so it comes before loading models.
 
     Raises:
         InputError: an engine, a mode or a precision that does not go with the rest.
     """
-    request.sight.require(request.device)
-    for card in request.attacks:
-        stages = [(stage.name, chain.plugin(card, stage)) for stage in card.stage]
-        for data in datasets:
-            side = data.native_px if data.canvas == "native" else None
-            job = Job(
-                stages=stages,
-                threat=Threat(request.norm, request.ladder[-1]),
-                rows=card.rows,
-                n_classes=data.n_classes,
-                active_rows=request.live,
-                stop=card.stop,
-            )
-            request.by.require(job, None if side is None else (side, side))
+    settings.backend.precision.require(settings.device)
+    threat = Threat(settings.norm, settings.ladder[-1])
+    for chain in settings.chains:
+        for card in datasets:
+            side = card.native_px if card.canvas == "native" else None
+            job = chain.job(threat, card.n_classes, active_rows=settings.active_rows)
+            settings.backend.require(job, None if side is None else (side, side))
 
 
 def require_data(plan: Plan) -> Plan:
-    """The plan, once every dataset is on disk; with `skip_missing`, without those that are not.
+    """The plan, if every dataset is on disk; with `skip_missing`, the plan without those that are not.
 
     Raises:
-        DataError: datasets are missing; every one is listed with how to get it, and nothing is evaluated.
+        DataError: datasets are missing; each is listed with how to get it, and nothing is evaluated.
     """
-    root, split = plan.order.data_root, plan.suite.split
+    root, split = plan.request.data_root, plan.suite.split
     lacking = dataset.missing(plan.datasets, root, split)
     if not lacking:
         return plan
-    if not plan.order.skip_missing:
+    if not plan.request.skip_missing:
         raise DataError(
             f"suite {plan.suite.name}",
             f"{len(lacking)} of {len(plan.datasets)} datasets are missing below {root}",
@@ -192,45 +217,52 @@ def require_data(plan: Plan) -> Plan:
     return replace(plan, datasets=there)
 
 
-def open_data(plan: Plan) -> list[dataset.Split]:
-    """The images that every dataset is judged by; all are opened before the first is attacked.
+def open_data(plan: Plan) -> list[Split]:
+    """The images of every dataset; all are opened before the first is attacked.
 
     Raises:
         DataError: shards, class names or labels that are not as the card says.
     """
-    opened = (dataset.open_split(card, plan.order.data_root, plan.suite.split) for card in plan.datasets)
+    opened = (dataset.open_split(card, plan.request.data_root, plan.suite.split) for card in plan.datasets)
     stratified = plan.suite.sample == "stratified"
     listed = reader.subset(plan.suite) if plan.suite.subset else ()
     drawn = (
-        split.listed(listed, plan.request.n)
+        split.listed(listed, plan.settings.n)
         if listed
-        else split.subset(plan.request.n, plan.request.seed, stratified=stratified)
+        else split.subset(plan.settings.n, plan.settings.seed, stratified=stratified)
         for split in opened
     )
-    return [protocols.prompted(split, plan.protocol) for split in drawn]
+    return [protocols.with_protocol_sentences(split, plan.protocol) for split in drawn]
 
 
-def perform(plan: Plan, report: measure.Report, remark: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Evaluate every cell of the plan; returns the cells' files, finished ones included."""
+def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Measure every cell of the plan that is not finished.
+
+    Args:
+        plan: whose data are on disk; see `require_data`.
+        report: called as images finish.
+        remark: called with a line of log.
+
+    Returns:
+        The JSON file of every cell.
+    """
     paths: list[Path] = []
     splits = open_data(plan)
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
     for loaded in plan.models:
-        for card, split in zip(plan.datasets, splits, strict=True):
-            what = cells.subject(loaded, split.card, split)
-            for line in what.split.bad:
-                remark(f"note: {card.name}: left out: {line}")
-            if what.untrained:
-                words = f"class names with words that {loaded.card.name} never met: {some(what.untrained)}"
-                remark(f"note: {card.name}: {words}")
-            paths += measure.evaluate(what, plan.request, report)
+        for split in splits:
+            subject = Subject.of(loaded, split.card, split)
+            for line in subject.split.bad:
+                remark(f"note: {split.card.name}: left out: {line}")
+            if subject.untrained:
+                names = f"class names with words that {loaded.card.name} never met: {some(subject.untrained)}"
+                remark(f"note: {split.card.name}: {names}")
+            paths += measure.evaluate(subject, plan.settings, report)
     return paths
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:
-    """The leaderboard rows of these cells alone."""
-    wanted = {path.resolve() for path in paths}
-    found = [r for r in result_file.read(plan.request.results) if r.path.resolve() in wanted]
-    return leaderboard.table(found, plan.suite)
+    """The leaderboard rows of some cells alone."""
+    return leaderboard.table([result_file.read_one(path) for path in paths], plan.suite)

@@ -1,4 +1,4 @@
-"""What a protocol changes: canvas and resize of a dataset, a model's own resize, sentences, a row's marks."""
+"""Apply an evaluation protocol to datasets (canvas, resize), models (resize), class sentences and tags."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.protocol import PromptPack, Protocol
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.data import dataset
+from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import CardError, InputError
-from robustbench_vlm.models import zoo
+from robustbench_vlm.models.zoo import Loaded
 
 
-def marks(protocol: Protocol | None, suite: Suite) -> dict[str, str]:
-    """What tells rows apart beside attack and threat: the protocol, and a list of images."""
-    marks = {} if protocol is None else {"protocol": f"{protocol.name}/{protocol.version}"}
-    return {**marks, "subset": suite.subset_sha256 or suite.subset} if suite.subset else marks
+def tags(protocol: Protocol | None, suite: Suite) -> dict[str, str]:
+    """Facts that tell results apart beside attack and threat: protocol, and the suite's list of images."""
+    protocols = {} if protocol is None else {"protocol": f"{protocol.name}/{protocol.version}"}
+    return {**protocols, "subset": suite.subset_sha256 or suite.subset} if suite.subset else protocols
 
 
-def placed(card: DatasetCard, protocol: Protocol | None) -> DatasetCard:
-    """The card with the canvas and resize of the protocol."""
+def with_protocol_canvas(card: DatasetCard, protocol: Protocol | None) -> DatasetCard:
+    """The dataset card with the canvas and resize of the protocol."""
     if protocol is None:
         return card
     if card.canvas == "native" and protocol.canvas == "card":
@@ -28,12 +28,16 @@ def placed(card: DatasetCard, protocol: Protocol | None) -> DatasetCard:
     native = card.canvas == "native"
     resize = protocol.native_resize if native else protocol.resize
     if card.resize != "bicubic" and not native:
-        resize = card.resize  # a set with a rule of its own, as Hateful Memes
+        resize = card.resize  # a dataset with a rule of its own, as Hateful Memes
     return card.model_copy(update={"canvas": "model", "resize": resize})
 
 
-def sized(loaded: zoo.Loaded, protocol: Protocol | None) -> zoo.Loaded:
-    """The model with the protocol's resize inside it, once its input size is the protocol's."""
+def with_protocol_resize(loaded: Loaded, protocol: Protocol | None) -> Loaded:
+    """The model with the protocol's resize inside it.
+
+    Raises:
+        InputError: a model with another input size than the protocol's.
+    """
     if protocol is None:
         return loaded
     found = loaded.model.image_size
@@ -44,11 +48,11 @@ def sized(loaded: zoo.Loaded, protocol: Protocol | None) -> zoo.Loaded:
     return replace(loaded, model=loaded.model.replaced(preprocess=preprocess))
 
 
-def prompted(split: dataset.Split, protocol: Protocol | None) -> dataset.Split:
-    """The split with the sentences of the protocol's prompt pack.
+def with_protocol_sentences(split: Split, protocol: Protocol | None) -> Split:
+    """The split with the class names and templates of the protocol's prompt pack.
 
     Raises:
-        CardError: sentences other than the pack's hash says.
+        CardError: other sentences than the pack's hash says, or names for another number of classes.
     """
     if protocol is None:
         return split

@@ -1,4 +1,4 @@
-"""What stands beside an outcome: which model, and when, where and with what it was measured."""
+"""Facts written beside an outcome: about the model, and when, where and with what it was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from robustbench_vlm.version import __version__
 
 
 def of_model(loaded: Loaded) -> dict[str, Any]:
-    """Facts of a model that a table prints."""
+    """Facts about a model that tables print."""
     card = loaded.card
     inner = card.recipe.get("inner") or {}
     return {
@@ -27,15 +27,15 @@ def of_model(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def of_run(device: torch.device, seconds: float, live: int | None) -> dict[str, Any]:
-    """When, where and with what; never part of a fingerprint."""
+def of_run(device: torch.device, seconds: float, active_rows: int | None) -> dict[str, Any]:
+    """When, where and with what a cell was measured; never part of a fingerprint."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "device": name,
         "threads": torch.get_num_threads(),
-        "live": live,
+        "active_rows": active_rows,
         "torch": torch.__version__,
         "vlmrob": __version__,
         "python": platform.python_version(),

@@ -158,10 +158,15 @@ def read(results: Path) -> list[Result]:
     Raises:
         DataError: a JSON file there is no result, or its content is not what its fingerprint says.
     """
-    return [_read(path) for path in sorted((results / FOLDER).rglob("*.json"))]
+    return [read_one(path) for path in sorted((results / FOLDER).rglob("*.json"))]
 
 
-def _read(path: Path) -> Result:
+def read_one(path: Path) -> Result:
+    """The result in a JSON file.
+
+    Raises:
+        DataError: no result, or its content is not what its fingerprint says.
+    """
     blocks = store.read_json(path)
     if not isinstance(blocks, dict) or blocks.get("schema") != SCHEMA or not blocks.keys() >= {*HASHED}:
         raise DataError(str(path), "not a result", SCHEMA, "move it out of the results folder")

@@ -156,8 +156,8 @@ def check(study: Study, todo: Sequence[StudyRun], resources: Resources) -> None:
         )
 
 
-def _request(model: str, final: Final, data_root: Path, results: Path) -> planning.Order:
-    return planning.Order((model,), (final.attack,), final.suite, results, data_root, n=final.n)
+def _request(model: str, final: Final, data_root: Path, results: Path) -> planning.EvalRequest:
+    return planning.EvalRequest((model,), (final.attack,), final.suite, results, data_root, n=final.n)
 
 
 def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Iterator[tuple[StudyRun, float]]:

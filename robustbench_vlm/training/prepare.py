@@ -1,10 +1,10 @@
-"""What a training run needs, loaded and checked before the first step and before any file is written."""
+"""Load and check what a training run needs, before the first step and before any file is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,85 +14,18 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
-from robustbench_vlm.data.dataset import Split, open_split
+from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.defenses.interface import Defense, Roles
-from robustbench_vlm.errors import CardError, some
+from robustbench_vlm.errors import CardError
 from robustbench_vlm.models import lora, prompts, zoo
-from robustbench_vlm.models.clip import Clip, InBf16, PromptSizes
+from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
-from robustbench_vlm.models.text_bank import render, text_bank, untrained
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.training import teacher_cache
 from robustbench_vlm.training.resolve import defense_class
-from robustbench_vlm.training.teacher_cache import Kept, Recalled
-from robustbench_vlm.types import Batch, Encoder
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything a run needs, loaded and checked before the first step.
-
-    Attributes:
-        student: what is trained, with where it came from.
-        teachers: frozen models by role.
-        adapters: LoRA inside the student, or `None`.
-        prompted: token ids (C, L) of the class sentences, for every role whose prompts are trained.
-        kept: what frozen teachers said of the training images before, by role.
-    """
-
-    recipe: Recipe
-    defense: Defense
-    roles: Roles
-    student: zoo.Loaded
-    teachers: Mapping[str, zoo.Loaded]
-    adapters: Adapters | None
-    card: DatasetCard
-    split: Split
-    probe: Batch | None
-    device: torch.device
-    prompted: Mapping[str, Tensor] = field(default_factory=dict)
-    kept: Mapping[str, Kept] = field(default_factory=dict)
-
-    @property
-    def model(self) -> Clip:
-        """The student's encoder."""
-        return self.student.model
-
-    @property
-    def notes(self) -> list[str]:
-        """What a careful reader of the run should know of its images and class names; not errors."""
-        names = untrained(self.model, self.card.names, self.recipe.data.template) if self.roles.text else []
-        words = f"class names with words that {self.student.card.name} never met: {some(names)}"
-        return [*self.split.notes, *([words] if names else [])]
-
-    def parameters(self) -> dict[str, Tensor]:
-        """What the optimiser changes, by a name that checkpoints keep."""
-        named: dict[str, Tensor] = {f"student.{n}": p for n, p in self.model.visual.named_parameters()}
-        for role in self.prompted:
-            model = self.model if role == "student" else self.teachers[role].model
-            towers = {"text": model.language} | ({} if role == "student" else {"image": model.visual})
-            for part, module in towers.items():
-                named |= {f"prompts.{role}.{part}.{n}": p for n, p in prompts.state(module).items()}
-        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-
-    def roles_now(self) -> Roles:
-        """The roles with the text banks as the prompts make them now, with gradient where it is enabled."""
-        banks, wanted = {}, self.recipe.prompts
-        for role, tokens in self.prompted.items() if wanted and wanted.text else ():
-            model = self.model if role == "student" else self.teachers[role].model
-            banks[role] = prompts.bank(model, tokens)
-        return replace(self.roles, text={**self.roles.text, **banks}) if banks else self.roles
-
-    def roles_in_training(self, batch: Batch) -> Roles:
-        """The roles in the recipe's precision; frozen teachers know what they said of `batch` before."""
-        now = self.roles_now()
-        bf16 = self.recipe.compute.precision == "bf16"
-        student: Encoder = InBf16(self.model) if bf16 else now.student
-        teachers: dict[str, Encoder] = {}
-        for role, loaded in self.teachers.items():
-            teachers[role] = InBf16(loaded.model) if bf16 else now.teachers[role]
-            if role in self.kept:
-                teachers[role] = Recalled(teachers[role], self.kept[role], batch)
-        return replace(now, student=student, teachers=teachers)
+from robustbench_vlm.training.setup import Setup
+from robustbench_vlm.training.teacher_cache import TeacherCache
+from robustbench_vlm.types import Batch
 
 
 def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path | None = None) -> Setup:
@@ -102,93 +35,55 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         recipe: what to train.
         data_root: folder of the datasets.
         device: where to train.
-        cache: folder of embeddings of frozen teachers; with none, every step asks the teachers again.
+        cache: folder for outputs of frozen teachers; without one, teachers run in every step.
 
     Raises:
         CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
         WeightsError, DataError: a model or dataset that cannot be used.
     """
-    defense = _defense(recipe)
-    student = zoo.load(recipe.student, device)
-    if student.card.prompts is not None:
-        found = f"student {recipe.student} has learned prompts"
-        raise CardError(f"recipe {recipe.name}", found, "a model without, to start from")
-    teachers = {role: zoo.load(model, device) for role, model in recipe.teachers.items()}
-    for teacher in teachers.values():
-        teacher.model.requires_grad_(False)
-    dataset = reader.read("datasets", recipe.data.dataset, DatasetCard)
-    split = open_split(dataset, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
-    dataset = split.card  # with the folder's class names, where they are the ones that count
-    for role, teacher in teachers.items():
-        if defense.needs_text:
-            _require_same_sentences(role, teacher, recipe)
-    adapters, learning = None, {}
-    if recipe.lora is not None:
-        chosen = recipe.lora
-        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
-    elif recipe.prompts is not None:
-        wanted, learners = recipe.prompts, defense.learners
-        sizes = PromptSizes(wanted.image, wanted.text, wanted.depth)
-        student = replace(student, model=prompts.attach(student.model, sizes, wanted.init))
-        for role in learners:
-            model = prompts.attach(teachers[role].model, sizes, wanted.init)
-            teachers[role] = replace(teachers[role], model=model)
-        learning = {"student": student.model} | {role: teachers[role].model for role in learners}
-    else:
-        student.model.visual.requires_grad_(True)
-    text: dict[str, Tensor] = {}
+    defense = build_defense(recipe)
+    models = _load_models(recipe, defense, device)
+    card = reader.read("datasets", recipe.data.dataset, DatasetCard)
+    split = open_split(card, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
+    dataset = split.card  # with the class names of the folder, where the card takes them from there
+    models, adapters = _make_trainable(recipe, defense, models)
     sentences = render(dataset.names, [recipe.data.template])
+    text: dict[str, Tensor] = {}
     if defense.needs_text or recipe.probe:
-        text["student"] = text_bank(student.model, sentences)
-        text |= {role: text_bank(teacher.model, sentences) for role, teacher in teachers.items()}
-    flat = [group[0] for group in sentences]
-    prompted = {role: model.tokenize(flat).to(device) for role, model in learning.items() if text}
-    roles = Roles(student.model, {role: loaded.model for role, loaded in teachers.items()}, text)
+        text = {role: text_bank(model, sentences) for role, model in models.encoders.items()}
+    prompt_tokens = {}
+    if recipe.prompts is not None and text:
+        flat = [group[0] for group in sentences]
+        for role in ("student", *defense.learners):
+            prompt_tokens[role] = models.encoders[role].tokenize(flat).to(device)
+    teachers = {role: loaded.model for role, loaded in models.teachers.items()}
+    roles = Roles(models.student.model, teachers, text)
     defense.require(roles)
-    probe = _probe_batch(recipe, dataset, data_root, student.model).to(device) if recipe.probe else None
     setup = Setup(
-        recipe, defense, roles, student, teachers, adapters, dataset, split, probe, device, prompted
+        recipe,
+        defense,
+        roles,
+        models.student,
+        models.teachers,
+        adapters,
+        dataset,
+        split,
+        _probe_batch(recipe, dataset, data_root, models.student.model, device),
+        device,
+        prompt_tokens,
     )
     if cache is not None:
-        setup = replace(setup, kept=_kept(setup, cache))
-    _settle(setup)
+        setup = replace(setup, caches=_open_caches(setup, cache))
+    _apply_compute(setup)
     return setup
 
 
-def _settle(setup: Setup) -> None:
-    """Bring the towers into the form that `[compute]` asks for; parameters stay the same objects."""
-    wanted = setup.recipe.compute
-    if wanted.channels_last:
-        setup.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if wanted.compile:
-        for model in (setup.model, *(made.model for made in setup.teachers.values())):
-            model.visual.compile(dynamic=False)
+def build_defense(recipe: Recipe) -> Defense:
+    """The defense of a recipe, if its teachers, attack and prompts are those that the defense needs.
 
-
-def _kept(setup: Setup, cache: Path) -> dict[str, Kept]:
-    """The files of the frozen teachers; none where the folder cannot be written: that costs time alone."""
-    recipe, size = setup.recipe, setup.model.image_size
-    frozen = {r: m for r, m in setup.teachers.items() if r not in setup.defense.learners}
-    files = {}
-    for role, loaded in frozen.items():
-        known = teacher_cache.facts(
-            loaded.card.sha256,
-            setup.split,
-            setup.split.side(size),
-            recipe.optim.batch_size,
-            recipe.compute.model_dump(mode="json"),
-            setup.device,
-        )
-        with torch.no_grad():
-            grey = torch.full((1, 3, size, size), 0.5, device=setup.device)
-            width = loaded.model(grey).shape[-1]
-        with suppress(OSError):
-            files[role] = teacher_cache.keep(cache, known, setup.split, width)
-    return files
-
-
-def _defense(recipe: Recipe) -> Defense:
-    """The defense of a recipe, if its teachers, attack and prompts are those that it needs."""
+    Raises:
+        CardError: an unknown defense or field, or a recipe with a part too few or too many.
+    """
     where = f"recipe {recipe.name}"
     fields = {key: value for key, value in recipe.defense.items() if key != "name"}
     name = recipe.defense.get("name")
@@ -209,8 +104,39 @@ def _defense(recipe: Recipe) -> Defense:
     return defense
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The loaded models of a run."""
+
+    student: zoo.Loaded
+    teachers: Mapping[str, zoo.Loaded]
+
+    @property
+    def encoders(self) -> dict[str, Clip]:
+        """The models alone, by role, the student first."""
+        return {role: loaded.model for role, loaded in {"student": self.student, **self.teachers}.items()}
+
+
+def _load_models(recipe: Recipe, defense: Defense, device: torch.device) -> _Models:
+    """Student and teachers, the teachers without parameter gradients.
+
+    Raises:
+        CardError: a student that has prompts already, or a teacher of other class sentences.
+    """
+    student = zoo.load(recipe.student, device)
+    if student.card.prompts is not None:
+        found = f"student {recipe.student} has learned prompts"
+        raise CardError(f"recipe {recipe.name}", found, "a model without, to start from")
+    teachers = {role: zoo.load(model, device) for role, model in recipe.teachers.items()}
+    for role, teacher in teachers.items():
+        teacher.model.requires_grad_(False)
+        if defense.needs_text:
+            _require_same_sentences(role, teacher, recipe)
+    return _Models(student, teachers)
+
+
 def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> None:
-    """Refuse a teacher that was trained on this dataset against other sentences: other classes to it."""
+    """Refuse a teacher that was trained on this dataset with another template, and so with other classes."""
     made = teacher.card.recipe
     data = made.get("data", {})
     if data.get("dataset") != recipe.data.dataset or data.get("template") == recipe.data.template:
@@ -224,10 +150,64 @@ def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> N
         )
 
 
-def _probe_batch(recipe: Recipe, card: DatasetCard, root: Path, model: Clip) -> Batch:
-    """A fixed hashed subset that holds every class equally, as far as the split does."""
-    assert recipe.probe is not None
+def _make_trainable(recipe: Recipe, defense: Defense, models: _Models) -> tuple[_Models, Adapters | None]:
+    """The models with adapters or prompts attached, or with gradients for the student's whole image tower."""
+    student, teachers = models.student, dict(models.teachers)
+    if recipe.lora is not None:
+        chosen = recipe.lora
+        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
+        return models, adapters
+    if recipe.prompts is None:
+        student.model.visual.requires_grad_(True)
+        return models, None
+    sizes = PromptSizes(recipe.prompts.image, recipe.prompts.text, recipe.prompts.depth)
+    student = replace(student, model=prompts.attach(student.model, sizes, recipe.prompts.init))
+    for role in defense.learners:
+        model = prompts.attach(teachers[role].model, sizes, recipe.prompts.init)
+        teachers[role] = replace(teachers[role], model=model)
+    return _Models(student, teachers), None
+
+
+def _probe_batch(
+    recipe: Recipe, card: DatasetCard, root: Path, model: Clip, device: torch.device
+) -> Batch | None:
+    """The images of the probe: a fixed subset by hash, stratified by class."""
+    if recipe.probe is None:
+        return None
     split = open_split(card, root, recipe.probe.split)
     subset = split.subset(recipe.probe.n, recipe.seed, stratified=True)
     images = subset.images(model.image_size)
-    return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys)
+    return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys).to(device)
+
+
+def _open_caches(setup: Setup, folder: Path) -> dict[str, TeacherCache]:
+    """A cache for every teacher without learned prompts; none where the folder cannot be written."""
+    recipe, size = setup.recipe, setup.model.image_size
+    caches = {}
+    for role, loaded in setup.teachers.items():
+        if role in setup.defense.learners:
+            continue
+        source = teacher_cache.source_of(
+            loaded.card.sha256,
+            setup.split,
+            setup.split.side(size),
+            recipe.optim.batch_size,
+            recipe.compute.model_dump(mode="json"),
+            setup.device,
+        )
+        with torch.no_grad():
+            grey = torch.full((1, 3, size, size), 0.5, device=setup.device)
+            width = loaded.model(grey).shape[-1]
+        with suppress(OSError):  # without a cache the run takes longer and ends with the same bits
+            caches[role] = teacher_cache.open_cache(folder, source, setup.split, width)
+    return caches
+
+
+def _apply_compute(setup: Setup) -> None:
+    """Apply memory format and compilation of `[compute]`; parameters stay the same objects."""
+    wanted = setup.recipe.compute
+    if wanted.channels_last:
+        setup.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if wanted.compile:
+        for model in (setup.model, *(loaded.model for loaded in setup.teachers.values())):
+            model.visual.compile(dynamic=False)

@@ -1,10 +1,11 @@
-"""What a frozen teacher says of clean images, computed once and kept between epochs, runs and kills.
+"""Outputs of frozen teachers on clean training images, computed once and stored between epochs and runs.
 
-Training images are not augmented, so a teacher's embedding of one is a fact. A file holds one row an image:
-a mark, then the embedding in fp32. The mark is a hash over the encoded image and the embedding, so a row that
-was never written, was torn by a kill or belongs to another picture under the same name counts as absent and
-is computed. Everything else the bits depend on (weights, selection, canvas, rows of a call, precision,
-machine) is in the file's name and again in the JSON beside it.
+Training images are not augmented, so the embedding that a teacher gives an image is always the same. A file
+has one row per image: a checksum, then the embedding in fp32. The checksum is a hash of the encoded image and
+the embedding, so a row that was never written, was torn by a kill, or belongs to another image under the same
+key does not match and is computed again. Everything else that the bits depend on (weights, selection,
+resolution, rows of a call, precision, machine) is hashed into the file's name and written in the JSON beside
+it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.store import cache_folder
 from robustbench_vlm.types import Batch, Encoder, Wrapped
 
-MARK = 16  # bytes of the hash before each embedding
+CHECKSUM = 16  # bytes of the hash before each embedding
 
 
-def folder() -> Path:
-    """Where embeddings are kept: `embeddings` below `$VLMROB_CACHE`, else below the user's cache."""
+def default_folder() -> Path:
+    """The folder of the cache files: `embeddings` below `$VLMROB_CACHE`, else below the user's cache."""
     return cache_folder() / "embeddings"
 
 
-def facts(
+def source_of(
     model: str, split: Split, px: int, rows: int, compute: store.Facts, device: torch.device
 ) -> store.Facts:
     """Everything that the bits of an embedding depend on, beside the image itself.
@@ -43,10 +44,10 @@ def facts(
     Args:
         model: SHA-256 of the teacher, preprocessing included.
         split: the training images.
-        px: side of the canvas.
-        rows: images of one call; a product of other size rounds otherwise.
+        px: side of the images in pixels.
+        rows: images of one call; a matrix product of another size rounds differently.
         compute: precision and kernels of the recipe.
-        device: where it runs.
+        device: where the teacher runs.
     """
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
@@ -68,12 +69,12 @@ def _cpu() -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The rows of one teacher over one split.
+class TeacherCache:
+    """The stored embeddings of one teacher on one split.
 
     Attributes:
         path: the file.
-        keys: of the split, sorted: row i belongs to `keys[i]`.
+        keys: image keys of the split, sorted; row i of the file belongs to `keys[i]`.
         rows: (N, 16 + 4 D) uint8, mapped from the file.
     """
 
@@ -81,49 +82,55 @@ class Kept:
     keys: Sequence[str]
     rows: np.ndarray
 
-    def recall(self, batch: Batch, teacher: Encoder) -> Tensor:
-        """Embeddings (B, D) float32 of `batch.images`; asks `teacher` for all of them if one is absent."""
-        at = [bisect_left(self.keys, key) for key in batch.keys]
-        found = self.rows[at]
+    def embeddings(self, batch: Batch, teacher: Encoder) -> Tensor:
+        """Embeddings (B, D) float32 of `batch.images`; runs `teacher` on all of them if one is missing.
+
+        A row is found by the image's key and valid for the image's SHA-256, so `batch.images` must be the
+        pixels that the loader decoded.
+        """
+        positions = [bisect_left(self.keys, key) for key in batch.keys]
+        found = self.rows[positions]
         missing = [
-            i for i, row in enumerate(found) if row[:MARK].tobytes() != _mark(batch.sha256[i], row[MARK:])
+            i
+            for i, row in enumerate(found)
+            if row[:CHECKSUM].tobytes() != _checksum(batch.sha256[i], row[CHECKSUM:])
         ]
         if not missing:
-            kept = torch.from_numpy(found[:, MARK:].copy().view("<f4"))
-            return kept.to(batch.images.device, non_blocking=True)
+            stored = torch.from_numpy(found[:, CHECKSUM:].copy().view("<f4"))
+            return stored.to(batch.images.device, non_blocking=True)
         embeddings = teacher(batch.images)
-        said = np.ascontiguousarray(embeddings.detach().float().cpu().numpy().astype("<f4", copy=False))
-        self._write([(at[i], batch.sha256[i], said[i].view(np.uint8)) for i in missing])
+        values = np.ascontiguousarray(embeddings.detach().float().cpu().numpy().astype("<f4", copy=False))
+        self._write([(positions[i], batch.sha256[i], values[i].view(np.uint8)) for i in missing])
         return embeddings
 
     def _write(self, lines: Sequence[tuple[int, str, np.ndarray]]) -> None:
-        """By system calls, not through the map: there a full disk would be a signal that kills the run."""
+        """Write rows by system calls; on a full disk, a write through the map would kill the process."""
         with self.path.open("r+b", buffering=0) as file:
-            for at, sha, embedding in lines:
-                file.seek(at * self.rows.shape[1])
-                file.write(_mark(sha, embedding) + embedding.tobytes())
+            for position, sha256, embedding in lines:
+                file.seek(position * self.rows.shape[1])
+                file.write(_checksum(sha256, embedding) + embedding.tobytes())
 
 
-def _mark(image_sha256: str, embedding: np.ndarray) -> bytes:
-    return hashlib.blake2b(embedding.tobytes() + image_sha256.encode(), digest_size=MARK).digest()
+def _checksum(image_sha256: str, embedding: np.ndarray) -> bytes:
+    return hashlib.blake2b(embedding.tobytes() + image_sha256.encode(), digest_size=CHECKSUM).digest()
 
 
-def keep(place: Path, known: store.Facts, split: Split, width: int) -> Kept:
-    """The file of `known` below `place`, made (sparse, empty) if it is not there.
+def open_cache(folder: Path, source: store.Facts, split: Split, width: int) -> TeacherCache:
+    """The cache file of `source` below `folder`; it is made, sparse and empty, if it is missing.
 
     Args:
-        place: folder of such files.
-        known: see `facts`.
+        folder: folder of the cache files.
+        source: what the embeddings are computed from, by `source_of`.
         split: the training images.
         width: D.
 
     Raises:
-        WeightsError: the file says that it was made from something else.
+        WeightsError: the JSON beside the file names another source.
         OSError: the folder cannot be written.
     """
-    whole = {**known, "width": width}
-    path = place / f"{store.fingerprint(whole)[:32]}.rows"
-    beside, size = path.with_suffix(".json"), len(split) * (MARK + 4 * width)
+    whole = {**source, "width": width}
+    path = folder / f"{store.fingerprint(whole)[:32]}.rows"
+    beside, size = path.with_suffix(".json"), len(split) * (CHECKSUM + 4 * width)
     if beside.exists():
         _require_same(beside, whole)
     else:
@@ -131,11 +138,11 @@ def keep(place: Path, known: store.Facts, split: Split, width: int) -> Kept:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if os.fstat(descriptor).st_size != size:
-            os.ftruncate(descriptor, size)  # keeps what is there: a second process may be writing
+            os.ftruncate(descriptor, size)  # rows that are there stay: another process may be writing them
     finally:
         os.close(descriptor)
-    rows = np.memmap(path, np.uint8, "r", shape=(len(split), MARK + 4 * width))
-    return Kept(path, split.keys, rows)
+    rows = np.memmap(path, np.uint8, "r", shape=(len(split), CHECKSUM + 4 * width))
+    return TeacherCache(path, split.keys, rows)
 
 
 def _require_same(beside: Path, whole: dict[str, Any]) -> None:
@@ -143,23 +150,36 @@ def _require_same(beside: Path, whole: dict[str, Any]) -> None:
     found = found if isinstance(found, dict) else {}
     for name, wanted in whole.items():
         if found.get(name) != wanted:
-            what, so = f"{name} {str(found.get(name))[:16]}", f"{str(wanted)[:16]}, as of this run"
-            raise WeightsError(str(beside), f"a cache made from another {what}", so, "delete the file")
+            what, expected = f"{name} {str(found.get(name))[:16]}", f"{str(wanted)[:16]}, as of this run"
+            raise WeightsError(str(beside), f"a cache made from another {what}", expected, "delete the file")
 
 
 @dataclass(frozen=True)
-class Recalled(Wrapped):
-    """A frozen teacher that remembers what it said of the clean images of one batch.
+class CachedTeacher(Wrapped):
+    """A frozen teacher that reads its embeddings of the clean images of one batch from a cache.
 
-    Any other images, adversarial ones above all, it is asked about anew; patch tokens are never kept: those
-    of a dataset would fill a disk.
+    The clean images are recognised by their pixels, so a copy of them is recognised too. On all other images,
+    adversarial ones above all, the teacher is run. Patch tokens are never stored: those of a whole dataset
+    would fill a disk.
+
+    Attributes:
+        cache: the stored embeddings of this teacher.
+        batch: the clean images of the present step, as the loader gave them.
     """
 
-    kept: Kept
+    cache: TeacherCache
     batch: Batch
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D)."""
-        if images is self.batch.images:
-            return self.kept.recall(self.batch, self.encoder)
+        if self._are_clean(images):
+            return self.cache.embeddings(self.batch, self.encoder)
         return self.encoder(images)
+
+    def _are_clean(self, images: Tensor) -> bool:
+        """Whether these are the clean images, pixel by pixel; never where their gradient is wanted."""
+        clean = self.batch.images
+        if images is clean:
+            return True
+        same_kind = (images.shape, images.dtype, images.device) == (clean.shape, clean.dtype, clean.device)
+        return same_kind and not images.requires_grad and torch.equal(images, clean)

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from robustbench_vlm.data import layout
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.data import dataset, layout
 from robustbench_vlm.data.tiny.worlds import WORLDS, images, labels
 from robustbench_vlm.errors import InputError, nearest
 
@@ -51,6 +53,22 @@ def make(root: Path, only: Sequence[str] | None = None, progress: Progress | Non
             layout.write_split(folder, split, samples(world.name, split, size, progress), PER_SHARD)
         folders.append(folder)
     return folders
+
+
+def make_missing(root: Path, progress: Progress, only: Sequence[str] | None = None) -> list[Path]:
+    """Render the datasets of the tiny world that are not below `root` yet; returns the folders made.
+
+    Args:
+        root: folder of all datasets.
+        progress: called with (what, done, total).
+        only: names of datasets; those that are not of the tiny world are ignored. Default: all of it.
+    """
+    made: list[Path] = []
+    for name in reader.names("datasets") if only is None else only:
+        card = reader.read("datasets", name, DatasetCard)
+        if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
+            made += make(root, [name], progress)
+    return made
 
 
 def samples(name: str, split: str, size: int, progress: Progress | None = None) -> Iterator[layout.Sample]:

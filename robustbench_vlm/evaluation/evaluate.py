@@ -1,0 +1,45 @@
+"""Carry out a planned evaluation: what `vlmrob eval` and `robustbench_vlm.evaluate` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from robustbench_vlm.data.tiny import write
+from robustbench_vlm.evaluation import estimate, planning
+from robustbench_vlm.evaluation.planning import Plan
+from robustbench_vlm.evaluation.stages import Report
+
+
+def evaluate(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.DataFrame:
+    """Evaluate every cell of a plan that is not finished yet, and return the rows of all of them.
+
+    Datasets of the tiny world that are not below the data root are rendered first.
+
+    Args:
+        plan: models, datasets, attacks and radii.
+        report: called with (what, done, total).
+        remark: called with each line about costs, notes of datasets and protocols, and what is left out.
+
+    Raises:
+        DataError: datasets are missing and `skip_missing` was not asked for.
+    """
+    root = plan.request.data_root
+    if write.make_missing(root, report, [card.name for card in plan.datasets]):
+        remark(f"rendered the tiny world into {root}")
+    for line in plan.protocol.differs if plan.protocol else ():
+        remark(f"note: protocol {plan.protocol.name if plan.protocol else ''}: {line}")
+    present = planning.require_data(plan)
+    for card in plan.datasets:
+        if card not in present.datasets:
+            remark(f"left out: {card.name} is not below {root}")
+    for line in estimate.price(present):
+        remark(line)
+    return planning.rows(present, planning.perform(present, report, remark))
+
+
+def flags(rows: pd.DataFrame) -> list[str]:
+    """`MODEL on DATASET: FLAG` of every result whose number cannot be trusted as it stands; sorted."""
+    marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
+    return sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))

@@ -1,0 +1,190 @@
+"""Run the stages of a chain for one cell: attack what the ledgers lack, and record every finding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from robustbench_vlm import store
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages
+from robustbench_vlm.evaluation.cells import Cell
+from robustbench_vlm.results import verdicts
+from robustbench_vlm.threat import eps_text
+from robustbench_vlm.types import Finding
+
+Report = Callable[[str, int, int], None]
+"""Called with (what, done, total) as images finish."""
+
+Line = dict[str, Any]
+"""A line of a ledger: the finding of one stage on one image."""
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """A cell that is being measured.
+
+    Attributes:
+        cell: which.
+        model: on the device, as verdicts and as attacks see it.
+        clean: logits of the canonical pass on the clean images.
+        table: verdicts of the images, which the stages fill in.
+    """
+
+    cell: Cell
+    model: Model
+    clean: canonical.Record
+    table: pd.DataFrame
+
+    @property
+    def eps(self) -> str:
+        """The radius as the verdict table spells it."""
+        return eps_text(self.cell.settings.norm, self.cell.threat.eps)
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """The position of each image, by its key."""
+        return {key: i for i, key in enumerate(self.cell.subject.split.keys)}
+
+    def attack(self, number: int, stages: Stages, report: Report) -> Cost:
+        """Run stages that share rows on the images that are still right, and record what they find.
+
+        Args:
+            number: position of the first of these stages in the chain.
+            stages: name and attack of each.
+            report: called as images finish.
+
+        Returns:
+            Model calls that were made now; what the ledgers held was paid for by an earlier run.
+        """
+        subject, settings, rows = self.cell.subject, self.cell.settings, self.cell.chain.rows
+        ledgers = {name: self.cell.ledger(number + i) for i, (name, _) in enumerate(stages)}
+        standing = [int(i) for i in self.table.index[verdicts.standing(self.table)]]
+        begin = self.resume(ledgers, standing)
+        names = [subject.loaded.card.name, subject.card.name, " + ".join(ledgers), str(self.cell.threat)]
+        title, done = " · ".join(names), len(standing) - len(begin)
+        report(title, done, len(standing))
+        if not begin:
+            return Cost()
+        for ledger in ledgers.values():
+            store.mend(ledger)
+        pixels: dict[str, Tensor] = {}  # of the images under attack, on the CPU
+
+        def note(finding: Finding) -> None:
+            nonlocal done
+            i, last = self.positions[finding.key], stages[-1][0]
+            ended = finding.broken or bool(finding.error) or finding.stage == last
+            image = pixels.pop(finding.key) if ended else pixels[finding.key]
+            if i not in begin:  # recorded before; where noise is drawn in batches, a batch is run again whole
+                return
+            self.record(i, finding, image, ledgers[finding.stage])
+            done += ended
+            report(title, done, len(standing))
+
+        members = settings.backend.batches(standing, begin, rows)
+        blocks = (self.block(part, begin, pixels) for part in subject.images.parts(members, rows))
+        return settings.backend.run(self.model, self.job(stages), blocks, note)
+
+    def job(self, stages: Stages) -> Job:
+        """These stages as the backend is given them."""
+        chain, settings = self.cell.chain, self.cell.settings
+        active = None if settings.active_rows is None else min(settings.active_rows, chain.rows)
+        n_classes = self.cell.subject.card.n_classes
+        return chain.job(self.cell.threat, n_classes, seed=settings.seed, active_rows=active).of(stages)
+
+    def record(self, i: int, finding: Finding, image: Tensor, ledger: Path) -> None:
+        """Write the finding of one stage on image `i` to its ledger and into the table.
+
+        Args:
+            i: position of the image.
+            finding: of the stage.
+            image: (3, H, W) clean pixels, on the CPU.
+            ledger: of the stage.
+        """
+        subject = self.cell.subject
+        label = int(subject.split.labels[i])
+        line = verdicts.line(finding, image, subject.image_shas[i], label, self.cell.threat)
+        if self.cell.settings.save_images:  # before the line, which says that the image is there
+            store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
+        store.append(ledger, line)
+        verdicts.enter(self.table, i, line, finding.stage, self.eps)
+
+    def block(
+        self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]
+    ) -> ImageBlock:
+        """Images that are read together.
+
+        Args:
+            members: positions of the images.
+            begin: by position, the stage in which an image begins; images that are not in it begin first.
+            pixels: gets the clean pixels of these images, by key.
+        """
+        device, subject = self.cell.settings.device, self.cell.subject
+        images = subject.images.floats(members)
+        keys = [subject.split.keys[i] for i in members]
+        pixels.update((key, image.clone()) for key, image in zip(keys, images, strict=True))
+        logits, labels = self.clean.rows(members).to(device), subject.labels[members].to(device)
+        return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
+
+    def resume(self, ledgers: Mapping[str, Path], standing: Sequence[int]) -> dict[int, int]:
+        """Enter into the table what the ledgers hold about some images.
+
+        Args:
+            ledgers: by name of the stage, in order.
+            standing: positions of the images.
+
+        Returns:
+            By position, the stage in which each image that is not finished begins.
+        """
+        begin = dict.fromkeys(standing, 0)
+        for stage, (name, ledger) in enumerate(ledgers.items()):
+            for i, line in self.recorded(ledger):
+                if begin.get(i) != stage:
+                    continue
+                verdicts.enter(self.table, i, line, name, self.eps)
+                begin[i] = stage + 1
+                if line["broken"] or line["error"] or stage + 1 == len(ledgers):
+                    del begin[i]
+        return begin
+
+    def recorded(self, ledger: Path) -> Iterator[tuple[int, Line]]:
+        """Position and line of the images of this cell in a ledger.
+
+        A line counts if it is about the same file with the same label and, where images are to be saved, if
+        its adversarial image was.
+        """
+        subject = self.cell.subject
+        for line in store.records(ledger):
+            i = self.positions.get(line["key"])
+            if i is None or (line["image"], line["label"]) != (
+                subject.image_shas[i],
+                subject.split.labels[i],
+            ):
+                continue
+            if not self.cell.settings.save_images or _image_path(ledger, line).exists():
+                yield i, line
+
+    def broken_images(self) -> dict[str, Tensor]:
+        """Key -> (3, H, W) adversarial image of every image that was broken at this cell's own radius."""
+        found: dict[str, Tensor] = {}
+        own = self.table[self.table.broken_at_eps == self.eps]
+        for number, stage in enumerate(self.cell.chain.stage_names):
+            ledger = self.cell.ledger(number)
+            wanted = set(own.index[own.broken_by == stage])
+            for i, line in self.recorded(ledger):
+                if i in wanted:
+                    found[line["key"]] = load_file(_image_path(ledger, line))["adv"]
+        return found
+
+
+def _image_path(ledger: Path, line: Line) -> Path:
+    """The file of the adversarial image that a line of a ledger is about."""
+    identity = store.fingerprint([line["key"], line["image"], line["label"]])
+    return ledger.with_suffix("") / f"{identity[:24]}.safetensors"

@@ -1,0 +1,40 @@
+"""The checkpoint folder that a finished run leaves behind: weights, and a card of how they were made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.training.setup import Setup
+
+
+def write_checkpoint_folder(out: Path, setup: Setup) -> None:
+    """Write the checkpoint folder: merged weights first, the card last."""
+    recipe = setup.recipe
+    model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
+    models = {"student": setup.student, **setup.teachers}
+    parents = tuple(
+        checkpoint.Parent(
+            role=role, model=loaded.card.name, sha256=loaded.card.sha256, trained_on=loaded.card.trained_on
+        )
+        for role, loaded in models.items()
+    )
+    seen: tuple[str, ...] | None = None
+    if all(parent.trained_on is not None for parent in parents):
+        known = {name for parent in parents for name in parent.trained_on or ()}
+        seen = tuple(sorted({*known, recipe.data.dataset}))
+    card = checkpoint.describe(
+        model,
+        recipe.name,
+        defense=str(recipe.defense["name"]),
+        trained_on=seen,
+        text_from=setup.student.card.text_from or zoo.address(setup.student.id),
+        parents=parents,
+        recipe=recipe.model_dump(mode="json"),
+        training={
+            "recipe_sha256": recipe.fingerprint,
+            "data_sha256": setup.split.sha256,
+            "images": len(setup.split),
+        },
+    )
+    checkpoint.save_folder(out, model, card)

@@ -1,0 +1,97 @@
+"""What a training run works with: the models by role, the images, and the parameters that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.defenses.interface import Defense, Roles
+from robustbench_vlm.errors import some
+from robustbench_vlm.models import prompts, zoo
+from robustbench_vlm.models.clip import Clip, InBf16
+from robustbench_vlm.models.lora import Adapters
+from robustbench_vlm.models.text_bank import untrained
+from robustbench_vlm.training.teacher_cache import CachedTeacher, TeacherCache
+from robustbench_vlm.types import Batch, Encoder
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, loaded and checked by `prepare` before the first step.
+
+    Attributes:
+        recipe: what is trained and how.
+        defense: the losses.
+        roles: the models, with the text banks of before the run.
+        student: what is trained, with the card of where it came from.
+        teachers: the other models by role, frozen except for learned prompts.
+        adapters: LoRA inside the student, or `None`.
+        dataset: card of the training images, with the class names that count.
+        split: the training images.
+        probe_batch: the images of the validation probe, or `None`.
+        device: where all of it is.
+        prompt_tokens: token ids (C, L) of the class sentences, for every role whose prompts are trained.
+        caches: stored outputs on clean images, by role of the teacher.
+    """
+
+    recipe: Recipe
+    defense: Defense
+    roles: Roles
+    student: zoo.Loaded
+    teachers: Mapping[str, zoo.Loaded]
+    adapters: Adapters | None
+    dataset: DatasetCard
+    split: Split
+    probe_batch: Batch | None
+    device: torch.device
+    prompt_tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Clip:
+        """The student's encoder."""
+        return self.student.model
+
+    @property
+    def notes(self) -> list[str]:
+        """Properties of the images and class names that a reader of the results should know; no errors."""
+        template = self.recipe.data.template
+        names = untrained(self.model, self.dataset.names, template) if self.roles.text else []
+        words = f"class names with words that {self.student.card.name} was never trained on: {some(names)}"
+        return [*self.split.notes, *([words] if names else [])]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the optimiser changes, under the names that checkpoint files have for them."""
+        named: dict[str, Tensor] = {f"student.{n}": p for n, p in self.model.visual.named_parameters()}
+        for role in self.prompt_tokens:
+            model = self.model if role == "student" else self.teachers[role].model
+            towers = {"text": model.language} | ({} if role == "student" else {"image": model.visual})
+            for part, module in towers.items():
+                named |= {f"prompts.{role}.{part}.{n}": p for n, p in prompts.state(module).items()}
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+    def current_roles(self) -> Roles:
+        """The roles with the text banks of the present prompts, with gradient where it is enabled."""
+        banks, wanted = {}, self.recipe.prompts
+        for role, tokens in self.prompt_tokens.items() if wanted and wanted.text else ():
+            model = self.model if role == "student" else self.teachers[role].model
+            banks[role] = prompts.bank(model, tokens)
+        return replace(self.roles, text={**self.roles.text, **banks}) if banks else self.roles
+
+    def training_roles(self, batch: Batch) -> Roles:
+        """The current roles in the recipe's precision; teachers with a cache use it for `batch`."""
+        now = self.current_roles()
+        bf16 = self.recipe.compute.precision == "bf16"
+        student: Encoder = InBf16(self.model) if bf16 else now.student
+        teachers: dict[str, Encoder] = {}
+        for role, loaded in self.teachers.items():
+            teachers[role] = InBf16(loaded.model) if bf16 else now.teachers[role]
+            if role in self.caches:
+                teachers[role] = CachedTeacher(teachers[role], self.caches[role], batch)
+        return replace(now, student=student, teachers=teachers)

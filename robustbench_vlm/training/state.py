@@ -1,0 +1,125 @@
+"""The state of a training run, and the checkpoint files from which a stopped run goes on with equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from robustbench_vlm import store
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.models import checkpoint
+from robustbench_vlm.training.setup import Setup
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step, beside the weights.
+
+    Attributes:
+        step: steps taken; the next step has this 0-based number.
+        optimiser: with its moments.
+        carry: tensors that the defense hands to its next step.
+    """
+
+    step: int
+    optimiser: torch.optim.Optimizer
+    carry: Mapping[str, Tensor]
+
+
+def initial(setup: Setup) -> TrainingState:
+    """The state before the first step."""
+    return TrainingState(0, _optimiser(setup), {})
+
+
+def _optimiser(setup: Setup) -> torch.optim.Optimizer:
+    optim, parameters = setup.recipe.optim, list(setup.parameters().values())
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+    fused = setup.recipe.compute.fused_adamw
+    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=fused)
+
+
+def resumed(setup: Setup, out: Path) -> TrainingState:
+    """The state of the newest checkpoint file of `out`, or the initial one; cuts the log to that step.
+
+    The weights of the checkpoint are loaded into the models of `setup`.
+
+    Raises:
+        InputError: a checkpoint of another recipe or version, or a damaged one.
+    """
+    state = initial(setup)
+    files = sorted((out / "checkpoints").glob("step_*.safetensors"))
+    if not files:
+        (out / "log.jsonl").unlink(missing_ok=True)
+        return state
+    tensors = {k: v.to(setup.device) for k, v in checkpoint.read_state(files[-1]).items()}
+    with safe_open(files[-1], framework="pt") as file:
+        facts = file.metadata() or {}
+    if facts.get("recipe") != setup.recipe.fingerprint:
+        raise InputError(str(files[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
+    _require_known(tensors, setup, files[-1])
+    _load_weights(tensors, setup, str(files[-1]))
+    _load_moments(tensors, setup, state.optimiser)
+    state.carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
+    state.step = int(facts["step"])
+    log = out / "log.jsonl"
+    lines = [line for line in store.records(log) if line["step"] <= state.step]
+    store.write(log, b"".join(store.canonical(line) + b"\n" for line in lines))
+    return state
+
+
+def _require_known(tensors: Mapping[str, Tensor], setup: Setup, path: Path) -> None:
+    """Refuse a checkpoint with tensors that this version does not read, such as moments under other names."""
+    parameters = setup.parameters()
+    for name in tensors:
+        if name not in parameters and not name.startswith(("student.", "optim.", "carry.")):
+            raise InputError(
+                str(path),
+                f"tensor {name!r}, which this version does not read",
+                "a checkpoint of this version",
+                f"finish it with the old one, or delete {path.parents[1]}",
+            )
+
+
+def _load_weights(tensors: Mapping[str, Tensor], setup: Setup, where: str) -> None:
+    """Fill the student's image tower, and prompts of any tower, from a checkpoint."""
+    student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    checkpoint.fill(setup.model.visual, student, where)
+    for name, parameter in setup.parameters().items():
+        if name in tensors:  # a prompt outside the student's image tower
+            parameter.data.copy_(tensors[name])
+
+
+def _load_moments(tensors: Mapping[str, Tensor], setup: Setup, optimiser: torch.optim.Optimizer) -> None:
+    """Fill the state of the optimiser; parameters that never got a gradient have none."""
+    step_device = setup.device if setup.recipe.compute.fused_adamw else CPU  # where AdamW counts its steps
+    for index, parameter in enumerate(setup.parameters().values()):
+        prefix = f"optim.{index}."
+        saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if saved:
+            optimiser.state[parameter] = {
+                k: v.to(step_device) if k == "step" else v for k, v in saved.items()
+            }
+
+
+def save_state(out: Path, setup: Setup, state: TrainingState) -> None:
+    """Write one checkpoint file below `out`, whole or not at all."""
+    tensors = {f"student.{name}": value for name, value in setup.model.visual.state_dict().items()}
+    tensors |= {f"carry.{name}": value for name, value in state.carry.items()}
+    for index, (name, parameter) in enumerate(setup.parameters().items()):
+        tensors |= {name: parameter} if name not in tensors else {}
+        moments = state.optimiser.state.get(parameter, {})
+        tensors |= {f"optim.{index}.{k}": v for k, v in moments.items() if v is not None}
+    facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
+    content = save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=facts
+    )
+    store.write(out / "checkpoints" / f"step_{state.step:07d}.safetensors", content)

@@ -1,0 +1,142 @@
+"""One training step: model outputs on clean images, attack, loss, gradient, update of the weights.
+
+A step is a pure function of the recipe, the state before it, and its batch: the noise of the attack's start
+and dropout are keyed by seed and step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from robustbench_vlm import rng
+from robustbench_vlm.cards.recipe import Inner, Optim
+from robustbench_vlm.defenses.interface import Roles, Step, Terms
+from robustbench_vlm.engine.geometry import uniform_start
+from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.errors import AttackError, TrainingError
+from robustbench_vlm.models.clip import frozen
+from robustbench_vlm.training.inner import ascend
+from robustbench_vlm.training.setup import Setup
+from robustbench_vlm.training.state import TrainingState
+from robustbench_vlm.types import Batch
+
+GAUSSIAN = 0.001  # standard deviation of the `gaussian` start, in pixel units
+
+
+def learning_rate(step: int, optim: Optim) -> float:
+    """Learning rate of 0-based `step`: linear warm-up to `optim.lr`, then half a cosine to zero at the end.
+
+    RobustVLM and MMT-ARD set the rate after the update, so their first update runs at the full rate; here
+    the rate belongs to the update it is used in.
+    """
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    progress = (step - optim.warmup) / max(optim.steps - optim.warmup, 1)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, float]:
+    """Take step `state.step` on `batch`: changes the student, the optimiser, `state.step` and `state.carry`.
+
+    Returns:
+        Learning rate, loss, terms of the loss and gradient norm, for the log.
+
+    Raises:
+        TrainingError: a term or a gradient that is not finite, with step, term and keys. The weights are
+            those of before the step then.
+    """
+    recipe, model, defense = setup.recipe, setup.model, setup.defense
+    with frozen(model):
+        with torch.no_grad():
+            roles = setup.training_roles(batch)
+            targets = defense.targets(roles, batch)
+        adv = batch.images if recipe.inner is None else attack(setup, roles, state.step, batch, targets)
+    model.visual.train()
+    with keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
+        given = Step(batch, adv, targets, state.carry, state.step / recipe.optim.steps)
+        terms = defense.outer(setup.training_roles(batch), given)
+    line = _update(setup, state, terms, batch)
+    model.visual.eval()
+    state.carry = terms.carry
+    state.step += 1
+    return line
+
+
+def _update(setup: Setup, state: TrainingState, terms: Terms, batch: Batch) -> dict[str, float]:
+    """Change the weights by the gradient of `terms.total`; returns the numbers for the log."""
+    optim = setup.recipe.optim
+    rate = learning_rate(state.step, optim)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    state.optimiser.zero_grad(set_to_none=True)
+    terms.total.backward()  # type: ignore[no-untyped-call]
+    parameters = list(setup.parameters().values())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+    line = _finite_numbers(terms, norm, state.step, batch)  # before the update: a bad step changes nothing
+    state.optimiser.step()
+    return {"lr": rate, **line}
+
+
+def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
+    """The adversarial images (B, 3, H, W) of one step; the student is in the mode that the recipe states."""
+    recipe, inner = setup.recipe, setup.recipe.inner
+    assert inner is not None
+    start = starting_images(inner, batch.images, [f"{recipe.seed}/train/{step}/{key}" for key in batch.keys])
+    objective = setup.defense.inner(roles, batch, targets)
+    setup.model.visual.train(inner.mode == "train")
+    try:
+        with keyed_dropout(f"{recipe.seed}/attack/{step}", batch.images.device):
+            return ascend(
+                objective,
+                batch.images,
+                inner.threat,
+                steps=inner.steps,
+                step_size=float(inner.step),
+                start=start,
+            )
+    except AttackError as error:
+        raise TrainingError(f"step {step}: {error}; first image {batch.keys[0]}") from error
+
+
+def starting_images(inner: Inner, images: Tensor, names: list[str]) -> Tensor:
+    """The first iterate of every image, (B, 3, H, W), by `inner.start`; each name keys the noise of one."""
+    noise = Keyed(tuple(names))
+    if inner.start == "gaussian":
+        return images + GAUSSIAN * noise.normal(tuple(images.shape[1:])).to(images.device)
+    return uniform_start(images, inner.threat, noise, box=inner.start == "uniform")
+
+
+@contextmanager
+def keyed_dropout(name: str, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators of CPU and `device` are seeded by `name`; outside, they are untouched."""
+    cuda = device.type == "cuda"
+    index = torch.cuda.current_device() if cuda and device.index is None else device.index
+    seed = int(rng.generator(name).integers(2**62))
+    with torch.random.fork_rng(devices=[index] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def _finite_numbers(terms: Terms, norm: Tensor, step: int, batch: Batch) -> dict[str, float]:
+    """Loss, terms and gradient norm as numbers, fetched from the device in one transfer.
+
+    Raises:
+        TrainingError: one of them is not finite.
+    """
+    named = {"loss": terms.total.detach(), **terms.parts, "grad_norm": norm}
+    values = torch.stack([value.double() for value in named.values()]).tolist()
+    line = dict(zip(named, values, strict=True))
+    for name in (*terms.parts, "loss"):  # terms first: a term that is not finite makes the loss so, too
+        if not math.isfinite(line[name]):
+            term, keys = "total" if name == "loss" else name, ", ".join(batch.keys[:3])
+            raise TrainingError(f"step {step}: term {term!r} is {line[name]:g}; images {keys}, ...")
+    if not math.isfinite(line["grad_norm"]):
+        raise TrainingError(f"step {step}: the gradient is not finite; first image {batch.keys[0]}")
+    return {name: round(value, 6) for name, value in line.items()}

@@ -1,0 +1,70 @@
+"""Train a recipe into a folder: what `vlmrob train` and `robustbench_vlm.train` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.data.tiny import write
+from robustbench_vlm.devices import choose_device
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.training import loop, teacher_cache
+
+Meter = Callable[..., None]
+"""Called with (what, done, total), and with a note where there is one."""
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The checkpoint folder of a run that was given none: `runs/<recipe>-<hash>`."""
+    return Path("runs") / f"{recipe.name}-{recipe.fingerprint[:8]}"
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    data_root: Path,
+    device: str,
+    meter: Meter,
+    remark: Callable[[str], None],
+    *,
+    resume: bool = True,
+    cache: bool = True,
+) -> Path:
+    """Train a recipe into the checkpoint folder `out`, and go on where an earlier run of it stopped.
+
+    A dataset of the tiny world that is not below the data root is rendered first.
+
+    Args:
+        recipe: what to train (`training.resolve`).
+        out: checkpoint folder.
+        data_root: folder of the datasets.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        meter: called with (what, steps done, steps in all, loss).
+        remark: called with each line about the run, its data and its validation.
+        resume: whether `out` may hold an earlier run.
+        cache: whether outputs of frozen teachers on clean images are stored; changes the time and no bit.
+
+    Raises:
+        InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
+        TrainingError: a loss or gradient is not finite.
+    """
+    if not resume and out.exists() and any(out.iterdir()):
+        expected = "an empty folder with --no-resume"
+        raise InputError(f"--out {out}", "not empty", expected, "choose another one")
+    if (out / "card.json").exists() and (out / "recipe.json").exists():
+        remark(f"{out} is finished already; its recipe is compared, nothing is trained again")
+    where = choose_device(device)
+    if write.make_missing(data_root, meter, [recipe.data.dataset]):
+        remark(f"rendered the tiny world into {data_root}")
+    threat = recipe.inner.threat if recipe.inner else "no adversary"
+    remark(f"training {recipe.name}: {recipe.optim.steps} steps, {threat}, on {where}, into {out}")
+
+    def report(line: loop.Line) -> None:
+        if "probe" in line:
+            remark(f"step {line['step']}: probe {line['probe']}")
+        else:
+            meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
+
+    stored = teacher_cache.default_folder() if cache else None
+    return loop.run(recipe, out, data_root, where, report, stored, remark)

@@ -54,8 +54,11 @@ class GuardedModel(nn.Module):
         chunks = torch.split(images, self.rows)
         self.forwards += len(chunks)
         (classify,) = self._classify
+        copies = [
+            canonical.padded(chunk, self.rows).clone() for chunk in chunks
+        ]  # a model may write into them
         logits = torch.cat(
-            [classify(canonical.padded(c, self.rows).clone())[: len(c)].float() for c in chunks]
+            [classify(c)[: len(chunk)].float() for c, chunk in zip(copies, chunks, strict=True)]
         )
         self.note_nonfinite(images, logits)
         return logits

@@ -62,12 +62,15 @@ class GradientWatch:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C), as the classifier gives it."""
-        logits = self.classify(images)
-        if torch.is_grad_enabled() and images.requires_grad and logits.requires_grad:
-            self.calls += 1
-            if self.calls == self.due:
-                self.due = int(GROWTH * self.due) + 1
-                self._keep(images, logits)
+        if not torch.is_grad_enabled() or not images.requires_grad:
+            return self.classify(images)
+        self.calls += 1
+        if self.calls < self.due:
+            return self.classify(images)
+        self.due = int(GROWTH * self.due) + 1
+        logits = self.classify(images.clone())  # a model may write into its input
+        if logits.requires_grad:
+            self._keep(images, logits)
         return logits
 
     def _keep(self, images: Tensor, logits: Tensor) -> None:
@@ -75,14 +78,14 @@ class GradientWatch:
         kept = _Kept(images.detach()[rows])
         self.kept.append(kept)
 
-        def weights(gradient: Tensor) -> None:
+        def keep_weights(gradient: Tensor) -> None:
             kept.weights = gradient.detach()[rows]
 
-        def gradient(gradient: Tensor) -> None:
+        def keep_gradient(gradient: Tensor) -> None:
             kept.gradient = gradient.detach()[rows]
 
-        logits.register_hook(weights)
-        images.register_hook(gradient)
+        logits.register_hook(keep_weights)  # type: ignore[no-untyped-call]
+        images.register_hook(keep_gradient)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -162,7 +165,7 @@ class AttackWatch:
         again = torch.cat(
             [
                 _weighted_gradient(oracle, images[part], weights[part], self.rows)
-                for part in torch.arange(len(images), device=images.device).split(self.rows)
+                for part in torch.split(torch.arange(len(images), device=images.device), self.rows)
             ]
         )
         given, again = given.double().flatten(1), again.double().flatten(1)

@@ -86,7 +86,7 @@ class Points:
 def local_errors(probe: Probe, points: Points, noise: float) -> Tensor:
     """Relative errors of <g, v> close to points, (m,) float64; infinite where nothing can be compared.
 
-    Every second point has pixels of 8 bits, where errors may be larger: there pixels are equal, and at 0 or 1.
+    Every second point has pixels of 8 bits. Errors may be larger there: pixels are equal, or at 0 or 1.
 
     Args:
         probe: the model.

@@ -381,7 +381,7 @@ def test_masked_gradients_raise_every_flag_that_they_should(what, tmp_path):
     blind = int((found.broken_by == "square").sum())
     assert 0 < blind < outcome["n"]
     assert outcome["square_only"] == blind
-    assert outcome["flags"] == ["no-progress", "square-beats-white-box", "zero-gradient"]
+    assert outcome["flags"] == ["gradient-mismatch", "no-progress", "square-beats-white-box", "zero-gradient"]
     survivors = found[found.clean_correct & (found.broken_by != "ce")]
     assert (survivors.progress == 0).all()
     assert outcome["robust"]["ce"] == len(survivors) == outcome["robust"]["square"] + blind

@@ -50,7 +50,7 @@ def test_the_mean_over_classes_by_hand():
     assert verdicts.per_class(found) == ((1 / 2 + 1 + 1) / 3, (1 / 2 + 0 + 0) / 3)
 
 
-def test_progress_is_the_least_rise_over_the_stages_that_an_image_survived():
+def test_progress_is_the_greatest_rise_over_the_stages_whose_gradients_did_not_break_an_image():
     found = by_hand()
     verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")
     verdicts.enter(found, 3, line(progress=0.0, backwards=0), "three", "4/255")  # black box: says nothing

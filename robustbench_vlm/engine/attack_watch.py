@@ -19,7 +19,7 @@ from robustbench_vlm.engine.check import Check, check
 from robustbench_vlm.engine.check_sample import UNITS
 from robustbench_vlm.engine.derivatives import Segments
 from robustbench_vlm.engine.interface import Oracle
-from robustbench_vlm.engine.job import Model
+from robustbench_vlm.engine.job import Cost, Model
 from robustbench_vlm.engine.probe import Probe
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.types import Classify, Finding
@@ -95,10 +95,12 @@ class AttackWatch:
     Attributes:
         model: the model that is attacked.
         rows: the fixed shape of its calls.
+        noted: number of findings so far.
     """
 
     model: Model
     rows: int
+    noted: int = field(default=0, init=False)
     _gradients: GradientWatch = field(init=False)
     _survivors: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict, init=False)
 
@@ -120,18 +122,23 @@ class AttackWatch:
             image: (3, H, W) the clean image, on the CPU.
             label: its class.
         """
+        self.noted += 1
         if finding.broken or finding.error:
             self._survivors.pop(finding.key, None)
         elif finding.key in self._survivors or len(self._survivors) < max(1, self.rows // PARTS):
             self._survivors[finding.key] = (image.clone(), finding.adv.clone(), label)
 
-    def checks(self, images: Tensor, clean: Tensor) -> tuple[list[Check], int, int]:
-        """What the attack brought to light, and the forward and gradient calls that this took.
+    def checks(self, images: Tensor, clean: Tensor) -> tuple[list[Check], Cost]:
+        """What the attack brought to light, and the model calls that it took to see it.
 
         Args:
             images: (n, 3, H, W) clean images, at most `rows` of them.
             clean: (n, C) their canonical logits before the attack.
+
+        Without a finding there was no attack, and nothing is checked.
         """
+        if not self.noted:
+            return [], Cost()
         probe = Probe.of(self.model.canonical, self.rows)
         again = probe.logits(images)
         change = float((again - clean).abs().nan_to_num(nan=0.0, posinf=0.0).max())
@@ -152,7 +159,7 @@ class AttackWatch:
         except AttackError as error:  # no gradient any more, where there was one before
             found.append(check(gradient_check.MISMATCH, "fail", None, AGREEMENT, str(error)))
         calls = (oracle.calls, probe.oracle.calls)
-        return found, sum(call.forwards for call in calls), sum(call.gradients for call in calls)
+        return found, Cost(sum(call.forwards for call in calls), sum(call.gradients for call in calls))
 
     def _repeated(self, oracle: Oracle) -> list[Check]:
         """Gradients that the attack was given, asked for again."""

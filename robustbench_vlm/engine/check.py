@@ -38,7 +38,7 @@ def check(name: str, level: Level, value: float | None, bound: float, sentence: 
 
 @dataclass(frozen=True)
 class Examined:
-    """The findings about one model on one data set, and the model calls that they took."""
+    """The findings about one model on one data set, and the model calls that those before the attack took."""
 
     checks: tuple[Check, ...]
     forwards: int = 0
@@ -54,11 +54,11 @@ class Examined:
         """The findings as plain values."""
         return asdict(self)
 
-    def joined(self, later: Iterable[Check], forwards: int = 0, gradients: int = 0) -> Examined:
+    def joined(self, later: Iterable[Check]) -> Examined:
         """These findings and later ones; of two with one name the worse stands, the earlier one if equal."""
         found = {check.name: check for check in self.checks}
         for check in later:
             known = found.get(check.name)
             if known is None or SEVERITY[check.level] > SEVERITY[known.level]:
                 found[check.name] = check
-        return Examined(tuple(found.values()), self.forwards + forwards, self.gradients + gradients)
+        return Examined(tuple(found.values()), self.forwards, self.gradients)

@@ -24,9 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from watch import Clock, Counts, Probe, Watched, bare
 
 from robustbench_vlm.engine import canonical, scheduler
-from robustbench_vlm.engine.interface import Attack, Oracle, Rows
+from robustbench_vlm.engine.interface import Attack, Rows
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.types import Classify
 
 STAGES = ("apgd-t", "fab-t", "square")

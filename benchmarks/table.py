@@ -25,7 +25,7 @@ NOTES = """\
 - *Over floor* is the CPU time of ours over that of bare calls of the counted number, kind and shape. Every
   {every}th call is made once more bare, inside the same run, timed by itself and taken out of the times.
 - *Rows in use* is the share of these calls, by time, that the findings account for: rows of later
-  trajectories that run ahead, crews' looks beyond an accepted proposal, and padding are the rest.
+  trajectories that run ahead, queries beyond an accepted proposal, and padding are the rest.
 - *Attainable* is the CPU time of the reference over bare calls for just the rows that the findings account
   for, without any idle row. *Reached* is the part of it that ours reaches: rows in use / over floor.
 - *autoattack* and *torchattacks* attack {state}; *frozen*: parameters without

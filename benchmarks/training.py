@@ -1,9 +1,9 @@
-"""A training step of MMT-ARD beside the released way and the bare network: `make bench-train`.
+"""A training step of MMT-ARD compared with the released code and with the bare passes: `make bench-train`.
 
-One process takes a step of each way in turn, so that all meet the same machine; then each way runs in a
+One process takes a step in each way in turn, so that all share the same conditions. Then each way runs in a
 process of its own for its peak memory. `--arch ViT-B-32 --teacher ViT-L-14 --device cuda` measures the
-paper's sizes with random weights. The images are generated; every way gets the same ones. What is measured
-is appended to T.jsonl at once, and a killed run goes on where it was.
+paper's sizes with random weights. The images are generated; every way gets the same ones. Every measurement
+is appended to the .jsonl file at once, and a run that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from robustbench_vlm.types import Batch, Encoder
 
 HERE = Path(__file__).parent
 CLOCKS = ("wall", "cpu")
-BATCHES = 2  # distinct batches, met in turn
+BATCHES = 2  # distinct batches, used in turn
 
 Line = dict[str, Any]
 
 
 def released(setup: Setup, state: TrainingState, batch: Batch, origin: Encoder) -> None:
-    """One step as the released code does it: three teachers, a forward for each use, nothing kept.
+    """One step as the released code does it: three teachers, one forward for each use, no cache.
 
-    As read there: the attack differentiates the student with its weights unfrozen, with respect to the
-    images; the log's numbers and the probe are left out.
+    As in that code, the weights of the student are not frozen while the attack differentiates it with respect
+    to the images. The numbers of the log and the probe are left out.
     """
     roles, inner, defense = setup.training_roles(batch), setup.recipe.inner, setup.defense
     x, labels, eps, alpha = batch.images, batch.labels, float(inner.threat.eps), float(inner.step)
@@ -87,7 +87,7 @@ def released(setup: Setup, state: TrainingState, batch: Batch, origin: Encoder) 
 
 
 def floor(setup: Setup, batch: Batch) -> None:
-    """Nothing but the passes that no way can do without: K of the attack, R on x', the outer one."""
+    """Only the passes that every way needs: the attack, the robust teacher on x', the outer one."""
     roles, x = setup.training_roles(batch), batch.images
     with frozen(setup.model):
         for _ in range(setup.recipe.inner.steps):
@@ -103,21 +103,21 @@ def floor(setup: Setup, batch: Batch) -> None:
 
 
 def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Callable[[int], None]]:
-    """Every way to take step t, with models, optimiser and images of its own setup."""
+    """Every way to take step t; all share models, optimiser and images."""
     device = torch.device(what.device)
-    with_kept = prepare(recipe, root, device, root / "embeddings")
-    without = dataclasses.replace(with_kept, caches={})
-    origin: Encoder = copy.deepcopy(with_kept.teachers["clean"].model)
+    with_cache = prepare(recipe, root, device, root / "embeddings")
+    without = dataclasses.replace(with_cache, caches={})
+    origin: Encoder = copy.deepcopy(with_cache.teachers["clean"].model)
     if recipe.compute.precision == "bf16":
         origin = InBf16(origin)
     stream = loader.batches(
-        with_kept.split, recipe.optim.batch_size, 0, 0, BATCHES, with_kept.model.image_size
+        with_cache.split, recipe.optim.batch_size, 0, 0, BATCHES, with_cache.model.image_size
     )
     batches = [batch.to(device) for batch in stream]
-    state = resumed(with_kept, root / "no checkpoint")
+    state = resumed(with_cache, root / "no checkpoint")
     return {
-        "ours": lambda t: train_step(with_kept, state, batches[t % BATCHES]) and None,
-        "ours, nothing kept": lambda t: train_step(without, state, batches[t % BATCHES]) and None,
+        "ours": lambda t: train_step(with_cache, state, batches[t % BATCHES]) and None,
+        "ours, no cache": lambda t: train_step(without, state, batches[t % BATCHES]) and None,
         "released": lambda t: released(without, state, batches[t % BATCHES], origin),
         "floor": lambda t: floor(without, batches[t % BATCHES]),
     }
@@ -144,8 +144,8 @@ def timed(what: argparse.Namespace, recipe: Recipe, root: Path) -> Line:
     return {"seconds": seconds}
 
 
-def held_at_most(what: argparse.Namespace, recipe: Recipe, root: Path, way: str) -> float:
-    """MiB of one way beyond the loaded models."""
+def peak_mib(what: argparse.Namespace, recipe: Recipe, root: Path, way: str) -> float:
+    """Peak memory of one way beyond the loaded models, in MiB."""
     torch.set_num_threads(what.threads)
     _in_full()
     call = ways(what, recipe, root)[way]
@@ -167,7 +167,7 @@ def _settle(device: str) -> None:
 
 
 def flops(what: argparse.Namespace, recipe: Recipe) -> dict[str, float]:
-    """Operations of a step and image of each way, by the cost model of `robustbench_vlm.cost`."""
+    """Operations of a step and image of each way, by the cost model of `robustbench_vlm.training.cost`."""
     openclip.architectures()  # registers ours
     student, teacher = (cost.tower(open_clip.get_model_config(name)).flops for name in archs(what))
     backward = 2 if recipe.lora is None else 1
@@ -175,7 +175,7 @@ def flops(what: argparse.Namespace, recipe: Recipe) -> dict[str, float]:
     ours = attack + outer + teacher
     return {
         "ours": ours,
-        "ours, nothing kept": ours + teacher,
+        "ours, no cache": ours + teacher,
         "released": ours + 2 * teacher,
         "floor": ours,
     }
@@ -214,7 +214,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[128])
     add("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     add("--compiled", action="store_true", help="our side through torch.compile")
-    add("--steps", type=int, default=5, help="K of the attack; the paper's is 10")
+    add("--steps", type=int, default=5, help="attack steps; 10 in the paper")
     add("--rounds", type=int, default=30, help="steps of every way that are timed")
     add("--peak", type=float, nargs="*", default=[], help="TFLOP/s of the matrix units, one a precision")
     add("--threads", type=int, default=1)
@@ -242,7 +242,7 @@ def main(words: list[str] | None = None) -> None:
                 miniature.make(card, place, n=BATCHES * batch_size, split=recipe.data.split)
                 line = {"batch": batch_size, "precision": precision, "flops": flops(what, recipe)}
                 line |= alone(partial(timed, what, recipe, place))
-                line["mib"] = {way: alone(partial(held_at_most, what, recipe, place, way)) for way in WAYS}
+                line["mib"] = {way: alone(partial(peak_mib, what, recipe, place, way)) for way in WAYS}
                 store.append(lines, line)
                 print(f"batch {batch_size}, {precision}: {line['seconds']}", file=sys.stderr, flush=True)
     text = render(list(store.records(lines)))

@@ -1,10 +1,10 @@
-"""The table of `training.py`: what a step of each way takes, and what of the attainable ratio is reached."""
+"""The table of `training.py`: time, memory and share of the attainable ratio, for each way to take a step."""
 
 from __future__ import annotations
 
 from typing import Any
 
-WAYS = ("ours", "ours, nothing kept", "released", "floor")
+WAYS = ("ours", "ours, no cache", "released", "floor")
 COLUMNS = (
     "batch", "precision", "way", "images/s", "over floor", "peak MiB", "released / it", "attainable",
     "reached",
@@ -13,16 +13,19 @@ COLUMNS = (
 Line = dict[str, Any]
 
 NOTES = """\
-- *ours*: `train.advance`, everything a run does for a step but reading the images; what the clean teacher
-  says of x is on disk already, as from the second epoch on. *nothing kept*: the first epoch, `--no-cache`.
-- *released*: as the released code does it: three teachers, a forward for each use, nothing kept; its log and
-  its probe (an APGD-50 every ten steps) are left out.
-- *floor*: the passes that no way can do without, and nothing else: K forwards and image gradients, the
-  robust teacher on x', one forward and backward of the student over x and x'. No loss, no optimiser.
-- *Attainable* is released over floor by the FLOP of the cost model (`vlmrob show recipe`); *reached* is the
-  measured ratio of released to ours over it. Both sides work in one precision.
-- *Peak* is what the process held at most beyond the loaded models (resident memory; on a GPU allocated
-  memory), each way in a process of its own. Seconds are medians over rounds in which every way takes a step.
+- *ours*: `training.step.train_step`, everything that a run does in a step except reading the images. The
+  outputs of the clean teacher on x are read from the cache, as from the second epoch on. *no cache*: the
+  teacher is run, as in the first epoch or with `--no-cache`.
+- *released*: the step as the released code does it: three teachers, one forward for each use, no cache. Its
+  log and its probe (an APGD-50 every ten steps) are left out.
+- *floor*: the passes that every way needs, and nothing else: one student forward and image gradient per
+  attack step, the robust teacher on x', one forward and backward of the student over x and x'. No loss, no
+  optimiser.
+- *Attainable* is the ratio of released to floor in FLOP of the cost model (`vlmrob show recipe`). *Reached*
+  is the measured ratio of released to ours, divided by it. Both sides work in one precision.
+- *Peak* is the largest memory of the process beyond the loaded models (resident memory; on a GPU allocated
+  memory), each way in a process of its own. Seconds are medians over rounds in which every way takes a
+  step.
 """
 
 
@@ -43,7 +46,7 @@ def render(lines: list[Line]) -> str:
         "",
         f"`python benchmarks/training.py {' '.join(words)}`",
         "",
-        f"{student} from {teacher}, K = {settings['steps']}.",
+        f"{student} from {teacher}, {settings['steps']} attack steps.",
         f"Commit {head['commit']}; torch {head['torch']}, Python {head['python']}; {head['cpu']},"
         f" {settings['threads']} thread{'s' * (settings['threads'] > 1)}; device {head['device']}.",
         "",
@@ -75,7 +78,7 @@ def _word(value: Any) -> str:  # noqa: ANN401 - a setting
 
 
 def _factors(found: list[Line], clock: str) -> list[str]:
-    """The lower precision as a figure of its own: ours in bf16 over the released way in fp32."""
+    """The gain by lower precision, stated separately: ours in bf16 over the released way in fp32."""
     out = []
     full = {line["batch"]: line for line in found if line["precision"] == "fp32"}
     for line in found:
@@ -86,7 +89,7 @@ def _factors(found: list[Line], clock: str) -> list[str]:
 
 
 def _shares(settings: Line, found: list[Line], clock: str) -> list[str]:
-    """How much of the matrix units' peak each precision uses, where `--peak` says what that is."""
+    """The share of the peak of the matrix units that each precision uses, where `--peak` gives that peak."""
     peak = dict(zip(settings["precision"], settings["peak"], strict=False))
     out = []
     for line in found:
@@ -95,7 +98,7 @@ def _shares(settings: Line, found: list[Line], clock: str) -> list[str]:
             share = 100 * rate / peak[line["precision"]]
             out += [
                 f"Batch {line['batch']}, {line['precision']}:"
-                f" ours does {rate:.1f} TFLOP/s, {share:.0f} % of peak.",
+                f" ours runs at {rate:.1f} TFLOP/s, {share:.0f} % of peak.",
                 "",
             ]
     return out

@@ -15,15 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustbench_vlm.api import (
-        Attacked,
-        attack,
-        compare,
-        evaluate,
-        leaderboard,
-        load_model,
-        train,
-    )
+    from robustbench_vlm.api.attack import Attacked, attack
+    from robustbench_vlm.api.commands import compare, evaluate, leaderboard, load_model, train
     from robustbench_vlm.catalogue import (
         list_attacks,
         list_datasets,
@@ -59,12 +52,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Attacked": "api.attack",
+    "attack": "api.attack",
     "Classifier": "models.clip",
     "Encoder": "types",
     "Threat": "threat",
     **{name: "catalogue" for name in __all__ if name.startswith("list_")},
 }
-"""Module of each public name; `api` where none is given."""
+"""Module of each public name; `api.commands` where none is given."""
 
 
 def __dir__() -> list[str]:
@@ -76,4 +71,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever is exported
     """Import a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api.commands')}"), name)

@@ -215,10 +215,10 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
 
 def _config(model: str) -> dict[str, Any] | None:
     """The configuration of a model; of a run still to be made, that of its recipe's student."""
-    from robustbench_vlm.models import openclip, zoo
+    from robustbench_vlm.models import model_ids, openclip, zoo
 
     name = Path(model).name
-    while zoo.folder_of(model) is None and model != name and name in reader.names("recipes"):
+    while model_ids.folder_of(model) is None and model != name and name in reader.names("recipes"):
         model = reader.read("recipes", name, Recipe).student
         name = Path(model).name
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))
@@ -229,7 +229,7 @@ def doctor() -> list[tuple[str, str, str]]:
     import torch
 
     from robustbench_vlm.backends.backend import installed_packages
-    from robustbench_vlm.models import zoo
+    from robustbench_vlm.models import model_ids
 
     rows = [
         ("python", platform.python_version(), ""),
@@ -251,8 +251,8 @@ def doctor() -> list[tuple[str, str, str]]:
     rows.append(
         (
             "packaged models",
-            ", ".join(zoo.packaged()) or "none",
-            "" if zoo.packaged() else "make tiny-weights",
+            ", ".join(model_ids.packaged()) or "none",
+            "" if model_ids.packaged() else "make tiny-weights",
         )
     )
     free = shutil.disk_usage(Path.cwd()).free / 2**30

@@ -64,6 +64,10 @@ class WeightsError(InputError):
     """A checkpoint does not belong to the architecture, or its bytes are not the ones its card names."""
 
 
+class UntrustedResultWarning(UserWarning):
+    """A number does not mean what it says: an examination of the model failed, or a result carries a flag."""
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of a list of names, and how many more there are."""
     more = len(names) - FEW

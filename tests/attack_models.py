@@ -7,7 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from robustbench_vlm.engine import scheduler
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import canonical, scheduler
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.types import Finding
 
@@ -41,6 +43,44 @@ def classifier(n_classes: int = 10, side: int = SIDE) -> nn.Module:
             optim.step()
         optim.zero_grad()
     return model.eval().requires_grad_(False)
+
+
+def position_dependence(classify, images, rows) -> float:
+    """Largest change of a logit when the same images stand in other rows of the same shape.
+
+    If it is not 0 the numbers of a row depend on which row it is, and findings may differ in their last bits
+    with scheduling.
+    """
+    batch = canonical.padded(images[:rows], rows)
+    straight = canonical.logits(classify, batch, rows)
+    turned = canonical.logits(classify, batch.roll(rows // 2 + 1, 0), rows).roll(-(rows // 2 + 1), 0)
+    return float((straight - turned).abs().max())
+
+
+SHORT = {"steps": 6, "queries": 40, "targets": 3, "restarts": 2, "eot": 2}
+"""What the contract tests cut: an attack of hundreds of steps follows the same rules with a few."""
+
+
+def shortened(value, most):
+    """A number, or each of several, cut to `most`."""
+    return [min(each, most // len(value)) for each in value] if isinstance(value, list) else min(value, most)
+
+
+def discovered() -> dict:
+    """One configuration of every attack of the package, by its name.
+
+    The numbers are those of the first packaged chain that uses the attack, with fewer steps. An attack that
+    no chain uses is built from the defaults of its fields.
+    """
+    found = {}
+    for chain in reader.names("attacks"):
+        for stage in reader.read("attacks", chain, AttackCard).stage:
+            short = {k: shortened(v, SHORT[k]) if k in SHORT and v else v for k, v in stage.fields.items()}
+            found.setdefault(stage.attack, plugins.build("attacks", stage.attack, short, chain))
+    for name in plugins.names("attacks"):
+        if name not in found:
+            found[name] = plugins.build("attacks", name, {}, name)
+    return found
 
 
 def findings(model, images, labels, attack, threat, *, order=None, keys=None, **more) -> list[Finding]:

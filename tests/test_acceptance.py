@@ -33,9 +33,10 @@ from robustbench_vlm.attacks.square import Square, square
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import canonical, losses, scheduler, trajectories
-from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat
 
 ROWS = 16
@@ -296,7 +297,7 @@ def test_square_passing_over_and_looking_ahead_find_what_one_proposal_at_a_time_
     broken = sum(spent <= queries for _, _, spent in plain)
     assert 2 <= broken <= 10
     assert norm == "l2" or sum(idle for _, idle, _ in plain) > 0
-    for live in (3, ROWS):  # 16 rows for 12 images: crews from the first query on
+    for live in (3, ROWS):  # 16 rows for 12 images: lookahead groups from the first query on
         attack = Recorded(queries, 0.8, 1)
         found = findings(model, images, labels, attack, threat, active_rows=live)
         for i, (points, idle, spent) in enumerate(plain):

@@ -1,5 +1,11 @@
 """The Python interface: any callable of pixels; verdicts that depend on neither order, batch nor position."""
 
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -12,7 +18,12 @@ from toys import PGD, SHORT, toml
 
 import robustbench_vlm
 from robustbench_vlm.attacks.pgd import Pgd
-from robustbench_vlm.errors import AttackError, InputError
+from robustbench_vlm.data import layout
+from robustbench_vlm.data.tiny import write
+from robustbench_vlm.data.tiny.worlds import WORLDS
+from robustbench_vlm.errors import AttackError, InputError, UntrustedResultWarning
+from robustbench_vlm.models.clip import InBf16
+from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.threat import Threat, parse_eps
 
 EPS = "5/255"
@@ -52,9 +63,9 @@ def test_some_break_some_stand_and_the_images_prove_it(reference, data):
     assert torch.equal(fooled, broken)
 
 
-@pytest.mark.parametrize("live", [1, 7])
-def test_live_rows_change_nothing(chain, data, reference, live):
-    found = robustbench_vlm.attack(classifier(), *data, EPS, chain=chain, live=live)
+@pytest.mark.parametrize("active", [1, 7])
+def test_active_rows_change_nothing(chain, data, reference, active):
+    found = robustbench_vlm.attack(classifier(), *data, EPS, chain=chain, active_rows=active)
     pd.testing.assert_frame_equal(found.verdicts, reference.verdicts, check_exact=True)
     assert torch.equal(found.images, reference.images)
 
@@ -99,8 +110,8 @@ def test_noise_is_a_function_of_key_and_seed(data, tmp_path):
     assert not torch.equal(images(keys=keys), images(keys=keys[::-1]))
 
 
-def test_a_threat_may_be_given_whole(chain, data, reference):
-    threat = Threat("linf", parse_eps(EPS))
+@pytest.mark.parametrize("threat", [Threat("linf", parse_eps(EPS)), 5 / 255, 5, 5.0, 0.0196])
+def test_a_radius_may_be_given_in_every_way_that_can_be_typed(chain, data, reference, threat):
     found = robustbench_vlm.attack(classifier(), *data, threat, chain=chain)
     pd.testing.assert_frame_equal(found.verdicts, reference.verdicts)
 
@@ -178,10 +189,12 @@ def test_bad_tensors_are_refused_in_one_line(chain, data, change, message):
         ({"keys": ["a"]}, "12 distinct names"),
         ({"chain": "autoatack"}, "did you mean 'autoattack'"),
         ({"threat": "1.5"}, "ambiguous"),
-        ({"live": 0}, "live"),
+        ({"active_rows": 0}, "active_rows: 0; expected 1 to 16"),
+        ({"live": 4}, r"attack\(live=...\): no such argument; "),
+        ({"prcision": "bf16"}, "did you mean 'precision'"),
         ({"engine": "torchatacks"}, "did you mean 'torchattacks'"),
         ({"engine": "autoattack", "mode": "reference"}, "a mode of the native engine"),
-        ({"engine": "autoattack", "live": 4}, "--batch-size 4: autoattack draws its noise in batches"),
+        ({"engine": "autoattack", "active_rows": 4}, "--batch-size 4: autoattack draws its noise in batches"),
         ({"precision": "fp16"}, "fp32 or bf16"),
     ],
 )
@@ -276,3 +289,109 @@ def test_radius_zero_says_that_it_is_the_clean_accuracy(chain, data, eps):
         robustbench_vlm.attack(untouched, *data, eps, chain=chain)
     with pytest.raises(InputError, match="at radius 0 no attack is run"):
         Threat("linf", Fraction(0))
+
+
+def test_an_encoder_is_refused_and_its_classifier_is_attacked():
+    encoder = robustbench_vlm.load_model("tiny")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(2, dtype=torch.int64)
+    for model in (encoder, InBf16(encoder)):
+        with pytest.raises(
+            InputError, match=r"model: an encoder: pixels -> embeddings; expected a classifier"
+        ) as caught:
+            robustbench_vlm.attack(model, images, labels, EPS)
+        assert str(caught.value).endswith("type encoder.classifier(class_names)")
+    with pytest.raises(InputError, match=r"model: a str; expected a classifier.*load_model\(ID\).classifier"):
+        robustbench_vlm.attack("tiny", images, labels, EPS)
+    classifier = encoder.classifier(["circle", "square", "red star"])
+    assert isinstance(classifier, robustbench_vlm.Classifier)
+    assert not isinstance(classifier, robustbench_vlm.Encoder)
+    assert isinstance(encoder, robustbench_vlm.Encoder)
+    found = robustbench_vlm.attack(classifier, images, classifier(images).argmax(1), EPS, chain="fgsm")
+    assert found.verdicts.label.max() < 3
+    bank = text_bank(encoder, render(["circle", "square", "red star"], ["a photo of a {c}."]))
+    assert torch.equal(classifier.bank, bank)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("cat",), "class_names: 'cat'; expected a list of strings"),
+        (([],), "class_names"),
+        (([1, 2],), "class_names"),
+        ((["a"], "a {c}"), "templates: 'a {c}'; expected a list of strings"),
+        (
+            (["a"], ["a photo"]),
+            "templates: 'a photo' without {c}; expected a photo of a {c}.; write {c} where",
+        ),
+    ],
+)
+def test_class_names_and_templates_that_make_no_classifier_are_refused(words, message):
+    with pytest.raises(InputError) as caught:
+        robustbench_vlm.load_model("tiny").classifier(*words)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_failed_examination_warns_with_its_sentence(chain, data):
+    images, _ = data
+    constant = torch.arange(10.0).expand(N, 10)
+    with pytest.warns(UntrustedResultWarning, match="zero-gradient"):
+        found = robustbench_vlm.attack(
+            lambda x: constant[: len(x)] + 0 * x.sum((1, 2, 3))[:, None] if len(x) <= N else
+            torch.arange(10.0).expand(len(x), 10) + 0 * x.sum((1, 2, 3))[:, None],
+            images, torch.full((N,), 9), EPS, chain=chain,
+        )  # fmt: skip
+    assert found.checks.failed
+
+
+def test_the_public_names_are_listed_and_cost_no_torch():
+    names = dir(robustbench_vlm)
+    assert names == robustbench_vlm.__all__
+    assert all(getattr(robustbench_vlm, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'atack'"):
+        robustbench_vlm.atack  # noqa: B018 - the access is the test
+    lists = [name for name in names if name.startswith("list_")]
+    code = "import sys, robustbench_vlm as r; "
+    code += "; ".join(f"assert r.{name}()" for name in lists) + "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".api.attack", ".api.commands", ".catalogue", ".threat", ".models.clip"]
+)
+def test_the_examples_of_the_docstrings_run(module, tmp_path, monkeypatch):
+    """Every public function has one; `tiny-seen` has few images here, so that nothing long is rendered."""
+    monkeypatch.chdir(tmp_path)
+    world = WORLDS["tiny-seen"]
+    layout.write_texts(tmp_path / "data" / world.folder, list(world.classes), world.templates)
+    for split in world.size:
+        folder = tmp_path / "data" / world.folder
+        layout.write_split(folder, split, write.samples("tiny-seen", split, 8), 100)
+    found = importlib.import_module(f"robustbench_vlm{module}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrustedResultWarning)  # four images raise flags
+        finder = doctest.DocTestFinder(exclude_empty=True)
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        tests = [test for test in finder.find(found, extraglobs={"torch": torch}) if test.examples]
+        for test in sorted(tests, key=lambda test: ("compare" in test.name, "leaderboard" in test.name)):
+            runner.run(test)
+    assert runner.tries >= 1
+    assert runner.failures == 0
+
+
+def test_every_public_function_has_an_example():
+    for name in robustbench_vlm.__all__:
+        found = getattr(robustbench_vlm, name)
+        if inspect.isfunction(found):
+            assert ">>> " in found.__doc__, name
+
+
+def test_evaluate_refuses_in_one_line():
+    for more, message in (
+        ({"suite": "tinny"}, "did you mean 'tiny'"),
+        ({"eps": 1.5}, "ambiguous"),
+        ({"dataset": "tiny-digits"}, r"evaluate\(dataset=...\): no such argument; did you mean 'datasets'"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            robustbench_vlm.evaluate("tiny", "fgsm", **more)
+        assert "\n" not in str(caught.value)

@@ -18,9 +18,10 @@ from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import scheduler, trajectories
-from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.threat import Threat
@@ -159,9 +160,9 @@ def test_on_a_model_that_is_not_random_the_mean_is_the_gradient():
 
 def test_draws_are_no_business_of_other_stages():
     eot, plain = ApgdEot("ce", 8, 0.75, 1, 0, eot=4), Apgd("dlr", 8, 0.75, 1, 0)
-    assert plain.join(eot) is None
-    assert eot.join(plain) is None
-    assert eot.join(dataclasses.replace(eot, loss="dlr")) is None
+    assert not plain.shares_rows(eot)
+    assert not eot.shares_rows(plain)
+    assert not eot.shares_rows(dataclasses.replace(eot, loss="dlr"))
 
 
 # --- chains ------------------------------------------------------------------------------------------------

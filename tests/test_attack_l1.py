@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square, windows
-from robustbench_vlm.engine import geometry, l1
-from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine import geometry, l1, losses
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -174,10 +175,17 @@ def test_stages_with_equal_runs_share_rows():
         ApgdL1("ce", (3, 4), (2.0, 1.0), 5, 0),
         ApgdL1("targeted-dlr", (3, 4), (2.0, 1.0), 1, 5),
     )
-    both = ce.join(t)
-    assert both is not None
-    assert both.beside == ("targeted-dlr",)
-    assert ce.join(ApgdL1("ce", (4, 3), (2.0, 1.0), 5, 0)) is None
+    assert ce.shares_rows(t)
+    assert t.shares_rows(ce)
+    assert not ce.shares_rows(ApgdL1("ce", (4, 3), (2.0, 1.0), 5, 0))
+    images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    names = ("ce", "targeted-dlr")
+    rows = Rows(images, labels, labels + 1, Keyed(("a", "b")), (0, 0), loss_names=names)
+    assert [losses.NAMES[i] for attack in (ce, t) for i in attack.start(rows, BALL).loss.tolist()] == [
+        *("ce", "ce"),
+        *("targeted-dlr", "targeted-dlr"),
+    ]
+    assert ce.start(rows, BALL).loss_names == t.start(rows, BALL).loss_names == names
 
 
 def test_square_patterns_have_unit_mass_and_its_proposals_stay_in_ball_and_box():

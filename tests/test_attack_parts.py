@@ -12,8 +12,9 @@ from robustbench_vlm.attacks import apgd, pgd
 from robustbench_vlm.attacks.fab import projection
 from robustbench_vlm.attacks.square import Square, square, windows
 from robustbench_vlm.engine import geometry, losses
-from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat
 
 LINF, L2 = Threat("linf", Fraction(8, 255)), Threat("l2", Fraction(1, 2))

@@ -1,12 +1,18 @@
-"""The contract of every attack plug-in, and of the engine that drives it."""
+"""The contract of every attack plug-in, and of the engine that drives it.
+
+`CONFIGURED` below lists configurations that were chosen for these tests. Every attack of the package runs
+under every stopping rule: where a rule is missing in the table, with the configuration of
+`attack_models.discovered`. So a new attack needs no row here.
+"""
 
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.metadata import EntryPoint, EntryPoints
 from typing import ClassVar
 
 import pytest
 import torch
-from attack_models import blobs, classifier, findings
+from attack_models import blobs, classifier, discovered, findings, position_dependence
 
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
@@ -19,13 +25,15 @@ from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import canonical, geometry, losses, scheduler
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.errors import AttackError, InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.training.inner import ascend
 
 LINF, L2, L1 = Threat("linf", Fraction(5, 255)), Threat("l2", Fraction(1, 4)), Threat("l1", Fraction(2))
-PLUGINS = {
+CONFIGURED = {
     "pgd-last": (Pgd("ce", 6, "eps/4", 2, True), "last"),
     "pgd-first": (Pgd("margin", 6, "eps/4", 1, False), "first"),
     "pgd-best": (Pgd("ce", 6, "eps/2", 1, True), "best"),
@@ -50,6 +58,13 @@ PLUGINS = {
     "apgd-l1-last": (ApgdL1("dlr", (8,), (1.0,), 1, 0), "last"),
     "apgd-l1-best": (ApgdL1("ce", (3, 3, 4), (3.0, 2.0, 1.0), 1, 0), "best"),
 }
+STOPS = ("first", "last", "best")
+PLUGINS = CONFIGURED | {
+    f"{name}-{stop}-discovered": (attack, stop)
+    for name, attack in discovered().items()
+    for stop in STOPS
+    if (type(attack), stop) not in {(type(known), stop) for known, stop in CONFIGURED.values()}
+}
 THREATS = {threat.norm: threat for threat in (LINF, L2, L1)}
 every = pytest.mark.parametrize("name", PLUGINS)
 everywhere = pytest.mark.parametrize(
@@ -68,12 +83,30 @@ def _home(attack):
     return THREATS[attack.norms[0]]
 
 
-def test_every_attack_of_the_package_is_in_the_table():
-    kinds = {type(attack) for attack, _ in PLUGINS.values()}
-    assert {plugins.get("attacks", name) for name in plugins.names("attacks")} == kinds
+def test_every_attack_of_the_package_runs_under_every_stopping_rule():
+    kinds = {plugins.get("attacks", name) for name in plugins.names("attacks")}
+    assert {type(attack) for attack, _ in PLUGINS.values()} == kinds
     for kind in kinds:
-        stops = {stop for attack, stop in PLUGINS.values() if type(attack) is kind}
-        assert kind in (ApgdEot, Fgsm) or stops == {"first", "last", "best"}
+        assert {stop for attack, stop in PLUGINS.values() if type(attack) is kind} == set(STOPS)
+
+
+def test_a_new_attack_is_discovered_without_a_chain(tmp_path, monkeypatch):
+    """It is built from the defaults of its fields."""
+    lines = (
+        "from dataclasses import dataclass",
+        "from robustbench_vlm.attacks.fgsm import Fgsm",
+        "@dataclass(frozen=True)",
+        "class Shorter(Fgsm):",
+        "    loss: str = 'margin'",
+    )
+    (tmp_path / "shorter_fgsm.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("shorter-fgsm", "shorter_fgsm:Shorter", "robustbench_vlm.attacks")
+    monkeypatch.setattr(plugins, "entry_points", EntryPoints([point]).select)
+    found = discovered()
+    assert set(found) == set(plugins.names("attacks"))
+    assert found["shorter-fgsm"].loss == "margin"
+    assert found["shorter-fgsm"].passes == (1, 1)
 
 
 def _data(n=20, n_classes=10):
@@ -106,7 +139,7 @@ def test_findings_do_not_depend_on_scheduling(name, threat):
 def test_findings_are_equal_for_1_7_and_64_live_rows_near_the_boundary():
     model, images, labels = _data(40)
     attack = Apgd("ce", 10, 0.75, 1, 0)
-    assert canonical.position_dependence(model, images, 64) == 0
+    assert position_dependence(model, images, 64) == 0
     runs = [findings(model, images, labels, attack, LINF, rows=64, active_rows=live) for live in (1, 7, 64)]
     assert 0.3 <= sum(f.broken for f in runs[0]) / 40 <= 0.7
     for others in runs[1:]:
@@ -265,7 +298,7 @@ def test_few_classes_never_fail_and_say_what_stands_in(n_classes):
         assert (f"targets {targets} -> {n_classes - 1}" in said) == (n_classes - 1 < targets)
         fewest = {"dlr": 3, "targeted-dlr": 4}.get(getattr(attack, "loss", ""), 0)
         assert ("undefined" in said) == (n_classes < fewest)
-        assert attack.ranks(n_classes) == min(targets, n_classes - 1)
+        assert attack.target_count(n_classes) == min(targets, n_classes - 1)
 
 
 def test_seed_and_stage_name_the_noise():
@@ -335,13 +368,16 @@ def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name
     found = findings(model, images, labels, attack, threat, stop=stop)
     right = (base(images).argmax(1) == labels).tolist()
     assert any(right)
+    rows = Rows(images, labels, (labels + 1) % 10, Keyed(tuple("abcdefgh")), (0,) * 8, stop)
+    one_step = int(attack.step(attack.start(rows, threat), Oracle(base)).backwards[0])
+    assert one_step == {"apgd-eot": 2, "fab-best": 9}.get(name, one_step)
     for f in (f for f, attacked in zip(found, right, strict=True) if attacked):
-        if name.startswith("square"):  # takes no gradient, so it has a verdict
+        if attack.cost(10)[1] == 0:  # takes no gradient, so it has a verdict
             assert not f.error
             continue
         assert not f.broken
         assert "a logit or gradient is not finite (iteration 0" in f.error
-        assert (f.iteration, f.backwards) == (-1, {"apgd-eot": 2, "fab-best": 9}.get(name, 1))
+        assert (f.iteration, f.backwards) == (-1, one_step)
 
 
 def test_a_gradient_that_is_zero_is_counted_and_one_that_is_missing_raises():

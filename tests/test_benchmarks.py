@@ -158,7 +158,7 @@ def test_a_training_step_is_measured_every_way_once(tmp_path):
     assert set(line["seconds"]) == set(line["flops"]) == set(line["mib"])
     assert all(seconds["cpu"] > 0 for seconds in line["seconds"].values())
     rows = [row.split(" | ") for row in out.read_text("utf-8").splitlines() if row.startswith("| 8 |")]
-    assert [row[2] for row in rows] == ["ours", "ours, nothing kept", "released", "floor"]
+    assert [row[2] for row in rows] == ["ours", "ours, no cache", "released", "floor"]
     assert float(rows[3][4]) == 1.0
     again = script(*words, name="training.py")
     assert again.stdout.strip() == out.read_text("utf-8").strip()
@@ -197,7 +197,7 @@ def test_every_way_takes_the_passes_that_it_is_charged_for(tmp_path, monkeypatch
     k = 2
     assert passes == {
         "ours": {80: k + 2, 128: 1},
-        "ours, nothing kept": {80: k + 2, 128: 2},
+        "ours, no cache": {80: k + 2, 128: 2},
         "released": {80: k + 2, 128: 3},
         "floor": {80: k + 2, 128: 1},
     }

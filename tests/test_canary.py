@@ -13,7 +13,7 @@ from worlds import describe, tilted, twin, with_mean_rows
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import canary, checkpoint, convert, openclip, zoo
+from robustbench_vlm.models import canary, checkpoint, convert, model_ids, openclip, zoo
 from robustbench_vlm.models.clip import Clip
 
 
@@ -172,7 +172,7 @@ def test_a_model_whose_embeddings_are_not_finite_has_no_canary(model):
 
 
 def test_packaged_checkpoints_have_their_canary():
-    for name in zoo.packaged():
+    for name in model_ids.packaged():
         card = zoo.load(name).card  # and it was checked
         assert card.canary is not None
         assert card.canary.tolerance == canary.TOLERANCE

@@ -90,7 +90,9 @@ def test_a_few_bad_images_are_left_out_and_named_and_more_fail(tmp_path):
     assert np.array_equal(images.pixels[i], noise(100))
     assert torch.equal(floats[i], torch.from_numpy(noise(100)).permute(2, 0, 1).to(torch.float32).div(255))
     assert whole.labels[i] == 100 % 3
-    with pytest.raises(DataError, match=r"more than 1 bad images of 2000: .*s0000007.* \| .*s0001999"):
+    with pytest.raises(
+        DataError, match=r"more than 1 undecodable images of 2000: .*s0000007.* \| .*s0001999"
+    ):
         canvas_images.decodable_images(split, 8, 0.0005)
     with pytest.raises(DataError, match="s0000007"):
         split.images(8)

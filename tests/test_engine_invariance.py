@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import toys
-from attack_models import blobs, classifier, findings
+from attack_models import blobs, classifier, findings, position_dependence
 from killed_evaluations import forks, killed, outcome
 
 from robustbench_vlm.attacks.apgd import Apgd
@@ -64,7 +64,7 @@ def same(a, b):
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_1_7_32_and_100_rows_in_three_orders_find_the_same(name, norm):
     model, images, labels = data(40)
-    assert canonical.position_dependence(model, images, ROWS) == 0
+    assert position_dependence(model, images, ROWS) == 0
     whole = findings(model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS)
     assert 0.2 <= sum(f.broken for f in whole) / 40 <= 0.8
     first, second, third = orders(40)

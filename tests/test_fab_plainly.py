@@ -7,8 +7,9 @@ import torch
 from attack_models import blobs, classifier
 
 from robustbench_vlm.attacks.fab import Fab
-from robustbench_vlm.engine.interface import Oracle, Rows
+from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat
 
 N, STEPS = 6, 5

@@ -144,7 +144,7 @@ def test_a_dead_connection_leaves_what_the_next_command_goes_on_with(origin, tmp
     origin.faults["test/1.tar"] = ["cut 3000", *["drop"] * hub.RETRIES]
     assert vlmrob(monkeypatch, *line, "--root", tmp_path / "data") == 75
     said = capsys.readouterr()
-    assert re.search(r"3000 of \d+ bytes are kept, and the same command goes on", said.err)
+    assert re.search(r"3000 of \d+ bytes are stored, and the same command continues", said.err)
     assert "Traceback" not in said.err
     folder = tmp_path / "data/wds_toy"
     assert not (folder / "test").exists()

@@ -364,7 +364,7 @@ def test_a_tower_of_another_architecture_or_with_values_that_are_not_finite_is_r
     for bad in (float("nan"), float("inf")):
         state = tower_of(source)
         state["proj"][0, 0] = bad
-        assert "tensor 'proj' holds values that are not finite" in refused(tmp_path, state)
+        assert "tensor 'proj' has values that are not finite" in refused(tmp_path, state)
 
 
 def test_a_learned_prompt_beside_the_tower_is_refused(source, tmp_path):

@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 
 from robustbench_vlm import store
+from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError, InputError
-from robustbench_vlm.results import compare, grids, leaderboard, result_file, verdicts
+from robustbench_vlm.results import columns, compare, contest, grids, leaderboard, result_file, verdicts
+from robustbench_vlm.results.contest import Contest
 
 GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
 SUITE = Suite(
@@ -122,6 +124,36 @@ def test_engines_modes_and_precisions_never_share_a_table_or_a_mean(tmp_path):
     assert sorted("two" in grid.columns for _, grid in grids.grids(found)) == [False] * 3 + [True]
 
 
+CONFIG = {
+    **{"attack": "aa", "attack_sha256": "c" * 64, "norm": "l2", "eps": "1/2", "eps_ladder": ["1/4", "1/2"]},
+    **{"n_requested": 10, "seed": 0, "split": "test", "engine": "native/2", "precision": "fp32"},
+}
+
+
+def test_a_contest_is_what_the_configuration_says_in_any_spelling():
+    found = Contest.of(CONFIG)
+    assert found == Contest.of(CONFIG | {"eps": "0.5", "eps_ladder": ["0.25", "0.50"], "protocol": ""})
+    assert (found.columns["eps"], found.columns["eps_ladder"]) == ("0.5", "0.25 0.5")
+    assert found.title == "aa l2 0.5 after 0.25 n=10"
+    linf = Contest.of(CONFIG | {"norm": "linf", "eps": "1/51", "eps_ladder": ["2/255", "1/51"]})
+    assert (linf.columns["eps"], linf.columns["eps_ladder"]) == ("5/255", "2/255 5/255")
+
+
+@pytest.mark.parametrize("changed", [name for name in CONFIG if name != "norm"] + ["protocol", "subset"])
+def test_every_field_of_a_contest_keeps_results_apart(changed):
+    other = {"eps": "2", "eps_ladder": ["1/2"], "n_requested": 0, "seed": 1}.get(changed, "other")
+    found, apart = Contest.of(CONFIG), Contest.of(CONFIG | {changed: other})
+    assert found != apart
+    of_the_attack = changed in ("attack", "attack_sha256", "eps_ladder")
+    assert (found.without_attack == apart.without_attack) == of_the_attack
+    assert (found.columns != apart.columns) == (changed != "subset")  # a suite has one list of images
+
+
+def test_a_contest_stands_in_columns_of_the_table():
+    assert set(contest.COLUMNS) == set(Contest.of(CONFIG).columns) <= set(columns.names(()))
+    assert set(contest.TITLE) < set(contest.COLUMNS)
+
+
 # --- bytes -------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +249,25 @@ def test_what_pgd_broke_under_a_protocol_says_nothing_about_a_chain_outside_it(t
     cell(tmp_path, "m", "one", 9, {5: "square"}, **under)
     found = row(rows(tmp_path), "m", "one", attack="aa", protocol="own/1")
     assert found.pgd_only == 1
+
+
+def test_whether_a_chain_is_plain_pgd_is_a_field_of_its_card_and_not_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "pgd-mine", ("apgd-ce",))
+    cell(tmp_path, "m", "one", 9, {0: "apgd-ce"})
+    cell(tmp_path, "m", "one", 9, {5: "apgd-ce"}, attack="pgd-mine")
+    assert row(rows(tmp_path), "m", "one", attack="aa").pgd_only == ""  # no card says that it is
+    for name in ("aa", "pgd-mine"):
+        stage = '[[stage]]\nname = "s"\nattack = "pgd"\n'
+        plain = "plain_pgd = true\n" if name == "pgd-mine" else ""
+        store.write(
+            tmp_path / "cards" / "attacks" / f"{name}.toml",
+            f'name = "{name}"\ntitle = "{name}"\n{plain}{stage}'.encode(),
+        )
+    reader.include([tmp_path / "cards"])
+    try:
+        assert row(rows(tmp_path), "m", "one", attack="aa").pgd_only == 1
+    finally:
+        reader.include([])
 
 
 def test_a_chain_that_covers_pgd_is_not_flagged(tmp_path):

@@ -9,8 +9,8 @@ from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.engine import batch_shapes, canonical, scheduler
-from robustbench_vlm.engine.interface import Oracle
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 64

@@ -11,6 +11,7 @@ from dataclasses import replace
 import command_line
 import pandas as pd
 import pytest
+from test_leaderboard import cell
 from typer.testing import CliRunner
 
 from robustbench_vlm import store
@@ -191,6 +192,15 @@ def test_the_page_has_the_papers_numbers_beside_ours_whatever_they_are():
     assert len(claims) == 2  # the suite of this test has no seen set, so +4.32 has nothing beside it
     assert "+0.00 [-423.54, +423.54]" in claims[0]  # clean on unseen: +1/3 and -1/3
     assert "1.41x [0.02, 115.61] (0.71x [0.01, 57.80])" in claims[1]
+
+
+def test_results_of_two_radii_are_not_one_finding(tmp_path):
+    paths = {
+        cell(tmp_path / "results", "m", "one", 9, {}, eps=eps, eps_ladder=[eps]) for eps in ("1/255", "2/255")
+    }
+    run = runner.StudyRun("paper", 0, None, tmp_path)
+    with pytest.raises(DataError, match=r"aa linf 1/255 n=10 and aa linf 2/255 n=10; .*one radius"):
+        findings._final_results(run, paths)
 
 
 # --- cards -------------------------------------------------------------------------------------------------

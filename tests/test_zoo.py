@@ -18,14 +18,7 @@ from robustbench_vlm.threat import Threat
 
 TOLERANCE = 1  # image of 40 by which two attacks of about equal strength may differ
 
-KNOWN_MISSES: tuple[str, ...] = (
-    *("half", "bf16", "bf16 autocast inside", "in place", "counter-attack"),
-    *("images detached off the grid", "pixels detached off the grid", "believes its first answer"),
-    *("gradient negated x 1e-4", "gradient mirrored x 1e-4", "gradient mirrored x 1e-12"),
-    *("gradient is noise x 1e-4", "gradient is noise, logits + 10000"),
-    *("gradient is mirrored, logits + 10000", "gradient is noise on a third"),
-    *("gradient is noise from the twelfth backward on", "gradient is noise during the attack"),
-)
+KNOWN_MISSES: tuple[str, ...] = ()
 """Models that are judged wrongly so far."""
 
 APGD = {"attack": "apgd", "steps": 20, "rho": 0.75, "restarts": 1}

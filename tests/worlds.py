@@ -93,7 +93,7 @@ def samples(n: int, start: int):
 
 
 def tilted(arch: str, seed: int, scale: float = 20.0) -> Clip:
-    """A model whose image tower is its fixed random one plus noise of `seed`, so that no two are equal."""
+    """A model whose image tower is the fixed random one plus noise of `seed`, so that no two are equal."""
     base = openclip.build(arch)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Attacks as per-image state machines, and the engine that drives them. Knows a callable, never a model."""
+"""The list of attacks, one file or folder each; `engine.interface.Attack` says what an attack is."""

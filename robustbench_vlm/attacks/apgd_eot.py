@@ -1,7 +1,7 @@
 """Auto-PGD on a model that is random: each gradient is the mean over several draws of it.
 
-Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018), as AutoAttack's version `rand` does
-it: prediction and loss, and so best point and step length, are those of the last draw alone.
+Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018), in the way of AutoAttack's version
+`rand`: prediction and loss, and so best point and step length, are those of the last draw alone.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustbench_vlm.attacks.apgd import Apgd, ApgdState
-from robustbench_vlm.engine.interface import Alone, Attack, Evaluation, Oracle, Rows
+from robustbench_vlm.engine.interface import Attack, Rows
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
 
 @dataclass(frozen=True)
 class EotState(ApgdState):
-    """The rows.
+    """The rows of Auto-PGD with the mean of several gradients.
 
     Attributes:
         draws: model calls of each evaluation.
@@ -29,12 +30,12 @@ class EotState(ApgdState):
 
     @property
     def forwards(self) -> Tensor:
-        """(S,) as many an evaluation as there are draws."""
+        """(S,) one for each draw of each evaluation."""
         return self.draws * self.iteration
 
     @property
     def backwards(self) -> Tensor:
-        """(S,) likewise."""
+        """(S,) one for each draw of each evaluation."""
         return self.draws * self.iteration
 
 
@@ -53,34 +54,30 @@ class ApgdEot(Apgd):
         if self.eot < 1:
             raise InputError("apgd-eot.eot", str(self.eot), "at least 1")
 
-    def cost(self, n_classes: int) -> tuple[int, int]:
-        """`eot` gradients where Auto-PGD has one."""
-        forwards, backwards = super().cost(n_classes)
-        return self.eot * forwards, self.eot * backwards
-
     @property
-    def _budget(self) -> tuple[object, ...]:
-        return *super()._budget, self.eot
+    def passes(self) -> tuple[int, int]:
+        """`eot` gradients where Auto-PGD has one."""
+        forwards, gradients = super().passes
+        return self.eot * forwards, self.eot * gradients
 
-    def join(self, other: Attack) -> Attack | None:
-        """Only with its equal: the draws of a random model are not to depend on who stands beside."""
-        return Alone.join(self, other)
+    def shares_rows(self, other: Attack) -> bool:
+        """Only with its equal: the draws of a random model must not depend on rows of other stages."""
+        return Attack.shares_rows(self, other)
 
     def start(self, rows: Rows, threat: Threat) -> EotState:
-        """As Auto-PGD."""
+        """A random point that touches the ball's surface, as for Auto-PGD."""
         return EotState(**vars(super().start(rows, threat)), draws=self.eot)
 
-    def _look(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Evaluation:
-        """The evaluation of `x`: the last one, with the mean of all gradients."""
-        seen = super()._look(state, x, oracle)
-        total, finite = seen.gradient, seen.finite
+    def _evaluate(self, state: ApgdState, x: Tensor, oracle: Oracle) -> Evaluation:
+        """The last of `eot` evaluations of `x`, with the mean of their gradients."""
+        evaluation = super()._evaluate(state, x, oracle)
+        total, finite = evaluation.gradient, evaluation.finite
         for _ in range(self.eot - 1):
-            seen = super()._look(state, x, oracle)
-            total, finite = total + seen.gradient, finite & seen.finite
+            evaluation = super()._evaluate(state, x, oracle)
+            total, finite = total + evaluation.gradient, finite & evaluation.finite
         mean = total / self.eot
-        return dataclasses.replace(
-            seen, gradient=mean, finite=finite, zero=mean.flatten(1).abs().amax(1) == 0
-        )
+        zero = mean.flatten(1).abs().amax(1) == 0
+        return dataclasses.replace(evaluation, gradient=mean, finite=finite, zero=zero)
 
 
 plugin = ApgdEot

@@ -1,10 +1,10 @@
-"""l1-APGD: ascent along few pixels at a time, how few being settled by the best point so far.
+"""l1-APGD: ascent along few pixels at a time; how few depends on the best point so far.
 
 Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (ICML 2021),
-algorithm 1, and its schedule of radii: runs at larger radii first, each begun at the best point of the one
-before, projected. Only the last run, at the radius itself, can succeed. Where paper and released code differ
-this follows the code: the share of pixels comes from the count of changed ones as that code rounds them (see
-`l1.onto_counted`), and a run that is given its start takes the share of that start.
+algorithm 1, and its schedule of radii: runs at larger radii come first, and each run begins at the best point
+of the run before, projected. Only the last run, at the radius itself, can succeed. Where paper and released
+code differ, this follows the code: the share of pixels comes from the number of changed pixels as that code
+rounds them (see `l1.onto_counted`), and a run that is given a start takes the share from that start.
 """
 
 from __future__ import annotations
@@ -19,49 +19,40 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import geometry, l1, losses
-from robustbench_vlm.engine.interface import (
-    Alone,
-    Attack,
-    Evaluation,
-    Oracle,
-    Rows,
-    State,
-    common,
-    misclassified,
-    pick,
-    progress,
-    spread,
-)
-from robustbench_vlm.engine.stopping import best_iterate
+from robustbench_vlm.engine.interface import Attack, Rows, initial, progress
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
+from robustbench_vlm.engine.row_ops import misclassified, pick, spread
+from robustbench_vlm.engine.stopping import BestIterateState, best_iterate, nothing_chosen
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
-SHARE = 0.2  # of the entries that first moves step along, where no start is given
-SPARSER = 1.5  # a move steps along the number of entries that the best point has changed, over this
-SETTLED = 0.95  # that number still falls while it is below this part of what it was
-SHRINK, LEAST = 1.5, 10  # of the step where the number is settled, and down to which part of the radius
-WINDOW = 0.04  # moves between two looks at the number, as a share of the run's
+SHARE = 0.2  # share of the entries along which the first moves step, if the run is given no start
+SPARSER = 1.5  # a move steps along (entries changed at the best point) / SPARSER entries
+SETTLED = 0.95  # at a checkpoint the number of changed entries still falls if it is below this times the last
+SHRINK, LEAST = 1.5, 10  # where it no longer falls, the step is divided by SHRINK, down to radius / LEAST
+WINDOW = 0.04  # moves between two checkpoints, as a share of the run's moves
 
 
 @dataclass(frozen=True)
-class SparseState(State):
-    """l1-APGD's rows; before the last run `x` lies in a larger ball.
+class SparseState(BestIterateState):
+    """The rows of l1-APGD; before the last run `x` lies in a larger ball.
 
     Attributes:
         gradient: at `x`.
         changed: (S,) entries of `x` that count as changed.
-        loss: (S,) int64, index of each row's loss in `losses.NAMES`.
+        loss_names: losses that rows of this state may have.
+        loss: (S,) int64, index of each row's own loss in `losses.NAMES`.
         best, best_gradient, best_changed: of the evaluation of largest loss in this run.
         best_loss: (S,) that loss, -inf before the first.
         size: (S,) step length.
-        share: (S,) part of the entries that a move steps along.
+        share: (S,) share of the entries along which a move steps.
         checked: (S,) changed entries of the best point at the last checkpoint.
-        pending: (S,) bool, the next move is from the best point.
-        last, peak: see `stopping.BestIterate`.
+        pending: (S,) bool, the next move starts from the best point.
     """
 
     gradient: Tensor
     changed: Tensor
+    loss_names: tuple[losses.Name, ...]
     loss: Tensor
     best: Tensor
     best_gradient: Tensor
@@ -71,23 +62,16 @@ class SparseState(State):
     share: Tensor
     checked: Tensor
     pending: Tensor
-    last: Tensor
-    peak: Tensor
-
-    @property
-    def adv(self) -> Tensor:
-        """The current iterate; the one that is kept where rows walk to their end."""
-        return self.x if self.stop == "first" else self.last
 
 
 @dataclass(frozen=True)
-class ApgdL1(Alone):
+class ApgdL1(Attack):
     """l1-APGD, untargeted or over the most likely wrong classes.
 
     Attributes:
         loss: a name of `losses.LOSSES`.
-        steps: moves of each run; a run evaluates its start, too.
-        radii: radius of each run, as a multiple of the ball's; the last one is 1.
+        steps: moves of each run; a run evaluates its start too.
+        radii: radius of each run, as a multiple of the ball's; the last is 1.
         restarts: trajectories with fresh noise, for each target.
         targets: target classes for a targeted loss, most likely first; 0 otherwise.
     """
@@ -106,53 +90,38 @@ class ApgdL1(Alone):
             raise InputError("apgd-l1", found, "at least 1 restart, and 1 step at each of the radii")
         if not self.radii or self.radii[-1] != 1 or not all(1 <= radius < math.inf for radius in self.radii):
             raise InputError("apgd-l1.radii", str(self.radii), "multiples of at least 1, the last one 1")
-        if losses.targeted(self.loss) != (self.targets > 0):
-            found = f"{self.targets} with loss {self.loss!r}"
-            raise InputError("apgd-l1.targets", found, "at least 1 for a targeted loss, else 0")
+        losses.require_targets("apgd-l1", self.loss, self.targets)
 
     @property
     def evaluations(self) -> int:
-        """Of one trajectory."""
+        """Evaluations of one trajectory: every step, and the start of each run."""
         return sum(self.steps) + len(self.steps)
 
-    def ranks(self, n_classes: int) -> int:
-        """At most every wrong class."""
-        return min(self.targets, n_classes - 1)
-
-    def substitutions(self, n_classes: int) -> list[str]:
-        """DLR becomes a margin and targets are capped where classes are few."""
-        return losses.few_classes(self.loss, self.targets, n_classes)
-
-    def cost(self, n_classes: int) -> tuple[int, int]:
-        """One gradient a step and one at the start of each run, for every target and restart."""
-        spent = max(1, self.ranks(n_classes)) * self.restarts * self.evaluations
-        return spent, spent
-
     @property
-    def beside(self) -> tuple[losses.Name, ...]:
-        """Losses of other stages whose rows stand in the same table."""
-        return ()
+    def passes(self) -> tuple[int, int]:
+        """One gradient for each evaluation."""
+        return self.evaluations, self.evaluations
 
-    def join(self, other: Attack) -> Attack | None:
-        """With another loss of equal runs: each row keeps its own loss, and one gradient serves all."""
-        if not isinstance(other, ApgdL1) or (self.steps, self.radii) != (other.steps, other.radii):
-            return None
-        names = {*self.beside, *other.beside, other.loss} - {self.loss}
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(ApgdL1)}
-        return _Joint(**own, others=tuple(sorted(names)))
+    def shares_rows(self, other: Attack) -> bool:
+        """With another loss if the runs are equal; each row is stepped with its own loss."""
+        if not isinstance(other, ApgdL1) or type(other) is not type(self):
+            return False
+        return (self.steps, self.radii) == (other.steps, other.radii)
 
     def start(self, rows: Rows, threat: Threat) -> SparseState:
         """Standard normal noise, projected onto ball and box of the first run."""
         images = rows.images
         draw = rows.noise.normal(tuple(images.shape[1:])).to(images.device)
-        if len(self.radii) > 1:  # a start that is given is rounded to an image first; see `onto_counted`
+        if len(self.radii) > 1:  # the reference rounds a given start to an image; see `onto_counted`
             draw = (images + draw) - images
         x, changed = l1.onto_counted(draw, images, geometry.radius(threat) * self.radii[0])
         number = torch.zeros(len(images), dtype=images.dtype, device=images.device)
         return SparseState(
-            **common(rows, threat, x),
+            **initial(rows, threat, x),
+            **nothing_chosen(x),
             gradient=torch.zeros_like(x),
             changed=changed,
+            loss_names=rows.loss_names or (self.loss,),
             loss=torch.zeros_like(rows.labels) + losses.NAMES.index(self.loss),
             best=x,
             best_gradient=torch.zeros_like(x),
@@ -162,38 +131,42 @@ class ApgdL1(Alone):
             share=number,
             checked=number,
             pending=torch.zeros_like(rows.labels, dtype=torch.bool),
-            last=x,
-            peak=number - torch.inf,
         )
 
     def step(self, state: SparseState, oracle: Oracle) -> SparseState:
-        """Move, or begin a run where one is due; evaluate, and keep the books."""
-        plan = _plan(self.steps, self.radii, state.iteration.device)
+        """Move, or begin a run where one is due; evaluate; update best point, sparsity and step length."""
+        schedule = _schedule(self.steps, self.radii, state.iteration.device)
         at = state.iteration.clamp(max=self.evaluations - 1)  # a row that has ended may be stepped on
-        begins, radius = plan.begins[at], plan.radii[at] * geometry.radius(state.threat)
+        begins, radius = schedule.begins[at], schedule.radii[at] * geometry.radius(state.threat)
         x, changed = _next(state, begins, radius)
-        seen = oracle.gradient(x, lambda logits: self._objective(state, logits))
-        wrong = misclassified(seen.logits, state.labels) & plan.decides[at]
+        names, labels, targets = state.loss_names, state.labels, state.targets
+        evaluation = oracle.gradient(
+            x, lambda logits: losses.of_rows(names, state.loss, logits, labels, targets)
+        )
+        wrong = misclassified(evaluation.logits, labels) & schedule.decides[at]
         moved = dataclasses.replace(
             self._begun(state, begins, radius, changed),
             x=x,
-            gradient=seen.gradient,
+            gradient=evaluation.gradient,
             changed=changed,
-            **best_iterate(state, x, seen.values, wrong),
-            **progress(state, seen.values),
+            **best_iterate(state, x, evaluation.values, wrong),
+            **progress(state, evaluation.values),
             iteration=state.iteration + 1,
             done=state.iteration + 1 >= self.evaluations,
-            nonfinite=~seen.finite,
-            zero_gradients=state.zero_gradients + seen.zero,
+            nonfinite=~evaluation.finite,
+            zero_gradients=state.zero_gradients + evaluation.zero,
         )
-        return _books(moved, seen, plan.checks[at], radius)
-
-    def _objective(self, state: SparseState, logits: Tensor) -> Tensor:
-        """(S,) each row's own loss."""
-        return losses.of_rows([self.loss, *self.beside], state.loss, logits, state.labels, state.targets)
+        return _updated(moved, evaluation, schedule.checks[at], radius)
 
     def _begun(self, state: SparseState, begins: Tensor, radius: Tensor, changed: Tensor) -> SparseState:
-        """The books of rows that begin a run at a point with `changed` (S,) changed entries, opened."""
+        """The state with step length and sparsity of rows that begin a run reset.
+
+        Args:
+            state: before the evaluation.
+            begins: (S,) bool, the row begins a run.
+            radius: (S,) radius of the row's run.
+            changed: (S,) changed entries of the run's start.
+        """
         entries = state.images[0].numel()
         share, checked = changed / entries / SPARSER, changed
         if len(self.radii) == 1:  # no start is given
@@ -208,26 +181,14 @@ class ApgdL1(Alone):
 
 
 @dataclass(frozen=True)
-class _Joint(ApgdL1):
-    """Several stages in one table."""
-
-    others: tuple[losses.Name, ...]
-
-    @property
-    def beside(self) -> tuple[losses.Name, ...]:
-        """Losses of other stages whose rows stand in the same table."""
-        return self.others
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What each evaluation of a trajectory is, by its number; E of them.
+class _Schedule:
+    """Facts about each of the E evaluations of a trajectory, by its number.
 
     Attributes:
-        begins: (E,) bool, the start of a run.
+        begins: (E,) bool, it is the start of a run.
         radii: (E,) multiple of the radius.
         checks: (E,) bool, a checkpoint follows.
-        decides: (E,) bool, part of the last run.
+        decides: (E,) bool, it is part of the last run, so that it can be a success.
     """
 
     begins: Tensor
@@ -237,10 +198,10 @@ class _Plan:
 
 
 @cache
-def _plan(steps: tuple[int, ...], radii: tuple[float, ...], device: torch.device) -> _Plan:
+def _schedule(steps: tuple[int, ...], radii: tuple[float, ...], device: torch.device) -> _Schedule:
     runs = [(run, move) for run, most in enumerate(steps) for move in range(most + 1)]
     windows = [max(int(WINDOW * most), 1) for most in steps]
-    return _Plan(
+    return _Schedule(
         torch.tensor([move == 0 for _, move in runs], device=device),
         torch.tensor([radii[run] for run, _ in runs], device=device),
         torch.tensor([move > 0 and move % windows[run] == 0 for run, move in runs], device=device),
@@ -269,9 +230,9 @@ def _next(state: SparseState, begins: Tensor, radius: Tensor) -> tuple[Tensor, T
     return pick(fresh, state.x, x), torch.where(fresh, state.changed, changed)
 
 
-def _books(state: SparseState, seen: Evaluation, checks: Tensor, radius: Tensor) -> SparseState:
-    """Best point, and sparsity and step after a checkpoint."""
-    better = seen.values > state.best_loss
+def _updated(state: SparseState, evaluation: Evaluation, checks: Tensor, radius: Tensor) -> SparseState:
+    """The state with its best point, and after a checkpoint with new sparsity and step length."""
+    better = evaluation.values > state.best_loss
     best_changed = torch.where(better, state.changed, state.best_changed)
     falls = best_changed / state.checked < SETTLED
     smaller = torch.maximum(state.size / SHRINK, radius / LEAST)
@@ -279,9 +240,9 @@ def _books(state: SparseState, seen: Evaluation, checks: Tensor, radius: Tensor)
     return dataclasses.replace(
         state,
         best=pick(better, state.x, state.best),
-        best_gradient=pick(better, seen.gradient, state.best_gradient),
+        best_gradient=pick(better, evaluation.gradient, state.best_gradient),
         best_changed=best_changed,
-        best_loss=torch.where(better, seen.values, state.best_loss),
+        best_loss=torch.where(better, evaluation.values, state.best_loss),
         size=torch.where(checks, torch.where(falls, radius, smaller), state.size),
         share=torch.where(checks, share, state.share),
         checked=torch.where(checks, best_changed, state.checked),

@@ -11,12 +11,13 @@ from typing import ClassVar
 
 from robustbench_vlm.attacks.pgd import Pgd, PgdState
 from robustbench_vlm.engine import losses
-from robustbench_vlm.engine.interface import Alone, Oracle, Rows
+from robustbench_vlm.engine.interface import Attack, Rows
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat
 
 
 @dataclass(frozen=True)
-class Fgsm(Alone):
+class Fgsm(Attack):
     """One step of PGD, as long as the radius and without a random start.
 
     Attributes:
@@ -31,33 +32,21 @@ class Fgsm(Alone):
         losses.require_untargeted("fgsm", self.loss)
 
     @property
-    def _step(self) -> Pgd:
+    def _pgd(self) -> Pgd:
         return Pgd(self.loss, 1, "eps", 1, random_start=False)
 
     @property
-    def restarts(self) -> int:
-        """There is one trajectory."""
-        return 1
-
-    def ranks(self, n_classes: int) -> int:  # noqa: ARG002 - the same for every number of classes
-        """Untargeted."""
-        return 0
-
-    def substitutions(self, n_classes: int) -> list[str]:
-        """DLR with 2 classes becomes the margin."""
-        return losses.few_classes(self.loss, 0, n_classes)
-
-    def cost(self, n_classes: int) -> tuple[int, int]:  # noqa: ARG002 - the same for every number of classes
-        """One gradient; the canonical pass judges the step."""
+    def passes(self) -> tuple[int, int]:
+        """One gradient; the canonical pass evaluates the iterate that follows."""
         return 1, 1
 
     def start(self, rows: Rows, threat: Threat) -> PgdState:
         """The image itself."""
-        return self._step.start(rows, threat)
+        return self._pgd.start(rows, threat)
 
     def step(self, state: PgdState, oracle: Oracle) -> PgdState:
         """The gradient at the image, and the step."""
-        return self._step.step(state, oracle)
+        return self._pgd.step(state, oracle)
 
 
 plugin = Fgsm

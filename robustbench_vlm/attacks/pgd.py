@@ -10,44 +10,33 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import geometry, losses
-from robustbench_vlm.engine.interface import (
-    Alone,
-    Evaluation,
-    Oracle,
-    Rows,
-    State,
-    common,
-    misclassified,
-    pick,
-    progress,
-)
-from robustbench_vlm.engine.stopping import best_iterate
+from robustbench_vlm.engine.interface import Attack, Rows, initial, progress
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
+from robustbench_vlm.engine.row_ops import misclassified, pick
+from robustbench_vlm.engine.stopping import BestIterateState, best_iterate, nothing_chosen
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat, parse_eps
 
 
 @dataclass(frozen=True)
-class PgdState(State):
-    """PGD's rows, and those of its relatives.
+class PgdState(BestIterateState):
+    """The rows of PGD and of attacks like it; an iterate is chosen only under `stop=best`.
 
     Attributes:
-        ahead: (S, 3, H, W) the iterate that follows `x`; when the row is done, the last iterate, unjudged.
-        last, peak: see `stopping.BestIterate`; followed only under `stop=best`.
+        ahead: (S, 3, H, W) the iterate that follows `x`; when the row is done, the last iterate, which was
+            not evaluated.
     """
 
     ahead: Tensor
-    last: Tensor
-    peak: Tensor
 
     @property
     def adv(self) -> Tensor:
         """The success if there is one, else the last iterate; under `stop=last` the last iterate."""
         if self.stop == "best":
-            return self.last
+            return self.chosen
         return pick(self.done & ~self.broken, self.ahead, self.x)
 
 
@@ -55,8 +44,8 @@ AnyPgd = TypeVar("AnyPgd", bound=PgdState)
 
 
 @dataclass(frozen=True)
-class Pgd(Alone):
-    """Fixed-step ascent; under `stop=last` the last iterate is judged, whatever came before.
+class Pgd(Attack):
+    """Ascent with a fixed step; under `stop=last` it returns the last iterate, whatever came before.
 
     Under `stop=best` the last iterate is evaluated like the others, which costs one gradient more.
 
@@ -82,17 +71,10 @@ class Pgd(Alone):
             raise InputError("pgd", f"steps {self.steps}, restarts {self.restarts}", "at least 1 of each")
         step_length(self.step_size, Threat("linf", Fraction(1, 255)))
 
-    def ranks(self, n_classes: int) -> int:  # noqa: ARG002 - the same for every number of classes
-        """Untargeted."""
-        return 0
-
-    def substitutions(self, n_classes: int) -> list[str]:
-        """DLR with 2 classes becomes the margin."""
-        return losses.few_classes(self.loss, 0, n_classes)
-
-    def cost(self, n_classes: int) -> tuple[int, int]:  # noqa: ARG002 - the same for every number of classes
-        """One gradient a step; the last iterate is judged by the canonical pass."""
-        return self.steps * self.restarts, self.steps * self.restarts
+    @property
+    def passes(self) -> tuple[int, int]:
+        """One gradient a step; the canonical pass evaluates the last iterate."""
+        return self.steps, self.steps
 
     def start(self, rows: Rows, threat: Threat) -> PgdState:
         """A random point of the ball, clipped into the box, or the image itself."""
@@ -102,19 +84,19 @@ class Pgd(Alone):
 
     def step(self, state: PgdState, oracle: Oracle) -> PgdState:
         """Evaluate the next iterate and compute the one that follows it."""
-        seen = look(self.loss, state, oracle)
-        size = step_length(self.step_size, state.threat)
-        return advanced(state, seen, geometry.direction(seen.gradient, state.threat).mul_(size), self.steps)
+        evaluation = evaluate(self.loss, state, oracle)
+        move = geometry.direction(evaluation.gradient, state.threat)
+        move.mul_(step_length(self.step_size, state.threat))
+        return advanced(state, evaluation, move, self.steps)
 
 
 def begin(rows: Rows, threat: Threat, x: Tensor) -> PgdState:
-    """Rows that are about to evaluate `x`."""
-    peak = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-    return PgdState(**common(rows, threat, x), ahead=x.clone(), last=x, peak=peak)
+    """Rows that will evaluate `x` first."""
+    return PgdState(**initial(rows, threat, x), **nothing_chosen(x), ahead=x.clone())
 
 
-def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Evaluation:
-    """The evaluation of the next iterate."""
+def evaluate(loss: losses.Name, state: PgdState, oracle: Oracle) -> Evaluation:
+    """The loss and its gradient at the next iterate."""
 
     def objective(logits: Tensor) -> Tensor:
         return losses.LOSSES[losses.effective(loss, logits.shape[1])](logits, state.labels, state.targets)
@@ -122,18 +104,19 @@ def look(loss: losses.Name, state: PgdState, oracle: Oracle) -> Evaluation:
     return oracle.gradient(state.ahead, objective)
 
 
-def advanced(state: AnyPgd, seen: Evaluation, move: Tensor, steps: int) -> AnyPgd:
+def advanced(state: AnyPgd, evaluation: Evaluation, move: Tensor, steps: int) -> AnyPgd:
     """The state after an evaluation, with the projected move as the iterate that follows.
 
     Args:
         state: before it.
-        seen: of `state.ahead`.
-        move: (S, 3, H, W), spent.
+        evaluation: of `state.ahead`.
+        move: (S, 3, H, W); its memory is written.
         steps: moves of a trajectory.
     """
     changes: dict[str, Any] = {}
     if state.stop != "last":
-        changes = best_iterate(state, state.ahead, seen.values, misclassified(seen.logits, state.labels))
+        wrong = misclassified(evaluation.logits, state.labels)
+        changes = best_iterate(state, state.ahead, evaluation.values, wrong)
     iteration = state.iteration + 1
     return dataclasses.replace(
         state,
@@ -141,10 +124,10 @@ def advanced(state: AnyPgd, seen: Evaluation, move: Tensor, steps: int) -> AnyPg
         ahead=geometry.project(move.add_(state.ahead), state.images, state.threat),
         iteration=iteration,
         done=iteration >= steps + (state.stop == "best"),
-        **progress(state, seen.values),
+        **progress(state, evaluation.values),
         **changes,
-        nonfinite=~seen.finite,
-        zero_gradients=state.zero_gradients + seen.zero,
+        nonfinite=~evaluation.finite,
+        zero_gradients=state.zero_gradients + evaluation.zero,
     )
 
 

@@ -1,7 +1,7 @@
-"""The engine `autoattack`: the reference implementation of AutoAttack, or its fork on the package index.
+"""The backend `autoattack`: the reference implementation of AutoAttack, or its fork on the package index.
 
-Each stage is the package's own attack with the numbers of the chain. Its APGD always walks to its end and
-returns the last misclassified iterate, its Square runs with the schedule as AutoAttack sets it.
+Each stage is run by the package's own attack with the numbers of the chain. Its APGD always runs to its end
+and returns the last misclassified iterate; its Square has the schedule that AutoAttack gives it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,30 @@ from robustbench_vlm.errors import InputError
 NAMES = ("autoattack", "pyautoattack")  # the original, and the fork
 INSTALL = "pip install 'robustbench-vlm[autoattack]'"
 LOSSES = ("ce", "dlr", "targeted-dlr")
-HOMES = {
+MODULES = {
     "APGDAttack": "autopgd_base",
     "APGDAttack_targeted": "autopgd_base",
     "FABAttack_PT": "fab_pt",
     "SquareAttack": "square",
 }
-TILES = 5  # along a side, of Square's start in L2 and L1
+TILES = 5  # tiles along a side, of Square's start in L2 and L1
 BALLS = ("linf", "l2")
-RADII, SHARES = (3.0, 2.0, 1.0), (0.3, 0.3)  # of the runs of its L1 APGD, and of all steps but the last run's
+RADII = (3.0, 2.0, 1.0)  # radii of the runs of its L1 APGD
+SHARES = (0.3, 0.3)  # shares of all steps that the first two runs take
 
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """The package under one of its names."""
+    """The adapter of the package.
+
+    Attributes:
+        name: of the installed module, one of `NAMES`.
+    """
 
     name: str
 
     def translate(self, stage: PackageStage) -> PackageCall:
-        """APGD, FAB and Square.
+        """APGD, FAB or Square of the package.
 
         Raises:
             InputError: the package has no such attack.
@@ -78,26 +83,26 @@ class AutoAttack:
         raise stage.refusal("autoattack")
 
     def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:
-        """That attack, ready for a model."""
-        module = packages.load(f"{self.name}.{HOMES[call.kind]}")
+        """That attack, constructed for a model."""
+        module = packages.load(f"{self.name}.{MODULES[call.kind]}")
         perturb: Perturb = getattr(module, call.kind)(model, **call.settings, device=str(device)).perturb
         return perturb
 
 
 def runs(steps: int) -> tuple[int, ...]:
-    """Steps of each run of its L1 APGD in larger balls."""
+    """Steps of each run of its L1 APGD, the last of them at the radius itself."""
     first = [math.ceil(share * steps) for share in SHARES]
     return (*first, steps - sum(first))
 
 
 def tiled(shape: tuple[int, int]) -> bool:
-    """Whether the package can begin Square in L2 or L1 on such images: elsewhere a tile sticks out."""
+    """Whether Square of the package can start in L2 or L1 on images of this shape; else a tile is cut off."""
     side = shape[0] // TILES
     return side > 0 and all(length // side <= TILES for length in shape)
 
 
 def _apgd(stage: PackageStage, attack: Apgd | ApgdL1, **settings: object) -> PackageCall:
-    """Its APGD, with targets or without."""
+    """APGD of the package, with targets or without."""
     if attack.loss not in LOSSES:
         raise stage.refusal("autoattack", f"loss = {attack.loss!r}")
     settings["n_restarts"] = attack.restarts
@@ -111,10 +116,10 @@ def _call(stage: PackageStage, kind: str, **settings: object) -> PackageCall:
 
 
 def package() -> AutoAttack:
-    """The installed package.
+    """The adapter of the installed package.
 
     Raises:
-        InputError: there is none; the message says how to get one.
+        InputError: neither module is installed; the message says how to get it.
     """
     name = packages.installed(NAMES)
     if name is None:

@@ -54,12 +54,9 @@ class GuardedModel(nn.Module):
         chunks = torch.split(images, self.rows)
         self.forwards += len(chunks)
         (classify,) = self._classify
-        copies = [
-            canonical.padded(chunk, self.rows).clone() for chunk in chunks
-        ]  # a model may write into them
-        logits = torch.cat(
-            [classify(c)[: len(chunk)].float() for c, chunk in zip(copies, chunks, strict=True)]
-        )
+        # The classifier is given copies, since it may write into its input.
+        padded = [canonical.padded(chunk, self.rows).clone() for chunk in chunks]
+        logits = torch.cat([classify(batch).float() for batch in padded])[: len(images)]
         self.note_nonfinite(images, logits)
         return logits
 

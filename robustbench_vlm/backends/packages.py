@@ -75,7 +75,7 @@ class PackageStage:
     @property
     def targets(self) -> int:
         """Number of target classes: as configured, or all wrong classes where they are fewer."""
-        return self.attack.ranks(self.job.n_classes)
+        return self.attack.target_count(self.job.n_classes)
 
     def refusal(self, package: str, what: str = "") -> InputError:
         """The error for something that the package cannot do, or for an attack that it does not have."""

@@ -22,8 +22,10 @@ from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.backends import reference_square
 from robustbench_vlm.engine import losses, trajectories, verification
-from robustbench_vlm.engine.interface import Attack, Oracle, Rows, State, freeze, take
+from robustbench_vlm.engine.interface import Attack, Rows, State
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, OnFinding, PreparedBlock, prepare
+from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.engine.row_ops import freeze, take
 from robustbench_vlm.engine.trajectories import End, Trajectory
 from robustbench_vlm.engine.verification import Verification
 from robustbench_vlm.errors import AttackError, InputError
@@ -148,6 +150,7 @@ class _Batches:
             restarts=tuple(trajectory.pair[1] for trajectory in started),
             stop="last",
         )
+        state: State
         feed: Feed | None = None
         if isinstance(attack, Square):
             state, feed = reference_square.begin(attack, rows, self.job.threat, generator)

@@ -1,8 +1,8 @@
-"""Square's random numbers as the reference draws them: proposals shared by a batch, one query after another.
+"""Square's random numbers in the order of the reference, whose proposals are shared by a batch of images.
 
-Linf: a stripe pattern for each image, then for every query one window and one sign a channel for all images.
-L2: signs are drawn for those images that are still robust at that query, so they depend on outcomes, and the
-proposals of a query are written when its turn comes.
+Linf: a stripe pattern for each image, then for every query one window, and one sign for each channel, for all
+images. L2: signs are drawn for the images that are still robust at that query, so they depend on outcomes,
+and the proposals of a query are written just before it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Draws:
-    """The three things that the reference draws, each from uniform float32 numbers in its order."""
+    """The draws of the reference, each computed from uniform float32 numbers as the reference computes it."""
 
     generator: torch.Generator
 
     def signs(self, *shape: int) -> Tensor:
-        """-1 or 1, float32."""
+        """(*shape) float32, -1 or 1."""
         return (2 * torch.rand(shape, generator=self.generator) - 1).sign()
 
     def below(self, n: int) -> int:
-        """0 to n - 1, and 0 for n = 0; rounded as float32 products are."""
+        """An integer from 0 to n - 1, and 0 for n = 0; computed by a float32 product, as in the reference."""
         return int((n * torch.rand(1, generator=self.generator)).long())
 
     def coin(self) -> bool:
-        """True in one half of all cases."""
+        """True with probability one half."""
         return bool(torch.rand(1, generator=self.generator) > 0.5)
 
 
 def begin(
     attack: Square, rows: Rows, threat: Threat, generator: torch.Generator
 ) -> tuple[SquareState, Callable[[State], None]]:
-    """Rows that are about to start, and what has to be called before each of their steps."""
+    """The state of rows before their first step, and a function to call with the state before each step."""
     draws, shape = Draws(generator), tuple(rows.images.shape[1:])
     sides = window_sides(attack.queries, attack.p, shape[1], shape[2], threat.norm)
     n = len(rows.labels)
@@ -59,22 +59,25 @@ def begin(
 
 
 def _nothing(state: State) -> None:
-    """All proposals are known from the start."""
+    """Do nothing: in Linf all proposals are drawn before the first step."""
 
 
 def _shared(draws: Draws, side: int, shape: Shape) -> Tensor:
-    """(2 + C,) int16: one window, and one sign a channel."""
+    """(2 + C,) int16: the corner of one window, and a sign for each channel."""
     corner = [draws.below(shape[1] - side), draws.below(shape[2] - side)]
     return torch.cat([torch.tensor(corner), draws.signs(shape[0])]).to(torch.int16)
 
 
 @dataclass
 class _Feed:
-    """The L2 proposals of one query after another.
+    """Draws the L2 proposals of one query after another.
 
     Attributes:
-        n: rows that hold an image.
-        query: the next one; the first step evaluates the start and needs none.
+        draws: the generator of the batch.
+        sides: side of the window at each query.
+        shape: (C, H, W) of an image.
+        n: number of rows with an image.
+        query: number of the next query; -1 before the first step, which evaluates the start.
     """
 
     draws: Draws
@@ -84,31 +87,31 @@ class _Feed:
     query: int = -1
 
     def __call__(self, state: State) -> None:
-        """Write the proposals of the next query into the state: nobody else holds them."""
+        """Write the proposals of the next query into the memory of the state, which nothing else uses."""
         if not isinstance(state, SquareState):
             raise TypeError(type(state).__name__)
         if self.query >= 0:
             channels, height, width = self.shape
             side = self.sides[self.query]
             down, along = height - side, width - side
-            corners = [self.draws.below(room) for room in (down, along, down, along)]
+            corners = [self.draws.below(extent) for extent in (down, along, down, along)]
             turned = self.draws.coin()
-            alive = (state.best_margin[: self.n] > 0).nonzero().squeeze(1)
-            signs = self.draws.signs(len(alive), channels)
+            robust = (state.best_margin[: self.n] > 0).nonzero().squeeze(1)
+            signs = self.draws.signs(len(robust), channels)
             rows = torch.cat(
                 [
-                    torch.tensor(corners).expand(len(alive), 4),
+                    torch.tensor(corners).expand(len(robust), 4),
                     signs,
-                    torch.full((len(alive), 1), int(turned)),
+                    torch.full((len(robust), 1), int(turned)),
                 ],
                 dim=1,
             )
-            state.proposals[alive, self.query + 1] = rows.to(state.proposals)  # the first is the start's
+            state.proposals[robust, self.query + 1] = rows.to(state.proposals)  # row 0 is the start's
         self.query += 1
 
 
 def _tiles(draws: Draws, n: int, shape: Shape) -> Tensor:
-    """(n, C, H, W) float32 of unit L2 norm: 5 x 5 tiles, each turned for all images or for none."""
+    """(n, C, H, W) float32 of unit L2 norm: 5 x 5 tiles, each turned either for all images or for none."""
     channels, height, width = shape
     side = max(min(height, width) // 5, 1)
     found = torch.zeros((n, *shape), dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""The engine `torchattacks`: its attacks one by one, each with the numbers of the chain.
+"""The backend `torchattacks`: the package's attacks one by one, each with the numbers of the chain.
 
-By itself its AutoAttack takes 10 steps instead of 100, aims at every class and stretches Square's schedule to
-10,000 queries; none of that is so here. What stays different: in L2 its targeted APGD moves all rows by the
-step size of the first, and its Square measures a window over all channels together.
+Its own AutoAttack takes 10 steps instead of 100, aims at every class and stretches Square's schedule to
+10,000 queries; this adapter does not use it. Two differences remain: in L2 its targeted APGD moves all rows
+by the step size of the first, and its Square measures a window over all channels together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ INSTALL = "pip install --no-deps torchattacks (its wheel also carries files of a
 
 @dataclass(frozen=True)
 class TorchAttacks:
-    """The package."""
+    """The adapter of the package.
+
+    Attributes:
+        name: of the installed module.
+    """
 
     name: str
 
     def translate(self, stage: PackageStage) -> PackageCall:
-        """FGSM, MI-FGSM, PGD, APGD, FAB and Square.
+        """FGSM, MI-FGSM, PGD, APGD, FAB or Square of the package.
 
         Raises:
             InputError: the package has no such attack.
@@ -48,21 +52,16 @@ class TorchAttacks:
             draws = attack.eot if isinstance(attack, ApgdEot) else 1
             if attack.loss not in LOSSES:
                 raise stage.refusal("torchattacks", f"loss = {attack.loss!r}")
-            walk = {
-                "steps": attack.steps,
-                "n_restarts": attack.restarts,
-                "rho": attack.rho,
-                "eot_iter": draws,
-            }
+            own = {"steps": attack.steps, "n_restarts": attack.restarts, "rho": attack.rho, "eot_iter": draws}
             if attack.targets:
-                return PackageCall("APGDT", {**stage.common, **walk, "n_classes": stage.targets + 1})
-            return PackageCall("APGD", {**stage.common, **walk, "loss": attack.loss})
+                return PackageCall("APGDT", {**stage.common, **own, "n_classes": stage.targets + 1})
+            return PackageCall("APGD", {**stage.common, **own, "loss": attack.loss})
         if isinstance(attack, Fab):
             stage.require("torchattacks", BALLS, "steps", "targets", "restarts", "alpha_max", "eta", "beta")
-            walk = {"steps": attack.steps, "n_restarts": attack.restarts}
+            own = {"steps": attack.steps, "n_restarts": attack.restarts}
             aim = {"multi_targeted": attack.targets > 0, "n_classes": stage.targets + 1}
             pull = {"alpha_max": attack.alpha_max, "eta": attack.eta, "beta": attack.beta}
-            return PackageCall("FAB", {**stage.common, **walk, **aim, **pull})
+            return PackageCall("FAB", {**stage.common, **own, **aim, **pull})
         if isinstance(attack, Square):
             stage.require("torchattacks", BALLS, "queries", "p", "restarts")
             self._require_shape(stage)
@@ -71,27 +70,27 @@ class TorchAttacks:
         raise stage.refusal("torchattacks")
 
     def _steps(self, stage: PackageStage, attack: Fgsm | MiFgsm | Pgd) -> PackageCall:
-        """These raise nothing but cross-entropy, start once, and return the last iterate."""
+        """FGSM, MI-FGSM and PGD, which the package has with cross-entropy, one restart, the last iterate."""
         norms = BALLS if isinstance(attack, Pgd) else ("linf",)
-        own = ("step_size", "decay", "restarts", "random_start")
-        stage.require("torchattacks", norms, "loss", "steps", *own)
+        fields = ("loss", "steps", "step_size", "decay", "restarts", "random_start")
+        stage.require("torchattacks", norms, *fields)
         if attack.loss != "ce":
             raise stage.refusal("torchattacks", f"loss = {attack.loss!r}")
-        if attack.restarts != 1:
+        if isinstance(attack, Pgd) and attack.restarts != 1:
             raise stage.refusal("torchattacks", f"restarts = {attack.restarts}")
         eps = {"eps": stage.common["eps"]}
         if isinstance(attack, Fgsm):
             return PackageCall("FGSM", eps)
         if stage.job.stop != "last":
             raise stage.refusal("torchattacks", f"stop = {stage.job.stop!r}")
-        walk = {**eps, "alpha": step_length(attack.step_size, stage.job.threat), "steps": attack.steps}
+        own = {**eps, "alpha": step_length(attack.step_size, stage.job.threat), "steps": attack.steps}
         if isinstance(attack, MiFgsm):
-            return PackageCall("MIFGSM", {**walk, "decay": attack.decay})
+            return PackageCall("MIFGSM", {**own, "decay": attack.decay})
         kind = "PGD" if stage.job.threat.norm == "linf" else "PGDL2"
-        return PackageCall(kind, {**walk, "random_start": attack.random_start})
+        return PackageCall(kind, {**own, "random_start": attack.random_start})
 
     def _require_shape(self, stage: PackageStage) -> None:
-        """Its windows are not capped, and its L2 start is laid in tiles as that of AutoAttack."""
+        """Refuse shapes on which its Square fails: windows or tiles of the start would be cut off."""
         if stage.shape is None:
             return
         square = stage.shape[0] == stage.shape[1]
@@ -100,17 +99,17 @@ class TorchAttacks:
                 "torchattacks", f"norm {stage.job.threat.norm!r} on images of {stage.shape} pixels"
             )
 
-    def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:  # noqa: ARG002 - it asks the model
-        """That attack, ready for a model."""
+    def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:  # noqa: ARG002 - read from the model
+        """That attack, constructed for a model; the package reads the device from the model."""
         perturb: Perturb = getattr(packages.load(self.name), call.kind)(model, **call.settings)
         return perturb
 
 
 def package() -> TorchAttacks:
-    """The installed package.
+    """The adapter of the installed package.
 
     Raises:
-        InputError: it is not there; the message says how to get it.
+        InputError: it is not installed; the message says how to get it.
     """
     name = packages.installed(NAMES)
     if name is None:

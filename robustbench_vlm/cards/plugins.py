@@ -51,7 +51,7 @@ def _own(kind: str) -> Mapping[str, str]:
 def _binds_plugin(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         return any((alias.asname or alias.name) == "plugin" for alias in node.names)
-    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]  # with or without a type
     return any(isinstance(target, ast.Name) and target.id == "plugin" for target in targets)
 
 
@@ -103,5 +103,5 @@ def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  
         return TypeAdapter(plugin).validate_python(dict(fields))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CardError(where, f"{name}.{place}: {first['msg']} (found {first['input']!r:.80})") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise CardError(where, f"{name}.{field}: {first['msg']} (found {first['input']!r:.80})") from None

@@ -195,7 +195,7 @@ def _lines(card: Path, name: str) -> list[str]:
 
 
 def subset(suite: Suite) -> tuple[str, ...]:
-    """The image names of a suite that takes them from a file; the file must be the one that the suite means.
+    """The image names of a suite that takes them from a file; the file must have the SHA-256 of the card.
 
     Raises:
         CardError: no such file, or another SHA-256.
@@ -219,13 +219,13 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
         unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
         missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
-        places = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
-        place = ", ".join(places)
+        keys = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
+        key = ", ".join(keys)
         if unknown:
             do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
-            raise CardError(where, f"unknown key {place!r}", do=do) from None
+            raise CardError(where, f"unknown key {key!r}", do=do) from None
         found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
-        raise CardError(where, f"{place or 'card'}: {_one_line(first['msg'])}{found}") from None
+        raise CardError(where, f"{key or 'card'}: {_one_line(first['msg'])}{found}") from None
 
 
 def _one_line(text: str) -> str:

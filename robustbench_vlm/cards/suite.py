@@ -20,7 +20,7 @@ class Suite(Card):
         eps: radii: `4/255` for linf, plain lengths in units of the pixel range for l2 and l1.
         n: images a dataset; 0 means all.
         sample: how they are drawn, by the smallest hashes of seed and key: `hash`, over the whole split;
-            `stratified`, class by class in turn, so that few images still hold every class equally.
+            `stratified`, class by class in turn, so that even few images have every class equally often.
         seed: seed of the draw and of the attacks' noise.
         subset: a file of image names, one a line, that are taken in its order instead.
         subset_sha256: SHA-256 of that file, checked when it is read; empty for no check.

@@ -20,7 +20,7 @@ from robustbench_vlm.cli.convert import convert
 from robustbench_vlm.cli.crosscheck import crosscheck
 from robustbench_vlm.cli.demo import demo
 from robustbench_vlm.cli.doctor import doctor
-from robustbench_vlm.cli.eval import evaluate
+from robustbench_vlm.cli.eval import eval_
 from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
@@ -73,7 +73,7 @@ def _root(
 
 
 app.command()(train)
-app.command("eval")(evaluate)
+app.command("eval")(eval_)
 app.command()(leaderboard)
 app.command()(compare)
 app.command()(demo)

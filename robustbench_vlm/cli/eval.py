@@ -28,7 +28,7 @@ CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
 
 
-def evaluate(  # noqa: PLR0913 - one parameter a flag
+def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,7 +107,7 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
-    from robustbench_vlm.evaluation import evaluate as evaluation
+    from robustbench_vlm.evaluation.run import flags, run_plan
 
     attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
     request = planning.EvalRequest(
@@ -139,17 +139,17 @@ def evaluate(  # noqa: PLR0913 - one parameter a flag
                 console.result(line)
             return
     with console.meter() as meter:
-        rows = evaluation.evaluate(plan, meter, console.remark)
+        rows = run_plan(plan, meter, console.remark)
     if as_json:
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
         line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
         console.remark(f"results in {out}; next: {line}")
-    flagged = evaluation.flags(rows)
+    flagged = flags(rows)
     for line in flagged:
         console.remark(f"flag: {line}")
-    if flagged and strict:
+    if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
 
 

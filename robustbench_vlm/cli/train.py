@@ -32,11 +32,11 @@ def train(
 ) -> None:
     """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
-    from robustbench_vlm.training import train
+    from robustbench_vlm.training.run import folder_of, run_recipe
 
-    folder = out or train.folder_of(chosen)
+    folder = out or folder_of(chosen)
     with console.meter() as meter:
-        train.train(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
+        run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
     console.result(str(folder))
     suites = reader.suites_with(chosen.data.dataset)
     told = "" if data_root == Path("data") else f" --data-root {data_root}"

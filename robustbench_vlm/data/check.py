@@ -142,7 +142,7 @@ def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: lis
     if count == wanted:
         return []
     line = f"{folder / split}: {count} images, where the card says {wanted}"
-    if (folder / miniature.MARK).exists():
+    if (folder / miniature.MARKER).exists():
         notes.append(f"a miniature: {line}")
         return []
     return [line]

@@ -1,7 +1,7 @@
-"""Datasets from the hub: one split and the text files, at a pinned commit; told before, held to hashes after.
+"""Download datasets from the hub: one split and the text files, at a pinned commit, checked by hash.
 
-Files gather in `<folder>/.fetch/`; the split takes its own name when every file of it is there and right.
-A killed fetch goes on where it was, and nothing that is already there is ever overwritten.
+Files are collected in `<folder>/.fetch/`; the split gets its own name when all its files are there and
+correct. A killed download continues where it was, and no existing file is overwritten.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is to be fetched of one dataset.
+    """The files to download for one dataset.
 
     Attributes:
         files: of the split, and the text files.
         left: bytes of them that are not on disk yet.
-        pinned: whether the card, or an earlier fetch, names the commit.
+        pinned: whether the card or an earlier download names the commit.
     """
 
     card: DatasetCard
@@ -43,7 +43,7 @@ class Parcel:
 
     @property
     def texts(self) -> list[str]:
-        """The line as `COLUMNS` has it."""
+        """The values of `COLUMNS`."""
         size = sum(file.size for file in self.files)
         licence = f"{self.card.licence}; hub: {self.at.licence or 'not stated'}"
         counts = [str(len(self.files)), f"{size / 1e6:.1f}", f"{self.left / 1e6:.1f}"]
@@ -56,9 +56,9 @@ def present(card: DatasetCard, root: Path, split: str) -> bool:
 
 
 def plan(card: DatasetCard, root: Path, split: str, where: hub.Site) -> Parcel:
-    """What the hub has of a dataset, and how much of it is lacking here; nothing is downloaded.
+    """The files of a dataset on the hub, and how many bytes are missing here; nothing is downloaded.
 
-    The commit is the card's, or that of an earlier fetch of the same folder, or the newest.
+    The commit is the card's, else that of an earlier download into the same folder, else the newest.
 
     Raises:
         DataError: the card names no repository; a miniature or other files are in the way; or the repository
@@ -68,7 +68,7 @@ def plan(card: DatasetCard, root: Path, split: str, where: hub.Site) -> Parcel:
     folder = root / card.folder
     if not card.source.hub:
         raise DataError(f"dataset {card.name}", "no hub repository", do=_by_hand(card, root))
-    if (folder / miniature.MARK).exists():
+    if (folder / miniature.MARKER).exists():
         raise DataError(str(folder), "a miniature with generated images", "none", "choose another --root")
     if (folder / split).is_dir() and not present(card, root, split):
         do = "move it away, or choose another --root"
@@ -82,10 +82,10 @@ def plan(card: DatasetCard, root: Path, split: str, where: hub.Site) -> Parcel:
 
 
 def require_space(parcels: list[Parcel], root: Path) -> None:
-    """Refuse before the first byte what does not fit on the disk.
+    """Refuse downloads that do not fit on the disk, before the first byte.
 
     Raises:
-        DataError: with what is needed and what is free.
+        DataError: the message gives the bytes needed and free.
     """
     existing = next(path for path in (root, *root.absolute().parents) if path.exists())
     needed, free = sum(parcel.left for parcel in parcels) + MARGIN, shutil.disk_usage(existing).free
@@ -95,11 +95,11 @@ def require_space(parcels: list[Parcel], root: Path) -> None:
 
 
 def fetch(parcel: Parcel, root: Path, where: hub.Site, report: Report) -> None:
-    """Download what a parcel lacks, verify every file by size and hash, and write the manifest.
+    """Download the missing files of a parcel, verify every file by size and hash, and write the manifest.
 
     Raises:
-        DataError: a file that is not as listed, here or from the server.
-        Incomplete: the connection died; the same call goes on.
+        DataError: a file on disk or from the server is not the listed one.
+        Incomplete: the connection was lost; the same call continues.
     """
     folder = root / parcel.card.folder
     parts = folder / PARTS
@@ -126,15 +126,15 @@ def fetch(parcel: Parcel, root: Path, where: hub.Site, report: Report) -> None:
     if (parts / parcel.split).is_dir():
         (parts / parcel.split).replace(folder / parcel.split)
     known = manifest.read(folder) or manifest.Manifest(parcel.card.name)
-    kept = manifest.Manifest(parcel.card.name, parcel.at.repo, parcel.at.sha, known.files, known.images)
-    manifest.write(folder, kept.with_files(facts))
+    fetched = manifest.Manifest(parcel.card.name, parcel.at.repo, parcel.at.sha, known.files, known.images)
+    manifest.write(folder, fetched.with_files(facts))
     (parts / "commit").unlink()
     if not any(parts.iterdir()):
         parts.rmdir()
 
 
 def _wanted(files: list[hub.File], split: str, where: str) -> list[hub.File]:
-    """The text files and the shards of a split, and nothing else that a repository may hold."""
+    """The text files and the shards of a split, without the other files of a repository."""
     shard = re.compile(rf"{re.escape(split)}/(nshards\.txt|\d{{1,7}}\.tar)")
     chosen = [
         file
@@ -148,14 +148,14 @@ def _wanted(files: list[hub.File], split: str, where: str) -> list[hub.File]:
 
 
 def _begun(folder: Path) -> str:
-    """The commit of a fetch that was interrupted; empty for none."""
+    """The commit of an interrupted download; empty if there is none."""
     path = folder / PARTS / "commit"
     text = path.read_bytes()[:64].decode("ascii", "replace") if path.exists() else ""
     return text if re.fullmatch("[0-9a-f]{40}", text) else ""
 
 
 def _there(folder: Path, file: hub.File) -> int:
-    """Bytes of a file that need not be fetched."""
+    """Bytes of a file that are on disk already."""
     part = folder / PARTS / file.path
     for path in (folder / file.path, part, part.with_name(part.name + ".part")):
         if path.exists():
@@ -164,7 +164,7 @@ def _there(folder: Path, file: hub.File) -> int:
 
 
 def _same(path: Path, file: hub.File, at: hub.Commit) -> str:
-    """SHA-256 of a file that is there already, once it is the one of that commit."""
+    """SHA-256 of a file on disk, which must be that of the commit."""
     sha = hub.hashed(path, file)
     if sha is None:
         found, do = f"another file than that of {at.repo} at {at.sha[:12]}", "move it away and fetch again"

@@ -1,9 +1,9 @@
-"""The hub's file protocol: which files a dataset repository has at a commit, and each of them, whole.
+"""The file protocol of the Hugging Face hub: list the files of a dataset repository, and download them.
 
-Plain HTTP of the standard library, because three things are needed that `huggingface_hub` (2.4) does not do:
-it throws a half-downloaded file away when it fails, it does not hold plain downloads to their hash, and its
-network errors belong to whichever HTTP package it was built on. Its stored token is used, and only at the hub
-itself. The paths are the hub's, so that a mirror will do: `/api/datasets/<repo>/revision/<revision>`,
+This is plain HTTP of the standard library, because `huggingface_hub` (2.4) deletes a half-downloaded file
+when a download fails, does not compare plain downloads with their hash, and raises the network errors of
+whichever HTTP package it was built on. Its stored token is used, and sent to the hub alone. The paths are the
+hub's, so that a mirror works, too: `/api/datasets/<repo>/revision/<revision>`,
 `/api/datasets/<repo>/tree/<commit>` and `/datasets/<repo>/resolve/<commit>/<file>`.
 """
 
@@ -34,12 +34,12 @@ CHUNK = 2**20
 LARGEST_LISTING = 64 * 2**20  # bytes of JSON
 AGAIN = (408, 429, 500, 502, 503, 504)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
-DROPPED = (OSError, http.client.HTTPException)  # what a connection dies of; HTTPError is handled before
+DROPPED = (OSError, http.client.HTTPException)  # lost connections; HTTPError is handled before
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a hub is.
+    """The address of a hub.
 
     Attributes:
         url: scheme and host, maybe a path; no final slash.
@@ -97,7 +97,7 @@ def commit(where: Site, repo: str, revision: str) -> Commit:
     """The commit that `revision` (a commit, tag or branch) of a dataset repository means.
 
     Raises:
-        DataError: no such repository or revision, or one that needs permission.
+        DataError: no such repository or revision, or no permission to read it.
         Incomplete: no connection.
     """
     address = f"{where.url}/api/datasets/{quote(repo)}/revision/{quote(revision, safe='')}"
@@ -147,7 +147,7 @@ def _file(row: Any, address: str) -> File:  # noqa: ANN401 - JSON of a stranger
 
 
 def plain(path: str) -> bool:
-    """Whether a path is one or two plain names, so that it stays inside the folder it is written to."""
+    """Whether a path is one or two plain names, so that it cannot leave the folder it is written to."""
     parts = path.split("/")
     return len(parts) <= 2 and all(NAME.fullmatch(part) for part in parts)
 
@@ -155,19 +155,19 @@ def plain(path: str) -> bool:
 def download(where: Site, at: Commit, file: File, target: Path, report: Callable[[int], None]) -> str:
     """Fetch one file to `target`, which appears only when size and hash are right; returns its SHA-256.
 
-    What was fetched before lies in `<target>.part` and is gone on with, after a dropped connection and in
-    another process alike; a part that turns out wrong is fetched once more from its first byte.
+    A partial download is stored in `<target>.part` and continued, after a lost connection or by a later
+    process. If its hash is wrong in the end, the file is downloaded once more from its first byte.
 
     Args:
         where: the hub or its mirror.
         at: repository and commit.
         file: what to fetch.
         target: where to put it.
-        report: told how many bytes are there.
+        report: called with the number of bytes on disk.
 
     Raises:
         DataError: a web page, another size or another hash than the listing says; or no permission.
-        Incomplete: the connection died again and again; the same call goes on where it stopped.
+        Incomplete: the connection was lost again and again; the same call continues where it stopped.
     """
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _address(where: Site, at: Commit, file: File) -> str:
 
 
 def _complete(where: Site, at: Commit, file: File, part: Path, report: Callable[[int], None]) -> None:
-    """Append to `part` until it has the file's size, over as many connections as bring something."""
+    """Append to `part` until it has the file's size, with a new connection as long as each brings bytes."""
     address, idle = _address(where, at, file), 0
     if part.exists() and part.stat().st_size > file.size:
         part.unlink()
@@ -210,8 +210,8 @@ def _complete(where: Site, at: Commit, file: File, part: Path, report: Callable[
         idle = 0 if part.stat().st_size > there else idle + 1
         if idle >= RETRIES:
             raise Incomplete(
-                f"{address}: {problem}; {part.stat().st_size} of {file.size} bytes are kept, and the same "
-                "command goes on with them"
+                f"{address}: {problem}; {part.stat().st_size} of {file.size} bytes are stored, and the same "
+                "command continues with them"
             )
         if part.stat().st_size < file.size:
             time.sleep(PAUSE * 2**idle if idle else 0)
@@ -270,7 +270,7 @@ def _no_page(address: str, headers: Message, begin: bytes) -> None:
 
 
 def hashed(part: Path, file: File) -> str | None:
-    """SHA-256 of a complete download; none if it is not the file that was listed."""
+    """SHA-256 of a complete download; `None` if it is not the listed file."""
     if part.stat().st_size != file.size:
         return None
     digest, git = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
@@ -291,7 +291,7 @@ def _request(where: Site, address: str) -> urllib.request.Request:
 
 
 def _json(where: Site, address: str, repo: str) -> tuple[Any, Message]:
-    """The JSON at an address, tried again a few times, and the headers that came with it."""
+    """The JSON at an address and the headers of the answer, with a few attempts."""
     for pause in _pauses():
         time.sleep(pause)
         try:

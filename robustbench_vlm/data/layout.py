@@ -1,4 +1,4 @@
-"""Writes the clip-benchmark webdataset layout: the one spelling that everything of ours puts on disk.
+"""Write the clip-benchmark webdataset layout, the only layout that this package writes.
 
 ```
 <folder>/classnames.txt                        one class per line, line number = label
@@ -6,8 +6,8 @@
 <folder>/<split>/0.tar 1.tar ... nshards.txt   members KEY.<ext> and KEY.cls, of an export KEY.key too
 ```
 
-The same samples give the same bytes. A split appears whole or not at all; a finished one is left alone, and
-nothing that is already there is ever overwritten.
+The same samples give the same bytes. A split appears on disk as a whole; a finished split is left alone, and
+no existing file is overwritten.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from robustbench_vlm.errors import DataError
 
 Sample = tuple[str, bytes, str, int] | tuple[str, bytes, str, int, str]
 """Key (member name without extension), encoded image, its extension (`png`, `jpg`, `webp`), label >= 0, and
-the name that the image had before, where it is to keep that as its key."""
+the original name of the image, if that is to be its key."""
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -35,17 +35,18 @@ EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
 def write_texts(folder: Path, names: Sequence[str], templates: Sequence[str]) -> None:
-    """Write class names in label order and sentence templates, one a line; blank names are kept.
+    """Write class names in label order and sentence templates, one a line; blank names are legal.
 
     Raises:
-        DataError: an entry holds a line break, which would move every label after it; or the folder already
+        DataError: an entry contains a line break, which would move every label after it; or the folder
+        already
             has other names or templates, so that another dataset lies there.
     """
     for file, lines in ((CLASSNAMES, names), (TEMPLATES, templates)):
         path = folder / file
         for line in lines:
             if "\n" in line or "\r" in line:
-                raise DataError(str(path), f"{line!r} holds a line break", "one entry a line")
+                raise DataError(str(path), f"{line!r} contains a line break", "one entry a line")
         content = "".join(f"{line}\n" for line in lines).encode()
         if not path.exists():
             store.write(path, content)
@@ -56,7 +57,7 @@ def write_texts(folder: Path, names: Sequence[str], templates: Sequence[str]) ->
 def write_split(folder: Path, split: str, samples: Iterable[Sample], per_shard: int) -> int:
     """Write `<folder>/<split>/` with at most `per_shard` samples a tar; a finished split is left alone.
 
-    Samples are taken one at a time, in the order given, so a generator of any length will do. They are
+    Samples are taken one at a time, in the given order, so a generator of any length works. They are
     written below a temporary name; a folder that appears under the split's own name is whole.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What the files of a dataset were when they were last known to be whole: names, sizes and SHA-256.
+"""The files of a dataset when it was last known to be whole: names, sizes and SHA-256.
 
-The manifest lies beside the splits as `manifest.json`. A fetch writes it from what the hub states, a first
-check from what it has read; every later check holds the folder to it.
+The manifest is `manifest.json` beside the splits. A download writes it from the hub's listing, and the first
+check from the files it has read; every later check compares the folder with it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a folder; none if it was never checked.
+    """The manifest of a folder; `None` if it was never checked.
 
     Raises:
         DataError: the file there is no manifest.
@@ -78,7 +78,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Every file of a split and every text file of the folder, sorted; hidden ones are not data."""
+    """Every file of a split and every text file of the folder, sorted, without hidden files."""
     found = [path for path in folder.glob("*.txt") if path.is_file()]
     found += [path for path in (folder / split).rglob("*") if path.is_file()]
     hidden = (path for path in found if any(part[0] == "." for part in path.relative_to(folder).parts))
@@ -93,7 +93,7 @@ def facts(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
 
 
 def differences(known: Manifest, found: dict[str, tuple[int, str]], split: str) -> list[str]:
-    """One line for each file of a split, or of the folder itself, that is not as it was; sorted by path."""
+    """One line for each file of a split, or of the folder itself, that has changed; sorted by path."""
     expected = {path for path in known.files if "/" not in path or path.startswith(f"{split}/")}
     whole = any(path.startswith(f"{split}/") for path in expected)  # else only other splits were checked
     lines = []

@@ -1,8 +1,8 @@
-"""A miniature of any dataset: the real layout, class names and templates around a few generated images.
+"""A miniature of a dataset: its real layout, class names and templates with a few generated images.
 
-It stands in for a dataset that is not there, so that every step but the numbers can be tried. Images have
-structure (gradients, a shape for each class, noise) but mean nothing to a model, so nearly all class indices
-are wrong to it: `labels` writes others, for example the model's own predictions.
+It replaces a dataset that is not on disk, so that everything can be tried except the numbers. The images have
+structure (gradients, a shape for each class, noise) and no meaning, so a model classifies nearly all of them
+wrongly. Other labels can be written instead, for example the model's own predictions (`labels`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import layout, shards
 from robustbench_vlm.errors import DataError, InputError
 
-MARK = "miniature.txt"
-"""A file of this name in a dataset's folder says that the images are generated."""
+MARKER = "miniature.txt"
+"""Name of a file in the dataset's folder that marks its images as generated."""
 
 SHARDS = 3
 FLAT = 0.03  # standard deviation of grey below which a picture shows nothing
@@ -78,10 +78,10 @@ def make(
         if labels is not None:
             _same_labels(folder / split, card, written)
         return folder
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise DataError(str(folder), "files of the real dataset", "none", "choose another root")
-    mark = f"Generated images, not {card.title}: numbers on them mean nothing.\n"
-    store.write(folder / MARK, mark.encode())
+    mark = f"Generated images, not {card.title}: numbers on them say nothing.\n"
+    store.write(folder / MARKER, mark.encode())
     names = card.names or tuple(f"class {i}" for i in range(card.n_classes))
     layout.write_texts(folder, names, card.templates)
     samples = _samples(card, classes, written, f"{seed}/{split}")
@@ -90,7 +90,7 @@ def make(
 
 
 def member(i: int) -> str:
-    """Name of the image at place `i`, as the exporters of the field spell it."""
+    """Name of image `i`, as other exporters of this layout spell it."""
     return f"s{i:07d}"
 
 
@@ -98,8 +98,8 @@ def picture(name: str, kind: str, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8: a shape on a gradient, under noise.
 
     Args:
-        name: what the gradient, the place of the shape and the noise are a function of.
-        kind: what the shape and its colour are a function of.
+        name: determines the gradient, the position of the shape and the noise.
+        kind: determines the shape and its colour.
         width: pixels.
         height: pixels.
     """
@@ -146,7 +146,7 @@ def _classes(card: DatasetCard, count: int, name: str) -> list[int]:
 
 
 def _written(card: DatasetCard, classes: list[int], labels: Mapping[str, int]) -> list[int]:
-    """The class index that is written for each image: the caller's where there is one."""
+    """The class index that is written for each image: the caller's, if given."""
     known = {member(i) for i in range(len(classes))}
     for name, label in labels.items():
         where = f"miniature of {card.name}, label of {name!r}"
@@ -157,12 +157,12 @@ def _written(card: DatasetCard, classes: list[int], labels: Mapping[str, int]) -
     return [labels.get(member(i), own) for i, own in enumerate(classes)]
 
 
-def _same_labels(place: Path, card: DatasetCard, written: list[int]) -> None:
-    index = shards.index_shards(place, card.n_classes)
+def _same_labels(split: Path, card: DatasetCard, written: list[int]) -> None:
+    index = shards.index_shards(split, card.n_classes)
     found = {sample.name: sample.label for sample in index.samples}
     if found != {member(i): label for i, label in enumerate(written)}:
         do = "choose another root"
-        raise DataError(str(place), "finished, with other labels or images", "the labels asked for", do)
+        raise DataError(str(split), "finished, with other labels or images", "the labels asked for", do)
 
 
 def _samples(card: DatasetCard, classes: list[int], written: list[int], name: str) -> Iterator[layout.Sample]:

@@ -1,6 +1,6 @@
-"""Encoded bytes -> (H, W, 3) uint8 on the canvas of a dataset. Nothing else is done to an image here.
+"""Encoded bytes -> (H, W, 3) uint8 on the canvas of a dataset.
 
-What the field does is kept to the bit: `convert("RGB")` first, then resize and crop.
+The result equals that of the usual code (`convert("RGB")`, then resize and crop) to the bit:
 
 - grey is repeated three times; black-and-white is 0 or 255
 - a palette is looked up, its transparent colour like any other; alpha is dropped, not blended
@@ -10,12 +10,12 @@ What the field does is kept to the bit: `convert("RGB")` first, then resize and 
 - EXIF rotation is not applied
 - of an animation the first frame counts
 
-Side lengths are read from the header and held to a cap before a pixel is decoded.
+Side lengths are read from the header and compared with a limit before a pixel is decoded.
 
-The other way to resize, in the encoder's graph, is that of native canvases: bicubic with antialias, neither
-rounded nor clipped. From 32 and 96 to 224 px it lies 0.4/255 from Pillow on the mean of uniform noise (the
-worst case), and up to 50/255 at single pixels, where Pillow clips what overshoots; on smooth images 0.3/255
-and 1/255. Without antialias (the kernel of RobustVLM) it is 4/255 on the mean of noise.
+Images on native canvases are resized inside the encoder instead: bicubic with antialias, neither rounded nor
+clipped. From 32 and 96 to 224 px that differs by 0.4/255 from Pillow on the mean of uniform noise (the
+worst case), and by up to 50/255 at single pixels, where Pillow clips what overshoots; on smooth images
+0.3/255 and 1/255. Without antialias (the kernel of RobustVLM) it is 4/255 on the mean of noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.errors import DataError
 
 LARGEST = 64 * 10**6  # pixels, before decoding and after resizing: 192 MB as RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; Pillow also knows formats that start programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; for other formats, Pillow may start programs
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
@@ -62,7 +62,7 @@ def rgb(content: bytes, where: str) -> Image.Image:
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(where, str(error).split(",")[0]) from None
-    except UnidentifiedImageError:  # its own message holds a memory address
+    except UnidentifiedImageError:  # its own message contains a memory address
         raise _not_whole(where, content, "unknown format") from None
     except DAMAGED as error:
         raise _not_whole(where, content, str(error).partition("\n")[0] or "damaged") from None
@@ -111,7 +111,7 @@ def _too_large(where: str, found: str) -> DataError:
 
 
 def _not_whole(where: str, content: bytes, reason: str) -> DataError:
-    """The error for bytes that do not decode, with what they are instead where that is plain."""
+    """The error for bytes that do not decode; it says what they are instead, if that is visible."""
     start = content[:256].lstrip().lower()
     if not content:
         reason = "an empty file"

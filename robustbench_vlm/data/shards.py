@@ -1,7 +1,7 @@
-"""Where each image lies: an index of the clip-benchmark webdataset layout and of class-per-folder trees.
+"""An index of the images in the clip-benchmark webdataset layout, or in a tree with a folder a class.
 
-Only names, labels and byte ranges are learnt here; nothing is decoded, extracted, unpickled or run. A shard
-that was cut anywhere before its end-of-archive mark is an error, never a smaller dataset.
+Only names, labels and byte ranges are read here; nothing is decoded, extracted, unpickled or run. A shard
+that was cut off anywhere before its end-of-archive marker is an error, and never a smaller dataset.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AGAIN = "fetch or write this shard again"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One labelled image and where its bytes lie.
+    """One labelled image and the position of its bytes.
 
     Attributes:
         name: member basename without extension, the key stored beside it by an export, or the path below the
@@ -73,12 +73,12 @@ class Index:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a split folder holds tar shards (or says that it should)."""
+    """Whether a split folder has tar shards, or a file that promises them."""
     return (folder / "nshards.txt").exists() or any(folder.glob("*.tar"))
 
 
 def index_shards(folder: Path, n_classes: int) -> Index:
-    """Index of `nshards.txt`, `0.tar`, `1.tar`, ... in a split folder; each archive is walked once.
+    """Index of `nshards.txt`, `0.tar`, `1.tar`, ... in a split folder; each archive is read once.
 
     Raises:
         DataError: shards missing, truncated, damaged or in excess; an image without label or a label
@@ -132,7 +132,7 @@ def index_folders(folder: Path, names: tuple[str, ...]) -> tuple[Index, bool]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shard files that `nshards.txt` promises, in order, once they are exactly those on disk.
+    """The shard files that `nshards.txt` promises, in order; they must be exactly those on disk.
 
     Raises:
         DataError: no such number, shards missing, or more than promised.
@@ -199,7 +199,7 @@ def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
         lacks = "no label (.cls)" if lonely[0] in images else "no image (.webp .png .jpg .jpeg)"
         raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
     keys = {name: _stored_key(shard, name, text) for name, text in texts[KEY_SUFFIX].items()}
-    found = [Sample(keys.get(name, name), labels[name], shard, *place) for name, place in images.items()]
+    found = [Sample(keys.get(name, name), labels[name], shard, *span) for name, span in images.items()]
     return found, ignored
 
 
@@ -217,7 +217,7 @@ def _stored_key(shard: Path, name: str, text: bytes) -> str:
 
 
 def _printable(where: Path, name: str) -> None:
-    """Refuse names that are not text: they become keys, and stand in tables and messages."""
+    """Refuse names that are not printable: they become keys, and appear in tables and messages."""
     if not name.isprintable():
         raise DataError(str(where), f"the name {name!r:.80}", "printable UTF-8 names", "rename it")
 
@@ -235,17 +235,17 @@ def _label(shard: Path, name: str, text: bytes, n_classes: int) -> int:
 
 
 def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
-    """The members of an uncompressed archive that is whole up to and including its end mark.
+    """The members of an uncompressed archive that is complete up to its end-of-archive marker.
 
-    `tarfile` ends quietly at a cut between members and at a damaged header, so the end is checked here:
-    two zero blocks where the next header would be, and nothing but zeros behind them.
+    `tarfile` ends without an error at a cut between members and at a damaged header, so the end is checked
+    here: two zero blocks where the next header would be, and nothing but zeros behind them.
     """
     size = os.fstat(descriptor).st_size
     try:
         with tarfile.open(shard, "r:") as archive:
             last = -1
             while (member := archive.next()) is not None:
-                # a negative size in a hostile header would send tarfile round in circles
+                # with a negative size in a hostile header, tarfile would loop for ever
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > size:
                     raise DataError(str(shard), f"truncated in {member.name!r:.80}", "a whole archive", AGAIN)
                 last = member.offset
@@ -257,10 +257,10 @@ def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
         pointer = head.startswith(b"version https://git-lfs")
         found = "a git-lfs pointer" if pointer else f"no whole tar archive ({error or type(error).__name__})"
         raise DataError(str(shard), found, "an uncompressed tar archive", AGAIN) from None
-    mark = os.pread(descriptor, 2 * BLOCK, end)
-    if len(mark) < 2 * BLOCK:
+    marker = os.pread(descriptor, 2 * BLOCK, end)
+    if len(marker) < 2 * BLOCK:
         raise DataError(str(shard), "truncated: no end-of-archive mark", "a whole archive", AGAIN)
-    if any(mark):
+    if any(marker):
         raise DataError(str(shard), f"damaged header at byte {end}", "a whole archive", AGAIN)
     for start in range(end + 2 * BLOCK, size, 2**20):
         if any(os.pread(descriptor, 2**20, start)):

@@ -193,10 +193,10 @@ def _indexed(
         return indices, tuple(names) or tuple(map(str, range(largest + 1)))
     found = sorted({str(value) for value in values})
     if not names:
-        place = {name: i for i, name in enumerate(found)}
-        return [place[str(value)] for value in values], tuple(found)
-    place = dict(zip(found, match(found, names, where, notes, ordered=False), strict=True))
-    return [place[str(value)] for value in values], tuple(names)
+        index = {name: i for i, name in enumerate(found)}
+        return [index[str(value)] for value in values], tuple(found)
+    index = dict(zip(found, match(found, names, where, notes, ordered=False), strict=True))
+    return [index[str(value)] for value in values], tuple(names)
 
 
 def match(

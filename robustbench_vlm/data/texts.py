@@ -1,4 +1,4 @@
-"""The text files of a dataset's folder: its class names must be the card's, or become the card's."""
+"""The text files of a dataset's folder: class names and templates, compared with those of its card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robustbench_vlm.errors import DataError
 
 
 def check(card: DatasetCard, folder: Path, *, required: bool) -> list[str]:
-    """Notes on the folder's text files, once its class names are the card's.
+    """Notes on the folder's text files; its class names must be those of the card.
 
     Raises:
         DataError: other class names, another kind of dataset, or no text.
@@ -37,7 +37,7 @@ def with_names(card: DatasetCard, folder: Path) -> DatasetCard:
     """The card, with the folder's class names where it has none of its own.
 
     Raises:
-        DataError: no names there, or others than the card's SHA-256 says.
+        DataError: no names there, or names whose SHA-256 is not the card's.
     """
     if card.names_from == "card":
         return card
@@ -70,12 +70,12 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
 
 
 def plain(name: str) -> str:
-    """A class name without the differences between editions of one list: case, `_`, `-` and `/`."""
+    """A class name without differences of spelling: case, `_`, `-` and `/`."""
     return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
 
 
 def _lines(path: Path) -> list[str] | None:
-    """Lines of a UTF-8 text file without trailing blank ones; none if there is no such file."""
+    """Lines of a UTF-8 text file without trailing blank lines; `None` if there is no such file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Defenses: frozen dataclasses with `targets`, `inner` and `outer`; one file each. `registry` finds them."""
+"""Defenses: subclasses of `interface.Defense`, one file each, named as it is typed."""

@@ -1,8 +1,8 @@
 """Contrastive pretraining of the tiny CLIP on rendered scenes and their captions.
 
 The student's image tower and the text tower are trained together; a larger image tower is then trained
-against that frozen text tower (locked text), so one text tower serves every checkpoint. Scenes are rendered
-on the fly, none twice. The same numbers come again on one machine with one torch and one thread count.
+against that frozen text tower (locked text), so all checkpoints share one text tower. Scenes are rendered
+on the fly, and none is shown twice. Bits repeat on one machine with one torch version and thread count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from robustbench_vlm.data.tiny.scenes import stream
 from robustbench_vlm.data.tiny.words import sentences
 
 Progress = Callable[[int, int, float], None]
-"""Called as (steps done, steps in all, running loss)."""
+"""Called with (steps done, steps in all, running mean of the loss)."""
 
 TEXT = (
     "transformer.",
@@ -42,8 +42,8 @@ LARGEST_SCALE = math.log(100.0)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast: AdamW with linear warm-up and a half cosine to zero."""
+class Pretraining:
+    """Settings of a pretraining run: AdamW, linear warm-up, half a cosine to zero."""
 
     config: str = "vlmrob-tiny"
     steps: int = 4000
@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What pretraining leaves behind, all float32 on the CPU.
+    """The trained parameters, all float32 on the CPU.
 
     Attributes:
         image: parameters of the image tower, named as in `open_clip.CLIP.visual`.
@@ -73,7 +73,7 @@ class Pretrained:
 
 @cache
 def vocabulary() -> tuple[int, ...]:
-    """Ids of every token that captions use, ascending, padding and both end marks included."""
+    """Ids of every token that captions use, ascending, with padding, start and end tokens."""
     rows = open_clip.SimpleTokenizer(context_length=77)(list(sentences()))
     return tuple(sorted({int(token) for token in rows.unique()}))
 
@@ -85,12 +85,12 @@ def configuration(name: str) -> dict[str, Any]:
     return config
 
 
-def _model(plan: Plan, text: dict[str, Tensor] | None) -> CLIP:
-    """A fresh model whose token table holds the rows of `vocabulary()` only."""
-    config = configuration(plan.config)
+def _model(settings: Pretraining, text: dict[str, Tensor] | None) -> CLIP:
+    """A new model whose token table has the rows of `vocabulary()` only."""
+    config = configuration(settings.config)
     config["text_cfg"]["vocab_size"] = len(vocabulary())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(settings.seed)
         model = CLIP(**config)
     if text is not None:
         missing, unexpected = model.load_state_dict(text, strict=False)
@@ -102,9 +102,10 @@ def _model(plan: Plan, text: dict[str, Tensor] | None) -> CLIP:
 
 
 def _encode(model: CLIP, tokens: Tensor, length: Tensor) -> Tensor:
-    """Unit embeddings (U, D) of compact token rows (U, T); `length` (U,) counts tokens, end mark included.
+    """Unit embeddings (U, D) of compact token rows (U, T); `length` (U,) counts tokens, end token included.
 
-    A causal tower never looks past the end mark, so only the longest caption's columns are computed.
+    A causal tower does not attend to tokens after the end token, so only as many columns as the longest
+    caption has are computed.
     """
     longest = int(length.max())
     x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
@@ -113,27 +114,27 @@ def _encode(model: CLIP, tokens: Tensor, length: Tensor) -> Tensor:
     return functional.normalize(x, dim=-1)
 
 
-def _batches(plan: Plan, context: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Images (B, 3, H, W) in [0, 1], token rows of the distinct captions, their lengths, each image's row."""
+def _batches(settings: Pretraining, context: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Batches: images (B, 3, H, W) in [0, 1], tokens and lengths of captions, each image's caption."""
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
     compact = torch.zeros(max(vocabulary()) + 1, dtype=torch.long)
     compact[list(vocabulary())] = torch.arange(len(vocabulary()))
     known: dict[str, Tensor] = {}
-    for step in range(plan.steps):
-        pixels, captions = stream(f"{plan.seed}/pretrain/{plan.config}/{step}", plan.batch_size)
+    for step in range(settings.steps):
+        pixels, captions = stream(f"{settings.seed}/pretrain/{settings.config}/{step}", settings.batch_size)
         distinct = list(dict.fromkeys(captions))
         new = [caption for caption in distinct if caption not in known]
         if new:
             known |= dict(zip(new, tokenizer(new), strict=True))
         rows = torch.stack([known[caption] for caption in distinct])
-        place = {caption: row for row, caption in enumerate(distinct)}
-        target = torch.tensor([place[caption] for caption in captions])
+        row_of = {caption: row for row, caption in enumerate(distinct)}
+        target = torch.tensor([row_of[caption] for caption in captions])
         images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
         yield images, compact[rows], (rows != 0).sum(1), target
 
 
 def _loss(image: Tensor, text: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """Symmetric contrastive loss; a caption shared by several images is right for each of them.
+    """Symmetric contrastive loss; a caption that several images share is the positive of each of them.
 
     Args:
         image: (B, D) unit rows.
@@ -148,56 +149,56 @@ def _loss(image: Tensor, text: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     return (functional.cross_entropy(logits, target) + reverse) / 2
 
 
-def learning_rate(plan: Plan, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero; a function of the step alone."""
-    if step < plan.warmup:
-        return plan.lr * (step + 1) / plan.warmup
-    done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
-    return plan.lr * 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate(settings: Pretraining, step: int) -> float:
+    """Learning rate of a 0-based step: linear warm-up, then half a cosine to zero."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def normalisation() -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1, 3, 1, 1) applied to pixels: those of open_clip's default."""
+    """Mean and standard deviation (1, 3, 1, 1) of pixel normalisation: the default of open_clip."""
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
 
 def pretrain(
-    plan: Plan, text: dict[str, Tensor] | None = None, progress: Progress | None = None
+    settings: Pretraining, text: dict[str, Tensor] | None = None, progress: Progress | None = None
 ) -> Pretrained:
-    """Train image and text tower together, or, given `text`, the image tower against that frozen text tower.
+    """Train image and text tower together; with `text`, the image tower against that frozen text tower.
 
     Args:
-        plan: architecture, length and speed.
+        settings: architecture, length and learning rate.
         text: `Pretrained.text` of an earlier run with the same text configuration.
-        progress: told after every step.
+        progress: called after every step.
     """
-    model = _model(plan, text)
+    model = _model(settings, text)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]
     groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), eps=1e-8)
     mean, std = normalisation()
     average = 0.0
-    for step, (images, tokens, length, target) in enumerate(_batches(plan, model.context_length)):
+    for step, (images, tokens, length, target) in enumerate(_batches(settings, model.context_length)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(plan, step)
+            group["lr"] = learning_rate(settings, step)
         embedded = functional.normalize(model.visual((images - mean) / std), dim=-1)
         with torch.set_grad_enabled(text is None):
             words = _encode(model, tokens, length)
         loss = _loss(embedded, words, model.logit_scale.exp(), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, plan.grad_clip)
+        nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=LARGEST_SCALE)
         average += (loss.item() - average) * (0.02 if step else 1.0)
         if progress is not None:
-            progress(step + 1, plan.steps, average)
+            progress(step + 1, settings.steps, average)
     return _export(model)
 
 

@@ -1,9 +1,8 @@
-"""How the packaged weights are made: `make tiny-weights` runs this file.
+"""Make the packaged weights: `make tiny-weights` runs this file.
 
-Pretraining of the student-sized CLIP with its text tower, then of the teacher's image tower against that
-frozen text tower; then the clean and the robust teacher by ordinary recipes through the ordinary loop. Bits
-come out equal on one machine with one torch and one thread count; elsewhere accuracies agree within a few
-points.
+The student-sized CLIP is pretrained with its text tower, then the image tower of the teachers against that
+frozen text tower. The clean and the robust teacher are trained from it by ordinary recipes. Bits are equal on
+one machine with one torch version and thread count; elsewhere accuracies agree within a few points.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from robustbench_vlm import console, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
-from robustbench_vlm.demo.pretrain import Plan, Pretrained, pretrain
-from robustbench_vlm.models import checkpoint, openclip, zoo
+from robustbench_vlm.demo.pretrain import Pretrained, Pretraining, pretrain
+from robustbench_vlm.models import checkpoint, model_ids, openclip
 from robustbench_vlm.training import loop
 
-WORK = Path("runs/tiny-weights")  # recipes of the teachers start from a folder below it
-STUDENT = Plan(config="vlmrob-tiny", steps=2000, lr=2e-3)
-TEACHER = Plan(config="vlmrob-tiny-teacher", steps=1400, lr=1.5e-3)
-START = "tiny-teacher-start"  # the teacher before it is taught; not shipped
+WORK = Path("runs/tiny-weights")  # the recipes of the teachers name a folder below it as their student
+STUDENT = Pretraining(config="vlmrob-tiny", steps=2000, lr=2e-3)
+TEACHER = Pretraining(config="vlmrob-tiny-teacher", steps=1400, lr=1.5e-3)
+START = "tiny-teacher-start"  # the pretrained teacher, before its recipe; not packaged
 TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
 
 
 def make(data_root: Path, device: torch.device) -> None:
-    """Make every packaged checkpoint; what lies finished below `runs/tiny-weights` is kept.
+    """Make every packaged checkpoint; finished ones below `runs/tiny-weights` are not made again.
 
     Args:
-        data_root: the tiny world is rendered into it.
+        data_root: folder that the tiny world is rendered into.
         device: where the teachers are trained; pretraining runs on the CPU.
     """
     with console.meter() as meter:
@@ -56,7 +55,7 @@ def make(data_root: Path, device: torch.device) -> None:
 def publish(name: str) -> None:
     """Copy the weights and the card of a finished folder into the package, byte for byte."""
     for path in [*sorted((WORK / name).glob("*.safetensors")), WORK / name / "card.json"]:
-        store.write(zoo.PACKAGED / name / path.name, path.read_bytes())
+        store.write(model_ids.PACKAGED / name / path.name, path.read_bytes())
 
 
 def _report(name: str, total: int, meter: console.Meter) -> loop.Report:
@@ -69,9 +68,9 @@ def _report(name: str, total: int, meter: console.Meter) -> loop.Report:
     return report
 
 
-def _save(folder: Path, name: str, made: Pretrained, plan: Plan, text_from: str) -> None:
-    """Write what pretraining left behind as a checkpoint folder."""
-    model = openclip.build(plan.config)
+def _save(folder: Path, name: str, made: Pretrained, settings: Pretraining, text_from: str) -> None:
+    """Write the result of pretraining as a checkpoint folder."""
+    model = openclip.build(settings.config)
     checkpoint.fill(model.visual, made.image, name)
     ids = frozenset(int(i) for i in made.token_ids)
     state = {f"net.{key}": value for key, value in made.text.items() if key != "logit_scale"}
@@ -81,7 +80,7 @@ def _save(folder: Path, name: str, made: Pretrained, plan: Plan, text_from: str)
     checkpoint.fill(model.language, state, name)
     scale = float(made.text["logit_scale"].exp())
     model = model.replaced(logit_scale=scale)
-    training = {"pretrain": {field: getattr(plan, field) for field in plan.__dataclass_fields__}}
+    training = {"pretrain": {field: getattr(settings, field) for field in settings.__dataclass_fields__}}
     card = checkpoint.describe(
         model, name, defense="none", trained_on=(), text_from=text_from, training=training
     )
@@ -89,7 +88,7 @@ def _save(folder: Path, name: str, made: Pretrained, plan: Plan, text_from: str)
 
 
 def _text_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The text tower of a folder as `pretrain` takes it: stored token rows only, and the logit scale."""
+    """The text tower of a folder in the form that `pretrain` takes: stored token rows and the logit scale."""
     state = checkpoint.read_state(folder / "text.safetensors")
     text = {name.removeprefix("net."): value for name, value in state.items() if name != "token_ids"}
     text["logit_scale"] = torch.tensor(checkpoint.read_card(folder).logit_scale).log()
@@ -97,10 +96,10 @@ def _text_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Make them here, with the data below `data/`."""
+    """Make the weights here, with the data below `data/`."""
     started = time.perf_counter()
     make(Path("data"), torch.device("cpu"))
-    console.remark(f"packaged weights remade in {time.perf_counter() - started:.0f} s")
+    console.remark(f"packaged weights made again in {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The whole job on the tiny world: make the data, train two defenses, attack, tabulate, compare.
+"""The demo: make the tiny world's data, train two defenses, attack three models, write the table, compare.
 
-`full` draws 500 images a dataset and adds the models that make the comparison fair, a TeCoA student and both
-teachers; its table is the committed `leaderboards/tiny.csv`.
+The `full` demo draws 500 images of every dataset and adds the models that make the comparison fair: a TeCoA
+student and both teachers. Its table is the committed `leaderboards/tiny.csv`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -28,14 +28,29 @@ BASELINE = "tiny-single-teacher"
 UNDEFENDED = "tiny"
 TECOA = "tiny-tecoa"
 TEACHERS = ("tiny-clean-teacher", "tiny-robust-teacher")
-SHORT = (("pgd20", "aa2"), ())  # chains, on which datasets (none named: all)
-DEEP = (("autoattack",), ("tiny-seen", "tiny-digits"))
+ATTACKS = (  # chains, and the datasets that they are run on; no names: all of the suite
+    (("pgd20", "aa2"), ()),
+    (("autoattack",), ("tiny-seen", "tiny-digits")),
+)
 FULL_N = 500
+
+Meter = Callable[[str, int, int], None]
+"""Called with (what, done, total) as work is done."""
+
+Remark = Callable[[str], None]
+"""Called with a line of log."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the demo ends with."""
+class DemoResult:
+    """What the demo ends with.
+
+    Attributes:
+        rows: of the leaderboard.
+        paired: lines of the comparison of the two defenses, in the order of `compare.COLUMNS`.
+        seconds: time of each phase, by name.
+        files: tables that were written.
+    """
 
     rows: pd.DataFrame
     paired: list[list[str]]
@@ -43,69 +58,94 @@ class Shown:
     files: list[Path]
 
 
-def run(
-    out: Path,
-    data_root: Path,
-    device: torch.device,
-    meter: Callable[..., None],
-    remark: Callable[[str], None],
-    *,
-    full: bool,
-) -> Shown:
-    """Do the whole job below `out`; what is there already is kept, so a stopped demo goes on.
+@dataclass(frozen=True)
+class Work:
+    """Where and with what the demo works.
 
-    Args:
-        out: gets `models/`, `teachers/` (what they say of clean images), `results/` and `leaderboards/`.
+    Attributes:
+        out: gets `models/`, `teachers/` (teacher outputs on clean images), `results/` and `leaderboards/`.
         data_root: the tiny world is rendered into it.
         device: where to train and attack.
-        meter: progress, called with (what, done, total).
-        remark: called with a line of log now and then.
-        full: the larger edition.
+        meter: for progress.
+        remark: for the log.
+        seconds: time of each phase so far, by name.
     """
-    seconds: dict[str, float] = {}
+
+    out: Path
+    data_root: Path
+    device: torch.device
+    meter: Meter
+    remark: Remark
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        remark(f"{name} ...")
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase, and take its time."""
+        self.remark(f"{name} ...")
         started = time.perf_counter()
         yield
-        seconds[name] = time.perf_counter() - started
+        self.seconds[name] = time.perf_counter() - started
 
-    suite = reader.read("suites", "tiny", Suite)
-    with phase("render the tiny world"):
+    def model(self, recipe: str) -> str:
+        """The checkpoint folder of a recipe."""
+        return str(self.out / "models" / recipe)
+
+
+def run(
+    out: Path, data_root: Path, device: torch.device, meter: Meter, remark: Remark, *, full: bool
+) -> DemoResult:
+    """Do the whole job below `out`. What is finished there is not done again, so a stopped demo goes on.
+
+    Args:
+        out: folder of everything that is made.
+        data_root: the tiny world is rendered into it.
+        device: where to train and attack.
+        meter: for progress.
+        remark: for the log.
+        full: 500 images a dataset, and three further models.
+    """
+    work = Work(out, data_root, device, meter, remark)
+    with work.phase("render the tiny world"):
         write.make_missing(data_root, meter)
     for name in (BASELINE, OURS, *((TECOA,) if full else ())):
-        recipe = reader.read("recipes", name, Recipe)
-        with phase(f"train {name}"):
-            loop.run(
-                recipe,
-                out / "models" / name,
-                data_root,
-                device,
-                _report(recipe, meter, remark),
-                out / "teachers",
-            )
-    results, n = out / "results", FULL_N if full else None
-    main = (UNDEFENDED, str(out / "models" / BASELINE), str(out / "models" / OURS))
-    further = (str(out / "models" / TECOA), *TEACHERS)
-    for who, models in (("", main), *((("further models, ", further),) if full else ())):
-        for attacks, datasets in (SHORT, DEEP):
-            request = planning.EvalRequest(models, attacks, "tiny", results, data_root, datasets, n=n)
-            with phase(f"{who}attack with {' and '.join(attacks)}"):
-                planning.perform(planning.require_data(planning.plan(request, device)), meter)
-    with phase("leaderboard"):
+        _train(work, name)
+    n = FULL_N if full else None
+    _attack(work, "", (UNDEFENDED, work.model(BASELINE), work.model(OURS)), n)
+    if full:
+        _attack(work, "further models, ", (work.model(TECOA), *TEACHERS), n)
+    suite, results = reader.read("suites", "tiny", Suite), out / "results"
+    with work.phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         found = result_file.of_suite(result_file.read(results), suite)
         paired = [line.texts for line in compare.compare(found, OURS, BASELINE)]
-    seconds["together"] = sum(seconds.values())
-    return Shown(rows, paired, seconds, files)
+    return DemoResult(rows, paired, work.seconds | {"together": sum(work.seconds.values())}, files)
 
 
-def _report(recipe: Recipe, meter: Callable[..., None], remark: Callable[[str], None]) -> loop.Report:
+def _train(work: Work, name: str) -> None:
+    recipe = reader.read("recipes", name, Recipe)
+
     def report(line: loop.Line) -> None:
         if "probe" in line:
-            remark(f"{recipe.name}, step {line['step']}: probe {line['probe']}")
+            work.remark(f"{recipe.name}, step {line['step']}: probe {line['probe']}")
         else:
-            meter(recipe.name, line["step"], recipe.optim.steps)
+            work.meter(recipe.name, line["step"], recipe.optim.steps)
 
-    return report
+    with work.phase(f"train {name}"):
+        folder, teachers = Path(work.model(name)), work.out / "teachers"
+        loop.run(recipe, folder, work.data_root, work.device, report, teachers)
+
+
+def _attack(work: Work, label: str, models: tuple[str, ...], n: int | None) -> None:
+    """Evaluate some models with every chain of `ATTACKS`.
+
+    Args:
+        work: where.
+        label: beginning of the phases' names.
+        models: names or folders.
+        n: images of every dataset; None for the suite's number.
+    """
+    results = work.out / "results"
+    for attacks, datasets in ATTACKS:
+        request = planning.EvalRequest(models, attacks, "tiny", results, work.data_root, datasets, n=n)
+        with work.phase(f"{label}attack with {' and '.join(attacks)}"):
+            planning.perform(planning.require_data(planning.plan(request, work.device)), work.meter)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import canonical, derivatives, gradient_check
-from robustbench_vlm.engine.check import Check, check
+from robustbench_vlm.engine.check_record import Check, check
 from robustbench_vlm.engine.check_sample import UNITS
 from robustbench_vlm.engine.derivatives import Segments
-from robustbench_vlm.engine.interface import Oracle
 from robustbench_vlm.engine.job import Cost, Model
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.engine.probe import Probe
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.types import Classify, Finding

@@ -1,4 +1,4 @@
-"""The canonical pass: how a model's logits are computed wherever they decide anything."""
+"""The canonical pass: how logits are computed wherever they decide anything."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
     found = []
     with torch.no_grad():
         for chunk in torch.split(images, rows):
-            said = classify(padded(chunk, rows).clone())  # a model may write into its input
-            if not isinstance(said, Tensor):
-                what = f"a {type(said).__name__}"
+            output = classify(padded(chunk, rows).clone())  # a model may write into its input
+            if not isinstance(output, Tensor):
+                what = f"a {type(output).__name__}"
                 raise AttackError(f"the model returns {what}; expected a tensor of logits ({rows}, classes)")
-            if said.ndim != 2 or len(said) != rows or said.shape[1] < 2 or not said.is_floating_point():
-                what = f"{str(said.dtype).removeprefix('torch.')} of shape {tuple(said.shape)}"
+            shape = tuple(output.shape)
+            if len(shape) != 2 or shape[0] != rows or shape[1] < 2 or not output.is_floating_point():
+                what = f"{str(output.dtype).removeprefix('torch.')} of shape {shape}"
                 wanted = f"logits of shape ({rows}, classes), 2 classes or more (write one score s as (0, s))"
                 raise AttackError(f"the model returns {what} for {rows} images; expected {wanted}")
-            found.append(said[: len(chunk)].detach().float())
+            found.append(output[: len(chunk)].detach().float())
     return torch.cat(found)
 
 
 class Record:
-    """(N, C) canonical logits, written down in order and read again by position.
+    """(N, C) canonical logits in a file, written in order and read by position.
 
-    Of many images and classes they take more memory than all else that is known about an image, and little
-    of them is wanted at a time.
+    For many images and classes they take more memory than everything else that is known about an image, and
+    only those of a few images are needed at a time.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        """`file` is empty; a temporary one will do."""
+        """`file` is empty and open for reading and writing; a temporary one will do."""
         self._file = file
         self._classes = 0
 
     def add(self, found: Tensor) -> None:
-        """(n, C) float32, of the next n images."""
+        """Append (n, C) float32, the logits of the next n images."""
         self._classes = found.shape[1]
         self._file.seek(0, os.SEEK_END)
         self._file.write(found.cpu().contiguous().numpy().tobytes())
@@ -57,22 +58,10 @@ class Record:
         """(n, C) float32 of the images at n positions, on the CPU."""
         found = np.empty((len(positions), self._classes), dtype=np.float32)
         width = found.itemsize * self._classes
-        for place, i in enumerate(positions):
-            self._file.seek(i * width)
-            found[place] = np.frombuffer(self._file.read(width), dtype=np.float32)
+        for row, position in enumerate(positions):
+            self._file.seek(position * width)
+            found[row] = np.frombuffer(self._file.read(width), dtype=np.float32)
         return torch.from_numpy(found)
-
-
-def position_dependence(classify: Classify, images: Tensor, rows: int) -> float:
-    """Largest change of a logit when the same images stand in other rows of the same shape.
-
-    Anything but 0 means that the numbers of a row depend on which row it is, and then findings may differ in
-    their last bits with scheduling. For integrity checks and self-tests.
-    """
-    batch = padded(images[:rows], rows)
-    straight = logits(classify, batch, rows)
-    turned = logits(classify, batch.roll(rows // 2 + 1, 0), rows).roll(-(rows // 2 + 1), 0)
-    return float((straight - turned).abs().max())
 
 
 def padded(images: Tensor, rows: int) -> Tensor:

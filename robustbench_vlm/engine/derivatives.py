@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm import rng
-from robustbench_vlm.engine.interface import spread
 from robustbench_vlm.engine.probe import Probe
+from robustbench_vlm.engine.row_ops import spread
 
 GRID = 1 / 255
 """Step of an 8-bit quantiser."""

@@ -1,7 +1,8 @@
 """Balls and boxes: random starts, steps, projections, and the distance by which an image is outside.
 
-Pixels are float32 in [0, 1]; norms run over all entries of one image. Ball first, box second: clipping to the
-box moves an image towards every point of the box, so it cannot leave the ball again.
+Pixels are float32 in [0, 1]; norms are over all entries of one image. Points are projected onto the ball
+first and clipped to the box second: clipping moves a point towards every point of the box, so also towards
+the centre of the ball, and cannot leave the ball again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import l1
-from robustbench_vlm.engine.interface import spread
 from robustbench_vlm.engine.noise import Noise
+from robustbench_vlm.engine.row_ops import spread
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
@@ -19,12 +20,12 @@ TINY = 1e-12
 
 
 def radius(threat: Threat) -> float:
-    """The radius as the number that tensors are compared with."""
+    """The radius as a float."""
     return float(threat.eps)
 
 
 def bounds(images: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
-    """Lower and upper limit of every pixel: ball and box of Linf in one clamp, the box alone otherwise."""
+    """Lower and upper limit of every pixel: ball and box for Linf, the box alone for other norms."""
     if threat.norm == "linf":
         eps = radius(threat)
         return (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
@@ -54,7 +55,7 @@ def direction(gradient: Tensor, threat: Threat) -> Tensor:
     """Steepest ascent of unit size: the sign for Linf (sign(0) = 0), the unit gradient for L2.
 
     Raises:
-        InputError: L1, whose steepest ascent is one pixel; `apgd_l1` steps along several.
+        InputError: L1, where steepest ascent changes a single pixel; `apgd_l1` steps along several.
     """
     if threat.norm == "linf":
         return gradient.sign()
@@ -63,12 +64,12 @@ def direction(gradient: Tensor, threat: Threat) -> Tensor:
 
 
 def slack(threat: Threat) -> float:
-    """What float32 rounding may add to a distance: 1e-6 of the pixel range, 1e-5 of the radius otherwise."""
+    """What float32 rounding may add to a distance: 1e-6 for Linf, else 1e-5 of the radius, at least 1e-6."""
     return 1e-6 if threat.norm == "linf" else max(1e-6, 1e-5 * radius(threat))
 
 
 def excess(x: Tensor, images: Tensor, threat: Threat) -> Tensor:
-    """(S,) float64: by how much each row is outside ball or box, whichever is more; at most 0 inside.
+    """(S,) float64: by how much each row is outside ball or box, the larger of both; at most 0 inside.
 
     NaN pixels count as infinitely far outside.
     """
@@ -94,7 +95,7 @@ def uniform_start(images: Tensor, threat: Threat, noise: Noise, *, box: bool = T
         images: (n, 3, H, W).
         threat: ball to start in.
         noise: of the n rows.
-        box: clip into [0, 1]; `False` leaves the first forward outside the box, as RobustVLM's training does.
+        box: whether to clip into [0, 1]. RobustVLM's training does not clip before its first forward.
     """
     shape, eps = tuple(images.shape[1:]), radius(threat)
     if threat.norm == "linf":
@@ -126,11 +127,11 @@ def surface_start(images: Tensor, threat: Threat, noise: Noise) -> Tensor:
 
 
 def _size(draw: Tensor) -> Tensor:
-    """(n,) L2 norms summed in float64: independent of batch and thread count to float32 accuracy."""
+    """(n,) L2 norms, summed in float64, so that float32 results do not depend on batch or thread count."""
     return draw.double().flatten(1).square().sum(1).sqrt()
 
 
 def _require_dense(threat: Threat) -> None:
-    """Norms in which every pixel takes part in a step."""
+    """Refuse L1: steps and starts here change every pixel."""
     if threat.norm == "l1":
         raise InputError("norm 'l1'", "no dense step or start", "linf or l2")

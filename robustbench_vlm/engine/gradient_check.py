@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import derivatives, losses
-from robustbench_vlm.engine.check import Check, Level, check
+from robustbench_vlm.engine.check_record import Check, Level, check
 from robustbench_vlm.engine.check_sample import CheckSample
 from robustbench_vlm.engine.derivatives import Points, Segments
-from robustbench_vlm.engine.interface import Evaluation
+from robustbench_vlm.engine.oracle import Evaluation
 from robustbench_vlm.errors import AttackError
 
 SHARE = 0.01

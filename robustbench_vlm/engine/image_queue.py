@@ -35,6 +35,8 @@ class ImageQueue:
         self.clean_calls = 0
         self.first: PreparedBlock | None = None
         self._model, self._blocks, self._on_finding = model, iter(blocks), on_finding
+        losses = (getattr(attack, "loss", None) for _, attack in job.stages)
+        self._loss_names = tuple(dict.fromkeys(loss for loss in losses if loss is not None))
         self._keys: list[str] = []
         self._labels: list[int] = []
         # of images that wait or run: pixels, and wrong classes, most likely first
@@ -123,6 +125,7 @@ class ImageQueue:
             noise=Keyed(tuple(names)),
             restarts=tuple(restart for _, restart in pairs),
             stop=self.job.stop,
+            loss_names=self._loss_names,
         )
         return attack.start(rows, self.job.threat)
 

@@ -1,14 +1,15 @@
-"""The nearest point of the L1 ball within the box, exact and without a sort.
+"""Projection onto the intersection of L1 ball and box, exact and without a sort.
 
 Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008), with the
 box of Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (ICML 2021).
-Of a change v every entry keeps its sign and
+A change v is projected to d, whose entries have the signs of v and
 
-    |d_i| = min(max(|v_i| - m, 0), way_i),
+    |d_i| = min(max(|v_i| - m, 0), gap_i),
 
-way_i being how far entry i may go in its direction, and m >= 0 the smallest with sum_i |d_i| <= radius.
-That sum falls as m grows, so m is found by bisection over the float32 numbers, always as many steps; then the
-linear piece on which it lies is solved in float64. Rows never mix, and nothing waits for the device.
+where gap_i is how far entry i may go in its direction within the box, and m >= 0 is the smallest number with
+sum_i |d_i| <= radius. That sum falls as m grows, so m is found by a bisection over the float32 numbers with a
+fixed number of steps; then the linear piece that contains m is solved in float64. Rows never mix, and nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BITS = 31  # of a positive float32
+BITS = 31  # a positive float32 without its sign bit: so many halvings find it
 
 
 def onto(delta: Tensor, images: Tensor, radius: Tensor | float) -> Tensor:
-    """The image nearest to `images + delta` in ball and box.
+    """The point of ball and box that is nearest to `images + delta`.
 
     Args:
         delta: (S, 3, H, W) float32.
         images: (S, 3, H, W) in [0, 1], the centres.
-        radius: one, or (S,) float32.
+        radius: a number, or (S,) float32.
 
     Returns:
         (S, 3, H, W) in [0, 1].
@@ -35,11 +36,11 @@ def onto(delta: Tensor, images: Tensor, radius: Tensor | float) -> Tensor:
 
 
 def onto_counted(delta: Tensor, images: Tensor, radius: Tensor | float) -> tuple[Tensor, Tensor]:
-    """As `onto`; also (S,) float32 how many entries the released code would count as changed.
+    """As `onto`; also (S,) float32, the number of entries that the released code would count as changed.
 
-    That code adds a correction to `images + delta`, so an entry that is to come back to where it was can miss
-    it by a rounding, and l1-APGD there goes by the count of such entries too. Here they come back exactly,
-    since many of them would leave the ball.
+    That code adds a correction to `images + delta`, so an entry that should return to its old value can miss
+    it by a rounding, and is counted. Here such entries return exactly, since many of them together would
+    leave the ball; but l1-APGD needs the number as that code counts it.
     """
     v, centre = delta.flatten(1), images.flatten(1)
     back = _back(v, centre, radius)
@@ -48,7 +49,7 @@ def onto_counted(delta: Tensor, images: Tensor, radius: Tensor | float) -> tuple
 
 
 def _back(v: Tensor, centre: Tensor, radius: Tensor | float) -> Tensor:
-    """(S, d) by how much each entry of v must shrink."""
+    """(S, d) by how much the absolute value of each entry of v must fall."""
     size = v.abs()
     beyond = (size - torch.where(v > 0, 1 - centre, centre)).clamp_(min=0)
     m = threshold(size, beyond, radius)
@@ -64,8 +65,8 @@ def threshold(size: Tensor, beyond: Tensor, radius: Tensor | float) -> Tensor:
 
     Args:
         size: (S, d) |v|.
-        beyond: (S, d) by how much |v| exceeds the way to the box, at least 0.
-        radius: one, or (S,).
+        beyond: (S, d) by how much |v| exceeds the gap within the box, at least 0.
+        radius: a number, or (S,).
     """
     work, reach = torch.empty_like(size), size - beyond
 
@@ -73,7 +74,7 @@ def threshold(size: Tensor, beyond: Tensor, radius: Tensor | float) -> Tensor:
         torch.sub(size, m[:, None], out=work).clamp_(min=0)
         return torch.minimum(work, reach, out=work).sum(1)
 
-    # positive floats are ordered as their bits are
+    # Positive floats have the order of their bits, read as integers.
     high = size.amax(1).view(torch.int32)
     low = torch.zeros_like(high)
     for _ in range(BITS):
@@ -81,7 +82,7 @@ def threshold(size: Tensor, beyond: Tensor, radius: Tensor | float) -> Tensor:
         over = left(middle.view(torch.float32)) > radius
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     m = high.contiguous().view(torch.float32)
-    # on this piece the sum is (free entries' |v|) - (their number) m + (ways of those at the box)
+    # On this piece the sum is sum |v| of free entries - (their number) m + sum of gap of entries at the box.
     bound, free = beyond >= m[:, None], (size > m[:, None]) & (beyond < m[:, None])
     total = (size * free + reach * bound).sum(1, dtype=torch.float64)
     count = free.sum(1)

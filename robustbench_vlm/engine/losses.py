@@ -1,9 +1,10 @@
-"""What attacks maximise, per sample and never reduced: logits (S, C), labels (S,), targets (S,) -> (S,).
+"""Losses that attacks maximise, one value a sample: logits (S, C), labels (S,), targets (S,) -> (S,).
 
-Margin-type losses are equivariant to the scale of the logits, so sign steps do not change with it;
+Margin-type losses scale with the logits, so sign steps do not change when logits are multiplied by a number;
 cross-entropy saturates. DLR and its targeted form are those of Croce & Hein, "Reliable evaluation of
 adversarial robustness with an ensemble of diverse parameter-free attacks" (ICML 2020), section 4; their
-denominators are differentiated too. DLR needs 3 classes, targeted DLR 4; `effective` names their stand-ins.
+denominators are differentiated too. DLR needs 3 classes, targeted DLR 4; `effective` names the losses that
+run where there are fewer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ TINY = 1e-12
 
 
 def _at(logits: Tensor, classes: Tensor) -> Tensor:
+    """(S,) each row's logit of its class."""
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
@@ -32,14 +34,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:  #
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def other(logits: Tensor, labels: Tensor) -> Tensor:
-    """(S,) the largest logit beside the label's."""
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-
-
 def attack_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001 - one signature
-    """max_{k != y} z_k - z_y (Carlini & Wagner 2017, without a floor)."""
-    # by index and not by maximum: at a tie the gradient goes to one class
+    """max_{k != y} z_k - z_y, positive where the image is misclassified (Carlini & Wagner 2017)."""
+    # By index and not by maximum: at a tie the gradient goes to one class.
     best = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
     return _at(logits, best) - _at(logits, labels)
 
@@ -58,7 +55,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """z_t - z_y, what FAB linearises."""
+    """z_t - z_y, which FAB linearises."""
     return _at(logits, targets) - _at(logits, labels)
 
 
@@ -74,8 +71,13 @@ LOSSES: dict[Name, Loss] = {
 NAMES: tuple[Name, ...] = tuple(LOSSES)
 
 
+def correct_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """(S,) z_y - max_{k != y} z_k, positive where the image is classified correctly."""
+    return _at(logits, labels) - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
 def effective(name: Name, n_classes: int) -> Name:
-    """The loss that runs for `n_classes`: margins stand in where a ratio is not defined."""
+    """The loss that runs for `n_classes`: a margin where the ratio is not defined."""
     if name == "dlr" and n_classes < 3:
         return "margin"
     if name == "targeted-dlr" and n_classes < 4:
@@ -84,11 +86,11 @@ def effective(name: Name, n_classes: int) -> Name:
 
 
 def of_rows(names: Sequence[Name], index: Tensor, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """(S,) each row's own loss, or its stand-in.
+    """(S,) each row's own loss, or the one that runs in its place.
 
     Args:
         names: losses that rows may have.
-        index: (S,) int64 position in `NAMES` of each row's loss; not looked at where there is one name.
+        index: (S,) int64 position in `NAMES` of each row's loss; not read if there is one name.
         logits: (S, C).
         labels: (S,) int64.
         targets: (S,) int64, -1 where a row aims at none.
@@ -118,16 +120,22 @@ def require_untargeted(attack: str, name: Name) -> None:
         raise InputError(f"{attack}.loss", repr(name), "an untargeted loss", "use ce, margin or dlr")
 
 
-def few_classes(name: Name, targets: int, n_classes: int) -> list[str]:
-    """The sentences of `Attack.substitutions` for a loss and a number of target classes."""
+def require_targets(attack: str, name: Name, targets: int) -> None:
+    """Refuse a number of target classes that does not go with the loss.
+
+    Raises:
+        InputError: targets for an untargeted loss, or none for a targeted one.
+    """
+    if targeted(name) != (targets > 0):
+        wanted = "at least 1 for a targeted loss, 0 for an untargeted one"
+        raise InputError(f"{attack}.targets", f"{targets} with loss {name!r}", wanted)
+
+
+def few_classes(name: Name | None, targets: int, n_classes: int) -> list[str]:
+    """The sentences of `Attack.substitutions` for a loss, if there is one, and a number of target classes."""
     found = []
-    if effective(name, n_classes) != name:
+    if name is not None and effective(name, n_classes) != name:
         found.append(f"{name} -> {effective(name, n_classes)} (undefined for {n_classes} classes)")
     if targets > n_classes - 1:
         found.append(f"targets {targets} -> {n_classes - 1} ({n_classes} classes)")
     return found
-
-
-def correct_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """(S,) margin of correctness: true logit minus the largest other."""
-    return _at(logits, labels) - other(logits, labels)

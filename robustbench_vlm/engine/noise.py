@@ -1,4 +1,4 @@
-"""Where the random numbers of rows come from: by default from the rows' own names."""
+"""Random numbers of rows, by default drawn from the rows' own names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Noise(Protocol):
     """Random numbers for n rows that are about to start, on the CPU."""
 
     def uniform(self, shape: tuple[int, ...], part: str = "") -> Tensor:
-        """(n, *shape) float32 on [0, 1); `part` tells several draws of one row apart."""
+        """(n, *shape) float32 on [0, 1); several draws of one row have different `part`s."""
         ...
 
     def normal(self, shape: tuple[int, ...], part: str = "") -> Tensor:
@@ -25,13 +25,13 @@ class Noise(Protocol):
         ...
 
     def streams(self) -> Sequence[np.random.Generator]:
-        """One generator a row, for attacks that draw more than a start."""
+        """One generator for each row, for attacks that draw more than a start."""
         ...
 
 
 @dataclass(frozen=True)
 class Keyed:
-    """Each row's numbers are a function of its name: the same in any batch, order and on any device.
+    """Numbers that are a function of each row's name: the same in any batch, in any order, on any device.
 
     Attributes:
         names: `seed/key/stage/target/restart` of each row.
@@ -48,7 +48,7 @@ class Keyed:
         return torch.from_numpy(np.stack([rng.normal(name, shape) for name in self._named(part)]))
 
     def streams(self) -> list[np.random.Generator]:
-        """One generator a row."""
+        """One generator for each row."""
         return [rng.generator(name) for name in self.names]
 
     def _named(self, part: str) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_vlm.engine import canonical, losses
-from robustbench_vlm.engine.interface import Oracle
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.types import Classify
 
 FLOAT32 = torch.finfo(torch.float32).eps

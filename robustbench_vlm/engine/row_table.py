@@ -8,7 +8,9 @@ from torch import Tensor
 from robustbench_vlm.engine import trajectories
 from robustbench_vlm.engine.batch_shapes import Shapes
 from robustbench_vlm.engine.image_queue import ImageQueue
-from robustbench_vlm.engine.interface import Attack, Oracle, State, freeze, scatter, single, take
+from robustbench_vlm.engine.interface import Attack, LookaheadAttack, State
+from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.engine.row_ops import freeze, scatter, single, take
 from robustbench_vlm.engine.trajectories import End, Trajectory
 
 
@@ -56,8 +58,8 @@ class RowTable:
             self.busy[row] = trajectory
             if trajectory.paused is not None and self._state is not None:
                 self._state, trajectory.paused = scatter(self._state, [row], trajectory.paused), None
-        if self._attack.looks_ahead and self._state is not None:
-            self._state = self._assign(self._state)
+        if isinstance(self._attack, LookaheadAttack) and self._state is not None:
+            self._state = self._assign(self._attack, self._state)
 
     def _shape(self) -> int:
         """Rows of the next calls, with room for all that can start: in large calls a row costs less."""
@@ -74,7 +76,7 @@ class RowTable:
         self.busy = {new: self.busy[old] for new, old in enumerate(rows)}
         self._leaders = None
 
-    def _assign(self, state: State) -> State:
+    def _assign(self, attack: LookaheadAttack, state: State) -> State:
         """Assign rows without a trajectory, evenly, to the lookahead groups of rows that have one."""
         alone = list(range(len(state.labels)))
         leaders = list(alone)
@@ -92,9 +94,10 @@ class RowTable:
             positions[row] = sizes.get(leaders[row], 0)
             sizes[leaders[row]] = positions[row] + 1
         device = state.labels.device
-        return self._attack.assign(
+        assigned: State = attack.assign(
             state, torch.tensor(leaders, device=device), torch.tensor(positions, device=device)
         )
+        return assigned
 
     def step(self, oracle: Oracle, times: int) -> None:
         """Step all rows; between several steps rows that have ended stay as they ended."""

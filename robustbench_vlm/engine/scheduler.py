@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from robustbench_vlm.engine import trajectories
 from robustbench_vlm.engine.batch_shapes import Shapes
 from robustbench_vlm.engine.image_queue import ImageQueue
-from robustbench_vlm.engine.interface import Attack, Oracle
+from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, OnFinding
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.engine.row_table import RowTable
 from robustbench_vlm.engine.verifier import Verifier
 
@@ -45,7 +46,7 @@ def run(model: Model, job: Job, blocks: Iterable[ImageBlock], on_finding: OnFind
         AttackError: an attack left the ball or the box, or the model gives no gradient.
     """
     job.check()
-    attack = trajectories.joined(job.stages)
+    attack = trajectories.shared_attack(job.stages)
     oracle = Oracle(model.attacked, once=not model.plain)
     queue = ImageQueue(model, job, blocks, on_finding)
     if not queue.open():
@@ -75,5 +76,4 @@ def _shapes(model: Model, job: Job, queue: ImageQueue, attack: Attack, oracle: O
     first = queue.first
     if first is None or not model.plain or queue.device.type != "cpu":
         return None
-    gradients = attack.cost(job.n_classes)[1] > 0
-    return Shapes(oracle, first.images, first.labels, first.clean, job.rows, gradients)
+    return Shapes(oracle, first.images, first.labels, first.clean, job.rows, attack.passes[1] > 0)

@@ -1,40 +1,47 @@
-"""Which misclassified iterate a row that walks to its end gives back, the same for every attack on a loss."""
+"""The best-iterate rule: which misclassified iterate a row returns when it runs to its end.
+
+It is the same for every attack that maximises a loss.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine.interface import Stop, pick
+from robustbench_vlm.engine.interface import State
+from robustbench_vlm.engine.row_ops import pick
 
 
-class BestIterate(Protocol):
-    """A state that keeps an iterate.
+@dataclass(frozen=True)
+class BestIterateState(State):
+    """A state that remembers an iterate.
 
     Attributes:
-        last: (S, 3, H, W) under `stop=last` the last misclassified iterate, under `stop=best` that of largest
-            objective; the current one while there is none. Not moved under `stop=first`.
-        peak: (S,) the objective there, -inf while there is none; followed only under `stop=best`.
+        chosen: (S, 3, H, W) under `stop=last` the last misclassified iterate, under `stop=best` that of
+            largest objective; the current one while there is none. Not followed under `stop=first`.
+        chosen_value: (S,) the objective there, -inf while there is none; followed only under `stop=best`.
     """
 
+    chosen: Tensor
+    chosen_value: Tensor
+
     @property
-    def stop(self) -> Stop: ...  # noqa: D102 - as in `State`
-    @property
-    def iteration(self) -> Tensor: ...  # noqa: D102
-    @property
-    def broken(self) -> Tensor: ...  # noqa: D102
-    @property
-    def first(self) -> Tensor: ...  # noqa: D102
-    @property
-    def last(self) -> Tensor: ...  # noqa: D102
-    @property
-    def peak(self) -> Tensor: ...  # noqa: D102
+    def adv(self) -> Tensor:
+        """The current iterate under `stop=first`, else the chosen one."""
+        return self.x if self.stop == "first" else self.chosen
 
 
-def best_iterate(state: BestIterate, x: Tensor, values: Tensor, wrong: Tensor) -> dict[str, Any]:
-    """`broken`, `first`, `last` and `peak` after an evaluation.
+def nothing_chosen(x: Tensor) -> dict[str, Any]:
+    """The fields of `BestIterateState` for rows that will evaluate `x` first."""
+    lowest = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    return {"chosen": x, "chosen_value": lowest}
+
+
+def best_iterate(state: BestIterateState, x: Tensor, values: Tensor, wrong: Tensor) -> dict[str, Any]:
+    """`broken`, `first`, `chosen` and `chosen_value` after an evaluation.
 
     Args:
         state: before it.
@@ -47,11 +54,11 @@ def best_iterate(state: BestIterate, x: Tensor, values: Tensor, wrong: Tensor) -
         return {"broken": wrong, "first": first}
     broken = wrong | state.broken
     if state.stop == "last":
-        return {"broken": broken, "first": first, "last": pick(wrong | ~broken, x, state.last)}
-    better = wrong & (values > state.peak)
+        return {"broken": broken, "first": first, "chosen": pick(wrong | ~broken, x, state.chosen)}
+    better = wrong & (values > state.chosen_value)
     return {
         "broken": broken,
         "first": first,
-        "last": pick(better | ~broken, x, state.last),
-        "peak": torch.where(better, values, state.peak),
+        "chosen": pick(better | ~broken, x, state.chosen),
+        "chosen_value": torch.where(better, values, state.chosen_value),
     }

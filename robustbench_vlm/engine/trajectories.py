@@ -153,23 +153,20 @@ def of_image(index: int, stage: int, attack: Attack, wrong: Sequence[int]) -> Tr
         attack: of that stage.
         wrong: wrong classes of the image, most likely first.
     """
-    targets = wrong[: attack.ranks(len(wrong) + 1)] or [-1]
-    return Trajectories(index, stage, [(t, restart) for t in targets for restart in range(attack.restarts)])
+    return Trajectories(index, stage, attack.trajectories(wrong))
 
 
-def joined(stages: Stages) -> Attack:
-    """The attack that steps the rows of all stages.
+def shared_attack(stages: Stages) -> Attack:
+    """The attack that steps the rows of all stages: that of the first, as good as any other.
 
     Raises:
-        InputError: they cannot share rows.
+        InputError: the stages cannot share rows.
     """
     (_, attack), *rest = stages
     for name, other in rest:
-        both = attack.join(other)
-        if both is None:
+        if not attack.shares_rows(other):
             found = "an attack that cannot share rows with the stages before it"
             raise InputError(f"stage {name}", found, "stages of one group")
-        attack = both
     return attack
 
 
@@ -177,7 +174,7 @@ def groups(stages: Stages) -> list[Stages]:
     """The stages of a chain, grouped where stages that follow each other share rows."""
     found: list[list[tuple[str, Attack]]] = []
     for stage in stages:
-        if found and joined(found[-1]).join(stage[1]) is not None:
+        if found and found[-1][0][1].shares_rows(stage[1]):
             found[-1].append(stage)
         else:
             found.append([stage])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from robustbench_vlm.engine.check import Check, check
+from robustbench_vlm.engine.check_record import Check, check
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.results import verdicts
 
@@ -27,18 +29,16 @@ def attack_checks(table: pd.DataFrame, chain: Chain, n_classes: int, eps: str) -
         n_classes: of the model.
         eps: the radius as the table spells it.
     """
-    # Cross-entropy alone is blind wherever it saturates. Beside it other losses go on, so there an image
-    # counts only if most of its gradients were zero.
-    least = 0.0 if chain.needs(n_classes)["only_ce"] else MOSTLY
-    zero = verdicts.zero_gradient_share(table, least)
+    black_box = chain.black_box(n_classes)
+    zero = _zero_gradient_share(table, black_box, only_ce=chain.needs(n_classes)["only_ce"])
     still = verdicts.no_progress_share(table)
-    black_box = verdicts.broken_in(table, chain.black_box(n_classes), eps) / max(len(table), 1)
+    blind = verdicts.broken_in(table, black_box, eps) / max(len(table), 1)
     found = (
         ("zero-gradient", zero, ZERO_GRADIENT, "the gradient was exactly zero on {} of the attacked images"),
         ("no-progress", still, NO_PROGRESS, "the objective never rose on {} of the surviving images"),
         (
             "square-beats-white-box",
-            black_box,
+            blind,
             BLACK_BOX,
             "{} of the images were broken only without gradients: masked gradient?",
         ),
@@ -47,3 +47,16 @@ def attack_checks(table: pd.DataFrame, chain: Chain, n_classes: int, eps: str) -
         check(name, "fail" if share > bound else "pass", share, bound, sentence.format(f"{share:.1%}"))
         for name, share, bound, sentence in found
     ]
+
+
+def _zero_gradient_share(table: pd.DataFrame, black_box: Sequence[str], *, only_ce: bool) -> float:
+    """Share of attacked images whose gradients were zero.
+
+    Cross-entropy alone is blind wherever it saturates, so a single zero counts. Beside it other losses go on:
+    there most gradients of the image have to be zero, and none may have broken it.
+    """
+    if only_ce:
+        return verdicts.zero_gradient_share(table)
+    survived = (table.broken_by == "") | table.broken_by.isin(list(black_box))
+    counted = table.assign(zero_gradients=table.zero_gradients.where(survived, 0))
+    return verdicts.zero_gradient_share(counted, MOSTLY)

@@ -82,7 +82,7 @@ class Chain:
 
     def needs(self, n_classes: int) -> dict[str, bool]:
         """What the chain needs of a model, in the keywords of `model_checks.examine`."""
-        only_ce = all(stage.fields.get("loss") == "ce" for stage in self.card.stage)
+        only_ce = all(attack.cross_entropy_only for _, attack in self.stages)
         return {"white_box": self.cost(n_classes)[1] > 0, "only_ce": only_ce}
 
     def black_box(self, n_classes: int) -> list[str]:

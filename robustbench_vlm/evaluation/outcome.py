@@ -34,7 +34,7 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
         "error-rows": errors > 0,
         "untrained-words": bool(subject.untrained),
         "bad-images": bool(subject.split.bad),
-        "generated-images": (subject.split.folder / miniature.MARK).exists(),
+        "generated-images": (subject.split.folder / miniature.MARKER).exists(),
     }
     return {
         "n": len(table),

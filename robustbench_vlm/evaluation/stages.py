@@ -15,7 +15,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.engine.attack_watch import AttackWatch
-from robustbench_vlm.engine.check import Check
+from robustbench_vlm.engine.check_record import Check
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Stages
 from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.cells import Cell
@@ -65,7 +65,7 @@ class CellRun:
             report: called as images finish.
 
         Returns:
-            Model calls that were made now; what the ledgers held was paid for by an earlier run.
+            Model calls that were made now, without those of an earlier run whose findings are in the ledgers.
         """
         subject, settings, rows = self.cell.subject, self.cell.settings, self.cell.chain.rows
         ledgers = {name: self.cell.ledger(number + i) for i, (name, _) in enumerate(stages)}
@@ -101,8 +101,10 @@ class CellRun:
         subject, device, rows = self.cell.subject, self.cell.settings.device, self.cell.chain.rows
         first = range(len(self.table))[:rows]
         clean = self.clean.rows(first).to(device)
-        found, cost = self.watch.checks(subject.images.floats(first).to(device), clean)
+        seen, cost = self.watch.checks(subject.images.floats(first).to(device), clean)
         n_classes = subject.card.n_classes
+        # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
+        found = [check for check in seen if check.level == "fail"]
         return [*found, *attack_checks(self.table, self.cell.chain, n_classes, self.eps)], cost
 
     def job(self, stages: Stages) -> Job:
@@ -147,7 +149,7 @@ class CellRun:
         return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
 
     def resume(self, ledgers: Mapping[str, Path], standing: Sequence[int]) -> dict[int, int]:
-        """Enter into the table what the ledgers hold about some images.
+        """Enter the findings that ledgers have about some images into the table.
 
         Args:
             ledgers: by name of the stage, in order.

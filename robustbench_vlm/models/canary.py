@@ -1,8 +1,8 @@
-"""A few fixed inputs and what a model makes of them, kept in its card and compared whenever it is loaded.
+"""Outputs of a model on a few fixed inputs, stored in its card and compared whenever the model is loaded.
 
-Hashes of weights and facts say that the same numbers are there; the canary says that the code still does the
-same with them. Each part of it goes through one more piece of the encoder than the part before, so the first
-that moved names the piece. It is taken on the CPU in fp32.
+The hashes in a card show that the weights are the same. The canary shows that the code still computes the
+same with them. Each part of the canary uses one more step of the encoder than the part before, so the first
+part that differs names the step. It is computed on the CPU in fp32.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from robustbench_vlm.models.clip import Clip
 
 SENTENCES = ("a photo of a dog", "three small red squares", "a satellite photo of a river.")
 IMAGES = 2
-SHOWN = 8  # entries of each embedding that are kept
-DIGITS = 6  # after the point, of the numbers kept
+SHOWN = 8  # entries of each embedding that are stored
+DIGITS = 6  # decimals of the stored numbers
 
 # Of entries of unit embeddings; of norms and logits relative to their size. Machines, thread counts and
 # libraries differ by about 1e-6 in fp32, and weights jittered by 1e-5 of their size move a part by 1e-4 at
@@ -27,7 +27,7 @@ TOLERANCE = 3e-4
 
 
 class Canary(BaseModel):
-    """What the model makes of the fixed inputs.
+    """Outputs of a model on the fixed inputs.
 
     Every row is the norm of an embedding, then the first entries of its direction.
 
@@ -37,7 +37,7 @@ class Canary(BaseModel):
         resized: of an image twice that size.
         text: of the sentences.
         logits: scaled cosines of the normalised images (rows) and the sentences.
-        tolerance: largest difference that is no change.
+        tolerance: largest difference that counts as equal.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -60,8 +60,8 @@ def pictures(n: int, side: int) -> Tensor:
 
 def _rows(embeddings: Tensor) -> tuple[tuple[float, ...], ...]:
     norms = embeddings.norm(dim=-1, keepdim=True)
-    kept = torch.cat([norms, (embeddings / norms)[:, :SHOWN]], dim=1)
-    return tuple(tuple(round(v, DIGITS) for v in row) for row in kept.tolist())
+    shown = torch.cat([norms, (embeddings / norms)[:, :SHOWN]], dim=1)
+    return tuple(tuple(round(v, DIGITS) for v in row) for row in shown.tolist())
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def take(model: Clip) -> Canary:
 
 
 def moved(stated: Canary, found: Canary) -> list[str]:
-    """Names of the parts that differ by more than the stated tolerance, in the order of `Canary`."""
+    """Names of the parts that differ by more than the stated tolerance, in the order of their fields."""
     return [
         part
         for part in ("tower", "pixels", "resized", "text", "logits")
@@ -112,7 +112,7 @@ def distance(stated: Canary, found: Canary, part: str) -> float:
 
 
 def reason(parts: list[str]) -> str:
-    """What the parts that moved point to."""
+    """Which step of the encoder the differing parts point to."""
     if "tower" in parts and "text" in parts:
         return "both towers: their activation (QuickGELU or GELU), or both their weights"
     if "tower" in parts:
@@ -130,10 +130,10 @@ def reason(parts: list[str]) -> str:
 
 
 def check_canary(model: Clip, stated: Canary, where: str) -> None:
-    """Hold a model on the CPU to the canary of its card.
+    """Compare a model on the CPU with the canary of its card.
 
     Raises:
-        WeightsError: it makes something else of the fixed inputs; the line names the piece that changed.
+        WeightsError: its outputs on the fixed inputs differ; the message names the step that changed.
     """
     found = take(model)
     parts = moved(stated, found)
@@ -143,5 +143,5 @@ def check_canary(model: Clip, stated: Canary, where: str) -> None:
             where,
             f"the canary moved ({far}): {reason(parts)}",
             f"at most {stated.tolerance:g} as in its card",
-            "the model does not do what it did when the card was written",
+            "use the version of the package that wrote the card, or type: vlmrob canary NAME",
         )

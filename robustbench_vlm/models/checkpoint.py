@@ -1,9 +1,10 @@
-"""Our checkpoint folder: `image.safetensors`, `card.json`, and a text tower of its own or a pointer to one.
+"""The checkpoint folder: `image.safetensors`, `card.json`, and its own text tower or the name of another one.
 
-The text tower is frozen in every method here, so a checkpoint names the model whose text tower it was
-trained against (`text.from`) instead of carrying a copy; both towers are held to the hashes in the card.
-A folder with a text tower stores only the token rows that its captions use: `text.safetensors` holds them
-with their ids, every other row of the table is the mean of the stored ones.
+Every training method here keeps the text tower frozen. So a checkpoint names the model whose text tower it
+was trained against (`text_from`) instead of containing a copy. Both towers are compared with the hashes in
+the card. A folder with its own text tower stores only the token rows that occur in its captions:
+`text.safetensors` contains them with their ids, and every other row of the table is the mean of the stored
+rows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PreprocessFacts(BaseModel):
 
 
 class Parent(BaseModel):
-    """A model that this one was made from: as its start, or as a teacher."""
+    """A model that this model was made from: its start, or a teacher."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: str
@@ -60,7 +61,7 @@ class PromptFacts(BaseModel):
 
 
 class CheckpointCard(BaseModel):
-    """What `card.json` says.
+    """The record in `card.json`.
 
     Attributes:
         text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
@@ -68,7 +69,7 @@ class CheckpointCard(BaseModel):
             more than is listed; `None` if nothing is known.
         prompts: learned tokens inside the towers; those of the text tower are in `prompts.safetensors`.
         sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
-        canary: what it makes of fixed inputs; absent from cards of before there was one.
+        canary: outputs on fixed inputs; `None` in cards that are older than the canary.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -129,7 +130,7 @@ def describe(
 def save_folder(
     folder: Path, model: Clip, card: CheckpointCard, trained_tokens: frozenset[int] | None = None
 ) -> None:
-    """Write the folder; the card comes last, with its canary, so a folder with a card is whole.
+    """Write the folder; the card comes last, so a folder that has a card is complete.
 
     Args:
         folder: created if needed.
@@ -155,7 +156,7 @@ def save_folder(
 
 
 def with_canary(model: Clip, card: CheckpointCard) -> CheckpointCard:
-    """The card with a canary taken now, on the CPU, unless it has one."""
+    """The card with its canary; where it has none, the canary is computed now, on the CPU."""
     if card.canary is not None:
         return card
     device = model.device
@@ -166,7 +167,7 @@ def with_canary(model: Clip, card: CheckpointCard) -> CheckpointCard:
 
 
 def spread_rows(rows: Tensor, ids: Tensor, language: nn.Module) -> Tensor:
-    """The whole (vocabulary, D) token table of `language`: `rows` at `ids`, their mean everywhere else."""
+    """The (vocabulary, D) token table of `language`: `rows` at `ids`, and their mean in all other rows."""
     vocabulary = dict(language.named_parameters())[TOKENS].shape[0]
     table = rows.mean(0, keepdim=True).repeat(vocabulary, 1)
     table[ids] = rows
@@ -177,7 +178,7 @@ def read_card(folder: Path) -> CheckpointCard:
     """The card of a checkpoint folder.
 
     Raises:
-        WeightsError: no card, or one of another schema.
+        WeightsError: no card, or a card of another schema.
         CardError: unknown or missing keys.
     """
     path = folder / "card.json"
@@ -190,10 +191,10 @@ def read_card(folder: Path) -> CheckpointCard:
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load `state` strictly: the same names and shapes, or an error that names the first difference.
+    """Load tensors strictly: the names and shapes must be those of the module.
 
     Raises:
-        WeightsError: a missing or unexpected tensor, or one of another shape.
+        WeightsError: a tensor is missing, unexpected or of another shape; the message names the first.
     """
     own = module.state_dict()
     for name in sorted(own.keys() - state.keys()):
@@ -246,7 +247,7 @@ def fill_prompts(language: nn.Module, path: Path) -> None:
     """Load the prompts of a text tower, strictly.
 
     Raises:
-        WeightsError: a missing or unexpected tensor, or one of another shape.
+        WeightsError: a tensor is missing, unexpected or of another shape; the message names the first.
     """
     own, saved = prompts.state(language), read_state(path)
     for name in sorted(own.keys() ^ saved.keys()):

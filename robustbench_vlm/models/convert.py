@@ -1,4 +1,4 @@
-"""Weights of other programs -> a checkpoint folder of ours, with card and canary, loaded once to prove it."""
+"""Weights of other programs -> a checkpoint folder with card and canary, which is loaded once as a check."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def convert(
     """Write the checkpoint folder `out` of a weights file or a folder of transformers.
 
     Args:
-        source: what another program wrote; read as data, in a process of its own.
-        out: must hold no checkpoint yet.
-        known: name, base, defense and training data of it; what `trained_on` does not say is unknown.
+        source: a weights file, which is read as data in a separate process, or a folder of transformers.
+        out: the new folder; must contain no checkpoint yet.
+        known: name, base, defense and training data; an empty `trained_on` means unknown.
         limits: `memory` in bytes and `seconds` of the reading process.
 
     Returns:
@@ -72,7 +72,7 @@ def convert(
 
 
 def unlisted(name: str, base: str, defense: str, trained_on: tuple[str, ...]) -> ModelCard:
-    """The card of weights that stand in no list."""
+    """The card of weights that are not listed under `models`."""
     facts = {"name": name, "title": name, "defense": defense, "base": base, "trained_on": trained_on}
     return ModelCard.model_validate({**facts, "loader": "weights", "source": "", "licence": "unknown"})
 
@@ -83,7 +83,7 @@ def listed(name: str) -> ModelCard:
 
 
 def add_canary(name: str) -> Path:
-    """Take the canary of a checkpoint folder, or of a packaged checkpoint, anew and write it into its card.
+    """Compute the canary of a checkpoint folder or packaged checkpoint anew and write it into its card.
 
     Returns:
         The card's path.
@@ -91,7 +91,7 @@ def add_canary(name: str) -> Path:
     Raises:
         WeightsError: no such folder, or weights that do not fit its card.
     """
-    folder = zoo.folder_of(name)
+    folder = model_ids.folder_of(name)
     if folder is None:
         raise WeightsError(f"model {name!r}", "no packaged checkpoint or folder", "a folder with a card.json")
     bare = checkpoint.read_card(folder).model_copy(update={"canary": None})

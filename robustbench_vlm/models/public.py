@@ -1,4 +1,4 @@
-"""Public checkpoints by name: where their weights are looked for, what to download to where if missing."""
+"""Public checkpoints by name: where their weights are expected, and how to download missing ones."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ HUB = "hf-hub:"
 
 
 def folder(card: ModelCard) -> Path:
-    """Where the weights of a public checkpoint are looked for: `$VLMROB_MODELS`, or `models` of the cache."""
+    """Folder of the weights of a public checkpoint, below `$VLMROB_MODELS` or `models` of the cache."""
     root = os.environ.get("VLMROB_MODELS")
     return (Path(root) if root else cache_folder() / "models") / card.name
 
 
 def here(card: ModelCard) -> bool:
-    """Whether its weights lie in its folder."""
-    place = folder(card)
+    """Whether its weights are in its folder."""
+    path = folder(card)
     if card.loader == "weights":
-        return (place / card.file).exists()
+        return (path / card.file).exists()
     name = "config.json" if card.loader == "transformers" else "open_clip_config.json"
-    return (place / "card.json").exists() or (place / name).exists()
+    return (path / "card.json").exists() or (path / name).exists()
 
 
 def require(card: ModelCard) -> Path:
-    """The folder of a checkpoint, once its weights are there and are those that its card names.
+    """The folder of a checkpoint, whose weights are there and have the hash of its card.
 
     Raises:
-        WeightsError: not there, with what to download to where; never published; other bytes than the card's.
+        WeightsError: the weights are missing (the message says what to download), were never published, or
+        have
+            another hash.
     """
     if card.loader == "none":
         raise WeightsError(f"model {card.name}", f"its weights are not published ({card.source})")
@@ -47,8 +49,8 @@ def require(card: ModelCard) -> Path:
 
 
 def fetch(card: ModelCard) -> str:
-    """The one line that says what to download to where."""
-    place = folder(card)
+    """What to type to download the weights to their folder."""
+    path = folder(card)
     if card.source.startswith(HUB):
-        return f"hf download {card.source.removeprefix(HUB)} --local-dir {place}"
-    return f"download {card.source} to {place / card.file}"
+        return f"hf download {card.source.removeprefix(HUB)} --local-dir {path}"
+    return f"download {card.source} to {path / card.file}"

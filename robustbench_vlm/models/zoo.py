@@ -1,4 +1,4 @@
-"""A model id -> a model and its card: checkpoints of ours, open_clip names, public ones, foreign weights."""
+"""A model id -> a model and its card: checkpoint folders, open_clip names, public models, weights files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from robustbench_vlm.models import checkpoint, model_ids, openclip, public
 from robustbench_vlm.models.checkpoint import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import sandbox, weights_file
-from robustbench_vlm.models.model_ids import PACKAGED as PACKAGED
-from robustbench_vlm.models.model_ids import folder_of as folder_of
-from robustbench_vlm.models.model_ids import packaged as packaged
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,8 @@ class Loaded:
     """A model with what is known about it.
 
     Attributes:
-        id: what was typed.
-        model: frozen nothing, eval mode, on the device asked for.
+        id: the model id.
+        model: in eval mode; its image tower is not frozen.
         card: name, defense, parents and fingerprints.
     """
 
@@ -35,19 +32,19 @@ class Loaded:
 
 
 def address(name: str) -> str:
-    """`name` so that it means the same from any working directory: a user's folder by its full path."""
-    folder = folder_of(name)
-    return str(folder.resolve()) if folder is not None and folder.parent != PACKAGED else name
+    """The model id that means the same from every working directory: a user's folder by its full path."""
+    folder = model_ids.folder_of(name)
+    return str(folder.resolve()) if folder is not None and folder.parent != model_ids.PACKAGED else name
 
 
 def arch_of(name: str) -> str:
-    """The architecture of the model called `name`, without loading it; empty if a download must tell."""
-    folder = folder_of(name)
+    """The architecture of the model called `name`, without loading it; empty if only a download shows it."""
+    folder = model_ids.folder_of(name)
     if folder is not None:
         return checkpoint.read_card(folder).arch
     if name in reader.names("models"):
         return arch_of(reader.read("models", name, ModelCard).base)
-    if name.startswith(openclip.SCHEMAS):  # its config is a download away, unless a card tells
+    if name.startswith(openclip.SCHEMAS):  # its config must be downloaded, unless a card names it
         known = (reader.read("models", card, ModelCard) for card in reader.names("models"))
         return next((arch_of(card.base) for card in known if card.source == name), "")
     return name.partition(":")[0]
@@ -59,14 +56,14 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
     Args:
         name: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:`, `local-dir:`, the name of a public
             checkpoint, a weights file (`.pt`, `.pth.tar`, `.safetensors`) or a folder of transformers.
-        device: where it is put, once its card has been held to it.
+        device: where it is put after it was compared with its card.
         arch: of a weights file, the model that it was made from.
 
     Raises:
         WeightsError: nothing of that name, or weights that do not fit their card or architecture.
     """
     model_ids.require(name)
-    folder = folder_of(name)
+    folder = model_ids.folder_of(name)
     if folder is not None:
         card = checkpoint.read_card(folder)
         return Loaded(name, open_folder(name, folder, card).to(device), card)
@@ -118,7 +115,7 @@ def _described(name: str, made: weights_file.Foreign, device: torch.device | str
 
 
 def _public(known: ModelCard, device: torch.device | str) -> Loaded:
-    """A public checkpoint, with what its card says of defense, radius and training data."""
+    """A public checkpoint, with defense, radius and training data of its card."""
     found = _public_weights(known)
     card = checkpoint.describe(
         found.model,
@@ -141,12 +138,12 @@ def _public_weights(known: ModelCard) -> Loaded:
         except WeightsError as error:
             found = "its weights are neither on this machine nor to be had from the hub"
             raise WeightsError(f"model {known.name}", found, do=public.fetch(known)) from error
-    place = public.require(known)
-    if (place / "card.json").is_file():
-        return load(str(place))
+    folder = public.require(known)
+    if (folder / "card.json").is_file():
+        return load(str(folder))
     if known.loader == "open_clip":
-        return load(f"local-dir:{place}")
-    return load(str(place / known.file), arch=known.base)
+        return load(f"local-dir:{folder}")
+    return load(str(folder / known.file), arch=known.base)
 
 
 def open_folder(name: str, folder: Path, card: CheckpointCard) -> Clip:

@@ -116,7 +116,7 @@ def column(field: str) -> str:
 
 
 COLUMNS = tuple(column(f.name) for f in dataclasses.fields(Contest) if f.name not in NO_COLUMN)
-"""Columns of the leaderboard that hold a contest."""
+"""Columns of the leaderboard that are made from a contest."""
 
 
 def table_title(columns: Mapping[str, Any], *, ambiguous: bool) -> str:

@@ -31,7 +31,7 @@ def table(results: Sequence[Result], suite: Suite) -> pd.DataFrame:
     groups: dict[tuple[Contest, tuple[str, str]], list[Result]] = {}
     for result in results:
         groups.setdefault((result.contest, result.model), []).append(result)
-    place = {name: number for number, name in enumerate([*suite.datasets, "mean"])}
+    position = {name: number for number, name in enumerate([*suite.datasets, "mean"])}
     keyed: list[tuple[tuple[Any, ...], rows.Row]] = []
     for (contest, model), group in groups.items():
         found = [
@@ -39,7 +39,7 @@ def table(results: Sequence[Result], suite: Suite) -> pd.DataFrame:
             for result in group
         ]
         for row in [*found, *rows.of_means(group, suite)]:
-            dataset = (place.get(row["dataset"], len(place)), row["dataset"])
+            dataset = (position.get(row["dataset"], len(position)), row["dataset"])
             keyed.append(((*contest.position, *model, dataset, contest), row))
     keyed.sort(key=lambda pair: pair[0])
     names = columns.names(stages)

@@ -27,7 +27,7 @@ class Part:
     """Datasets of a suite that are averaged.
 
     Attributes:
-        name: what the row of the mean says in column `dataset`.
+        name: column `dataset` of the row.
         results: of one model in one contest, one for each dataset.
     """
 

@@ -1,1 +1,1 @@
-"""Train a defense: set-up, loop, inner maximisation, teacher outputs."""
+"""Training: resolve a recipe, prepare its models and data, take steps, save and resume, estimate the cost."""

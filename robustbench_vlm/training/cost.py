@@ -1,10 +1,14 @@
-"""What a training run costs before it is started, by arithmetic: passes, floating-point operations, memory.
+"""Cost of a training run, computed before it starts: passes, floating-point operations, memory.
 
-Counts are per image and step, after the cost model F_S (n_F + n_Bi + 2 n_Bw) + sum F_T n_T: a backward to
-the image alone costs one forward, a backward to image and weights two. Adapters and prompts leave the weights
-out, so theirs costs one. One multiplication with its addition counts as two operations, as in the profile
-that open_clip publishes; norms, activations and softmaxes are left out, as there. The text tower runs once;
-with prompts it runs on every class in every step, which is left out here.
+Operations per image and step are F_S (n_F + n_Bi + 2 n_Bw) + sum_T F_T n_T. F_S and F_T are those of one
+forward of student and teacher T; n_F, n_Bi, n_Bw and n_T count forwards of the student, its backwards to the
+images, its backwards to the weights, and forwards of T. A backward to the images alone costs as much as one
+forward, and a backward to images and weights as much as two. A backward to adapters or prompts computes no
+gradients of the tower's weights and counts as one.
+
+One multiplication with its addition counts as two operations, and norms, activation functions and softmaxes
+are left out, as in the profile that open_clip publishes. The text tower runs once and is left out; with
+prompts it runs on every class in every step, which is left out too.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.defenses.interface import Passes
 
-FLOAT = 4  # bytes; training runs in fp32
+FLOAT = 4  # bytes of an fp32 number
 GIB = 2**30
 
 
@@ -28,8 +32,8 @@ class Tower:
     Attributes:
         flops: of one forward of one image.
         parameters: weights of the tower.
-        kept: floats per image that a forward keeps for its backward.
-        working: floats per image of the widest layer, what a forward without graph needs.
+        activations: floats per image that a forward stores for its backward.
+        widest: floats per image of the widest layer, which a forward without gradient needs.
         text: weights of the text tower beside it.
         width: of a transformer, 0 for a residual network.
         layers: of a transformer.
@@ -38,8 +42,8 @@ class Tower:
 
     flops: float
     parameters: int
-    kept: int
-    working: int
+    activations: int
+    widest: int
     text: int = 0
     width: int = 0
     layers: int = 0
@@ -47,7 +51,7 @@ class Tower:
 
 
 def tower(config: Mapping[str, Any]) -> Tower:
-    """The towers of an open_clip model configuration: a plain ViT, or a ModifiedResNet."""
+    """The image tower of an open_clip model configuration, a plain ViT or a ModifiedResNet, in numbers."""
     vision = config["vision_cfg"]
     text = _text(config["text_cfg"], config["embed_dim"])
     if isinstance(vision["layers"], int):
@@ -70,9 +74,9 @@ def _transformer(vision: Mapping[str, Any], embed: int, text: int) -> Tower:
     macs = patches * 3 * patch**2 * width + layers * per_layer + width * embed
     parameters = 3 * patch**2 * width + (1 + rows) * width + 4 * width + width * embed
     parameters += layers * int(linear + (9 + ratio) * width)
-    kept = int(layers * (8 + 2 * ratio) * rows * width + 3 * rows * width)
-    working = int(rows * width * max(3, ratio) * 2)
-    return Tower(2 * macs, int(parameters), kept, working, text, width, layers, ratio)
+    activations = int(layers * (8 + 2 * ratio) * rows * width + 3 * rows * width)
+    widest = int(rows * width * max(3, ratio) * 2)
+    return Tower(2 * macs, int(parameters), activations, widest, text, width, layers, ratio)
 
 
 def _residual(vision: Mapping[str, Any], embed: int, text: int) -> Tower:
@@ -106,7 +110,7 @@ def _residual(vision: Mapping[str, Any], embed: int, text: int) -> Tower:
 
 
 def trained(recipe: Recipe, student: Tower) -> int:
-    """How many weights of the student's image tower a recipe trains (prompts of the text tower left out)."""
+    """The number of weights that a recipe trains in the student's image tower, its prompts included."""
     if recipe.lora is not None:
         w, wide = student.width, int(student.mlp_ratio * student.width)
         per_rank = {"attn": 6 * w, "c_fc": w + wide, "c_proj": w + wide}  # inputs and outputs of every linear
@@ -124,37 +128,26 @@ def estimate(
     Args:
         recipe: with its batch size, steps, attack, and what it trains.
         passes: of one step, from the defense.
-        student: its towers in numbers.
-        teachers: those of every role.
+        student: the student's towers in numbers.
+        teachers: those of every teacher, by role.
         images: in the training split; 0 if unknown.
 
     Returns:
         A table for a reader: counts as whole numbers, `gflop_per_image` and `gib` rounded.
     """
-    attack, optim = recipe.inner.steps if recipe.inner else 0, recipe.optim
-    whole = recipe.lora is None and recipe.prompts is None
-    backward = 2 if whole else 1
-    flops = student.flops * (2 * attack + passes.student * (1 + backward) + passes.student_no_grad)
-    for role, count in passes.teachers.items():
-        more = 2 * attack * (role in passes.attacked) + backward * (role in passes.learners)
-        flops += teachers[role].flops * (count + more)
-    weights = trained(recipe, student)
-    moments = 2 if optim.algorithm == "adamw" else 1
-    graphs = passes.student * student.kept + sum(teachers[role].kept for role in passes.learners)
-    under_attack = student.kept + sum(teachers[role].kept for role in passes.attacked) if attack else 0
-    standing = sum(t.parameters + t.text for t in (student, *teachers.values())) * FLOAT
-    state = weights * (1 + moments) * FLOAT
-    per_image = max(graphs, under_attack) + max((t.working for t in teachers.values()), default=0)
-    activations = per_image * optim.batch_size * FLOAT
-    memory = {"weights": standing, "gradients_and_moments": state, "activations": activations}
-    memory["total"] = sum(memory.values())
-    seen = optim.steps * optim.batch_size
+    attack_steps = recipe.inner.steps if recipe.inner else 0
+    flops = _flops(recipe, passes, student, teachers)
+    memory = _memory(recipe, passes, student, teachers)
+    seen = recipe.optim.steps * recipe.optim.batch_size
     return {
         "images_seen": seen,
         "effective_epochs": round(seen / images, 4) if images else None,
-        "trained_weights": weights,
+        "trained_weights": trained(recipe, student),
         "passes_per_step": {
-            "attack": {"student_forward_and_image_backward": attack, "also_through": list(passes.attacked)},
+            "attack": {
+                "student_forward_and_image_backward": attack_steps,
+                "also_through": list(passes.attacked),
+            },
             "student": passes.student,
             "student_without_gradient": passes.student_no_grad,
             "teachers": dict(passes.teachers),
@@ -162,5 +155,32 @@ def estimate(
         "gflop_per_image": round(flops / 1e9, 4),
         "pflop_in_all": round(flops * seen / 1e15, 4),
         "gib": {name: round(size / GIB, 3) for name, size in memory.items()},
-        "says": "fp32, without checkpointing; kernels, allocator and context come on top of the memory",
+        "assumes": "fp32, without checkpointing; kernels, allocator and context need memory on top",
     }
+
+
+def _flops(recipe: Recipe, passes: Passes, student: Tower, teachers: Mapping[str, Tower]) -> float:
+    """Operations of one step per image."""
+    attack_steps = recipe.inner.steps if recipe.inner else 0
+    backward = 2 if recipe.lora is None and recipe.prompts is None else 1
+    flops = student.flops * (2 * attack_steps + passes.student * (1 + backward) + passes.student_no_grad)
+    for role, count in passes.teachers.items():
+        more = 2 * attack_steps * (role in passes.attacked) + backward * (role in passes.learners)
+        flops += teachers[role].flops * (count + more)
+    return flops
+
+
+def _memory(recipe: Recipe, passes: Passes, student: Tower, teachers: Mapping[str, Tower]) -> dict[str, int]:
+    """Bytes of weights, of gradients and moments, of activations, and in total."""
+    moments = 2 if recipe.optim.algorithm == "adamw" else 1
+    in_outer = passes.student * student.activations
+    in_outer += sum(teachers[role].activations for role in passes.learners)
+    in_attack = student.activations + sum(teachers[role].activations for role in passes.attacked)
+    with_graph = max(in_outer, in_attack) if recipe.inner else in_outer
+    per_image = with_graph + max((teacher.widest for teacher in teachers.values()), default=0)
+    memory = {
+        "weights": sum(tower.parameters + tower.text for tower in (student, *teachers.values())) * FLOAT,
+        "gradients_and_moments": trained(recipe, student) * (1 + moments) * FLOAT,
+        "activations": per_image * recipe.optim.batch_size * FLOAT,
+    }
+    return {**memory, "total": sum(memory.values())}

@@ -1,8 +1,8 @@
 """Projected gradient ascent of any objective: the inner maximisation of adversarial training.
 
-The same kernels as the attacks, without verdicts and without refilling: a training step needs the last
-iterate of every image, broken or not. Equals PGD as RobustVLM's training runs it; momentum 0.9 on signs,
-which that code also has, moves only pixels whose gradient is exactly zero, and is left out.
+It uses the steps and projections of the attacks, without verdicts and without refilling: a training step
+needs the last iterate of every image, misclassified or not. It equals PGD in RobustVLM's training, except
+that the momentum 0.9 on signs of that code is left out; it moves only pixels whose gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def ascend(
     """The last iterate of projected ascent on `objective`.
 
     Args:
-        objective: adversarial images (B, 3, H, W) -> (B,), larger is better for the adversary; summed here,
-            so each image's gradient is its own.
+        objective: adversarial images (B, 3, H, W) -> (B,), which is maximised. Its sum is differentiated, so
+            each image's gradient is its own.
         images: (B, 3, H, W) float32 in [0, 1], the centres of the balls.
         threat: ball and radius.
-        steps: gradient steps, each one forward and one backward with respect to the images alone.
+        steps: gradient steps; each takes one forward and one backward with respect to the images alone.
         step_size: length of a step in pixel units.
-        start: first iterate, for example `geometry.uniform_start`; the images themselves when absent.
+        start: (B, 3, H, W) first iterate, for example `geometry.uniform_start`; the images if None.
 
     Returns:
         (B, 3, H, W) detached, in ball and box. Parameters receive no gradient.
@@ -56,6 +56,6 @@ def ascend(
         move = geometry.direction(gradient, threat).mul_(step_size).add_(leaf.detach())
         linf = threat.norm == "linf"
         x = move.clamp_(lower, upper) if linf else geometry.project(move, images.detach(), threat)
-    if not torch.isfinite(worst):  # looked at once, at the end: no waiting for the device in between
+    if not torch.isfinite(worst):  # read once, at the end: reading waits for the device
         raise AttackError("the gradient of the inner maximisation is not finite")
     return x

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from attack_models import blobs, classifier, findings
+from attack_models import blobs, classifier, findings, position_dependence
 from torch import Tensor, nn
 
 from robustbench_vlm.attacks.apgd import Apgd
@@ -89,7 +89,7 @@ def subject(name: str, n: int, rows: int = ROWS) -> Subject:
     model, images, labels = {"plain": _plain, "trained": _trained, "clip": _clip}[name](n + n // 4 + 8)
     right = canonical.logits(model, images, rows).argmax(1) == labels
     assert int(right.sum()) >= n
-    assert canonical.position_dependence(model, images, rows) == 0, "rows must not depend on their place"
+    assert position_dependence(model, images, rows) == 0, "rows must not depend on their position"
     return Subject(name, model, images[right][:n], labels[right][:n], rows)
 
 

@@ -1,13 +1,13 @@
 """FAB: the smallest change that crosses the boundary, by repeated exact linearisation.
 
 Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack" (ICML 2020).
-Aimed at one class (FAB-T of AutoAttack) an iteration takes one gradient, of z_t - z_y; untargeted it takes
-one for every wrong class and turns to the boundary that looks nearest. The final search of the paper is
+Targeted (FAB-T of AutoAttack), an iteration takes one gradient, of z_t - z_y. Untargeted, it takes one for
+every wrong class and goes towards the linearised boundary that is nearest. The final search of the paper is
 absent from the released code and from here. With one restart no random number is drawn.
 
-FAB minimises the norm: a misclassified point is stored when it is nearer than all before. So a row that only
-needs a verdict ends at the first point within the radius, and one that walks on returns the nearest, under
-`stop=last` and `stop=best` alike.
+FAB minimises the norm: a misclassified point is stored if it is nearer than all before. So a row ends at the
+first misclassified point within the radius under `stop=first`, and returns the nearest one under `stop=last`
+and `stop=best`.
 """
 
 from __future__ import annotations
@@ -22,36 +22,27 @@ from torch import Tensor
 
 from robustbench_vlm.attacks.fab.projection import FLAT, Hyperplanes
 from robustbench_vlm.engine import geometry, losses
-from robustbench_vlm.engine.interface import (
-    Alone,
-    Evaluation,
-    Oracle,
-    Rows,
-    State,
-    common,
-    misclassified,
-    pick,
-    progress,
-    spread,
-)
+from robustbench_vlm.engine.interface import Attack, Rows, State, initial, progress
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
+from robustbench_vlm.engine.row_ops import misclassified, pick, spread
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 
-FAR = 1e10  # the norm of nothing found
+FAR = 1e10  # distance to the nearest success while there is none
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @dataclass(frozen=True)
 class FabState(State):
-    """FAB's rows.
+    """The rows of FAB.
 
     Attributes:
         x: (S, 3, H, W) the point last checked, which may lie outside the ball; the nearest success instead,
-            once there is one and the row goes on.
+            if there is one and the row goes on.
         at: (S, 3, H, W) the point to linearise at next.
         nearest: (S,) norm of the nearest misclassified point so far, 1e10 if none.
         gradients: (S,) int64, image gradients so far.
-        eased: (S, 2) where the next projections start to search, see `hyperplane.Moves`.
+        eased: (S, 2) start of the search of the next projections, see `projection.Moves`.
     """
 
     at: Tensor
@@ -63,24 +54,25 @@ class FabState(State):
     def adv(self) -> Tensor:
         """The nearest success within the radius; the image itself where there is none, as in the reference.
 
-        A point brought into the ball may be wrong by luck: FAB did not find it, and would not be FAB with it.
+        Projecting a point from outside into the ball might give a misclassified image by luck, but the
+        reference does not do that.
         """
         return pick(self.broken, self.x, self.images)
 
     @property
     def forwards(self) -> Tensor:
-        """Two an iteration: linearise, check."""
+        """(S,) two an iteration: one to linearise, one to check."""
         return 2 * self.iteration
 
     @property
     def backwards(self) -> Tensor:
-        """One an iteration for each class that is aimed at or looked at."""
+        """(S,) one an iteration if targeted, else one for every wrong class."""
         return self.gradients
 
 
 @dataclass(frozen=True)
-class Fab(Alone):
-    """FAB, aimed at one class after the other or untargeted.
+class Fab(Attack):
+    """FAB, targeted at one class after the other, or untargeted.
 
     Attributes:
         steps: iterations for each target and restart.
@@ -112,30 +104,27 @@ class Fab(Alone):
         if not 0 < self.eta < math.inf:
             raise InputError("fab.eta", str(self.eta), "a positive number")
 
-    def ranks(self, n_classes: int) -> int:
-        """At most every wrong class."""
-        return min(self.targets, n_classes - 1)
-
-    def substitutions(self, n_classes: int) -> list[str]:
-        """Targets are capped where classes are few."""
-        return losses.few_classes("targeted-margin", self.targets, n_classes)
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Two forwards and one gradient a step, if targeted."""
+        return 2 * self.steps, self.steps
 
     def cost(self, n_classes: int) -> tuple[int, int]:
         """Two forwards a step; one gradient for the target, or for each wrong class if untargeted."""
-        steps = max(1, self.ranks(n_classes)) * self.restarts * self.steps
-        return 2 * steps, steps * (1 if self.targets else n_classes - 1)
+        forwards, gradients = super().cost(n_classes)
+        return forwards, gradients * (1 if self.targets else n_classes - 1)
 
     def start(self, rows: Rows, threat: Threat) -> FabState:
         """The image; for a later restart a point up to half a radius away in a random direction."""
         images = rows.images
-        # a row that is still open has stored nothing within eps, so min(nearest, eps) / 2 is eps / 2
+        # A restart begins only if nothing was found within eps, so min(nearest, eps) / 2 is eps / 2.
         at = images
         if any(rows.restarts):
             again = torch.tensor(rows.restarts, device=images.device) > 0
             at = pick(again, _around(rows, dataclasses.replace(threat, eps=threat.eps / 2)), images)
         nearest = torch.full((len(images),), FAR, dtype=images.dtype, device=images.device)
         return FabState(
-            **common(rows, threat, at),
+            **initial(rows, threat, at),
             at=at,
             nearest=nearest,
             gradients=torch.zeros_like(rows.labels),
@@ -143,9 +132,9 @@ class Fab(Alone):
         )
 
     def step(self, state: FabState, oracle: Oracle) -> FabState:
-        """Linearise, step to the weighted mean of the projections, check it, go back if it is wrong."""
-        seen = self._linearise(state, oracle)
-        x, eased = self._advance(state, seen)
+        """Linearise, step to the weighted mean of the projections, check it, go back if misclassified."""
+        evaluation = self._linearise(state, oracle)
+        x, eased = self._advance(state, evaluation)
         logits = oracle.logits(x)
 
         wrong = misclassified(logits, state.labels)
@@ -153,12 +142,12 @@ class Fab(Alone):
         nearer = wrong & (norm < state.nearest)
         success = nearer & (norm <= geometry.radius(state.threat))
         share = spread(torch.where(wrong, self.beta, 1.0), x)
-        broken, kept_x = success, x
+        broken, stored = success, x
         if state.stop != "first":
-            broken, kept_x = state.broken | success, pick(state.broken & ~success, state.x, x)
+            broken, stored = state.broken | success, pick(state.broken & ~success, state.x, x)
         return dataclasses.replace(
             state,
-            x=kept_x,
+            x=stored,
             at=torch.lerp(state.images, x, share),
             nearest=torch.where(nearer, norm, state.nearest),
             gradients=state.gradients + (1 if self.targets else logits.shape[1] - 1),
@@ -167,36 +156,41 @@ class Fab(Alone):
             first=torch.where(success & ((state.first < 0) | ~state.broken), state.iteration, state.first),
             iteration=state.iteration + 1,
             done=state.iteration + 1 >= self.steps,
-            **progress(state, seen.values),
-            nonfinite=~(seen.finite & torch.isfinite(logits.sum(1))),
-            zero_gradients=state.zero_gradients + seen.zero,
+            **progress(state, evaluation.values),
+            nonfinite=~(evaluation.finite & torch.isfinite(logits.sum(1))),
+            zero_gradients=state.zero_gradients + evaluation.zero,
         )
 
     def _linearise(self, state: FabState, oracle: Oracle) -> Evaluation:
-        """The logit difference that is driven to zero, with its gradient."""
+        """The logit difference that is driven to zero, with its gradient.
+
+        Untargeted, that of the class whose linearised boundary is nearest.
+        """
         if self.targets:
             return oracle.gradient(
                 state.at, lambda logits: losses.targeted_margin(logits, state.labels, state.targets)
             )
         found: Evaluation | None = None
         distance = torch.full_like(state.nearest, torch.inf)
-        for seen in oracle.gradients(state.at, lambda logits: _margins(logits, state.labels)):
-            size = _norm(seen.gradient, DUAL[state.threat.norm])
-            away = seen.values.abs() / (losses.TINY + size)
-            found = seen if found is None else _choose(away < distance, seen, found)
+        for evaluation in oracle.gradients(state.at, lambda logits: _margins(logits, state.labels)):
+            size = _norm(evaluation.gradient, DUAL[state.threat.norm])
+            away = evaluation.values.abs() / (losses.TINY + size)
+            found = evaluation if found is None else _choose(away < distance, evaluation, found)
             distance = torch.minimum(distance, away)
         assert found is not None, "a classifier has two classes or more"
         return found
 
-    def _advance(self, state: FabState, seen: Evaluation) -> tuple[Tensor, Tensor]:
-        """(S, 3, H, W) the overshot, weighted mean of the two projections onto {linearised margin = 0}.
+    def _advance(self, state: FabState, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+        """Step towards the boundary.
 
-        Also (S, 2) where the next projections start to search.
+        Returns:
+            (S, 3, H, W), the weighted mean, with overshoot, of the projections of iterate and image onto
+            {linearised margin = 0}; and (S, 2), the start of the search of the next projections.
         """
         images, at, norm = state.images.flatten(1), state.at.flatten(1), state.threat.norm
-        normal = seen.gradient.flatten(1)
-        # by how much <w, .> must fall, written with differences: <w, t> - b cancels digits otherwise
-        falls = torch.stack([seen.values, seen.values + (images - at).mul_(normal).sum(1)])
+        normal = evaluation.gradient.flatten(1)
+        # By how much <w, .> must fall. Differences are used, since <w, t> - b would cancel digits.
+        falls = torch.stack([evaluation.values, evaluation.values + (images - at).mul_(normal).sum(1)])
         planes = Hyperplanes.of(normal, norm)
         moves = planes.moves((at, images), falls, state.eased.T)
         near, far = moves.lengths.clamp(min=FLAT)
@@ -208,7 +202,7 @@ class Fab(Alone):
 
 
 def _norm(delta: Tensor, norm: str) -> Tensor:
-    """(S,) of (S, ...)."""
+    """(S, ...) -> (S,) the norm of each row."""
     flat = delta.flatten(1)
     if norm == "linf":
         return torch.maximum(flat.amax(1), -flat.amin(1))
@@ -236,7 +230,7 @@ def _choose(mask: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
 def _around(rows: Rows, threat: Threat) -> Tensor:
     """(n, 3, H, W) points on the ball's surface in random directions, clipped into the box."""
     images = rows.images
-    if threat.norm != "l1":  # where `surface_start` projects, and the reference scales
+    if threat.norm != "l1":  # in L1 `surface_start` projects, but the reference scales
         return geometry.surface_start(images, threat, rows.noise)
     draw = rows.noise.normal(tuple(images.shape[1:]))
     size = draw.double().abs().flatten(1).sum(1).float()

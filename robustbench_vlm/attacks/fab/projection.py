@@ -1,16 +1,16 @@
-"""The shortest way to a hyperplane within the box, exact and without a sort: FAB goes it twice an iteration.
+"""Projection onto a hyperplane within the box, exact and without a sort; FAB needs two in each iteration.
 
 Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack" (ICML 2020),
 section 3.1: min ||d||_p subject to <w, t + d> = b and t + d in [0, 1]^n. Every entry moves towards the bound
-at which <w, .> falls (or rises, if it must); way_i is how far that is. The solutions are
+at which <w, .> falls (or rises, if it must rise); gap_i is the distance to that bound. The solutions are
 
-    Linf: |d_i| = min(m, way_i);   L2: |d_i| = |w_i| min(m, way_i / |w_i|);
-    L1:   |d_i| = way_i where |w_i| > s, a share of way_i where |w_i| = s, else 0.
+    Linf: |d_i| = min(m, gap_i);   L2: |d_i| = |w_i| min(m, gap_i / |w_i|);
+    L1:   |d_i| = gap_i where |w_i| > s, a share of gap_i where |w_i| = s, else 0.
 
 For Linf and L2 the multiplier m solves sum_i c_i min(m, r_i) = total, which is concave and piecewise linear
-in m, by Newton's method: a correction from anywhere ends at the root or short of it, and at the root once no
-r_i lies in between. For L1 the threshold s is found by bisection over the float32 numbers. Where the box does
-not reach the hyperplane, all entries go to their bound. Rows never mix.
+in m, by Newton's method: a correction from anywhere ends at the root or below it, and at the root if no r_i
+lies in between. For L1 the threshold s is found by bisection over the float32 numbers. If the box does not
+reach the hyperplane, all entries go to their bound. Rows never mix.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLAT = 1e-8  # below this an entry of a normal vector is no direction, except for Linf
-CLOSE = 2.0**-21  # share of its goal by which a sum in float32 may miss it
-HUGE = 1e30  # an infinite multiplier that can be computed with
-CORRECTIONS = 6  # on devices that must not be asked for more: settles moves of half of what the box allows
-MOST = 64  # of a row that is solved by itself; 17 were ever seen, at 0.9999 of what the box allows
-BITS = 31  # of a positive float32
+FLAT = 1e-8  # entries of a normal vector below this count as zero, except for Linf
+CLOSE = 2.0**-21  # relative error that a sum in float32 may have
+HUGE = 1e30  # stands for an infinite multiplier in finite arithmetic
+CORRECTIONS = 6  # where reading the device would wait; enough for moves of half of what the box allows
+MOST = 64  # corrections of a row that is solved by itself; 17 were seen, at 0.9999 of what the box allows
+BITS = 31  # a positive float32 without its sign bit: so many halvings find it
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Moves:
     Entry i of a move is `turn * sign(w_i) * reach_i`.
 
     Attributes:
-        reach: (P, S, d) how far each entry goes; means nothing where w is zero.
+        reach: (P, S, d) how far each entry goes; without meaning where w is zero.
         turn: (P, S) 1 where <w, .> must rise, else -1.
         lengths: (P, S) norms of the moves.
-        eased: (P, S) the multiplier over its lower bound, from which a similar search may start.
+        eased: (P, S) the multiplier divided by its lower bound, a start for a similar search.
     """
 
     reach: Tensor
@@ -53,9 +53,9 @@ class Hyperplanes:
     """A hyperplane {z: <w, z> = b} for each of S rows.
 
     Attributes:
-        norm: `linf`, `l2` or `l1`, in which moves are shortest.
-        signs: (S, d) of w.
-        sizes: (S, d) |w|, 0 where w is no direction.
+        norm: `linf`, `l2` or `l1`, the norm of moves that is minimised.
+        signs: (S, d) signs of w.
+        sizes: (S, d) |w|, 0 where an entry counts as zero.
     """
 
     norm: str
@@ -64,7 +64,7 @@ class Hyperplanes:
 
     @staticmethod
     def of(normals: Tensor, norm: str) -> Hyperplanes:
-        """Those with normal vectors w (S, d)."""
+        """The hyperplanes with normal vectors w (S, d)."""
         sizes = normals.abs()
         if norm != "linf":
             torch.hardshrink(sizes, FLAT, out=sizes)
@@ -76,17 +76,17 @@ class Hyperplanes:
         Args:
             points: P tensors (S, d) in [0, 1].
             falls: (P, S) <w, point> - b; negative means that <w, .> must rise.
-            eased: (P, S) at least 1, where the search starts; changes its length and the last bits.
+            eased: (P, S) at least 1, start of the search; it changes the number of corrections and last bits.
         """
         turn, total = torch.where(falls < 0, 1.0, -1.0), falls.abs()
-        ways = self._ways(points, turn)
+        gaps = self._gaps(points, turn)
         if self.norm == "l1":
-            reach = ways.mul_(shares(self.sizes, ways, total))
+            reach = gaps.mul_(shares(self.sizes, gaps, total))
             return Moves(reach, turn, reach.sum(-1), eased)
-        weights, breaks = self.sizes, ways
+        weights, breaks = self.sizes, gaps
         if self.norm == "l2":
-            weights, breaks = self.sizes.square(), ways.div_(self.sizes.clamp(min=FLAT))
-        # what m would be if no entry met its bound
+            weights, breaks = self.sizes.square(), gaps.div_(self.sizes.clamp(min=FLAT))
+        # the multiplier if no entry met its bound
         lower = (total / weights.sum(1)).nan_to_num_(nan=0.0, posinf=HUGE).clamp_(max=HUGE)
         m = multiplier(weights, breaks, total, lower, lower * eased)
         eased = (m / lower).nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=1)
@@ -96,29 +96,29 @@ class Hyperplanes:
         reach.mul_(self.sizes)
         return Moves(reach, turn, torch.linalg.vector_norm(reach, dim=-1), eased)
 
-    def _ways(self, points: Sequence[Tensor], turn: Tensor) -> Tensor:
-        """(P, S, d) from each entry to the bound that it moves to: 1 where it must grow, else 0."""
-        ways = torch.eq(
+    def _gaps(self, points: Sequence[Tensor], turn: Tensor) -> Tensor:
+        """(P, S, d) distance of each entry to the bound towards which it moves: 1 if it must grow, else 0."""
+        gaps = torch.eq(
             self.signs, turn[..., None], out=self.sizes.new_empty(*turn.shape, self.sizes.shape[1])
         )
-        for way, point in zip(ways, points, strict=True):
-            way.sub_(point)
-        return ways.abs_()
+        for gap, point in zip(gaps, points, strict=True):
+            gap.sub_(point)
+        return gaps.abs_()
 
 
 def multiplier(weights: Tensor, breaks: Tensor, total: Tensor, lower: Tensor, guess: Tensor) -> Tensor:
-    """(P, S) the m with sum_i c_i min(m, r_i) = total; the largest r_i that counts where none is enough.
+    """(P, S) the m with sum_i c_i min(m, r_i) = total; the largest r_i with c_i > 0 if no m is enough.
 
-    On the CPU exact to float32: rows that one correction does not settle, usually none, are solved by
-    themselves. Elsewhere CORRECTIONS corrections, and no look at the device; a row that would need more keeps
-    an m below its root, so its move is a valid one that ends short of the hyperplane.
+    On the CPU the result is exact to float32: rows that one correction does not solve, usually none, are
+    solved by themselves. On other devices there are CORRECTIONS corrections, and the device is not read. A
+    row that needs more gets an m below its root, so its move is valid but ends before the hyperplane.
 
     Args:
         weights: (S, d) c >= 0.
         breaks: (P, S, d) r >= 0.
         total: (P, S) >= 0.
         lower: (P, S) total / sum_i c_i.
-        guess: (P, S) where to start.
+        guess: (P, S) start.
     """
     if breaks.device.type != "cpu":
         return newton(weights, breaks, total, lower, guess, CORRECTIONS)
@@ -134,7 +134,7 @@ def multiplier(weights: Tensor, breaks: Tensor, total: Tensor, lower: Tensor, gu
 def newton(
     weights: Tensor, breaks: Tensor, total: Tensor, lower: Tensor, m: Tensor, corrections: int
 ) -> Tensor:
-    """`multiplier` from `m` by so many corrections, fewer if the CPU sees that all rows are settled."""
+    """`multiplier` from `m` by `corrections` corrections; on the CPU fewer if all rows are solved before."""
     work = torch.empty_like(breaks)
     most = torch.mul(torch.gt(weights, 0), breaks, out=work).amax(-1)
     for _ in range(corrections):
@@ -147,8 +147,8 @@ def newton(
 def _corrected(
     weights: Tensor, breaks: Tensor, total: Tensor, m: Tensor, lower: Tensor, most: Tensor, work: Tensor
 ) -> Tensor:
-    """One step of Newton's method; an m that float32 cannot tell from the root stays."""
-    # comparisons written as 0 and 1 into memory at hand: selecting by a random mask costs several times more
+    """One step of Newton's method; an m that is equal to the root in float32 does not change."""
+    # Comparisons are written as 0 and 1 into `work`: selecting by a random mask costs several times more.
     slope = torch.gt(breaks, m[..., None], out=work).mul_(weights).sum(-1)
     rest = total - torch.minimum(breaks, m[..., None], out=work).mul_(weights).sum(-1)
     flat = torch.where(rest > 0, most, lower)
@@ -156,21 +156,21 @@ def _corrected(
     return torch.where(rest.abs() > CLOSE * total, better, m)
 
 
-def shares(sizes: Tensor, ways: Tensor, total: Tensor) -> Tensor:
-    """(P, S, d) the share of its way that each entry goes in L1: 1 above a threshold, 0 below, equal at it.
+def shares(sizes: Tensor, gaps: Tensor, total: Tensor) -> Tensor:
+    """(P, S, d) the share of its gap that each entry goes in L1: 1 above a threshold, 0 below, equal at it.
 
     Args:
         sizes: (S, d) |w|, 0 or above FLAT.
-        ways: (P, S, d) >= 0.
-        total: (P, S) what sum_i |w_i| way_i share_i shall be.
+        gaps: (P, S, d) >= 0.
+        total: (P, S) wanted value of sum_i |w_i| gap_i share_i.
     """
-    filled = sizes * ways
+    filled = sizes * gaps
     work = torch.empty_like(filled)
 
     def above(threshold: Tensor) -> Tensor:
         return torch.gt(sizes, threshold[..., None], out=work).mul_(filled).sum(-1)
 
-    # positive floats are ordered as their bits are
+    # Positive floats have the order of their bits, read as integers.
     high = sizes.amax(1).view(torch.int32).expand(total.shape)
     low = torch.full_like(total, FLAT).view(torch.int32)
     for _ in range(BITS):

@@ -1,8 +1,8 @@
-"""Rows that look ahead together: several proposals of one image in one call, with the outcome of one row.
+"""Lookahead groups of Square: several rows query the next proposals of one image in one call.
 
-Proposals of a random search do not depend on outcomes, so idle rows can evaluate the next ones of an image
-that is still searching. What counts is what a lone row would have found: the first proposal in order that is
-accepted or fails; what was looked at beyond it is forgotten.
+Proposals of a random search do not depend on outcomes, so idle rows can query the next proposals of an image
+that is still searching. The result is what a row alone would have found: the first proposal, in order, that
+is accepted or fails. What was queried beyond it is forgotten.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine.interface import AnyState, State, rows_of
+from robustbench_vlm.engine.interface import State
+from robustbench_vlm.engine.row_ops import take_index
 
 
 @dataclass(frozen=True)
 class SquareState(State):
-    """Square's rows; `iteration` counts the start and the proposals gone through.
+    """The rows of Square; `iteration` counts the start and the proposals that are finished.
 
     Attributes:
         best: (S, 3, H, W) the point of smallest margin.
         best_margin: (S,) its margin of correctness.
-        idle: (S,) int64, proposals gone through that changed nothing.
+        idle: (S,) int64, finished proposals that changed nothing.
         lower, upper: (S, 3, H, W) limits of each pixel.
-        proposals: (S, Q + 2, k) int16, by `iteration`: offsets, signs and turns of every query, between two
-            rows of zeros, which propose nothing: the start, and what is past the end.
-        lead, place, size: (S,) int64, the row whose image each row works on, its position in that crew, and
-            the number of rows in it.
-        crewed: whether any crew has more than one row; if not, the three above are not read.
+        proposals: (S, Q + 2, k) int16, by `iteration`: offsets, signs and turns of every query. The first row
+            (the start) and the last (past the end) are zeros and propose nothing.
+        leader: (S,) int64, the row whose image each row works on; its own index for a row alone.
+        position: (S,) int64, position of each row within its group.
+        group_size: (S,) int64, number of rows in the group.
+        grouped: whether any group has more than one row; if not, the three above are not read.
     """
 
     best: Tensor
@@ -39,10 +41,10 @@ class SquareState(State):
     lower: Tensor
     upper: Tensor
     proposals: Tensor
-    lead: Tensor
-    place: Tensor
-    size: Tensor
-    crewed: bool
+    leader: Tensor
+    position: Tensor
+    group_size: Tensor
+    grouped: bool
 
     @property
     def adv(self) -> Tensor:
@@ -51,23 +53,25 @@ class SquareState(State):
 
     @property
     def forwards(self) -> Tensor:
-        """(S,) what a lone row queries: every proposal that changes something, and the start."""
+        """(S,) queries of a row alone: the start, and every proposal that changes something."""
         return self.iteration - self.idle
 
     @property
     def backwards(self) -> Tensor:
-        """None: it is a black-box attack."""
+        """(S,) zeros: Square takes no gradient."""
         return torch.zeros_like(self.iteration)
 
 
 @dataclass(frozen=True)
-class Look:
-    """What each row saw at its own proposal.
+class Query:
+    """The result of one query in each row, at the row's own proposal.
 
     Attributes:
         margin: (S,) margins of correctness.
-        wrong, better, nonfinite: (S,) bool; better as far as the row can tell.
-        idle: (S,) bool, the proposal changes nothing; absent where that is not looked for.
+        wrong: (S,) bool, misclassified.
+        better: (S,) bool, to be accepted as far as the row alone can tell.
+        nonfinite: (S,) bool, a logit was NaN or infinite.
+        idle: (S,) bool, the proposal changes nothing; None where that is not computed.
         passed: (S,) int64, proposals before it that the row passed over because they change nothing.
     """
 
@@ -80,15 +84,15 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What a query came to, the same in every row of a crew.
+class Decision:
+    """What follows from a query, the same in every row of a group.
 
     Attributes:
-        source: (S,) int64, the row whose proposal was accepted, if any; absent where that is each row's own.
-        margin: (S,) margin of the accepted proposal (of the last one looked at, where none was).
-        wrong, accepted, nonfinite: (S,) bool.
+        source: (S,) int64, the row whose proposal is accepted, if any is; None where it is each row's own.
+        margin: (S,) margin of the accepted proposal, or of the last one queried if none is accepted.
+        wrong, accepted, nonfinite: (S,) bool, of that proposal.
         iteration: (S,) int64, `State.iteration` of the last proposal that counts.
-        idle: (S,) int64, proposals gone through that change nothing.
+        idle: (S,) int64, proposals up to there that change nothing.
     """
 
     source: Tensor | None
@@ -100,70 +104,75 @@ class Settled:
     idle: Tensor | int
 
 
-def alone(state: SquareState, seen: Look, queries: int) -> Settled:
-    """Of rows that work for themselves.
+def decide_alone(state: SquareState, query: Query, queries: int) -> Decision:
+    """The decisions of rows that work alone.
 
     Args:
         state: before the query.
-        seen: by every row.
-        queries: proposals that there are.
+        query: of every row.
+        queries: number of proposals.
     """
-    # a row that has ended stays as it is, also where its memory is written
-    accepted = seen.better & ~(seen.nonfinite | state.broken | state.done | state.nonfinite)
-    # a row that passed over all that was left has looked at its best point once more, for nothing
-    at = (state.iteration + seen.passed).clamp(max=queries)
-    return Settled(
+    # A row that has ended accepts nothing, because accepting writes its memory.
+    accepted = query.better & ~(query.nonfinite | state.broken | state.done | state.nonfinite)
+    # A row that passed over all proposals that were left has queried its best point again, without effect.
+    at = (state.iteration + query.passed).clamp(max=queries)
+    return Decision(
         source=None,
-        margin=seen.margin,
-        wrong=seen.wrong,
+        margin=query.margin,
+        wrong=query.wrong,
         accepted=accepted,
-        nonfinite=seen.nonfinite,
+        nonfinite=query.nonfinite,
         iteration=at,
-        idle=seen.passed if seen.idle is None else seen.idle + seen.passed,
+        idle=query.passed if query.idle is None else query.idle + query.passed,
     )
 
 
-def assign(state: AnyState, lead: Tensor, place: Tensor) -> AnyState:
-    """Every row becomes a copy of its lead, with its own place."""
-    size = torch.zeros_like(lead).scatter_add(0, lead, torch.ones_like(lead))
-    crewed = not torch.equal(lead.cpu(), torch.arange(len(lead)))
-    changes: dict[str, Any] = {"lead": lead, "place": place, "size": size[lead], "crewed": crewed}
-    return dataclasses.replace(rows_of(state, lead), **changes)
+def assign(state: SquareState, leaders: Tensor, positions: Tensor) -> SquareState:
+    """Every row becomes a copy of its leader, at its own position; args as in `LookaheadAttack.assign`."""
+    sizes = torch.zeros_like(leaders).scatter_add(0, leaders, torch.ones_like(leaders))
+    grouped = not torch.equal(leaders.cpu(), torch.arange(len(leaders)))
+    changes: dict[str, Any] = {
+        "leader": leaders,
+        "position": positions,
+        "group_size": sizes[leaders],
+        "grouped": grouped,
+    }
+    return dataclasses.replace(take_index(state, leaders), **changes)
 
 
-def settle(state: SquareState, seen: Look, queries: int) -> Settled:
-    """Of crews: the first event in the order of proposals decides.
+def decide_groups(state: SquareState, query: Query, queries: int) -> Decision:
+    """The decisions of groups: the first event in the order of proposals decides.
 
     Args:
         state: before the query.
-        seen: by every row.
-        queries: proposals that there are.
+        query: of every row.
+        queries: number of proposals.
     """
-    rows, never = len(state.lead), 2 * len(state.lead)
-    index = torch.arange(rows, device=state.lead.device)
-    # proposals within the schedule; of rows that have not begun only the lead looks, at the start
+    rows, never = len(state.leader), 2 * len(state.leader)
+    index = torch.arange(rows, device=state.leader.device)
+    # Only proposals within the schedule count; of groups that have not begun only the leader's, the start.
     left = torch.where(state.iteration == 0, 1, (queries + 1 - state.iteration).clamp(min=1))
-    counts = state.place < left
-    event = counts & (seen.better | seen.nonfinite)
+    counts = state.position < left
+    event = counts & (query.better | query.nonfinite)
 
     def least(values: Tensor) -> Tensor:
-        """(S,) the smallest value of each row's crew."""
-        return torch.full_like(values, never).scatter_reduce(0, state.lead, values, "amin")[state.lead]
+        """(S,) the smallest value of each row's group."""
+        return torch.full_like(values, never).scatter_reduce(0, state.leader, values, "amin")[state.leader]
 
-    at = least(torch.where(event, state.place, never))
+    at = least(torch.where(event, state.position, never))
     happened = at < never
-    last = torch.where(happened, at, torch.minimum(state.size, left) - 1)
-    decisive = least(torch.where(state.place == last, index, never))
+    last = torch.where(happened, at, torch.minimum(state.group_size, left) - 1)
+    decisive = least(torch.where(state.position == last, index, never))
     idle: Tensor | int = 0
-    if seen.idle is not None:
-        gone = seen.idle & (state.place <= last)
-        idle = torch.zeros_like(state.lead).scatter_add(0, state.lead, gone.long())[state.lead]
-    nonfinite = happened & seen.nonfinite[decisive]
+    if query.idle is not None:
+        gone = query.idle & (state.position <= last)
+        idle = torch.zeros_like(state.leader).scatter_add(0, state.leader, gone.long())[state.leader]
+    nonfinite = happened & query.nonfinite[decisive]
     accepted = happened & ~(nonfinite | state.broken | state.done | state.nonfinite)
-    return Settled(
+    return Decision(
         source=decisive,
-        margin=seen.margin[decisive],
-        wrong=seen.wrong[decisive],
+        margin=query.margin[decisive],
+        wrong=query.wrong[decisive],
         accepted=accepted,
         nonfinite=nonfinite,
         iteration=(state.iteration + last).clamp(max=queries),  # a row that has ended may be stepped on

@@ -1,4 +1,4 @@
-"""Windows and patterns of the Square attack, for rows whose windows differ; nothing waits for an offset."""
+"""Windows and patterns of Square, for rows whose windows differ, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import geometry, l1
-from robustbench_vlm.engine.interface import spread
+from robustbench_vlm.engine.row_ops import spread
 
-POWER = {"l2": 2, "l1": 4}  # by which the steps of a pyramid fall
-INNER = 1 - 1e-6  # part of the radius onto which L1 projects, as in the reference
+POWER = {"l2": 2, "l1": 4}  # exponent by which the steps of a pyramid fall
+INNER = 1 - 1e-6  # L1 projects onto this share of the radius, as the reference does
 
 
 def moved_window(
@@ -21,27 +21,27 @@ def moved_window(
     """Linf: a window of every row moved up or down a channel, within ball and box.
 
     Args:
-        best: (S, C, H, W) where it is moved from.
-        lower: (S, C, H, W) limit of each pixel.
-        upper: likewise.
-        corner: (S, 2) integers, top and left.
+        best: (S, C, H, W) points in which windows are moved.
+        lower: (S, C, H, W) lower limit of each pixel.
+        upper: (S, C, H, W) upper limit of each pixel.
+        corner: (S, 2) integers, top and left of each window.
         side: (S,) integers.
-        move: (S, C) by how much.
-        out: (S, C, H, W) memory to write.
+        move: (S, C) what is added to each channel.
+        out: (S, C, H, W) memory for the result; its own if None.
     """
     height, width = best.shape[2:]
-    place = torch.arange(max(height, width), dtype=corner.dtype, device=best.device) - corner[:, :, None]
-    inside = ((place >= 0) & (place < side[:, None, None])).to(best.dtype)
+    offset = torch.arange(max(height, width), dtype=corner.dtype, device=best.device) - corner[:, :, None]
+    inside = ((offset >= 0) & (offset < side[:, None, None])).to(best.dtype)
     down = move[:, :, None, None] * inside[:, 0, None, :height, None]
-    # a product with 0 or 1 is exact, so one fused pass gives what a product and a sum would
+    # A product with 0 or 1 is exact, so the fused operation gives the bits of a product and a sum.
     return torch.addcmul(best, down, inside[:, 1, None, None, :width], out=out).clamp_(lower, upper)
 
 
 def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, eps: float) -> Tensor:
-    """L2: mass of one window moved into another as a pyramid, and the whole rescaled to the radius.
+    """L2: the mass of one window is moved into another as a pyramid, and the change is scaled to the radius.
 
     Args:
-        best: (S, C, H, W) where the mass is moved.
+        best: (S, C, H, W) points in which mass is moved.
         images: (S, C, H, W).
         proposal: (S, 4 + C + 1) int64: top and left of two windows, a sign a channel, turn.
         side: (S,) of both windows.
@@ -53,14 +53,14 @@ def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
     into, out_of = inside(first, side, shape)[:, None], inside(second, side, shape)[:, None]
     delta = best - images
 
-    held = delta * into
+    present = delta * into
     new = centred(pyramids(shape, best.device), first, side, turn, shape)[:, None] * signs[:, :, None, None]
-    new = new + held / (held.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
+    new = new + present / (present.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
     new = new * into
     new = new / (new.square().sum((2, 3), keepdim=True).sqrt() + geometry.TINY)
 
-    # where both windows are empty this is all the mass there is, and the root of a rounding error is no small
-    # number: so norm and radius are squared as the reference does it
+    # Where both windows are empty, `spare` is all the mass there is, and the root of a rounding error is not
+    # small. So norm and radius are squared in the way of the reference.
     norm = delta.square().flatten(1).sum(1).sqrt()
     spare = (torch.full_like(norm, eps).square() - norm.square()).clamp(min=0) / channels
     union = torch.maximum(into, out_of)
@@ -72,9 +72,9 @@ def l2_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
 
 
 def l1_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, eps: float) -> Tensor:
-    """L1: mass of one window moved into another as a pyramid, and the whole projected onto ball and box.
+    """L1: the mass of one window is moved into another as a pyramid, and the point is projected.
 
-    Args as those of `l2_proposal`.
+    The arguments are those of `l2_proposal`.
     """
     channels, shape = images.shape[1], (int(images.shape[2]), int(images.shape[3]))
     first, second = proposal[:, :2], proposal[:, 2:4]
@@ -82,10 +82,10 @@ def l1_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
     into, out_of = inside(first, side, shape)[:, None], inside(second, side, shape)[:, None]
     delta = best - images
 
-    held = delta * into
+    present = delta * into
     patterns = pyramids(shape, best.device, "l1")
     new = centred(patterns, first, side, turn, shape)[:, None] * signs[:, :, None, None]
-    new = new + held / (_mass(held) + geometry.TINY)
+    new = new + present / (_mass(present) + geometry.TINY)
     new = new * into
     new = new / (_mass(new) + geometry.TINY)
 
@@ -97,7 +97,7 @@ def l1_proposal(best: Tensor, images: Tensor, proposal: Tensor, side: Tensor, ep
 
 
 def l1_start(images: Tensor, first: Tensor, eps: float) -> Tensor:
-    """L1: the tiles of `tiles`, as (S, C, H, W) changes of the images, projected onto ball and box."""
+    """L1: images (S, C, H, W) changed by the `tiles` in `first` (S, C, H, W), projected onto ball and box."""
     return l1.onto(first, images, eps * INNER)
 
 
@@ -107,11 +107,11 @@ def _mass(delta: Tensor) -> Tensor:
 
 
 def window_masks(corner: Tensor, size: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Rows (S, H) and columns (S, W) of the window at `corner` (S, 2) of side `size` (S,): 1 if inside."""
+    """(S, H) and (S, W): 1 for the rows and columns of the window at `corner` (S, 2) of side `size` (S,)."""
     found = []
     for axis, extent in enumerate(shape):
-        place = torch.arange(extent, device=corner.device) - corner[:, axis : axis + 1]
-        found.append(((place >= 0) & (place < size[:, None])).float())
+        offset = torch.arange(extent, device=corner.device) - corner[:, axis : axis + 1]
+        found.append(((offset >= 0) & (offset < size[:, None])).float())
     return found[0], found[1]
 
 
@@ -122,9 +122,9 @@ def inside(corner: Tensor, size: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pyramid(height: int, width: int, norm: str = "l2") -> np.ndarray:
-    """(height, width) float64 of unit norm: steps on growing squares around the centre.
+    """(height, width) float64 of unit norm: the sum of growing squares around the centre.
 
-    Of height 1/(q+1)^2 for L2 and 1/(q+1)^4 for L1.
+    Square q has the height 1/(q+1)^2 for L2 and 1/(q+1)^4 for L1.
     """
     steps = np.zeros((height, width))
     row, column = height // 2, width // 2
@@ -151,7 +151,7 @@ def _unit(pattern: np.ndarray, norm: str) -> np.ndarray:
 
 @cache
 def pyramids(shape: tuple[int, int], device: torch.device, norm: str = "l2") -> Tensor:
-    """(n + 1, n, n) float32, `eta` of every side up to n = min(H, W) in the upper left corner."""
+    """(n + 1, n, n) float32: `eta` of every side up to n = min(H, W), in the upper left corner."""
     most = min(shape)
     found = np.zeros((most + 1, most, most), dtype=np.float32)
     for side in range(1, most + 1):
@@ -162,7 +162,7 @@ def pyramids(shape: tuple[int, int], device: torch.device, norm: str = "l2") -> 
 def centred(patterns: Tensor, corner: Tensor, size: Tensor, turn: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(S, H, W) the pattern of each row's size at its corner, transposed where `turn` (S,) is 1.
 
-    Outside the window the values mean nothing.
+    Values outside the window have no meaning.
     """
     last = patterns.shape[-1] - 1
     down = (torch.arange(shape[0], device=corner.device) - corner[:, :1]).clamp(0, last)[:, :, None]
@@ -172,13 +172,13 @@ def centred(patterns: Tensor, corner: Tensor, size: Tensor, turn: Tensor, shape:
 
 
 def tiles(noise: np.random.Generator, shape: tuple[int, ...], norm: str = "l2") -> np.ndarray:
-    """Square's start: 5 x 5 tiles of `eta` with random signs and turns; for L2 of unit norm in all."""
+    """Start of Square in L2 and L1: 5 x 5 tiles of `eta` with random signs and turns; unit norm for L2."""
     channels, height, width = shape
     side = max(min(height, width) // 5, 1)
     # An image with a side below 5 has fewer than 5 tiles along it.
     down = range(max((height - 5 * side) // 2, 0), height - side + 1, side)
     along = range(max((width - 5 * side) // 2, 0), width - side + 1, side)
-    # tile by tile, its turn before its signs: the order is part of the stream
+    # Drawn tile by tile, turn before signs: the order is part of what a name's stream gives.
     drawn = [(noise.integers(0, 2), noise.integers(0, 2, channels)) for _ in range(len(down) * len(along))]
     turns = np.array([turn for turn, _ in drawn])
     signs = np.array([sign for _, sign in drawn]) * 2 - 1

@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_vlm.attacks.pgd import PgdState, advanced, begin, look, step_length
+from robustbench_vlm.attacks.pgd import PgdState, advanced, begin, evaluate, step_length
 from robustbench_vlm.engine import geometry, losses
-from robustbench_vlm.engine.interface import Alone, Oracle, Rows
+from robustbench_vlm.engine.interface import Attack, Rows
+from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat
 
 
@@ -30,7 +31,7 @@ class MyAttackState(PgdState):
 
 
 @dataclass(frozen=True)
-class MyAttack(Alone):
+class MyAttack(Attack):
     """Gradient ascent with momentum, without a target class; the last iterate is judged.
 
     Attributes:
@@ -48,19 +49,7 @@ class MyAttack(Alone):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
     @property
-    def restarts(self) -> int:
-        """Trajectories of an image with fresh noise each: one."""
-        return 1
-
-    def ranks(self, n_classes: int) -> int:  # noqa: ARG002 - the same for every number of classes
-        """Target classes of an image: none."""
-        return 0
-
-    def substitutions(self, n_classes: int) -> list[str]:
-        """What is replaced where there are few classes."""
-        return losses.few_classes(self.loss, 0, n_classes)
-
-    def cost(self, n_classes: int) -> tuple[int, int]:  # noqa: ARG002 - the same for every number of classes
+    def passes(self) -> tuple[int, int]:
         """Forward passes and image gradients of an image that is never broken."""
         return self.steps, self.steps
 
@@ -71,10 +60,10 @@ class MyAttack(Alone):
 
     def step(self, state: MyAttackState, oracle: Oracle) -> MyAttackState:
         """One iteration of every row: evaluate the iterate, then move it inside ball and box."""
-        seen = look(self.loss, state, oracle)
-        velocity = self.decay * state.velocity + geometry.direction(seen.gradient, state.threat)
+        evaluation = evaluate(self.loss, state, oracle)
+        velocity = self.decay * state.velocity + geometry.direction(evaluation.gradient, state.threat)
         move = geometry.direction(velocity, state.threat).mul_(step_length(self.step_size, state.threat))
-        return dataclasses.replace(advanced(state, seen, move, self.steps), velocity=velocity)
+        return dataclasses.replace(advanced(state, evaluation, move, self.steps), velocity=velocity)
 
 
 plugin = MyAttack

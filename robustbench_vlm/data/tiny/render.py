@@ -33,7 +33,7 @@ TEXTURES = (
 
 @dataclass
 class Paint:
-    """Two colours mixed by a texture, one row a painted thing.
+    """Two colours mixed by a texture, one row a painted object.
 
     Attributes:
         first, second: (M, 3) colours in [0, 1]; `plain` shows only the first.
@@ -115,8 +115,8 @@ class Scenes:
 
 def enlarge(scans: Array) -> Array:
     """(N, 8, 8) -> (N, 32, 32), bilinear with pixel centres aligned; how scans come to the canvas."""
-    place = (np.arange(SIDE) + 0.5) * SCAN / SIDE - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.clip(place, 0, SCAN - 1)[:, None] - np.arange(SCAN)))
+    position = (np.arange(SIDE) + 0.5) * SCAN / SIDE - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.clip(position, 0, SCAN - 1)[:, None] - np.arange(SCAN)))
     matrix = weights.astype(np.float32)
     return np.asarray(matrix @ scans @ matrix.T, np.float32)
 

@@ -1,4 +1,4 @@
-"""From what a scene shows to how it is laid out: sizes, places, colours, noise, all from uniform numbers."""
+"""Attributes of a scene -> its layout: sizes, positions, colours and noise, all from uniform numbers."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def _single(attributes: Attributes, rows: Index, family: np.ndarray, tint: Array
     size = np.where(small, draw.take(7.5, 9.0)[rows], draw.take(9.5, 13.0)[rows])
     spread = draw.take(-3.0, 3.0, 2)[rows]
     row, column = np.divmod(np.array([0, 1, 2, 3, 5, 6, 7, 8])[attributes.position[rows]], 3)
-    place = 7.5 + 8.0 * np.stack([column, row], 1) + spread * 0.4
-    centre = np.where(small[:, None], place, (SIDE - 1) / 2 + spread)
+    cell = 7.5 + 8.0 * np.stack([column, row], 1) + spread * 0.4
+    centre = np.where(small[:, None], cell, (SIDE - 1) / 2 + spread)
     line = np.where((family == "outline")[rows], draw.take(2.8, 4.2)[rows], 0)
     other = tint[rows] * draw.take(0.0, 0.25)[rows, None]
     textured = (family == "textured")[rows]

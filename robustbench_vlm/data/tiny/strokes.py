@@ -119,7 +119,7 @@ def distance(starts: Array, ends: Array, side: int) -> Array:
 
     Args:
         starts: (N, S, 2) in [-1, 1], the image being the square [-1, 1]^2.
-        ends: (N, S, 2) likewise.
+        ends: (N, S, 2) their other ends.
         side: of the image, in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What can be said about a scene: attribute values, their words, and captions."""
+"""Attribute values of a scene, their words, and captions."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ ADJECTIVES = {
     "checkerboard": "checkered",
     "dots": "dotted",
 }
-"""Textures that shapes are filled with, and how one says it."""
+"""Textures that shapes are filled with, and their adjectives."""
 
-LEADS = ("a photo of a", "a photo of a", "this is a photo of a", "a picture of a", "an image of a", "a")
+BEGINNINGS = ("a photo of a", "a photo of a", "this is a photo of a", "a picture of a", "an image of a", "a")
 SAYINGS: dict[str, tuple[str, ...]] = {
     "shape": (
-        "{lead} {colour} {shape}",
-        "{lead} {colour} {shape}",
-        "{lead} {shape}",
-        "{lead} {colour} object",
-        "{lead} {colour} shape",
+        "{begin} {colour} {shape}",
+        "{begin} {colour} {shape}",
+        "{begin} {shape}",
+        "{begin} {colour} object",
+        "{begin} {colour} shape",
     ),
     "textured": (
-        "{lead} {adjective} {shape}",
-        "{lead} {adjective} {shape}",
-        "{lead} {colour} {adjective} {shape}",
+        "{begin} {adjective} {shape}",
+        "{begin} {adjective} {shape}",
+        "{begin} {colour} {adjective} {shape}",
     ),
     "outline": (
-        "{lead} outline of a {shape}",
+        "{begin} outline of a {shape}",
         "the outline of a {shape}",
         "a line drawing of a {shape}",
         "a sketch of a {shape}",
     ),
     "pattern": (
-        "{lead} pattern of {texture}",
+        "{begin} pattern of {texture}",
         "a pattern of {texture}",
         "a background with {texture}",
-        "{lead} texture with {texture}",
+        "{begin} texture with {texture}",
     ),
     "count": (
         "a photo of {count} {shapes}",
@@ -85,13 +85,13 @@ SAYINGS: dict[str, tuple[str, ...]] = {
         "a {colour} {shape} at the {position}",
     ),
     "letter": (
-        "{lead} letter {glyph}",
+        "{begin} letter {glyph}",
         "a photo of the letter {glyph}",
         "a handwritten letter {glyph}",
         "the letter {glyph}",
     ),
     "digit": (
-        "{lead} digit {glyph}",
+        "{begin} digit {glyph}",
         "a photo of the number {glyph}",
         "a handwritten digit {glyph}",
         "the digit {glyph}",
@@ -149,7 +149,7 @@ def captions(attributes: Attributes, u: Array) -> list[str]:
 
     Args:
         attributes: what the scenes show, N rows.
-        u: (N, 2) uniform in [0, 1): which saying, which lead.
+        u: (N, 2) uniform in [0, 1): which sentence of `SAYINGS`, which beginning.
     """
     colours = tuple(COLOURS)
     lines = []
@@ -159,7 +159,7 @@ def captions(attributes: Attributes, u: Array) -> list[str]:
         single = attributes.count[i] == 0
         lines.append(
             sayings[int(u[i, 0] * len(sayings))].format(
-                lead=LEADS[int(u[i, 1] * len(LEADS))],
+                begin=BEGINNINGS[int(u[i, 1] * len(BEGINNINGS))],
                 colour=colours[attributes.colour[i]],
                 shape=shape,
                 shapes=shape if single else plural(shape),
@@ -175,13 +175,13 @@ def captions(attributes: Attributes, u: Array) -> list[str]:
 
 
 def plural(noun: str) -> str:
-    """More than one of them."""
+    """The plural of a noun."""
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def sentences() -> Iterator[str]:
-    """Sentences that together hold every word a caption can hold."""
-    yield from LEADS
+    """Sentences that together contain every word of every caption."""
+    yield from BEGINNINGS
     for sayings in SAYINGS.values():
         yield from (saying.translate(str.maketrans("{}", "  ")) for saying in sayings)
     yield from (*COLOURS, *SHAPES, *map(plural, SHAPES), *TEXTURES, *ADJECTIVES.values())

@@ -39,8 +39,8 @@ class World:
         classes: name of each class -> the attributes that make it; all others vary freely.
         templates: sentences with `{c}`.
         size: images of each split.
-        boost: contrast, as a multiple of what pretraining shows; more of it is another rendering, in which
-            thin lines and fine patterns can be told apart under attack at all.
+        boost: contrast, as a multiple of what pretraining shows; more of it is another rendering, in which a
+            model can tell thin lines and fine patterns apart under attack.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Writes the tiny world to disk in the layout of every other dataset, so the demo runs the real path."""
+"""Write the tiny world to disk in the layout of every other dataset, so that the demo runs the same code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(root: Path, only: Sequence[str] | None = None, progress: Progress | Non
     Args:
         root: data root.
         only: names of datasets; all by default.
-        progress: told after every few hundred images.
+        progress: called after every few hundred images.
 
     Returns:
         The folders, in the order of the world.

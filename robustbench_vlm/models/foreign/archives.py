@@ -1,7 +1,8 @@
-"""Files of `torch.save` -> safetensors; the program that `sandbox` runs, with limits on memory and time.
+"""Files of `torch.save` -> safetensors: the program that `sandbox` runs with limits on memory and time.
 
-`python -m robustbench_vlm.models.archives FILE OUT MEMORY SECONDS`, where MEMORY is in bytes of address space
-and SECONDS are of the processor. It prints JSON: the names of the tensors, or why the file is refused.
+`python -m robustbench_vlm.models.foreign.archives FILE OUT MEMORY SECONDS`, where MEMORY is in bytes of
+address space and SECONDS are of the processor. It prints JSON: the names of the tensors, or why the file is
+refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file written by PyTorch befo
 
 
 def content(view: View, raw: bytes) -> bytes:
-    """The bytes of a tensor in row order, cut out of its storage."""
+    """The bytes of a tensor in row-major order, taken from its storage."""
     shape, width, count = view.shape, view.storage.width, math.prod(view.shape)
     if len(shape) != len(view.stride):
         raise RefusedError("a tensor whose shape and stride disagree")
@@ -50,7 +51,7 @@ def content(view: View, raw: bytes) -> bytes:
 
 
 def open_archive(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
-    """The pickle of a zip archive, and how the bytes of a storage are had."""
+    """The unpickled value of a zip archive, and a function that reads the bytes of a storage."""
     archive = zipfile.ZipFile(path)
     members = {info.filename: info for info in archive.infolist()}
     if len(members) != len(archive.infolist()) or len(members) > MEMBERS:
@@ -74,9 +75,9 @@ def open_archive(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
 
 
 def open_old(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
-    """The same of a file of PyTorch before 1.6: pickles one after another, then the raw storages."""
+    """`open_archive` for a file of PyTorch before 1.6: consecutive pickles, then the raw storages."""
     machine = Machine(old={"the file format of PyTorch before 1.6"})
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     with path.open("rb") as file:
         if machine.run(file) != MAGIC:
             raise RefusedError("a bare pickle: not written by torch.save")
@@ -88,12 +89,12 @@ def open_old(path: Path) -> tuple[Machine, Any, Callable[[Storage], bytes]]:
             raise RefusedError("a list of storages that is not that of its tensors")
         for key in keys:
             (count,) = struct.unpack("<q", file.read(8))
-            places[key] = file.tell()
+            offsets[key] = file.tell()
             file.seek(count_of(count) * machine.storages[key].width, 1)
 
     def read(storage: Storage) -> bytes:
         with path.open("rb") as file:
-            file.seek(places[storage.key])
+            file.seek(offsets[storage.key])
             return file.read(storage.count * storage.width)
 
     return machine, value, read
@@ -109,11 +110,11 @@ def write(views: dict[str, View], read: Callable[[Storage], bytes], out: BinaryI
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
-    held: tuple[str, bytes] = ("", b"")
+    storage: tuple[str, bytes] = ("", b"")
     for view in views.values():
-        if held[0] != view.storage.key:
-            held = (view.storage.key, read(view.storage))
-        out.write(content(view, held[1]))
+        if storage[0] != view.storage.key:
+            storage = (view.storage.key, read(view.storage))
+        out.write(content(view, storage[1]))
 
 
 def convert(path: Path, out: Path) -> dict[str, list[str]]:

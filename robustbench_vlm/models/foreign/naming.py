@@ -1,8 +1,8 @@
-"""How other programs name the tensors of a CLIP model, mapped onto the names of open_clip.
+"""Names that other programs give to the tensors of a CLIP model -> the names of open_clip.
 
-Every scheme is a function of names alone. A file is read under the scheme, and after the removal of the
-prefixes that all its names share, under which it fits the architecture exactly; else the error says which
-scheme came nearest, and what it lacks and has too much.
+Every naming scheme is a function of the names alone. A file is read under the first scheme whose names are
+exactly those of the architecture, with or without prefixes that all names share. If there is none, the error
+names the nearest scheme, and which tensors are missing or left over.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def lora(state: State) -> Named | None:
         up = [v for k, v in state.items() if k.startswith(f"{stem}.lora_B.")]
         if name.endswith(".weight") and (down or up):
             if len(down) != 1 or len(up) != 1 or down[0].shape[0] != LORA_RANK:
-                return Named("MMT-ARD adapters", dict(state), {})  # of another rank or number: fits nothing
+                return Named(
+                    "MMT-ARD adapters", dict(state), {}
+                )  # another rank or number: fits no architecture
             merged = value + (up[0] @ down[0]) * (LORA_ALPHA / LORA_RANK)
         plain = name.replace(".base_layer.", ".")
         plain = re.sub(r"\.attn\.qkv\.(weight|bias)$", r".attn.in_proj_\1", plain)
@@ -128,7 +130,7 @@ def transformers(state: State) -> Named | None:
 
 
 def _of_transformers(name: str, value: Tensor, state: State) -> dict[str, Tensor]:
-    """Where one tensor goes; the three projections of an attention become one."""
+    """One tensor under its new name; the three projections of an attention are joined into one tensor."""
     for theirs, ours in HF_TOWERS:
         if not name.startswith(theirs):
             continue
@@ -141,14 +143,14 @@ def _of_transformers(name: str, value: Tensor, state: State) -> dict[str, Tensor
         if not (layer := HF_LAYER.fullmatch(inner)):
             break
         block, part, kind = layer.groups()
-        place = f"{ours}transformer.resblocks.{block}."
+        prefix = f"{ours}transformer.resblocks.{block}."
         if part in HF_BLOCK:
-            return {f"{place}{HF_BLOCK[part]}.{kind}": value}
+            return {f"{prefix}{HF_BLOCK[part]}.{kind}": value}
         if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             stem = f"{theirs}encoder.layers.{block}.self_attn"
             parts = [state.get(f"{stem}.{p}_proj.{kind}") for p in "qkv"]
             if all(p is not None for p in parts):
-                return {f"{place}attn.in_proj_{kind}": torch.cat([p for p in parts if p is not None])}
+                return {f"{prefix}attn.in_proj_{kind}": torch.cat([p for p in parts if p is not None])}
     return {name: value}
 
 
@@ -196,7 +198,7 @@ def read(state: State, image: set[str], text: set[str], where: str) -> Named:
 
 
 def _unpacked(state: State, where: str) -> State:
-    """The weights among everything that a training script saved."""
+    """The weights inside everything that a training script saved."""
     for box in (TECOA, *CONTAINERS):
         inside = {k.removeprefix(f"{box}."): v for k, v in state.items() if k.startswith(f"{box}.")}
         if not inside:
@@ -211,7 +213,7 @@ def _unpacked(state: State, where: str) -> State:
 
 
 def _levels(state: State) -> Iterator[State]:
-    """The state, then without the first part of its names as long as all names share it."""
+    """The state, then again without the first part of its names, as long as all names share that part."""
     while state:
         yield state
         first = {name.partition(".")[0] for name in state}

@@ -50,7 +50,7 @@ TOKENS = {
 
 
 class RefusedError(Exception):
-    """Why the file is not read; one line."""
+    """The reason why a file is not read, in one line."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Name:
 
 @dataclass(frozen=True)
 class Token:
-    """What stands for an object that is no tensor and no plain value."""
+    """A stand-in for an object that is no tensor and no plain value."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes that tensors are views of."""
+    """A block of bytes that tensors are views of."""
 
     key: str
     dtype: str
@@ -79,7 +79,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor: where it lies in its storage; offset and stride in elements."""
+    """A tensor as a view of its storage; offset and stride in elements."""
 
     storage: Storage
     offset: int
@@ -92,7 +92,7 @@ MARK = Token("mark")
 
 @dataclass
 class Machine:
-    """The stack of one pickle, and what it met that only old files have."""
+    """The state of a stack machine that reads one pickle; `old` lists features of old files."""
 
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -178,7 +178,7 @@ def _made(function: str, given: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a vie
 def count_of(value: object) -> int:
     """A count of elements; refused if it is none."""
     if type(value) is not int or not 0 <= value < 2**60:
-        raise RefusedError("a tensor whose place or shape is no count")
+        raise RefusedError("a tensor whose offset or shape is no count")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save` -> tensors, by way of a separate process with limits that reads them as data."""
+"""Files of `torch.save` -> tensors, read as data by a separate process with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import checkpoint
 
 PROGRAM = "robustbench_vlm.models.foreign.archives"
-HOME = Path(__file__).parents[3]  # where the program is imported from, wherever it is run
-MEMORY = 4 * 2**30  # bytes of address space; one storage is held at a time
+HOME = Path(__file__).parents[3]  # folder that the program is imported from, whatever the working directory
+MEMORY = 4 * 2**30  # bytes of address space; one storage is in memory at a time
 SECONDS = 300
 HEADS = {
     b"<": "a web page, not weights: the server sent HTML",
@@ -30,11 +30,11 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Unpickled:
-    """What was in a file.
+    """The contents of a file.
 
     Attributes:
         state: tensors by their dotted names.
-        old: what only old programs write (the old file format, scalars of NumPy, options of a run).
+        old: features that only old programs write (the old file format, scalars of NumPy, options of a run).
     """
 
     state: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Unpickled:
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no ordinary, non-empty file, or plainly not one of weights.
+    """Refuse what is no ordinary file, is empty, or visibly contains no weights.
 
     Raises:
         WeightsError: missing, a loop of links, a device, a folder; empty, a web page, a git-lfs pointer.

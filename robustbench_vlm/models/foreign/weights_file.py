@@ -1,4 +1,4 @@
-"""Weights that other programs wrote -> `Clip`: single files on a base model, folders of transformers."""
+"""Weights of other programs -> `Clip`: weights files beside a base model, and folders of transformers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Foreign:
     """A model with weights that another program wrote.
 
     Attributes:
-        scheme: how they were named.
-        own_text: whether the text tower came with them.
-        old: what only old programs write, met on the way.
+        model: the model.
+        scheme: the naming scheme of the tensors.
+        own_text: whether the file has a text tower, too.
+        old: features of the file that only old programs write.
     """
 
     model: Clip
@@ -42,7 +43,7 @@ require_file = sandbox.require_file
 
 
 def state_of(path: Path, limits: Mapping[str, int] | None = None) -> sandbox.Unpickled:
-    """The tensors of a weights file, by whatever it was written.
+    """The tensors of a weights file.
 
     Raises:
         WeightsError: not an ordinary file, damaged, refused.
@@ -73,7 +74,7 @@ def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, .
     named = naming.read(state, *names, where)
     for name, value in {**named.image, **named.text}.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise WeightsError(where, f"tensor {name!r} holds values that are not finite", "trained weights")
+            raise WeightsError(where, f"tensor {name!r} has values that are not finite", "trained weights")
     checkpoint.fill(base.visual, named.image, where)
     facts = base.facts
     if named.text:

@@ -12,7 +12,7 @@ from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 
 
-def evaluate(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.DataFrame:
+def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.DataFrame:
     """Evaluate every cell of a plan that is not finished yet, and return the rows of all of them.
 
     Datasets of the tiny world that are not below the data root are rendered first.

@@ -1,4 +1,4 @@
-"""What a check of a model found, and the findings of all checks together."""
+"""What an examination of a model found, as a record."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SEVERITY: dict[Level, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 @dataclass(frozen=True)
 class Check:
-    """The finding of one check.
+    """The result of one examination.
 
     Attributes:
-        name: never changes; a failed check stands by this name among the flags of a result.
-        level: `fail`, the robust accuracy does not mean what it says; `warn`, it has to be read with care.
-        value: the measured number; None where nothing could be measured.
-        bound: the value above which the check fails or warns.
-        sentence: what was found.
+        name: never changes between versions; the name of a failed check is a flag of the result.
+        level: `fail`: the robust accuracy does not mean what it claims; `warn`: it needs care.
+        value: the measured number; None where it could not be measured.
+        bound: the number with which the value is compared.
+        sentence: what the value means.
     """
 
     name: str
@@ -30,15 +30,9 @@ class Check:
     sentence: str
 
 
-def check(name: str, level: Level, value: float | None, bound: float, sentence: str) -> Check:
-    """A check whose numbers have three digits, which are the same on every machine; later ones are not."""
-    short = None if value is None else float(f"{value:.3g}")
-    return Check(name, level, short, float(f"{bound:.3g}"), sentence)
-
-
 @dataclass(frozen=True)
 class Examined:
-    """The findings about one model on one data set, and the model calls that those before the attack took."""
+    """All checks of a model on one dataset, and the model calls that those before the attack made."""
 
     checks: tuple[Check, ...]
     forwards: int = 0
@@ -51,14 +45,21 @@ class Examined:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The findings as plain values."""
+        """The same as plain values."""
         return asdict(self)
 
     def joined(self, later: Iterable[Check]) -> Examined:
-        """These findings and later ones; of two with one name the worse stands, the earlier one if equal."""
+        """These checks and later ones; of two with one name the worse stands, the earlier one if equal."""
         found = {check.name: check for check in self.checks}
         for check in later:
             known = found.get(check.name)
             if known is None or SEVERITY[check.level] > SEVERITY[known.level]:
                 found[check.name] = check
         return Examined(tuple(found.values()), self.forwards, self.gradients)
+
+
+def check(name: str, level: Level, value: float | None, bound: float, sentence: str) -> Check:
+    """A record with three digits, which are the same on every machine where the last bits are not."""
+    return Check(
+        name, level, None if value is None else float(f"{value:.3g}"), float(f"{bound:.3g}"), sentence
+    )

@@ -20,7 +20,7 @@ def folder_of(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}-{recipe.fingerprint[:8]}"
 
 
-def train(
+def run_recipe(
     recipe: Recipe,
     out: Path,
     data_root: Path,

@@ -31,7 +31,7 @@ from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.types import Classify
 
 STAGES = ("apgd-t", "fab-t", "square")
-EPS = 0.02  # 255ths: small, so that no row is broken and all walk on
+EPS = 0.02  # 255ths: small, so that no row is broken and all go on
 WARM, STEPS, TRACED = 12, 40, 10
 TOP = 15
 WHOLE = Size(steps=100, queries=1000, targets=2)  # where the whole engine is timed
@@ -76,7 +76,7 @@ def steps(attack: Attack, classify: Classify, images: Tensor, labels: Tensor) ->
     forwards, gradients = oracle.calls.forwards // WARM, oracle.calls.gradients // WARM
     spent: list[list[float]] = [[], []]
 
-    def walk() -> None:
+    def iterate() -> None:
         nonlocal state
         state = attack.step(state, oracle)
 
@@ -85,12 +85,12 @@ def steps(attack: Attack, classify: Classify, images: Tensor, labels: Tensor) ->
             bare(classify, images, kind)
 
     for _ in range(STEPS):  # turn and turn about, so that a change of the machine's speed meets both
-        spent[0].append(timed(walk, images.device))
+        spent[0].append(timed(iterate, images.device))
         spent[1].append(timed(alone, images.device))
     step, model = map(statistics.median, spent)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + images.is_cuda]) as trace:
         for _ in range(TRACED):
-            walk()
+            iterate()
     head = f"{step:8.2f} ms an iteration, model calls alone {model:.2f}, bookkeeping {step - model:.2f}"
     return [head, *operators(trace, cuda=images.is_cuda)]
 

@@ -1,4 +1,4 @@
-"""What can be named on the command line, and what this machine has: the verbs `list`, `show` and `doctor`."""
+"""Everything that has a name, and what this machine can do: the commands `list`, `show` and `doctor`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _kind(what: str) -> str:
 
 
 def names(what: str) -> list[tuple[str, str]]:
-    """(name, one line about it) of everything of a kind.
+    """Name and title of everything of a kind, such as `attacks`.
 
     Raises:
         InputError: no such kind.
@@ -151,7 +151,7 @@ def list_recipes() -> list[str]:
 
 
 def details(what: str, name: str) -> dict[str, Any]:
-    """Everything known about one thing.
+    """The card, or all known facts, of the thing of that kind and name.
 
     Raises:
         InputError: no such kind, or nothing of that name.
@@ -198,7 +198,7 @@ def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
 
 
 def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
-    """Epochs, operations and memory of a recipe (`cost.estimate`), or what keeps them from being known."""
+    """Epochs, operations and memory of a recipe (`cost.estimate`), or why they are unknown."""
     passes = defense.passes()
     if passes is None:
         return {"unknown": f"defense {recipe.defense['name']} does not say what a step costs"}
@@ -214,7 +214,7 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
 
 
 def _config(model: str) -> dict[str, Any] | None:
-    """The configuration of a model; of a run still to be made, that of its recipe's student."""
+    """The configuration of a model; of a run that does not exist yet, that of its recipe's student."""
     from robustbench_vlm.models import model_ids, openclip, zoo
 
     name = Path(model).name
@@ -225,7 +225,7 @@ def _config(model: str) -> dict[str, Any] | None:
 
 
 def doctor() -> list[tuple[str, str, str]]:
-    """(what, what was found, what to do about it) for everything that decides what this machine can do."""
+    """What this machine has: rows of (what, what was found, what to do about it)."""
     import torch
 
     from robustbench_vlm.backends.backend import installed_packages

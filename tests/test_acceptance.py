@@ -103,16 +103,16 @@ def test_apgd_is_the_algorithm_written_down_plainly(norm, loss, steps):
     threat, targets = THREATS[norm], (labels + 1) % 10
     rows = Rows(images, labels, targets, Keyed(tuple(f"n{i}" for i in range(ROWS))), (0,) * ROWS, stop="last")
     attack = Apgd(loss, steps, 0.75, 1, 9 if loss == "targeted-dlr" else 0)
-    state, walked = attack.start(rows, threat), []
+    state, iterates = attack.start(rows, threat), []
     for _ in range(steps + 1):
         state = attack.step(state, Oracle(model))
-        walked.append(state.x.clone())
+        iterates.append(state.x.clone())
     assert bool(state.done.all())
     halvings = (2 * float(threat.eps) / state.size).log2()
     assert halvings.min() < halvings.max(), "rows part ways"
     for i in range(8):
-        points = plainly(model, images[i], labels[i], targets[i], loss, walked[0][i], threat, steps)
-        for number, (point, ours) in enumerate(zip(points, walked, strict=True)):
+        points = plainly(model, images[i], labels[i], targets[i], loss, iterates[0][i], threat, steps)
+        for number, (point, ours) in enumerate(zip(points, iterates, strict=True)):
             if norm == "linf":
                 assert torch.equal(point, ours[i]), f"image {i}, evaluation {number}"
             else:
@@ -173,7 +173,7 @@ def test_the_last_misclassified_iterate_is_returned_and_a_success_is_kept(norm):
     "attack", [Apgd("targeted-dlr", 3, 0.75, 1, 4), Fab(2, 4, 1, 0.1, 1.05, 0.9)], ids=["apgd-t", "fab-t"]
 )
 def test_targets_are_tried_in_the_order_of_the_clean_logits(norm, attack):
-    """What was spent says which target broke the image: all before it were walked to their end."""
+    """What was spent says which target broke the image: all before it ran to their end."""
     model, images, labels = data(150)
     logits, met = canonical.logits(model, images, ROWS), set()
     threat = {"linf": Threat("linf", Fraction(6, 255)), "l2": Threat("l2", Fraction(3, 10))}[norm]

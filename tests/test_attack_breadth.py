@@ -289,7 +289,9 @@ def test_a_norm_that_a_chain_cannot_do_names_the_chains_that_can():
 
 def test_l1_goes_all_the_way_from_pixels_to_a_table():
     model, images, labels = classifier(10), *blobs(12, 10, seed=1)
-    found = api.attack(model, images, labels, Threat("l1", Fraction(1)), chain="autoattack-l1", live=12)
+    found = api.attack(
+        model, images, labels, Threat("l1", Fraction(1)), chain="autoattack-l1", active_rows=12
+    )
     table = found.verdicts
     assert list(found.robust) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert 0 < found.robust["square"] < 12

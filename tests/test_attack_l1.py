@@ -92,7 +92,7 @@ def test_excess_and_starts_are_those_of_the_ball():
             dense()
 
 
-def walk(attack, values, images, ball=BALL, gradient=None):
+def run(attack, values, images, ball=BALL, gradient=None):
     """States of one row of l1-APGD whose margin follows `values`, all of them after an evaluation."""
     rows = Rows(images, torch.tensor([0]), torch.tensor([-1]), Keyed(("n",)), (0,))
     slope = torch.arange(images[0].numel()).float() + 1 if gradient is None else gradient
@@ -110,7 +110,7 @@ def walk(attack, values, images, ball=BALL, gradient=None):
 
 def test_a_single_run_begins_with_a_fifth_of_the_entries_and_steps_of_the_radius():
     images = torch.full((1, 3, 10, 10), 0.5)
-    first, second = walk(ApgdL1("margin", (40,), (1.0,), 1, 0), [-2, -1], images)
+    first, second = run(ApgdL1("margin", (40,), (1.0,), 1, 0), [-2, -1], images)
     assert float(first.share) == pytest.approx(0.2)
     assert float(first.size) == 2
     # the largest 60 of 300 gradients (and the one at the threshold) take a step of 2 / 60 each
@@ -121,7 +121,7 @@ def test_a_single_run_begins_with_a_fifth_of_the_entries_and_steps_of_the_radius
 
 def test_sparsity_follows_the_best_point_and_the_step_shrinks_only_once_it_has_settled():
     images = torch.full((1, 3, 10, 10), 0.5)
-    states = walk(ApgdL1("margin", (100,), (1.0,), 1, 0), range(-30, -10), images)  # a look every 4 moves
+    states = run(ApgdL1("margin", (100,), (1.0,), 1, 0), range(-30, -10), images)  # a look every 4 moves
     sizes, shares = [float(s.size) for s in states], [float(s.share) for s in states]
     counts = [float(s.best_changed) for s in states]
     assert sizes[:5] == [2] * 5, "from 300 entries the first count is a fall: the step is the radius again"
@@ -132,14 +132,14 @@ def test_sparsity_follows_the_best_point_and_the_step_shrinks_only_once_it_has_s
         falls = counts[look] / counts[look - 4] < 0.95
         assert sizes[look] == pytest.approx(2 if falls else max(sizes[look - 1] / 1.5, 0.2))
         assert shares[look] == pytest.approx(counts[look] / 300 / 1.5)
-    settled = walk(ApgdL1("margin", (25,), (1.0,), 1, 0), [-1.0] * 26, images)  # nothing ever better
+    settled = run(ApgdL1("margin", (25,), (1.0,), 1, 0), [-1.0] * 26, images)  # nothing ever better
     assert float(settled[-1].size) == pytest.approx(0.2), "never below a tenth of the radius"
 
 
 def test_each_run_has_its_radius_and_only_the_last_can_succeed():
     images, ball = torch.full((1, 3, 10, 10), 0.5), Threat("l1", Fraction(3))
     attack = ApgdL1("margin", (2, 2, 3), (3.0, 2.0, 1.0), 1, 0)
-    states = walk(attack, [1.0] * 9 + [-1.0], images, ball)
+    states = run(attack, [1.0] * 9 + [-1.0], images, ball)
     lengths = [float((s.x - images).abs().sum()) for s in states]
     assert lengths == pytest.approx([9] * 3 + [6] * 3 + [3] * 4, rel=1e-4)
     assert [bool(s.broken) for s in states] == [False] * 6 + [True] * 3 + [False]

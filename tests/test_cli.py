@@ -363,7 +363,11 @@ def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(v
         ("autoattack", ("queries = 5000", "queries = 0"), ["square: queries 0", "at least 1"]),
         ("autoattack", ("rows = 64", "rows = 0"), ["rows", "greater than or equal to 1"]),
         ("autoattack", ('name = "apgd-t"', 'name = "apgd-ce"'), ["stage names must differ"]),
-        ("autoattack", ('attack = "square"\n', ""), ["stage.3.attack: Field required"]),
+        (
+            "autoattack",
+            ('attack = "square"\n', ""),
+            ["no key stage.3.attack", "name of the attack, or `module:Class`"],
+        ),
     ],
 )
 def test_a_chain_that_cannot_run_stops_before_the_model_is_loaded(vlmrob, tmp_path, chain, change, words):

@@ -197,8 +197,9 @@ def test_a_card_that_lacks_several_keys_names_them_all_and_include_may_stand_any
     for line in lines:
         said = vlmrob(line)
         assert said.code == 2
-        assert (
-            said.err.splitlines()[-1] == "error: own/datasets/my-digits.toml: size, licence: Field required"
+        assert said.err.splitlines()[-1] == (
+            "error: own/datasets/my-digits.toml: no key size, licence; expected all of them; "
+            "vlmrob new KIND NAME writes a card with every key"
         )
     assert "requires an argument" in vlmrob("list suites --include").err
     assert vlmrob("list suites --include nowhere").code == 2

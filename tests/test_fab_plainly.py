@@ -71,16 +71,16 @@ def test_fab_is_the_algorithm_written_down_plainly(norm, beta):
     model, (images, labels) = classifier(10), blobs(N, 10, seed=4)
     labels, targets = model(images).argmax(1), model(images).argsort(dim=1)[:, -2]
     rows = Rows(images, labels, targets, Keyed(tuple("abcdef")), (0,) * N)
-    attack, walked = Fab(STEPS, 1, 1, ALPHA, ETA, beta), []
+    attack, iterates = Fab(STEPS, 1, 1, ALPHA, ETA, beta), []
     state = attack.start(rows, THREATS[norm])
     for _ in range(STEPS):
         state = attack.step(state, Oracle(model))
-        walked.append(state.x.flatten(1).double())
+        iterates.append(state.x.flatten(1).double())
     capped = []
     for i in range(N):
         points, nearest, weights = plainly(model, images[i], int(labels[i]), int(targets[i]), norm, beta)
         for number, point in enumerate(points):
-            assert torch.allclose(walked[number][i], point, atol=2e-5), f"image {i}, iteration {number}"
+            assert torch.allclose(iterates[number][i], point, atol=2e-5), f"image {i}, iteration {number}"
         assert nearest == pytest.approx(float(state.nearest[i]), rel=1e-3)
         capped += [weight == ALPHA for weight in weights[1:]]  # at first both projections are one
     assert any(capped) == (beta == STRONG)

@@ -223,7 +223,7 @@ def test_a_card_without_a_commit_takes_the_newest_and_keeps_to_it(origin, tmp_pa
     line = ["--include", tmp_path / "cards", "data", "fetch", "toy", "--mirror", origin.url]
     origin.faults["test/1.tar"] = ["drop"] * hub.RETRIES
     assert vlmrob(monkeypatch, *line, "--root", tmp_path / "data") == 75
-    assert "the card pins no commit; this one is the newest" in capsys.readouterr().err
+    assert "the card names no commit, so the newest one is fetched" in capsys.readouterr().err
     assert any(path.endswith("/revision/main") for _, path, _ in origin.asked)
     origin.asked.clear()
     assert vlmrob(monkeypatch, *line, "--root", tmp_path / "data") == 0

@@ -1,7 +1,10 @@
 """Encoders, text banks, checkpoints, LoRA and open_clip names: real networks, small ones where it can be."""
 
+import ast
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 
+import robustbench_vlm
 from robustbench_vlm import store
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, lora, openclip, zoo
@@ -170,6 +174,31 @@ def test_untrained_words_are_named_when_the_trained_ones_are_known(model):
 
 
 # Modes
+
+
+def test_a_replaced_model_shares_its_towers_and_changes_nothing_else(model):
+    model.train()
+    other = model.replaced(preprocess=replace(model.preprocess, mean=(0.0, 0.0, 0.0)), logit_scale=7.0)
+    model.eval()
+    assert (other.visual, other.language, other.facts) == (model.visual, model.language, model.facts)
+    assert (other.logit_scale, other.training, model.logit_scale != 7.0) == (7.0, True, True)
+    assert torch.equal(other.mean, torch.zeros(1, 3, 1, 1))
+    with torch.no_grad():
+        x = images()
+        torch.testing.assert_close(other.eval()(x), model(x + model.mean))
+    with pytest.raises(TypeError, match="antialias"):
+        model.replaced(antialias=False)
+
+
+def test_no_code_assigns_to_a_model_that_is_built():
+    """What a `Clip` was built with stands in its buffers too; `Clip.replaced` makes another one."""
+    package = Path(robustbench_vlm.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                if isinstance(target, ast.Attribute) and target.attr in ("preprocess", "language", "facts"):
+                    assert ast.unparse(target.value) == "self", f"{path}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from robustbench_vlm.errors import CardError, nearest
+from robustbench_vlm.cards.reader import wrong_value
+from robustbench_vlm.errors import CardError, InputError, nearest
 
 
 def names(kind: str) -> list[str]:
@@ -102,6 +103,6 @@ def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  
     try:
         return TypeAdapter(plugin).validate_python(dict(fields))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CardError(where, f"{name}.{field}: {first['msg']} (found {first['input']!r:.80})") from None
+        raise wrong_value(error, f"{where}, {name}") from None
+    except InputError as error:  # of the plug-in's own checks, which do not know the card
+        raise CardError(where, str(error)) from None

@@ -20,6 +20,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
 from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.fields import fields, nested_record
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.overrides import number
 from robustbench_vlm.cards.overrides import override as override
@@ -68,7 +69,8 @@ def include(folders: list[Path]) -> None:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"--include {folder}", "no such folder", "a folder laid out like suites/")
+            expected, do = "a folder laid out like suites/", "vlmrob new KIND NAME --out FOLDER begins one"
+            raise InputError(f"--include {folder}", "no such folder", expected, do)
     _include[:] = folders
     _paths.cache_clear()
 
@@ -157,8 +159,13 @@ def path(kind: str, name: str) -> Path:
     """
     file = SAME.get((kind, name), name)
     found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
+    do = f"vlmrob list {kind} shows them"
     if found is None:
-        raise CardError(f"{singular(kind)} {name!r}", "no such card", do=nearest(name, _paths(kind)))
+        raise CardError(
+            f"{singular(kind)} {name!r}", "no such card", do=f"{nearest(name, _paths(kind))}; {do}"
+        )
+    if not found.exists():
+        raise CardError(f"{singular(kind)} {name}", "no such file", "a TOML card, or a name", do)
     return found
 
 
@@ -212,7 +219,12 @@ def subset(suite: Suite) -> tuple[str, ...]:
 
 
 def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
-    """A strict record from a table; a CardError names file, key, what was found and the nearest known key."""
+    """A strict record from a table.
+
+    Raises:
+        CardError: an unknown or missing key or a value of the wrong kind; the message names `where`, the key,
+            what was found and what is expected.
+    """
     try:
         return record.model_validate(table)
     except ValidationError as error:
@@ -220,12 +232,27 @@ def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
         first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
         missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
         keys = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
-        key = ", ".join(keys)
+        key, inner = ", ".join(keys), _record_at(record, first["loc"][:-1])
         if unknown:
-            do = nearest(str(first["loc"][-1]), _known_keys(record, first["loc"][:-1]))
+            do = nearest(str(first["loc"][-1]), inner.model_fields)
             raise CardError(where, f"unknown key {key!r}", do=do) from None
-        found = "" if first["type"] == "missing" else f" (found {first['input']!r:.80})"
-        raise CardError(where, f"{key or 'card'}: {_one_line(first['msg'])}{found}") from None
+        if missing:
+            last, alone = first["loc"][-1], len(missing) == 1
+            facts = next((one for one in fields(inner) if alone and one.key == last), None)
+            expected = f"{facts.type_text}: {facts.meaning}".rstrip(".") if facts else "all of them"
+            do = "vlmrob new KIND NAME writes a card with every key"
+            raise CardError(where, f"no key {key}", expected, do) from None
+        raise wrong_value(error, where) from None
+
+
+def wrong_value(error: ValidationError, where: str) -> CardError:
+    """The first finding of pydantic about a value, as `where: key = value; expected ...`."""
+    first = error.errors()[0]
+    key = _one_line(".".join(str(part) for part in first["loc"]))
+    message = _one_line(first["msg"]).removeprefix("Value error, ")
+    if not key or not message.startswith("Input should be "):
+        return CardError(where, f"{key}: {message}" if key else message)
+    return CardError(where, f"{key} = {first['input']!r:.80}", message.removeprefix("Input should be "))
 
 
 def _one_line(text: str) -> str:
@@ -233,13 +260,10 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else f"{text!r:.200}"
 
 
-def _known_keys(record: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the table at `path` inside `record`."""
+def _record_at(record: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The record of the table at `path` inside `record`."""
     for part in path:
         field = record.model_fields.get(str(part))
-        if field is None:
-            continue  # an index into a list of tables
-        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        inner = [t for t in kinds if isinstance(t, type)]
-        record = next((t for t in inner if issubclass(t, BaseModel)), record)
-    return list(record.model_fields)
+        if field is not None:  # otherwise an index into a list of tables
+            record = nested_record(field.annotation) or record
+    return record

@@ -45,15 +45,20 @@ class Template:
         """The lines of one table: its plain keys, then the tables inside it, as TOML wants them."""
         plain, tables = [], []
         known = fields(record)
-        for one in known:
-            value = values[one.key] if one.required else values.get(one.key)
-            if one.record is not None:
-                tables += self._nested(one, value, path, active=active)
-            elif isinstance(value, Mapping) and one.type_text.startswith("table of anything"):
-                tables += ["", *_comment(_meaning(one)), f"[{path}{one.key}]", *self._extra(value)]
+        for key_field in known:
+            value = values[key_field.key] if key_field.required else values.get(key_field.key)
+            if key_field.record is not None:
+                tables += self._nested(key_field, value, path, active=active)
+            elif isinstance(value, Mapping) and key_field.type_text.startswith("table of anything"):
+                tables += [
+                    "",
+                    *_comment(_meaning(key_field)),
+                    f"[{path}{key_field.key}]",
+                    *self._extra(value),
+                ]
             else:
-                plain += ["", *_comment(_meaning(one)), _line(one, value, active=active)]
-        listed = {one.key for one in known}
+                plain += ["", *_comment(_meaning(key_field)), _line(key_field, value, active=active)]
+        listed = {key_field.key for key_field in known}
         plain += self._extra({key: value for key, value in values.items() if key not in listed})
         return plain + tables
 
@@ -64,26 +69,26 @@ class Template:
             lines += [*(["", *_comment(_sentence(meaning))] if meaning else []), f"{key} = {toml(value)}"]
         return lines
 
-    def _nested(self, one: Field, value: Any, path: str, *, active: bool) -> list[str]:  # noqa: ANN401 - TOML
-        assert one.record is not None
+    def _nested(self, key_field: Field, value: Any, path: str, *, active: bool) -> list[str]:  # noqa: ANN401 - TOML
+        assert key_field.record is not None
         active = active and value is not None
         many = isinstance(value, list | tuple)
-        lines = ["", *_comment(_meaning(one))]
-        for entry in value if many else [value or _types(one.record)]:
-            head = f"[[{path}{one.key}]]" if many else f"[{path}{one.key}]"
+        lines = ["", *_comment(_meaning(key_field))]
+        for item in value if many else [value or _types(key_field.record)]:
+            head = f"[[{path}{key_field.key}]]" if many else f"[{path}{key_field.key}]"
             lines.append(head if active else f"# {head}")
-            lines += self._table(one.record, entry, f"{path}{one.key}.", active=active)
+            lines += self._table(key_field.record, item, f"{path}{key_field.key}.", active=active)
         return lines
 
 
 def _types(record: type[BaseModel]) -> dict[str, Any]:
     """What stands for the required keys of a table that is left out: their types."""
-    return {one.key: f"<{one.type_text}>" for one in fields(record) if one.required}
+    return {key_field.key: f"<{key_field.type_text}>" for key_field in fields(record) if key_field.required}
 
 
-def _meaning(one: Field) -> str:
-    need = "required" if one.required else "optional"
-    return f"{_sentence(one.meaning)} ({one.type_text}; {need})".strip()
+def _meaning(key_field: Field) -> str:
+    need = "required" if key_field.required else "optional"
+    return f"{_sentence(key_field.meaning)} ({key_field.type_text}; {need})".strip()
 
 
 def _sentence(text: str) -> str:
@@ -91,10 +96,10 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}".rstrip(".")
 
 
-def _line(one: Field, value: Any, *, active: bool) -> str:  # noqa: ANN401 - any TOML value
+def _line(key_field: Field, value: Any, *, active: bool) -> str:  # noqa: ANN401 - any TOML value
     if value is not None and active:
-        return f"{one.key} = {toml(value)}"
-    return f"# {one.key} = {toml(one.default if value is None else value)}"
+        return f"{key_field.key} = {toml(value)}"
+    return f"# {key_field.key} = {toml(key_field.default if value is None else value)}"
 
 
 def _comment(text: str) -> list[str]:
@@ -106,8 +111,8 @@ def toml(value: Any) -> str:  # noqa: ANN401 - any TOML value
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, Mapping):
-        entries = ", ".join(f"{key} = {toml(entry)}" for key, entry in value.items())
-        return f"{{ {entries} }}" if entries else "{}"
+        items = ", ".join(f"{key} = {toml(item)}" for key, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml(entry) for entry in value) + "]"
+        return "[" + ", ".join(toml(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)

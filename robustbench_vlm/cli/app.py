@@ -1,4 +1,4 @@
-"""All commands in one program, and the one place that prints errors and exits.
+"""All commands in one program; only this file prints errors and exits.
 
 Torch is imported by the commands that need it, never here, so help and lists are there at once.
 """
@@ -102,7 +102,7 @@ def _include_first(words: list[str]) -> list[str]:
         elif word == "--include":
             folder = next(left, None)
             if folder is None:
-                return [word]  # typer then says that the folder is missing, and takes no command for it
+                return [word]  # typer then reports the missing folder, and does not take the command for it
             front += [word, folder]
         else:
             (front if word.startswith("--include=") else rest).append(word)

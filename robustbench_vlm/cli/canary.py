@@ -12,7 +12,10 @@ from robustbench_vlm import console
 def canary(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a packaged checkpoint.")],
 ) -> None:
-    """Take the canary of a checkpoint anew: what it makes of fixed inputs, written into its card.json."""
+    """Compute the canary of a checkpoint again: its outputs on fixed inputs, written into card.json.
+
+    Loading a checkpoint compares its outputs with the canary, so a change of code or libraries is noticed.
+    """
     from robustbench_vlm.models import convert
 
     console.result(str(convert.add_canary(model)))

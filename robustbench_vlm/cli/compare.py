@@ -15,11 +15,11 @@ from robustbench_vlm.errors import InputError
 
 def compare(
     a: Annotated[str, typer.Argument(help="Model name, or the first digits of its fingerprint.")],
-    b: Annotated[str, typer.Argument(help="The other one; none with --published.")] = "",
+    b: Annotated[str, typer.Argument(help="The other model; left out with --published.")] = "",
     results: Results = Path("results"),
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     published: Annotated[
-        bool, typer.Option("--published", help="Beside what papers printed under the same protocol.")
+        bool, typer.Option("--published", help="Show the numbers of papers under the same protocol.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -27,7 +27,12 @@ def compare(
     from robustbench_vlm.results import compare, result_file
 
     if published == bool(b):
-        raise InputError("compare", "two models or --published", "one of them", "see vlmrob compare --help")
+        raise InputError(
+            "compare",
+            "neither a second model nor --published, or both",
+            "one of the two",
+            "type vlmrob compare A B, or vlmrob compare A --published",
+        )
     cells = result_file.of_suite(result_file.read(results), reader.suite(suite))
     if published:
         _beside(cells, a, as_json=as_json)
@@ -41,7 +46,7 @@ def compare(
 
 
 def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here
-    """Print a model's rows beside those of papers; copied rows say so."""
+    """Print the rows of a model and those that papers published under the same protocol."""
     from robustbench_vlm.results import published
 
     lines = published.beside(cells, model)

@@ -21,7 +21,7 @@ def convert(  # noqa: PLR0913 - one parameter a flag
         str, typer.Option(help="Public checkpoint that it is (see list models): gives base, defense, data.")
     ] = "",
     name: Annotated[str, typer.Option(help="Name in tables; default: of the folder.")] = "",
-    defense: Annotated[str, typer.Option(help="How it was made robust.")] = "unknown",
+    defense: Annotated[str, typer.Option(help="How the model was made robust, e.g. FARE.")] = "unknown",
     trained_on: Annotated[
         str, typer.Option(help="Datasets seen, e.g. imagenet,unknown; default: nothing is known.")
     ] = "",

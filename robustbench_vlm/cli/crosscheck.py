@@ -9,7 +9,7 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cli.options import AsJson, DataRoot, Device, place, require_tiny
+from robustbench_vlm.cli.options import AsJson, DataRoot, Device, device_of, require_tiny
 
 N = 32  # images, by default: the reference spends its whole budget on every robust one
 
@@ -52,7 +52,7 @@ def crosscheck(  # noqa: PLR0913 - one parameter a flag
         n=n,
         arch=arch,
     )
-    where = place(device)
+    where = device_of(device)
     plan = planning.plan(request, where)
     settings, (card,) = plan.settings, plan.datasets
 

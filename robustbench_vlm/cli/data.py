@@ -26,7 +26,7 @@ Root = Annotated[
 
 
 def chosen(name: str) -> tuple[list[DatasetCard], str]:
-    """The datasets of a suite, or the one dataset, of that name; and the split that the suite is judged on.
+    """The datasets of a suite, or a single dataset, by name; and the split to evaluate on.
 
     Raises:
         CardError: neither a suite nor a dataset.
@@ -37,7 +37,7 @@ def chosen(name: str) -> tuple[list[DatasetCard], str]:
         known = next((kind for kind in ("suites", "datasets") if name in reader.names(kind)), "")
     if known == "suites":
         suite = reader.read("suites", name, Suite)
-        return [reader.read("datasets", one, DatasetCard) for one in suite.datasets], suite.split
+        return [reader.read("datasets", member, DatasetCard) for member in suite.datasets], suite.split
     if known == "datasets":
         return [reader.read("datasets", name, DatasetCard)], "test"
     names = [*reader.names("suites"), *reader.names("datasets")]
@@ -50,11 +50,14 @@ def fetch(
     mirror: Annotated[
         str, typer.Option(help="Address of a hub mirror; default: HF_ENDPOINT, or the hub.")
     ] = "",
-    offline: Annotated[bool, typer.Option("--offline", help="Use no network: say what is lacking.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use no network; list what is missing.")] = False,
     split: Annotated[str, typer.Option(help="Name of the split; default: the suite's.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print licences and sizes, and stop.")] = False,
 ) -> None:
-    """Fetch datasets from the hub at pinned commits, told before and verified after; goes on where it was."""
+    """Download datasets from the hub at pinned commits, and verify them.
+
+    Licences and sizes are printed first. An interrupted download continues when the command is repeated.
+    """
     from robustbench_vlm.data import check, dataset, fetch, hub
 
     wanted, usual = chosen(name)
@@ -74,7 +77,9 @@ def fetch(
         console.show("to fetch", [*fetch.COLUMNS], [parcel.texts for parcel in parcels])
         for parcel in parcels:
             if not parcel.pinned:
-                console.remark(f"note: {parcel.card.name}: the card pins no commit; this one is the newest")
+                console.remark(
+                    f"note: {parcel.card.name}: the card names no commit, so the newest one is fetched"
+                )
         fetch.require_space(parcels, root)
         if dry_run:
             return
@@ -84,7 +89,7 @@ def fetch(
     with console.meter() as meter:
         there = [card for card in wanted if not dataset.missing([card], root, split)]
         results = [check.check(card, root, split, meter) for card in there]
-    broken = _told(results, root, as_json=False)
+    broken = _print_checks(results, root, as_json=False)
     for line in by_hand:
         console.remark(f"problem: not on the hub: {line}")
     if broken or by_hand:
@@ -109,7 +114,10 @@ def check(
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold datasets to their cards and manifests: shards, labels, names, counts, hashes; exit 1 if broken."""
+    """Check datasets against their cards and manifests: shards, labels, names, counts, hashes.
+
+    Exits with 1 if anything is broken.
+    """
     from robustbench_vlm.data import check
 
     wanted, usual = chosen(name) if name else (_present(root), "test")
@@ -117,13 +125,13 @@ def check(
     with console.meter() as meter:
         for card in wanted:
             splits = [split] if split else [usual] if name else _splits(card, root)
-            for one in splits:
-                found.append(check.check(card, root, one, meter, decode=decode))
-    if _told(found, root, as_json=as_json):
+            for part in splits:
+                found.append(check.check(card, root, part, meter, decode=decode))
+    if _print_checks(found, root, as_json=as_json):
         raise typer.Exit(BROKEN)
 
 
-def _told(found: list[Checked], root: Path, *, as_json: bool) -> bool:
+def _print_checks(found: list[Checked], root: Path, *, as_json: bool) -> bool:
     """Print what checks found; whether anything is broken."""
     from dataclasses import asdict
 
@@ -143,7 +151,7 @@ def _told(found: list[Checked], root: Path, *, as_json: bool) -> bool:
 
 def _present(root: Path) -> list[DatasetCard]:
     """Cards of the datasets whose folder is there."""
-    all_cards = [reader.read("datasets", one, DatasetCard) for one in reader.names("datasets")]
+    all_cards = [reader.read("datasets", name, DatasetCard) for name in reader.names("datasets")]
     return [card for card in all_cards if (root / card.folder).is_dir()]
 
 
@@ -160,7 +168,9 @@ def export(
         ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Data root to write to.")] = Path("data"),
-    name: Annotated[str, typer.Option(help="Name of the dataset; a known one keeps its class names.")] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of the dataset; that of a card takes the card's class names.")
+    ] = "",
     split: Annotated[str, typer.Option(help="Name of the split.")] = "test",
     names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
     source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
@@ -192,8 +202,8 @@ def export(
         raise DataError(source, "no class names", "one a class", "give them with --names FILE")
     templates = known.templates if known else TEMPLATES
     with console.meter() as meter:
-        place = to / (known.folder if known else f"wds_{name}")
-        folder = export.export(found, place, split, classes, templates, meter)
+        target = to / (known.folder if known else f"wds_{name}")
+        folder = export.export(found, target, split, classes, templates, meter)
     for note in found.notes:
         console.remark(f"note: {note}")
     if found.ignored:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cli.options import DataRoot, place, print_grids
+from robustbench_vlm.cli.options import DataRoot, device_of, print_grids
 
 
 def demo(
@@ -20,13 +20,13 @@ def demo(
     ] = None,
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """The whole job on the built-in tiny world: train two defenses, attack three models, read the table."""
+    """Do the whole job on the built-in tiny world: train two defenses, attack three models, print tables."""
     from robustbench_vlm.demo import whole_job
     from robustbench_vlm.results.compare import COLUMNS
 
     folder = out or Path("runs") / ("demo-full" if full else "demo")
     with console.meter() as meter:
-        shown = whole_job.run(folder, data_root, place("cpu"), meter, console.remark, full=full)
+        shown = whole_job.run(folder, data_root, device_of("cpu"), meter, console.remark, full=full)
     print_grids(shown.rows)
     title = (
         f"A = {whole_job.OURS}, B = {whole_job.BASELINE}; differences in points, p of the exact McNemar test"

@@ -7,7 +7,7 @@ from robustbench_vlm.cli.options import AsJson
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine can do, and what is missing."""
+    """Print what this machine can do, and what is missing."""
     from robustbench_vlm import catalogue
 
     rows = catalogue.doctor()

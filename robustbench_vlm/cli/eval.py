@@ -18,7 +18,7 @@ from robustbench_vlm.cli.options import (
     Device,
     Engine,
     comma_separated,
-    place,
+    device_of,
     print_grids,
 )
 from robustbench_vlm.errors import InputError
@@ -76,7 +76,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
     ] = None,
     save_adversarial: Annotated[
-        bool, typer.Option("--save-adversarial", help="Keep the adversarial images.")
+        bool, typer.Option("--save-adversarial", help="Store the adversarial images.")
     ] = False,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out datasets that are not on disk.")
@@ -98,7 +98,10 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Attack models over a suite; finished cells are kept, half-finished ones go on."""
+    """Attack models on the datasets of a suite.
+
+    Finished results are never computed again, and interrupted ones continue when the command is repeated.
+    """
     images = Images(data, names, templates, columns, split)
     images.require_consistent(suite=suite, dataset=dataset, protocol=protocol)
     datasets, chains = comma_separated(dataset), comma_separated(attack)
@@ -133,7 +136,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
             request = replace(request, suite=images.add(root), data_root=root)
         elif not (suite or protocol):
             request = replace(request, suite=_default_suite(datasets))
-        plan = planning.plan(request, place(device))
+        plan = planning.plan(request, device_of(device))
         if dry_run:  # leaves nothing behind, so what would be rendered or exported counts as there
             for line in estimate.price(plan):
                 console.result(line)
@@ -154,7 +157,10 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
 
 
 def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
-    """Refuse an unknown model before torch is imported, unless a chain of one's own may be wrong, too."""
+    """Refuse an unknown model before torch is imported, unless the chain is not a packaged card.
+
+    Errors in the user's own chain are reported before errors in the name of a model.
+    """
     known = reader.names("attacks")
     if all(name in known and reader.path("attacks", name).is_relative_to(reader.home()) for name in chains):
         for name in models:
@@ -186,7 +192,7 @@ def _default_suite(datasets: tuple[str, ...]) -> str:
 
 
 def _newest_checkpoint() -> str:
-    """The newest checkpoint folder below runs/; said aloud, never silently."""
+    """The newest checkpoint folder below runs/, or `tiny`; the choice is printed."""
     found = sorted(Path("runs").rglob("card.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         console.remark("no --model and no checkpoint under runs/: taking the packaged `tiny`")

@@ -12,7 +12,10 @@ from robustbench_vlm.cli.options import AsJson
 
 def list_(
     what: Annotated[
-        str, typer.Argument(help="defenses, attacks, suites, datasets, models, recipes or studies.")
+        str,
+        typer.Argument(
+            help="defenses, attacks, suites, datasets, models, recipes, protocols, prompts or studies."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:

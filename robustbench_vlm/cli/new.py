@@ -1,4 +1,4 @@
-"""`vlmrob new`: write the card, or the file and its card, of a thing of one's own."""
+"""`vlmrob new`: write a card, or a Python file and its card, to start from."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def new(
         "cards"
     ),
 ) -> None:
-    """Write the card, or the Python file and its card, to start from; nothing is ever overwritten."""
+    """Write a card, or a Python file and its card, to start from; existing files are never overwritten."""
     singular = reader.singular(kind)
     if singular not in KINDS:
         raise InputError(
@@ -150,8 +150,8 @@ def _code(kind: str, name: str, out: Path) -> Start:
         facts |= {**CHAIN, "stage": [{"name": name, "attack": plugin, **STAGE}]}
         card_kind, line = "attack", f"vlmrob eval --model tiny --attack {name} --suite tiny --n 10"
     files = {out / f"{module}.py": source, _path(card_kind, name, out): _text(card_kind, facts, meanings)}
-    told = f"Python must find {module}.py: PYTHONPATH={out}, or the folder of an installed package"
-    return Start(files, (told, f"next: PYTHONPATH={out} {line} --include {out}{reader.as_typed()}"))
+    path_note = f"Python must find {module}.py: PYTHONPATH={out}, or the folder of an installed package"
+    return Start(files, (path_note, f"next: PYTHONPATH={out} {line} --include {out}{reader.as_typed()}"))
 
 
 def _path(kind: str, name: str, out: Path) -> Path:
@@ -160,7 +160,7 @@ def _path(kind: str, name: str, out: Path) -> Path:
 
 
 def _attributes(source: str, class_name: str) -> dict[str, str]:
-    """What the docstring of a class says of its attributes, read without running the file."""
+    """The attributes that the docstring of a class describes, read without running the file."""
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     return described(next(ast.get_docstring(node) or "" for node in classes if node.name == class_name))
 

@@ -1,4 +1,4 @@
-"""What several verbs have in common: options, and what is printed or made on the way."""
+"""What several commands share: options, the device, the tiny world and the tables of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def comma_separated(typed: list[str] | None) -> tuple[str, ...]:
     return tuple(name.strip() for text in typed or () for name in text.split(",") if name.strip())
 
 
-def place(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
+def device_of(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here
     """The device of that name."""
     from robustbench_vlm import devices
 

@@ -10,10 +10,13 @@ from robustbench_vlm import console
 
 
 def show(
-    what: Annotated[str, typer.Argument(help="defense, attack, suite, dataset, model, recipe or study.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="defense, attack, suite, dataset, model, recipe, protocol, prompts or study."),
+    ],
     name: Annotated[str, typer.Argument(help="Its name.")],
 ) -> None:
-    """Print everything that is known about one of them, as JSON."""
+    """Print all facts about a defense, attack, suite, dataset, model, recipe or study, as JSON."""
     from robustbench_vlm import catalogue
 
     console.result_json(catalogue.details(what, name))

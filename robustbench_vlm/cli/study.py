@@ -11,7 +11,7 @@ from robustbench_vlm import console
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.cli.options import DataRoot, Device, place, require_tiny
+from robustbench_vlm.cli.options import DataRoot, Device, device_of, require_tiny
 
 
 def study(
@@ -24,7 +24,10 @@ def study(
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
-    """Train every arm of a study over its seeds, attack them all, tabulate and draw; goes on if stopped."""
+    """Train every arm of a study with every seed, attack all models, and write the tables and the plot.
+
+    An interrupted study continues when the command is repeated.
+    """
     card = reader.read("studies", name, Study)
     from robustbench_vlm.studies import findings, render, runner
 
@@ -43,7 +46,7 @@ def study(
         ]
         console.show(f"study {card.name}", ["arm", "seed", "steps", "state", "folder"], rows)
         return
-    where = runner.Resources(data_root, str(place(device)), jobs)
+    where = runner.Resources(data_root, str(device_of(device)), jobs)
     datasets = {run.recipe.data.dataset for run in todo}
     datasets |= set(reader.read("suites", card.final.suite, Suite).datasets)
     require_tiny(sorted(datasets), data_root)

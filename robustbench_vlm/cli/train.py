@@ -22,7 +22,7 @@ def train(
         list[str] | None, typer.Option("--set", help="key=value, e.g. optim.steps=100.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Checkpoint folder; default runs/<recipe>-<hash>.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on in a folder that was started before.")] = True,
+    resume: Annotated[bool, typer.Option(help="Continue in a folder of an interrupted training.")] = True,
     cache: Annotated[
         bool,
         typer.Option(help="Store outputs of frozen teachers on clean images; changes the time and no bit."),
@@ -30,7 +30,10 @@ def train(
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
-    """Train a defense into a checkpoint folder; the same command goes on after an interruption."""
+    """Train a defense, and write a checkpoint folder.
+
+    An interrupted training continues when the command is repeated.
+    """
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
     from robustbench_vlm.training.run import folder_of, run_recipe
 
@@ -39,7 +42,7 @@ def train(
         run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
     console.result(str(folder))
     suites = reader.suites_with(chosen.data.dataset)
-    told = "" if data_root == Path("data") else f" --data-root {data_root}"
+    root = "" if data_root == Path("data") else f" --data-root {data_root}"
     target = f"--suite {suites[0]}" if suites else f"--dataset {chosen.data.dataset}"
-    line = f"vlmrob eval --model {folder} --attack autoattack {target}{told}"
+    line = f"vlmrob eval --model {folder} --attack autoattack {target}{root}"
     console.remark(f"next: {line}{reader.as_typed()}")

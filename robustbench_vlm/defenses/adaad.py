@@ -4,7 +4,7 @@ Source   AdaAD (CVPR 2023) in its released code, boyellow/AdaAD (AT_helper.py, m
 Threat   any norm that `engine.geometry` knows; the released attack is 10 steps from x + 0.001 N(0, 1),
          student in eval mode (`[inner] start = "gaussian"`), and differentiates through the teacher at every
          step.
-Departs  made for CIFAR logits; the zero-shot logits take their place. With alpha = 1 no model is run on the
+Departs  made for CIFAR logits; here zero-shot logits replace them. With alpha = 1 no model is run on the
          clean images; the released code runs them and gives them weight 0.
 Symbols  x clean image, x' adversarial image; S student, R robust teacher.
 """

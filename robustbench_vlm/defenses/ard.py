@@ -3,7 +3,7 @@
 Source   Goldblum, Fowl, Feizi, Goldstein 2020, arXiv:1905.09747, and its released code (main.py).
 Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from a
          start outside the box, student in train mode (`[inner] start = "unclipped"`, `mode = "train"`).
-Departs  made for CIFAR logits; the zero-shot logits, scale included, take their place, and the temperature
+Departs  made for CIFAR logits; here zero-shot logits, scale included, replace them, and the temperature
          divides them. That choice is ours.
 Symbols  x clean image, x' adversarial image, y label; S student, R robust teacher; T temperature.
 """

@@ -5,7 +5,7 @@ Source   Zhao et al. 2024, arXiv:2306.16170, and its released code, zhaoshiji123
          temperatures first, then new temperatures, then the weights that this step uses).
 Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`).
-Departs  made for CIFAR logits; the zero-shot logits, scale included, take their place. Epochs become
+Departs  made for CIFAR logits; here zero-shot logits, scale included, replace them. Epochs become
          shares of the run. Entropies are exact, without the released log(p + 1e-5).
 Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher (C counts
          classes); T_R, T_K their temperatures; H batch-mean entropy of a teacher at its temperature.

@@ -3,7 +3,7 @@
 Source   Zhu et al. 2022, arXiv:2106.04928, and its released code (IAD-I.py), the variant with one teacher.
 Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from a
          start outside the box, student in train mode (`[inner] start = "unclipped"`, `mode = "train"`).
-Departs  made for CIFAR logits; the zero-shot logits take their place. The released code runs the student on x
+Departs  made for CIFAR logits; here zero-shot logits replace them. The released code runs the student on x
          two more times, without effect on the loss.
 Symbols  x clean image, x' adversarial image, y label; S student, R robust teacher;
          a_i = P_R(x'_i)[y_i]^beta, the trust.

@@ -4,7 +4,7 @@ Source   Wang, Zou, Yi, Bailey, Ma, Gu 2020 (ICLR), openreview rklOg6EFwS: the b
          loss built on it, in the form of the released code, YisenWang/MART (mart.py).
 Threat   any norm that `engine.geometry` knows; the released attack maximises cross-entropy, 10 steps from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`).
-Departs  made for CIFAR logits; the zero-shot logits take their place. The released code computes
+Departs  made for CIFAR logits; here zero-shot logits replace them. The released code computes
          log(1.0001 - p_k + 1e-12) and 1.0000001 - p_y; here the constants are left out, and log(1 - p_k) is
          computed from log-probabilities. Where p_k approaches 1, the released term is bounded by 9.2 and
          this one grows with the logits, as cross-entropy does.

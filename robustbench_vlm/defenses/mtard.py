@@ -3,7 +3,7 @@
 Source   MTARD (ECCV 2022) in its released code, zhaoshiji123/MTARD.
 Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`); both terms use one attack.
-Departs  made for CIFAR logits; the zero-shot logits take their place. Epochs become shares of the run.
+Departs  made for CIFAR logits; here zero-shot logits replace them. Epochs become shares of the run.
 Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher (C counts classes).
 """
 

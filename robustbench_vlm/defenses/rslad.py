@@ -3,7 +3,7 @@
 Source   Zi, Zhao, Ma, Jiang 2021, arXiv:2108.07969, and its released code (rslad_loss.py).
 Threat   any norm that `engine.geometry` knows; the released attack is 10 steps from x + 0.001 N(0, 1),
          student in eval mode (`[inner] start = "gaussian"`).
-Departs  made for CIFAR logits; the zero-shot logits take their place. The released log(p + 1e-5) occurs
+Departs  made for CIFAR logits; here zero-shot logits replace them. The released log(p + 1e-5) occurs
          in the entropy of the teacher only; it has no gradient and is left out.
 Symbols  x clean image, x' adversarial image; S student, R robust teacher.
 """

@@ -36,7 +36,7 @@ class TgaZsr(Defense):
         alpha: weight of the adversarial map; 0.08 in the released code.
         beta: weight of the clean map; 0.05 in the released code.
         unit: what is normalised before the map is computed. `token`: every patch to unit length, so that the
-            map is a cosine, as the paper means. `channel`: every dimension over the class token and all
+            map is a cosine, as in the paper. `channel`: every dimension over the class token and all
             patches, as the released code does.
     """
 

@@ -5,7 +5,7 @@ Source   Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan 2019 (ICML), arXiv:1901.08573:
          (trades.py).
 Threat   any norm that `engine.geometry` knows; the released attack maximises the penalty, 10 steps from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`).
-Departs  made for CIFAR logits; the zero-shot logits take their place. The released code runs the student on x
+Departs  made for CIFAR logits; here zero-shot logits replace them. The released code runs the student on x
          again in every attack step and once more for the penalty; here `targets` runs it once before the
          attack, and the logits of the cross-entropy serve the penalty. Without batch norm and dropout the
          numbers are the same.

@@ -63,7 +63,7 @@ class Pretrained:
         image: parameters of the image tower, named as in `open_clip.CLIP.visual`.
         text: parameters of the text tower and `logit_scale`, named as in `open_clip.CLIP`; the rows of
             `token_embedding.weight` are those of `token_ids` only.
-        token_ids: (U,) int64, ascending: every token that a caption can hold.
+        token_ids: (U,) int64, ascending: every token that occurs in captions.
     """
 
     image: dict[str, Tensor]

@@ -95,7 +95,7 @@ def _defense_of(table: Mapping[str, Any]) -> str:
 
 
 def _with_defense(table: dict[str, Any], name: str) -> dict[str, Any]:
-    """The table of a recipe with the defense `name` in place of its own.
+    """The table of a recipe with the defense `name` instead of its own.
 
     Models, data, attack and optimiser stay. Fields of the other defense are not carried over, nor are its
     notes, teachers of other roles, or an attack that the new defense does not use.

@@ -78,7 +78,7 @@ def outcome(who: Subject, found: list[Finding], adv: Tensor, *, images: bool) ->
 
 
 def apgd(who: Subject, threat: Threat, loss: str, steps: int, targets: int = 0, **more) -> Outcome:
-    """APGD walked to its end from the same start: verdicts and last misclassified iterates."""
+    """APGD run to its end from the same start: verdicts and last misclassified iterates."""
     name = "targeted-dlr" if targets else loss
     found = who.attack(Apgd(name, steps, 0.75, more.get("n_restarts", 1), targets), threat, stop="last")
     model = theirs.Watched(who.model, who.rows)
@@ -98,7 +98,7 @@ def apgd_l1(who: Subject, threat: Threat, loss: str, steps: tuple[int, ...], tar
 
 
 def eot(who: Subject, threat: Threat, steps: int, draws: int) -> Outcome:
-    """APGD with the mean of several gradients, walked to its end from the same start."""
+    """APGD with the mean of several gradients, run to its end from the same start."""
     found = who.attack(ApgdEot("dlr", steps, 0.75, 1, 0, eot=draws), threat, stop="last")
     run = theirs.apgd(theirs.Watched(who.model, who.rows), threat, "dlr", steps, eot_iter=draws)
     return outcome(who, found, theirs.run(theirs.fed(run, who), who), images=True)

@@ -64,11 +64,11 @@ def units() -> Iterator[Unit]:
     def cells(shares: Sequence[float]) -> list[tuple[str, str, float]]:
         return [(model, norm, share) for share in shares for norm in ("linf", "l2") for model in small]
 
-    walks, searches = ATTACKS[:3], ATTACKS[3:]
-    yield from (Unit(*cell, attack) for cell in cells([first]) for attack in walks)
+    gradient, searches = ATTACKS[:3], ATTACKS[3:]
+    yield from (Unit(*cell, attack) for cell in cells([first]) for attack in gradient)
     yield Unit("clip", "linf", first, "apgd-ce")
     yield from (Unit(*cell, attack) for attack in reversed(searches) for cell in cells([first]))
-    yield from (Unit(*cell, attack) for cell in cells(others) for attack in walks)
+    yield from (Unit(*cell, attack) for cell in cells(others) for attack in gradient)
     yield Unit("clip", "linf", first, "apgd-t")
     yield from (Unit(*cell, "chain", seed) for cell in cells([first]) for seed in SEEDS)
     yield Unit("clip", "linf", first, "fab-t")

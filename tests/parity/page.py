@@ -195,17 +195,17 @@ def _total(records: list[Record], name: str) -> int:
 
 def _l2(single: list[Record]) -> str:
     """What holds where bits cannot be equal."""
-    walks = [one for one in single if one["norm"] == "l2" and one["attack"].startswith("apgd")]
+    apgd = [one for one in single if one["norm"] == "l2" and one["attack"].startswith("apgd")]
     squares = [one for one in single if one["norm"] == "l2" and one["attack"] == "square"]
-    if not walks:
+    if not apgd:
         return ""
-    largest = max(one["apart"] for one in walks)
+    largest = max(one["apart"] for one in apgd)
     told = f"""
         For Linf every operation of APGD and Square is on single pixels, so bits are equal. L2 takes norms:
         sums over another shape round differently in the last bits, and many steps may carry that apart. Of
-        the {_total(walks, "both")} images that both sides broke by L2 APGD {_total(walks, "equal")} are equal
+        the {_total(apgd, "both")} images that both sides broke by L2 APGD {_total(apgd, "equal")} are equal
         bit for bit and the others differ by at most {largest:.1g} in a pixel; verdicts that differ:
-        {_total(walks, "flips")}. L2 Square: {_total(squares, "other ends")} of {_total(squares, "n")} images
+        {_total(apgd, "flips")}. L2 Square: {_total(squares, "other ends")} of {_total(squares, "n")} images
         end more than 0.001 apart and {_total(squares, "other queries")} take another number of queries;
         verdicts that differ: {_total(squares, "flips")} (bound: 1 image or 0.7 %, whichever is more). Looked
         at proposal by proposal, such searches agree to some 1e-7 in a pixel until both windows fall on places

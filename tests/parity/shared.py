@@ -157,8 +157,8 @@ def _answers(
     for stream in streams:
         square._draw(stream, np.array(sides), shape, threat.norm)
     drawn = [stream.drawn for stream in streams]
-    room = [shape[1 + axis] for axis in (0, 1)]
-    numbers = (_linf if threat.norm == "linf" else _l2)(drawn, sides, room, found)
+    extent = [shape[1 + axis] for axis in (0, 1)]
+    numbers = (_linf if threat.norm == "linf" else _l2)(drawn, sides, extent, found)
 
     def answer(size: Any) -> Tensor:
         wanted = tuple(size[0]) if isinstance(size[0], (list, tuple, torch.Size)) else tuple(size)
@@ -167,10 +167,10 @@ def _answers(
     return answer
 
 
-def _places(corners: np.ndarray, side: int, room: list[int]) -> Iterator[list[float]]:
+def _places(corners: np.ndarray, side: int, extent: list[int]) -> Iterator[list[float]]:
     """Numbers on [0, 1) that the reference turns into the offsets that ours has drawn."""
     for axis, number in enumerate(corners.reshape(-1)):
-        free = room[axis % 2] - side
+        free = extent[axis % 2] - side
         yield [(np.floor(number * free) + 0.5) / max(free, 1)]
 
 
@@ -179,20 +179,20 @@ def _coin(side: np.ndarray) -> np.ndarray:
     return np.asarray(side) * 0.5 + 0.25
 
 
-def _linf(drawn: list[list[np.ndarray]], sides, room: list[int], found: Search) -> Iterator[Any]:
+def _linf(drawn: list[list[np.ndarray]], sides, extent: list[int], found: Search) -> Iterator[Any]:
     corners, signs, _ = drawn[0]
     yield _coin(np.stack([stripes for _, _, stripes in drawn]))
     for query, side in enumerate(sides):
-        yield from _places(corners[query], side, room)
+        yield from _places(corners[query], side, extent)
         yield _coin(signs[query])
 
 
-def _l2(drawn: list[list[np.ndarray]], sides, room: list[int], found: Search) -> Iterator[Any]:
+def _l2(drawn: list[list[np.ndarray]], sides, extent: list[int], found: Search) -> Iterator[Any]:
     corners, _, turns, *tiles = drawn[0]
     for tile in range(0, len(tiles), 2):
         yield _coin(tiles[tile])
         yield _coin(np.stack([row[3 + tile + 1] for row in drawn]))
     for query, side in enumerate(sides):
-        yield from _places(corners[query], side, room)
+        yield from _places(corners[query], side, extent)
         yield _coin(turns[query])
         yield _coin(np.stack([drawn[row][1][query] for row in found.alive]))

@@ -155,7 +155,9 @@ class AttackWatch:
         oracle = Oracle(self.model.attacked, once=not self.model.plain)
         try:
             found += self._repeated(oracle)
-            found += self._along(probe, change) if change <= bound and self._gradients.calls else []
+            found += (
+                self._along(probe, change, images.device) if change <= bound and self._gradients.calls else []
+            )
         except AttackError as error:  # no gradient any more, where there was one before
             found.append(check(gradient_check.MISMATCH, "fail", None, AGREEMENT, str(error)))
         calls = (oracle.calls, probe.oracle.calls)
@@ -185,11 +187,10 @@ class AttackWatch:
         )
         return [check(gradient_check.MISMATCH, "fail" if bad else "pass", share, SHARE, sentence)]
 
-    def _along(self, probe: Probe, noise: float) -> list[Check]:
+    def _along(self, probe: Probe, noise: float, device: torch.device) -> list[Check]:
         """Integrals from clean images to those with which attacks failed."""
         if not self._survivors:
             return []
-        device = next(iter(self._gradients.kept)).images.device
         starts, ends, labels = zip(*self._survivors.values(), strict=True)
         line = Segments(
             torch.stack(starts).to(device),

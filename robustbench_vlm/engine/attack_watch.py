@@ -198,7 +198,7 @@ class AttackWatch:
             torch.tensor(labels, device=device),
             PARTS,
         )
-        errors = derivatives.path_errors(probe, [line], noise)
+        errors = derivatives.path_errors(probe, [line], noise, gradient_check.PATH_AGREEMENT)
         if not bool(errors[0].isfinite().any()):
             return []
         return [gradient_check.judged(torch.empty(0), errors)]

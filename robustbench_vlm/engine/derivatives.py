@@ -24,6 +24,7 @@ model that knows its images. The integral is a sum of few terms, so only large e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ DROWNED = 0.1
 """Share of rounding in a difference above which the difference tells nothing."""
 DROWNED_RISE = 0.25
 """The same for the rise along a segment."""
+FINER = 4
+"""Factor by which parts of a segment are made finer where the first ones give an error."""
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,35 @@ class Segments:
     parts: int
 
 
-def path_errors(probe: Probe, lines: Sequence[Segments], noise: float) -> list[Tensor]:
+def path_errors(probe: Probe, lines: Sequence[Segments], noise: float, bound: float) -> list[Tensor]:
     """Relative errors of integrals along segments, (m,) float64 each; infinite where nothing can be compared.
 
-    The gradients along all segments are taken in common calls.
+    Segments of which half miss by more than `bound` are integrated again with finer parts: that makes the
+    error of a curved function vanish, and leaves that of a wrong gradient.
 
     Args:
         probe: the model.
         lines: segments.
         noise: by how much equal calls were seen to differ in a logit.
+        bound: median error above which segments are integrated again.
     """
+    errors = _path_errors(probe, lines, noise)
+    again = [i for i, found in enumerate(errors) if median(found) > bound]
+    if again:
+        finer = [dataclasses.replace(lines[i], parts=FINER * lines[i].parts) for i in again]
+        for i, found in zip(again, _path_errors(probe, finer, noise), strict=True):
+            errors[i] = found
+    return errors
+
+
+def median(errors: Tensor) -> float:
+    """The median of the finite ones, 0 if there are none."""
+    finite = errors[errors.isfinite()]
+    return float(finite.median()) if len(finite) else 0.0
+
+
+def _path_errors(probe: Probe, lines: Sequence[Segments], noise: float) -> list[Tensor]:
+    """As `path_errors`, with the parts that the segments have; all gradients are taken in common calls."""
     starts, ends, labels = (
         torch.cat([getattr(line, name) for line in lines]) for name in ("starts", "ends", "labels")
     )

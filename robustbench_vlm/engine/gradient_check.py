@@ -100,7 +100,8 @@ def _mismatch(sample: CheckSample, margin: Evaluation, seed: int, noise: float) 
         found = f"a logit changes by {apart:.2g} when a gradient is asked for"
         return check(MISMATCH, "fail", apart, bound, found)
     local = derivatives.local_errors(sample.probe, _points(sample, usable, seed), noise)
-    along = derivatives.path_errors(sample.probe, _segments(sample, margin, usable), noise)
+    lines = _segments(sample, margin, usable)
+    along = derivatives.path_errors(sample.probe, lines, noise, PATH_AGREEMENT)
     return judged(local, along)
 
 
@@ -115,7 +116,7 @@ def judged(local: Tensor, along: Sequence[Tensor]) -> Check:
     bounds = torch.full_like(local, AGREEMENT)
     bounds[1::2] = ON_GRID
     near, far = local[local.isfinite()], [errors[errors.isfinite()] for errors in along]
-    worst = max((float(errors.median()) for errors in far if len(errors)), default=0.0)
+    worst = max(map(derivatives.median, along))
     wrong = float((local > bounds)[local.isfinite()].double().mean()) if len(near) else 0.0
     compared = len(near) + sum(map(len, far))
     if not compared:

@@ -16,7 +16,6 @@ from robustbench_vlm import rng
 from robustbench_vlm.engine import derivatives, model_checks
 from robustbench_vlm.engine.probe import Probe
 from robustbench_vlm.errors import AttackError
-from robustbench_vlm.evaluation import cells
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import text_bank
@@ -291,28 +290,6 @@ def what(tmp_path_factory):
     return toys.subject(card, toys.write(card, tmp_path_factory.mktemp("data")))
 
 
-class Before(nn.Module):
-    """A real model with something before it."""
-
-    def __init__(self, inner, change):
-        super().__init__()
-        self.inner, self.change = inner, change
-        self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
-        self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
-        self.language = inner.language
-
-    def forward(self, images):
-        return self.inner(self.change(images))
-
-
-def changed(what, change):
-    """The subject with a model that is given `change(images)`."""
-    holder = type(what.loaded)("changed", Before(toys.model(), change), what.loaded.card)
-    found = cells.Subject(holder, what.card, what.images, what.bank)
-    found.__dict__["untrained"] = []
-    return found
-
-
 def test_a_cell_stores_its_checks_and_a_failed_one_is_a_flag(what, tmp_path):
     chain = toys.chain("aa", "ce", "square")
     runs = [toys.run(what, toys.request(tmp_path / d, chain, eps=("2/255", "4/255"))) for d in "ab"]
@@ -323,7 +300,7 @@ def test_a_cell_stores_its_checks_and_a_failed_one_is_a_flag(what, tmp_path):
     assert [c["checks"] for _, c in runs[0]] == [c["checks"] for _, c in runs[1]]
     assert [c["sha256"] for _, c in runs[0]] == [c["sha256"] for _, c in runs[1]]
 
-    sick = changed(what, straight_through(rounded))
+    sick = toys.changed(what, straight_through(rounded))
     ((_, content),) = toys.run(sick, toys.request(tmp_path / "c", chain))
     assert content["outcome"]["flags"] == ["gradient-mismatch"]
 
@@ -376,7 +353,7 @@ def test_a_noise_only_success_stands_at_iteration_0_and_survivors_rose(what, tmp
 def test_masked_gradients_raise_every_flag_that_they_should(what, tmp_path):
     chain = toys.chain("aa", "ce", "square")
     order = toys.request(tmp_path, chain, eps=("8/255",))
-    ((path, content),) = toys.run(changed(what, rounded), order)
+    ((path, content),) = toys.run(toys.changed(what, rounded), order)
     found, outcome = pd.read_parquet(path.with_suffix(".parquet")), content["outcome"]
     blind = int((found.broken_by == "square").sum())
     assert 0 < blind < outcome["n"]
@@ -392,7 +369,7 @@ def test_masked_gradients_raise_every_flag_that_they_should(what, tmp_path):
     assert content["outcome"]["flags"] == []
 
     alone = toys.request(tmp_path / "alone", toys.chain("blind", "square"), eps=("8/255",))
-    ((_, content),) = toys.run(changed(what, rounded), alone)  # no stage with gradients came before
+    ((_, content),) = toys.run(toys.changed(what, rounded), alone)  # no stage with gradients came before
     assert (content["outcome"]["square_only"], content["outcome"]["flags"]) == (0, [])
 
 
@@ -407,7 +384,7 @@ def test_one_step_alone_has_nothing_to_rise_above(what, tmp_path):
 
 
 def test_a_nan_gradient_is_an_error_row_that_says_where(what, tmp_path):
-    sick = changed(what, lambda x: x + 0 * (x - x).abs().sqrt())
+    sick = toys.changed(what, lambda x: x + 0 * (x - x).abs().sqrt())
     ((path, content),) = toys.run(sick, toys.request(tmp_path, toys.chain("aa", "ce", "square")))
     found, outcome = pd.read_parquet(path.with_suffix(".parquet")), content["outcome"]
     assert outcome["errors"] == outcome["n"] == outcome["clean_correct"]

@@ -96,3 +96,45 @@ def test_a_broken_model_is_found_out(name, chain, short):
         return
     robust = list(found.robust.values())[-1]
     assert found.checks.failed or robust <= truth + TOLERANCE, (robust, truth)
+
+
+BEFORE = {
+    "nothing": (lambda x: x, ()),
+    "clamping": (lambda x: x.clamp(0, 1), ()),
+    "averaging neighbours": (lambda x: 0.5 * x + 0.5 * model_zoo.blurred(x), ()),
+    "bf16": (lambda x: x.bfloat16().float(), ()),
+    "rounding": (model_zoo.rounded, ("zero-gradient", "no-progress")),
+    "detached images off the grid": (
+        lambda x: model_zoo.grid_gap(x).flatten(1).any(1)[:, None, None, None] * (x.detach() - x) + x,
+        ("gradient-mismatch",),
+    ),
+    "mirrored gradients, scaled": (
+        lambda x: model_zoo._Backward.apply(x, model_zoo.scaled(model_zoo.mirrored, 1e-4)),
+        ("gradient-mismatch",),
+    ),
+    "noise keyed by content": (
+        lambda x: x + 0.01 * torch.sin(1e6 * x.detach().sum((1, 2, 3), keepdim=True)) * x.detach().sign(),
+        ("gradient-mismatch",),
+    ),
+    "detached blur": (lambda x: 0.5 * x + 0.5 * model_zoo.blurred(x).detach(), ("gradient-mismatch",)),
+}
+"""What is done to the images before a CLIP sees them, and flags that its result has to carry."""
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    card = toys.dataset_card()
+    return toys.subject(card, toys.write(card, tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_an_evaluation_flags_the_broken_and_not_the_honest(name, subject, tmp_path):
+    change, expected = BEFORE[name]
+    order = toys.request(tmp_path, toys.chain("aa", "ce", "t", "fab", "square"), eps=("8/255",))
+    ((_, content),) = toys.run(toys.changed(subject, change), order)
+    flags = content["outcome"]["flags"]
+    assert set(expected) <= set(flags)
+    assert bool(flags) == bool(expected)
+    failed = {check["name"] for check in content["checks"]["checks"] if check["level"] == "fail"}
+    assert failed == set(flags)
+    assert content["outcome"]["clean_correct"] > 0

@@ -96,7 +96,7 @@ def local_errors(probe: Probe, points: Points, noise: float) -> Tensor:
         points: where; their gradient is not zero.
         noise: by how much equal calls were seen to differ in a logit.
     """
-    if not len(points.keys):
+    if not len(points.keys) or probe.low:  # rounding to 16 bits is coarser than any of the steps
         return torch.empty(0, dtype=torch.float64)
     moved = points.off_ties
     labels = points.labels
@@ -208,7 +208,7 @@ def _path_errors(probe: Probe, lines: Sequence[Segments], noise: float) -> list[
     slopes = (gradients.double() * (ends - starts)[index].double()).flatten(1).sum(1) / parts[index]
     zero = torch.zeros(len(starts), dtype=torch.float64, device=starts.device)
     integrals, lengths = zero.index_add(0, index, slopes), zero.index_add(0, index, slopes.abs())
-    noise = 2 * max(noise, probe.rounding(logits, UNITS))
+    noise = 2 * max(noise, probe.rounding(logits, UNITS, 1))
     scale = torch.maximum(rises.abs(), lengths)
     missed = ((rises - integrals).abs() - noise).clamp(min=0) / scale
     missed = missed.masked_fill((noise > DROWNED_RISE * scale) | ~missed.isfinite(), torch.inf)

@@ -70,17 +70,27 @@ class Probe:
         """Of a classifier."""
         return Probe(Oracle(Observed(classify)), rows)
 
-    def rounding(self, logits: Tensor, units: int) -> float:
+    @property
+    def eps(self) -> float:
+        """Relative spacing of the coarsest type in which the model was seen to work, at least float32's."""
+        classify = self.oracle.classify
+        return classify.eps if isinstance(classify, Observed) else FLOAT32
+
+    @property
+    def low(self) -> bool:
+        """Whether the model works in 16 bits."""
+        return self.eps > FLOAT32
+
+    def rounding(self, logits: Tensor, units: int, low_units: int = LOW_UNITS) -> float:
         """By how much rounding may change a logit.
 
         Args:
             logits: (n, C), of which the largest counts.
-            units: in the last place, of a model that works in float32; of others it is `LOW_UNITS`.
+            units: in the last place, of a model that works in float32.
+            low_units: the same of a model that works in 16 bits.
         """
-        classify = self.oracle.classify
-        eps = classify.eps if isinstance(classify, Observed) else FLOAT32
         largest = float(logits.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-        return (units if eps <= FLOAT32 else LOW_UNITS) * eps * largest
+        return (low_units if self.low else units) * self.eps * largest
 
     def logits(self, images: Tensor) -> Tensor:
         """Canonical logits (n, C) of images (n, 3, H, W), in as few calls as the shape allows."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from robustbench_vlm import store
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import InputError
@@ -62,7 +63,8 @@ def run(
     for note in setup.notes:
         remark(f"note: {recipe.data.dataset}: {note}")
     store.write_json(
-        out / "recipe.json", {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+        out / "recipe.json",
+        {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
     )
     state, steps = resumed(setup, out), recipe.optim.steps
     if state.step == 0 and recipe.probe:
@@ -92,12 +94,22 @@ def _refuse_other_runs(out: Path, recipe: Recipe) -> None:
     """Refuse a folder that belongs to another recipe, or that no recipe made."""
     path, do = out / "recipe.json", "choose another folder"
     if path.exists():
-        found = str(store.read_json(path).get("fingerprint"))
+        earlier = store.read_json(path)
+        found = str(earlier.get("fingerprint"))
         if found != recipe.fingerprint:
             wanted = f"{recipe.fingerprint[:12]}, as of {recipe.name} now"
             raise InputError(f"--out {out}", f"a run of another recipe is in it ({found[:12]})", wanted, do)
+        if {name: earlier.get(name) for name in _code(recipe)} != _code(recipe):
+            what = f"a run whose defense {recipe.defense['name']} had other code is in it"
+            raise InputError(f"--out {out}", what, "the code that the run began with", do)
     elif (out / "card.json").exists():
         raise InputError(f"--out {out}", "a checkpoint that this recipe did not make is in it", do=do)
+
+
+def _code(recipe: Recipe) -> dict[str, str]:
+    """The hash of the file of a defense that is not of this package; empty for others."""
+    code = plugins.code_sha256(plugins.get("defenses", str(recipe.defense["name"])))
+    return {"defense_code_sha256": code} if code else {}
 
 
 def _log(out: Path, report: Report, line: Line) -> None:

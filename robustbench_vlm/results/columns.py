@@ -80,7 +80,7 @@ VERDICTS: Mapping[str, str] = {
     "forwards": "forward passes that the attacks spent on the image",
     "backwards": "image gradients that the attacks spent on the image",
     "zero_gradients": "evaluations whose image gradient was exactly zero",
-    "progress": "by how much the loss rose, in the survived stage where it rose least; NaN without one",
+    "progress": "how far the objective rose, at most, in stages with gradients; NaN if they broke the image",
     "error": "why there is no verdict; empty otherwise",
 }
 """Columns of the Parquet file of a result, in order: one row an image."""

@@ -33,10 +33,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, folder, weights file or ARCH:TAG; repeatable; default: the newest under runs/."
+            help="Name, folder, weights file, ARCH:TAG or local-dir:DIR; default: the newest under runs/."
         ),
     ] = None,
-    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
+    arch: Annotated[
+        str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai or local-dir:DIR.")
+    ] = "",
     attack: Annotated[
         list[str] | None,
         typer.Option(help="Attack chains, e.g. aa2,pgd20; repeatable; default: autoattack."),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustbench_vlm.engine import canonical, losses
 from robustbench_vlm.engine.interface import Attack, Stop
+from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
@@ -61,6 +62,8 @@ class Job:
         active_rows: rows in use, at most `rows`; all of them if None. Changes speed, never a finding.
         stop: when a trajectory ends; see `interface.Rows`.
         seed: part of the noise's name.
+        tied: classes that the model cannot tell apart; None if there are none. The attacked function has one
+            logit for each distinct class (`Backend.run`).
     """
 
     stages: Stages
@@ -70,6 +73,7 @@ class Job:
     active_rows: int | None = None
     stop: Stop = "first"
     seed: int = 0
+    tied: TiedClasses | None = None
 
     @property
     def active(self) -> int:

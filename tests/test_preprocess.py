@@ -11,6 +11,7 @@ import toys
 from PIL import Image
 
 from robustbench_vlm.data import pixels
+from robustbench_vlm.data.canvas_images import resized_as
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.errors import WeightsError
@@ -58,10 +59,10 @@ def test_an_evaluation_reads_files_as_the_model_states(tmp_path):
     content = split.entries[0].sample.read()
     expected = pixels.model(content, 32, "here", "bilinear-squash")
     assert torch.equal(found.images.floats([0]), as_float(expected[None]))
-    fixed = split.resized_as("bilinear-squash")
-    assert fixed.resized_as("bicubic").card.resize == "bilinear-squash"  # a rule of its own goes first
+    fixed = resized_as(split, "bilinear-squash")
+    assert resized_as(fixed, "bicubic").card.resize == "bilinear-squash"  # a rule of its own goes first
     native = open_split(toys.dataset_card(canvas="native", native_px=48), root, "test")
-    assert native.resized_as("bilinear-squash").card.resize == "model"
+    assert resized_as(native, "bilinear-squash").card.resize == "model"
 
 
 # In the encoder

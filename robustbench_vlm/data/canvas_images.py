@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.data.dataset import TOLERATED, Example, Split
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError
@@ -76,6 +77,16 @@ class CanvasImages:
 
     def _read(self, i: int) -> Example:
         return self.split.read(i, self.px)
+
+
+def resized_as(split: Split, stated: Resize) -> Split:
+    """The split whose images are brought to a model canvas as a model states.
+
+    A card or protocol with a rule of its own goes first, and a native canvas needs none.
+    """
+    if split.card.canvas == "native" or split.card.resize != "model":
+        return split
+    return replace(split, card=split.card.model_copy(update={"resize": stated}))
 
 
 def decodable_images(split: Split, px: int, tolerated: float = TOLERATED) -> CanvasImages:

@@ -18,7 +18,6 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.data import class_names, manifest, miniature, pixels, shards, texts
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, some
@@ -162,15 +161,6 @@ class Split:
                 raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
             drawn[found.key] = found
         return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
-
-    def resized_as(self, stated: Resize) -> Split:
-        """The split whose images are brought to a model canvas as a model states.
-
-        A card or protocol with a rule of its own goes first, and a native canvas needs none.
-        """
-        if self.card.canvas == "native" or self.card.resize != "model":
-            return self
-        return replace(self, card=self.card.model_copy(update={"resize": stated}))
 
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the images' own side if it is native."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
+from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images, resized_as
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.engine import tied_classes
 from robustbench_vlm.engine.tied_classes import TiedClasses
@@ -92,7 +92,7 @@ class Subject:
     @classmethod
     def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
         """Look at the images of `split`, and encode the sentences of `card` with one model."""
-        split = split.resized_as(loaded.model.preprocess.canvas_resize)
+        split = resized_as(split, loaded.model.preprocess.canvas_resize)
         card = card.model_copy(update={"resize": split.card.resize})
         images = decodable_images(split, loaded.model.image_size)
         return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))

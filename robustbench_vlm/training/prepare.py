@@ -14,6 +14,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
+from robustbench_vlm.data.canvas_images import resized_as
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.defenses.interface import Defense, Roles
 from robustbench_vlm.errors import CardError
@@ -45,7 +46,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     models = _load_models(recipe, defense, device)
     card = reader.read("datasets", recipe.data.dataset, DatasetCard)
     split = open_split(card, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
-    split = split.resized_as(models.student.model.preprocess.canvas_resize)
+    split = resized_as(split, models.student.model.preprocess.canvas_resize)
     dataset = split.card  # with the class names of the folder, where the card takes them from there
     models, adapters = _make_trainable(recipe, defense, models)
     sentences = render(dataset.names, [recipe.data.template])

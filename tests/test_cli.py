@@ -102,12 +102,12 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
     assert code == 0, err
     titles = [line for line in out.splitlines() if line.startswith("# ")]
     assert titles == [
-        f"# {attack} · linf {eps}/255 · n = 12: clean / robust, %"
+        f"# {attack} · linf {eps}/255 · n = 12: clean / robust [95 % interval of robust], %"
         for attack in ("aa", "pgd5")
         for eps in (2, 4)
     ]
     assert out.splitlines()[1].startswith("dataset\trandom")
-    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["toy", "pair", "mean"]
+    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["mean", "toy", "pair"]
     assert "16 cells: 2 models x 2 datasets (24 images) x 2 attacks x linf 2/255, linf 4/255" in err
     assert "next: vlmrob leaderboard --results results --suite toys" in err
 
@@ -130,6 +130,8 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
     assert code == 0
     assert [line["dataset"] for line in found[:3]] == ["toy", "pair", "all"]
     assert len(found) == 12
+    assert {type(line[key]) for line in found for key in ("clean_difference", "robust_p")} == {float}
+    assert "24 images: random0 against random1: " in vlmrob("compare random0 random1 --suite toys")[2]
     one_line(*vlmrob("compare random0 rondom1 --suite toys"), "did you mean 'random1'", "known: random0")
 
 
@@ -137,7 +139,7 @@ def test_json_is_all_of_stdout(vlmrob):
     code, out, err = vlmrob(EVAL + " --json --dataset toy --n 4 --batch-size 3")
     assert code == 0
     (row, *_) = json.loads(out)
-    assert (row["dataset"], row["n"], row["robust_ce"] != "") == ("toy", 4, True)
+    assert (row["dataset"], row["n"], type(row["robust_ce"])) == ("toy", 4, float)
     assert "1 cell: 1 model x 1 dataset (4 images)" in err
 
 

@@ -10,6 +10,7 @@ from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.training import loop, teacher_cache
+from robustbench_vlm.training.probe import probe_text
 
 Meter = Callable[..., None]
 """Called with (what, done, total), and with a note where there is one."""
@@ -60,7 +61,7 @@ def run_recipe(
 
     def report(line: loop.Line) -> None:
         if "probe" in line:
-            remark(f"step {line['step']}: probe {line['probe']}")
+            remark(f"step {line['step']}: {probe_text(line['probe'])} on validation images")
         else:
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 

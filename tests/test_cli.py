@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -13,7 +15,7 @@ import pytest
 import toys
 from PIL import Image
 
-from robustbench_vlm.backends import torchattacks
+from robustbench_vlm.backends import installed, torchattacks
 from robustbench_vlm.cards import reader
 
 VERBS = (
@@ -512,12 +514,31 @@ def test_doctor_says_what_is_missing(vlmrob, monkeypatch):
     assert code == 0
     assert {"python", "torch", "cores", "packaged models"} <= found.keys()
     assert found["engine autoattack"]["found"].startswith(("autoattack-", "pyautoattack-"))
-    monkeypatch.setattr(torchattacks, "NAMES", ("torchattacks_that_is_missing",))
+    assert {"vlmrob", "data root", "datasets there", "cache", "VLMROB_CACHE"} <= found.keys()
+    modules = (("torchattacks_that_is_missing",), torchattacks.INSTALL)
+    monkeypatch.setitem(installed.PACKAGES, "torchattacks", modules)
     missing = json.loads(vlmrob("doctor --json")[1])
     (row,) = [row for row in missing if row["what"] == "engine torchattacks"]
     assert row["found"] == "not there"
     assert row["do"].startswith("pip install --no-deps torchattacks (its wheel also carries files")
     assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
+
+
+@pytest.mark.parametrize("words", ["list models", "doctor", "eval --model nope", "train --help"])
+def test_light_commands_do_not_import_torch(words):
+    code = f"import sys; sys.argv = ['vlmrob', *{words.split()!r}]\nfrom robustbench_vlm.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_quiet_leaves_out_remarks_and_keeps_flags(vlmrob):
+    line = EVAL + " --dataset toy --n 4 --json"
+    flags = [text for text in vlmrob(line)[2].splitlines() if text.startswith("flag: ")]
+    code, out, err = vlmrob(f"{line} --quiet")
+    assert (code, err.splitlines()) == (0, flags)
+    assert json.loads(out)
+    vlmrob("list attacks")  # the next command is not quiet
+    assert "measured already" in vlmrob(line)[2]
 
 
 def test_train_a_defense_and_evaluate_it_bare(vlmrob, home, tmp_path):

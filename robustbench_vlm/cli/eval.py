@@ -154,7 +154,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"results in {out}; next: {line}")
     flagged = flags(rows)
     for line in flagged:
-        console.remark(f"flag: {line}")
+        console.warning(f"flag: {line}")
     if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
 

@@ -10,7 +10,9 @@ import typer
 from robustbench_vlm import console
 
 DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps (not tested) or auto: CUDA if there is one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Engine = Annotated[str, typer.Option(help="native, or an attack package: autoattack or torchattacks.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]

@@ -15,7 +15,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 LAYERS = (
     {"errors"},
-    {"threat", "types", "rng", "version"},
+    {"threat", "types", "rng", "version", "interruption"},
     {"store", "devices", "console", "text_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other

@@ -8,6 +8,7 @@ nearest known one.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -104,7 +105,7 @@ def included() -> list[Path]:
 
 def as_typed() -> str:
     """The options `--include FOLDER` that a printed command line needs; empty without included folders."""
-    return "".join(f" --include {folder}" for folder in _include)
+    return "".join(f" --include {shlex.quote(str(folder))}" for folder in _include)
 
 
 @cache

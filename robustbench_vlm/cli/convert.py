@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -49,4 +50,4 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     console.remark(f"{made.training['scheme']}, {made.arch}, fingerprint {made.sha256[:12]}")
     if made.training["left_out"]:
         console.remark(f"left out: {', '.join(made.training['left_out'])}")
-    console.remark(f"next: vlmrob eval --model {out} --attack autoattack --suite zeroshot")
+    console.remark(f"next: vlmrob eval --model {shlex.quote(str(out))} --attack autoattack --suite zeroshot")

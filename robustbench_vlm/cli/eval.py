@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -147,7 +148,8 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
+        line = shlex.join(["vlmrob", "leaderboard", "--results", str(out), "--suite", plan.request.suite])
+        line += reader.as_typed()
         console.remark(f"results in {out}; next: {line}")
     flagged = flags(rows)
     for line in flagged:

@@ -7,6 +7,7 @@ images, and never on the order of shards, the number of workers or the batch siz
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -326,9 +327,9 @@ def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
 def how_to_get(card: DatasetCard, root: Path) -> str:
     """The command to type, or the address to visit, for a dataset that is not on disk."""
     if card.source.hub:
-        return f"get it with: vlmrob data fetch {card.name} --root {root}"
+        return f"get it with: vlmrob data fetch {card.name} --root {shlex.quote(str(root))}"
     if card.source.url:
-        export = f"vlmrob data export FOLDER --to {root} --name {card.name}"
+        export = f"vlmrob data export FOLDER --to {shlex.quote(str(root))} --name {card.name}"
         return f"get it from {card.source.url}, then type: {export}"
     if card.made_by == "tiny":
         return "make it with: vlmrob data make tiny"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine import canonical, losses
 from robustbench_vlm.engine.interface import Attack, Stop
 from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError
@@ -88,9 +88,16 @@ class Job:
         """Refuse a job that cannot be run.
 
         Raises:
-            InputError: an attack that does not support the norm; more active rows than rows.
+            InputError: an attack that does not support the norm, or that aims at no class with a loss that
+                does; more active rows than rows.
         """
         for name, attack in self.stages:
+            loss: losses.Name | None = getattr(attack, "loss", None)
+            if loss is not None and losses.targeted(loss) and attack.target_count(2) == 0:
+                where = f"stage {name}, loss {loss!r}"
+                raise InputError(
+                    where, "the attack has no target classes", "an untargeted loss", "use margin"
+                )
             if self.threat.norm not in attack.norms:
                 where = f"stage {name}, attack {type(attack).__name__.lower()}"
                 raise InputError(where, f"norm {self.threat.norm!r}", " or ".join(attack.norms))

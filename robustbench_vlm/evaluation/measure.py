@@ -83,8 +83,9 @@ def _measure(
         clean: gets the clean logits.
     """
     started = time.perf_counter()
-    examined = examine()
     subject, settings, path = cell.subject, cell.settings, cell.path
+    path.parent.mkdir(parents=True, exist_ok=True)  # a name that the disk refuses must not cost an attack
+    examined = examine()
     run = _begin(cell, smaller, clean)
     number, costs = 0, []
     for group in settings.backend.groups(cell.chain.stages):

@@ -247,7 +247,12 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
         The JSON file of every cell.
     """
     paths: list[Path] = []
-    splits = open_data(plan)
+    settings, splits = plan.settings, open_data(plan)
+    count = len(plan.models) * len(splits) * len(settings.chains) * len(settings.ladder)
+
+    def numbered(what: str, done: int, total: int) -> None:
+        report(f"cell {len(paths) + 1} of {count}: {what}" if count > 1 else what, done, total)
+
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
@@ -261,7 +266,8 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
                 remark(f"note: {split.card.name}: {names}")
             for line in text_notes(subject):
                 remark(f"note: {split.card.name}: {line}")
-            paths += measure.evaluate(subject, plan.settings, report)
+            for path in measure.evaluate(subject, plan.settings, numbered):
+                paths.append(path)
     return paths
 
 

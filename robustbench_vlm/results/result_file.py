@@ -122,6 +122,11 @@ class Result:
         return found
 
 
+def folder_of(results: Path, model: str, sha256: str, dataset: str) -> Path:
+    """The folder of all results of a model on a dataset."""
+    return results / FOLDER / f"{model}-{sha256[:8]}" / dataset
+
+
 def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
     """The JSON file of a result: the one that exists, whatever its name begins with, else the one to write.
 
@@ -130,7 +135,7 @@ def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
         config: everything that decides the outcome.
         n: number of images.
     """
-    folder = results / FOLDER / f"{config['model']}-{config['model_sha256'][:8]}" / config["dataset"]
+    folder = folder_of(results, config["model"], config["model_sha256"], config["dataset"])
     hashed = store.fingerprint(config)[:10]
     norm, eps = config["norm"], Contest.of(config).columns["eps"].replace("/", "_")
     path: Path = folder / f"{config['attack']}-{norm}-{eps}-n{n}-{hashed}.json"

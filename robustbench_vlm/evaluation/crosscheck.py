@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from robustbench_vlm.backends.backend import Backend, installed_packages
-from robustbench_vlm.engine import attacked_view, canonical
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.cells import EvalSettings, Subject
@@ -177,7 +178,7 @@ def run(
         InputError: a backend cannot run the chain; no image is right when clean.
     """
     threat, seed, device = Threat(settings.norm, settings.ladder[0]), settings.seed, settings.device
-    with attacked_view.numerics():
+    with isolated():
         model = Model(subject.classifier(device))
         images = _right_images(subject, model, chain.rows, device)
         job = replace(chain.job(threat, subject.card.n_classes, seed=seed), tied=subject.tied)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine.attack_watch import AttackWatch
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.evaluation import provenance
@@ -44,7 +46,7 @@ def evaluate(subject: Subject, settings: EvalSettings, report: Report) -> Iterat
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
             if not cell.finished:
                 tf32 = settings.backend.precision.tf32
-                with attacked_view.numerics(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     _measure(cell, smaller, report, examine, canonical.Record(file))
             smaller = cell
             yield cell.path
@@ -91,6 +93,8 @@ def _measure(
     for group in settings.backend.groups(cell.chain.stages):
         costs.append(run.attack(number, group, report))
         number += len(group)
+    later, cost = run.attack_checks()
+    examined, costs = examined.joined(later), [*costs, cost]
     store.write(path.with_suffix(".parquet"), run.table.to_parquet(index=False))
     if settings.save_images:
         inherited = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
@@ -120,7 +124,7 @@ def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record) -> CellRun
         canonical.padded(first, rows),
         subject.classifier(settings.device, bf16=True),
     )
-    return CellRun(cell, Model(classifier, view), clean, table)
+    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table)
 
 
 def _clean_pass(

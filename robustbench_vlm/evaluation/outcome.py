@@ -15,11 +15,8 @@ from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import eps_text
 
 CONSTANT = 0.95  # share of one class among the clean predictions from which a model counts as constant
-ZERO_GRADIENT = 0.01  # share of attacked images with an exactly zero gradient from which CE is unreliable
-NO_PROGRESS = 0.01  # share of survivors whose objective never rose from which an attack did not work
 UNLIKELY = 0.01  # chance of so few right images by guessing from which labels count as wrong
 NONE_RIGHT = 20  # images from which none right counts as below chance, however many classes there are
-BLACK_BOX = 0.002  # share of images that only a black-box stage broke from which gradients are unreliable
 
 
 def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, Any]:
@@ -28,7 +25,7 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
     Args:
         cell: which was measured.
         table: its verdicts.
-        failed: names of the checks that the model failed; they are flags too.
+        failed: names of the checks that model and attack failed; they are flags too.
     """
     subject, chain = cell.subject, cell.chain
     n_classes, eps = subject.card.n_classes, eps_text(cell.settings.norm, cell.threat.eps)
@@ -37,10 +34,7 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
     errors = int((table.error != "").sum())
     flags = {
         "constant-predictor": share >= CONSTANT and n_classes > 1,
-        "zero-gradient": verdicts.zero_gradient_share(table) > ZERO_GRADIENT,
         "error-rows": errors > 0,
-        "no-progress": verdicts.no_progress_share(table) > NO_PROGRESS,
-        "square-beats-white-box": black_box_only > BLACK_BOX * len(table),
         "untrained-words": bool(subject.untrained),
         "bad-images": bool(subject.split.bad),
         "generated-images": (subject.split.folder / miniature.MARKER).exists(),

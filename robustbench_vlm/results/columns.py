@@ -22,7 +22,7 @@ BEFORE_STAGES: Mapping[str, str] = {
     "train_norm": "norm of the attack in training; empty without one",
     "train_eps": "radius of the attack in training; empty without one",
     "dataset": "name of the dataset; `mean`: unweighted mean over the suite; `mean:NAME`: over a part of it",
-    "exposure": "whether the model or a parent of it lists the dataset: `seen`, `unseen`; `unknown` without a list",
+    "exposure": "whether the model or a parent lists the dataset: `seen`, `unseen`; `unknown` without a list",
     "split": "split of the dataset",
     "n": "number of images; of a mean, of all its datasets together",
     "n_requested": "number of images asked for of every dataset; 0 means all",
@@ -53,7 +53,7 @@ AFTER_STAGES: Mapping[str, str] = {
     "clean_per_class": "mean over classes of clean accuracy, %; empty unless `metric` is `mean-per-class`",
     "robust_per_class": "the same of `robust`",
     "chance": "accuracy of always predicting the most frequent class, %",
-    "pgd_only": "images that a PGD chain broke and this one did not; empty for PGD itself, and where none was run",
+    "pgd_only": "images that PGD broke and this chain did not; empty for PGD itself, and where none was run",
     "flag": "reasons to distrust the numbers of this row, separated by `;`; of a mean, those of its rows",
     "samples_sha256": "fingerprint of the per-image verdicts",
     "cell_sha256": "fingerprint of the result file",
@@ -80,7 +80,7 @@ VERDICTS: Mapping[str, str] = {
     "forwards": "forward passes that the attacks spent on the image",
     "backwards": "image gradients that the attacks spent on the image",
     "zero_gradients": "evaluations whose image gradient was exactly zero",
-    "progress": "by how much the loss rose, in the survived stage where it rose least; NaN without such a stage",
+    "progress": "how far the objective rose, at most, in stages with gradients; NaN if they broke the image",
     "error": "why there is no verdict; empty otherwise",
 }
 """Columns of the Parquet file of a result, in order: one row an image."""

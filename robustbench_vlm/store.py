@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from robustbench_vlm import text_files
 from robustbench_vlm.errors import InputError
 
 LEAST_FREE = 2**24  # bytes on the disk of the results, below which no work is begun
@@ -74,7 +75,7 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with text_files.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -124,6 +125,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and close the file, so a killed process loses at most that line."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text_files.require_own(path)
     try:
         with path.open("ab") as file:
             file.write(canonical(dict(record)) + b"\n")
@@ -134,6 +136,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 def mend(path: Path) -> None:
     """Remove a half-written last line, which a process killed while appending leaves behind."""
+    text_files.require_own(path)
     if not path.exists():
         return
     whole = 0

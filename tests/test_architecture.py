@@ -15,8 +15,8 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 LAYERS = (
     {"errors"},
-    {"threat", "types", "rng", "version", "interruption"},
-    {"store", "devices", "console", "text_files"},
+    {"threat", "types", "rng", "version", "interruption", "text_files"},
+    {"store", "devices", "console"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
     {"backends", "training"},

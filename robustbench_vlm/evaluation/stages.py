@@ -12,7 +12,7 @@ import pandas as pd
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustbench_vlm import store
+from robustbench_vlm import store, text_files
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.check_record import Check
@@ -69,6 +69,8 @@ class CellRun:
         """
         subject, settings, rows = self.cell.subject, self.cell.settings, self.cell.chain.rows
         ledgers = {name: self.cell.ledger(number + i) for i, (name, _) in enumerate(stages)}
+        for ledger in ledgers.values():
+            text_files.require_own(ledger)
         standing = [int(i) for i in self.table.index[verdicts.standing(self.table)]]
         begin = self.resume(ledgers, standing)
         names = [subject.loaded.card.name, subject.card.name, " + ".join(ledgers), str(self.cell.threat)]

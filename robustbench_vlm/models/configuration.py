@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def _stated(table: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k not in NOT_FUNCTION and (k not in usual or v != usual[k])}
 
 
+@lru_cache(maxsize=8)
 def tokenizer_identity(tokenizer: object) -> str:
     """The identity of a tokenizer of open_clip: its vocabulary and rules, from its content.
 

@@ -239,9 +239,9 @@ def _tokenizer(name: str, whole: Mapping[str, Any]) -> Any:  # noqa: ANN401 - op
     """The tokenizer of a model; parsing the merges of CLIP takes longer than building a small model."""
     text, folder = whole["text_cfg"], Path(name.removeprefix(LOCAL))
     folders = (folder,) if name.startswith(LOCAL) else ()
-    key = store.fingerprint([dict(text), str(folders)])
     if text.get("hf_tokenizer_name"):
         return configuration.tokenizer(text, folders, f"model {name}")
+    key = store.fingerprint([text.get("context_length"), text.get("tokenizer_kwargs")])
     if key not in _TOKENIZERS:
         _TOKENIZERS[key] = configuration.tokenizer(text, folders, f"model {name}")
     return _TOKENIZERS[key]

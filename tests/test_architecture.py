@@ -16,7 +16,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = (
     {"errors"},
     {"threat", "types", "rng", "version", "interruption"},
-    {"store", "devices", "console"},
+    {"store", "devices", "console", "text_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
     {"backends", "training"},
@@ -175,6 +175,7 @@ WITHOUT_TORCH = [
     "errors",
     "rng",
     "store",
+    "text_files",
     "threat",
     "types",
     "results.stats",

@@ -44,6 +44,8 @@ class DatasetCard(Card):
         names: class names in label order; a name may be empty, as one of CLEVR is.
         names_from: `card`: the names of this card; `folder`: those of the folder's `classnames.txt`, for
             datasets without a public list of names.
+        wordnet_ids: WordNet id of each class in label order, for class folders that are named by them
+            (`n01440764`); empty where the dataset has none.
         templates: sentences with `{c}` for the class name; the mean of their embeddings stands for the class.
         names_sha256: SHA-256 of the newline-joined names, checked when the card is read; empty for no check.
         templates_sha256: the same of the templates.
@@ -65,6 +67,7 @@ class DatasetCard(Card):
     resize: Resize = "bicubic"
     names: tuple[str, ...] = ()
     names_from: Literal["card", "folder"] = "card"
+    wordnet_ids: tuple[str, ...] = ()
     templates: tuple[str, ...]
     names_sha256: str = ""
     templates_sha256: str = ""
@@ -81,6 +84,10 @@ class DatasetCard(Card):
                 raise ValueError(f"{field} must be letters, digits and . _ - (found {value!r:.60})")
         if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
             raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
+        if len(set(self.wordnet_ids)) not in (0, self.n_classes):
+            raise ValueError(
+                f"wordnet_ids has {len(set(self.wordnet_ids))} entries, expected {self.n_classes}"
+            )
         if not self.templates or any("{c}" not in template for template in self.templates):
             raise ValueError("templates must be sentences that contain {c}")
         if self.canvas == "native" and self.native_px <= 0:

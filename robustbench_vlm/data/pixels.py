@@ -8,7 +8,7 @@ The result equals that of the usual code (`convert("RGB")`, then resize and crop
 - 16-bit grey is scaled by 1/257 (Pillow alone would clip it to white); 16-bit colour is Pillow's 8 bits
 - 32-bit and float images are refused
 - EXIF rotation is not applied
-- of an animation the first frame counts
+- of an animation, and of a TIFF of several pages, the first image counts
 
 Side lengths are read from the header and compared with a limit before a pixel is decoded.
 
@@ -31,7 +31,14 @@ from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.errors import DataError
 
 LARGEST = 64 * 10**6  # pixels, before decoding and after resizing: 192 MB as RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; for other formats, Pillow may start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # by content; for other formats, Pillow may start programs
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
@@ -39,7 +46,7 @@ def rgb(content: bytes, where: str) -> Image.Image:
     """The decoded image in mode RGB, at its own size.
 
     Args:
-        content: an encoded JPEG, PNG, WebP, GIF or BMP image.
+        content: an encoded JPEG, PNG, WebP, GIF, BMP or TIFF image.
         where: shard and key, for messages.
 
     Raises:
@@ -119,4 +126,6 @@ def _not_whole(where: str, content: bytes, reason: str) -> DataError:
         reason = "a web page"
     elif start.startswith(b"version https://git-lfs"):
         reason = "a git-lfs pointer"
-    return DataError(where, f"not a whole image ({reason})", "JPEG, PNG or WebP", "fetch or write it again")
+    return DataError(
+        where, f"not a whole image ({reason})", "JPEG, PNG, WebP, GIF, BMP or TIFF", "fetch or write it again"
+    )

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine.attack_watch import AttackWatch
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Model, total
+from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
@@ -43,7 +46,7 @@ def evaluate(subject: Subject, settings: EvalSettings, report: Report) -> Iterat
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
             if not cell.finished:
                 tf32 = settings.backend.precision.tf32
-                with attacked_view.numerics(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     _measure(cell, smaller, report, examine, canonical.Record(file))
             smaller = cell
             yield cell.path
@@ -53,14 +56,16 @@ def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_ch
     """Check on some images of the subset what the chain takes for granted about the model."""
     device, keys = settings.device, subject.split.keys
     positions = model_checks.chosen(keys, chain.rows, settings.seed)
+    classifier, labels = subject.classifier(device), subject.labels[positions].to(device)
+    tied = subject.tied
     return model_checks.examine(
-        subject.classifier(device),
+        classifier if tied is None else DistinctClasses(classifier, tied),
         subject.images.floats(positions).to(device),
-        subject.labels[positions].to(device),
+        labels if tied is None else tied.labels(labels),
         [keys[i] for i in positions],
         rows=chain.rows,
         seed=settings.seed,
-        **chain.needs(subject.card.n_classes),
+        **chain.needs(subject.n_distinct),
     )
 
 
@@ -88,6 +93,8 @@ def _measure(
     for group in settings.backend.groups(cell.chain.stages):
         costs.append(run.attack(number, group, report))
         number += len(group)
+    later, cost = run.attack_checks()
+    examined, costs = examined.joined(later), [*costs, cost]
     store.write(path.with_suffix(".parquet"), run.table.to_parquet(index=False))
     if settings.save_images:
         inherited = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
@@ -117,7 +124,7 @@ def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record) -> CellRun
         canonical.padded(first, rows),
         subject.classifier(settings.device, bf16=True),
     )
-    return CellRun(cell, Model(classifier, view), clean, table)
+    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table)
 
 
 def _clean_pass(
@@ -133,6 +140,9 @@ def _clean_pass(
     for part in subject.images.parts(range(len(subject.images)), rows):
         logits = canonical.logits(classifier, subject.images.floats(part).to(device), rows)
         record.add(logits)
-        predictions.append(logits.argmax(1).cpu().numpy())
-        margins.append(losses.correct_margin(logits, subject.labels[part].to(device)).cpu().numpy())
+        labels, tied = subject.labels[part].to(device), subject.tied
+        found = logits.argmax(1) if tied is None else tied.predictions(logits)
+        margin = (losses if tied is None else tied).correct_margin(logits, labels)
+        predictions.append(found.cpu().numpy())
+        margins.append(margin.cpu().numpy())
     return np.concatenate(predictions), np.concatenate(margins)

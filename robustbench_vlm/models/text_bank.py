@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.models.context_length import Tokenize, require_distinct
 from robustbench_vlm.store import cache_folder, fingerprint, write
 from robustbench_vlm.types import TEMPLATES
 
 
 class TextEncoder(Protocol):
     """The text half of an encoder, as far as a text bank needs it."""
+
+    tokenize: Tokenize
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,11 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
 
     Returns:
         (C, D) float32 on the model's device.
+
+    Raises:
+        InputError: two classes whose sentences differ only behind the end of the tower's context.
     """
+    require_distinct(model.tokenize, sentences)
     key = fingerprint({"text": model.text_sha256(), "sentences": [list(s) for s in sentences]})
     path = cache_folder() / "text" / f"{key}.safetensors"
     try:

@@ -170,7 +170,7 @@ def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Ite
             while waiting and len(running) < resources.jobs:
                 run = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                known = (run, study.final, resources, reader.included(), sender)
+                known = (run, study.final, resources, reader.card_folders(), sender)
                 process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
                 process.start()
                 sender.close()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from robustbench_vlm import interruption, store
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import Incomplete, InputError, some
@@ -73,7 +74,8 @@ def run(
     for note in setup.notes:
         remark(f"note: {recipe.data.dataset}: {note}")
     store.write_json(
-        out / "recipe.json", {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+        out / "recipe.json",
+        {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
     )
     state = resumed(setup, out)
     _announce(setup, out, state.step, threat, remark)
@@ -165,14 +167,27 @@ def refuse_other_runs(out: Path, recipe: Recipe) -> None:
             changed = differences(earlier, recipe.model_dump(mode="json"))
             found = f"a run of another recipe is in it, with {some(changed) or 'another fingerprint'}"
             raise InputError(f"--out {out}", found, f"the recipe {recipe.name} as it is now", do)
+        if {name: earlier.get(name) for name in _code(recipe)} != _code(recipe):
+            found = f"a run whose defense {recipe.defense['name']} had other code is in it"
+            raise InputError(f"--out {out}", found, "the code that the run began with", do)
     elif (out / "card.json").exists():
         raise InputError(f"--out {out}", "a checkpoint that this recipe did not make is in it", do=do)
+
+
+def _code(recipe: Recipe) -> dict[str, str]:
+    """The hash of the file of a defense that is not of this package; empty for others."""
+    code = plugins.code_sha256(plugins.get("defenses", str(recipe.defense["name"])))
+    return {"defense_code_sha256": code} if code else {}
+
+
+UNHASHED = ("fingerprint", "defense_code_sha256")
+"""Keys of `recipe.json` that are not keys of a recipe."""
 
 
 def differences(earlier: object, now: object, key: str = "") -> list[str]:
     """`optim.lr = 0.1 (now 0.01)` for every value of two recipes, as plain values, that is not the same."""
     if isinstance(earlier, dict) and isinstance(now, dict):
-        keys = [name for name in dict.fromkeys([*now, *earlier]) if (key, name) != ("", "fingerprint")]
+        keys = [name for name in dict.fromkeys([*now, *earlier]) if key or name not in UNHASHED]
         lines = [
             differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name) for name in keys
         ]

@@ -299,11 +299,8 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
 
 def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
     """One line for each dataset whose split is not below the root: its name, and how to get it."""
-    return [
-        f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}"
-        for card in cards
-        if not (root / card.folder / split).is_dir()
-    ]
+    lacking = [card for card in cards if not (root / card.folder / split).is_dir()]
+    return [f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}" for card in lacking]
 
 
 def how_to_get(card: DatasetCard, root: Path) -> str:

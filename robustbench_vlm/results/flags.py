@@ -9,22 +9,26 @@ import pandas as pd
 WORDS: Mapping[str, str] = {
     "bad-images": "image files that could not be decoded are left out",
     "batch-dependent": "logits change with the other images of the batch",
+    "below-chance": "clean accuracy is below that of guessing, so labels may be shifted",
     "constant-predictor": "at least 95 % of the clean predictions are one class",
     "error-rows": "images without a verdict, since something was not finite",
     "generated-images": "the images are a generated miniature and not the dataset",
     "gradient-mismatch": "the gradient is not that of the function, so attacks are misled",
     "no-gradient": "the logits do not depend on the image as far as gradients tell",
-    "no-progress": "on over 1 % of the surviving images the attack's objective never rose",
+    "no-progress": "on over 1 % of the images that gradients did not break the objective never rose",
     "non-finite": "logits or gradients that are not finite",
+    "outputs-changed": "clean logits are others after the attack than before it",
     "pgd-beats-chain": "plain PGD broke over 0.2 % of the images that this chain did not break",
     "probabilities": "the outputs are probabilities and not logits",
     "random-output": "logits change from call to call",
     "saturated": "logits so large that the cross-entropy has no gradient",
     "square-beats-white-box": "random search broke over 0.2 % of the images that gradients did not break",
+    "sentences-cut": "class sentences that are cut at the context length",
     "state-changed": "a call changes weights or buffers",
+    "tied-classes": "classes with the same text, which are attacked as one",
     "training-mode": "dropout or batch norm is in training mode",
     "untrained-words": "class names with a word that the text tower never met",
-    "zero-gradient": "over 1 % of the attacked images have a gradient of exactly zero",
+    "zero-gradient": "over 1 % of the images met gradients of exactly zero",
 }
 
 

@@ -17,6 +17,7 @@ LAYERS = (
     {"errors"},
     {"threat", "types", "rng", "version"},
     {"store", "devices", "console"},
+    {"tensor_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
     {"backends", "training"},

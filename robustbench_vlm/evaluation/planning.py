@@ -259,7 +259,7 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
             if subject.untrained:
                 names = f"class names with words that {loaded.card.name} never met: {some(subject.untrained)}"
                 remark(f"note: {split.card.name}: {names}")
-            paths += measure.evaluate(subject, plan.settings, report)
+            paths += measure.evaluate(subject, plan.settings, report, remark)
     return paths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,31 @@ def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
 def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
     """SHA-256 of the canonical spelling, in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+NAME_BYTES = 120  # of a file name that is made from a name, before its fingerprint
+NAME_SIGNS = frozenset("._-:=@+,~ ")
+"""Characters beside letters and digits that stay as they are in a file name."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names of devices on Windows, where results may be copied to."""
+
+
+def file_name(name: str) -> str:
+    """The name as one part of a path, whatever is in it; two different names have two different results.
+
+    A plain name stays as it is. In every other one the characters that cannot stand in a file name become
+    `_`, what is left is cut to `NAME_BYTES` bytes, and a fingerprint of the whole name is appended.
+
+    Example:
+        >>> file_name("vit-b-32"), file_name("../x")
+        ('vit-b-32', '_x-d6b96a97d147')
+    """
+    safe = "".join(c if c.isalnum() or c in NAME_SIGNS else "_" for c in name).lstrip(".-~ ").rstrip(". ")
+    cut = safe.encode()[:NAME_BYTES].decode(errors="ignore")
+    if cut == name and name and not RESERVED.fullmatch(name):
+        return name
+    whole = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return f"{cut or 'unnamed'}-{whole[:12]}"
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cards import reader
+from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cli import data
 from robustbench_vlm.cli.canary import canary
 from robustbench_vlm.cli.compare import compare
@@ -63,6 +63,12 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     include: Include = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Let cards name Python code as module:Name; before or after the command."
+        ),
+    ] = False,
     version: Annotated[  # noqa: ARG001 - it acts when it is read
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
     ] = False,
@@ -70,6 +76,7 @@ def _root(
     """Train defenses, attack models, and compare them in tables."""
     if include:
         reader.include(include)
+    plugins.allow_code(allow_code)
 
 
 app.command()(train)
@@ -92,7 +99,7 @@ data_app.command()(data.make)
 
 
 def _include_first(words: list[str]) -> list[str]:
-    """The words with every `--include FOLDER` in front of the command, since typer takes it only there."""
+    """The words with `--include FOLDER` and `--allow-code` in front, since typer takes them only there."""
     front: list[str] = []
     rest: list[str] = []
     left = iter(words)
@@ -105,7 +112,8 @@ def _include_first(words: list[str]) -> list[str]:
                 return [word]  # typer then reports the missing folder, and does not take the command for it
             front += [word, folder]
         else:
-            (front if word.startswith("--include=") else rest).append(word)
+            in_front = word == "--allow-code" or word.startswith("--include=")
+            (front if in_front else rest).append(word)
     return [*front, *rest]
 
 

@@ -54,7 +54,13 @@ def _metric(dataset: str) -> Metric:
 
 def _plain_pgd(attack: str) -> bool:
     """Whether a chain is plain PGD, as its card says; a chain whose card is not at hand is not."""
-    return attack in reader.names("attacks") and reader.read("attacks", attack, AttackCard).plain_pgd
+    if attack.removesuffix(reader.SHADOW) not in reader.names("attacks"):
+        return False
+    card = reader.read("attacks", attack, AttackCard)
+    if attack.endswith(reader.SHADOW) or not card.name.endswith(reader.SHADOW):
+        return card.plain_pgd
+    packaged = str(reader.home() / "attacks" / f"{attack}.toml")  # not the included card of its name
+    return reader.read("attacks", packaged, AttackCard).plain_pgd
 
 
 def _pgd_only(results: Sequence[Result]) -> dict[Path, int]:
@@ -95,7 +101,8 @@ def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[P
         do = f"run vlmrob eval --suite {suite.name}"
         raise DataError(str(results), f"no results of suite {suite.name}", "at least one", do)
     made = table(found, suite)
-    files = {out / f"{suite.name}.csv": csv(made), out / f"{suite.name}.md": grids.markdown(made, suite)}
+    stem = store.file_name(suite.name)
+    files = {out / f"{stem}.csv": csv(made), out / f"{stem}.md": grids.markdown(made, suite)}
     for path, content in files.items():
         store.write(path, content)
     return made, list(files)

@@ -167,10 +167,12 @@ def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
         config: everything that decides the outcome.
         n: number of images.
     """
-    folder = results / FOLDER / f"{config['model']}-{config['model_sha256'][:8]}" / config["dataset"]
+    model = f"{store.file_name(config['model'])}-{config['model_sha256'][:8]}"
+    folder = results / FOLDER / model / store.file_name(config["dataset"])
     hashed = store.fingerprint(config)[:10]
     norm, eps = config["norm"], Contest.of(config).columns["eps"].replace("/", "_")
-    path: Path = folder / f"{config['attack']}-{norm}-{eps}-n{n}-{hashed}.json"
+    shown = store.file_name(f"{config['attack']}-{norm}-{eps}-n{n}")
+    path: Path = folder / f"{shown}-{hashed}.json"
     return path if path.exists() else next(iter(sorted(folder.glob(f"*-{hashed}.json"))), path)
 
 

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 LAYERS = (
+    {"safe_text"},
     {"errors"},
     {"threat", "types", "rng", "version"},
     {"store", "devices", "console"},

@@ -151,5 +151,5 @@ def main() -> None:
 
 
 def _print_error(error: VlmrobError) -> int:
-    console.err.print(f"error: {error}", style="bold red", markup=False)
+    console.error(str(error))
     return error.exit_code

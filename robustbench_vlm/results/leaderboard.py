@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from robustbench_vlm import store
+from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard, Metric
@@ -86,8 +86,10 @@ def _images(result: Result) -> tuple[Any, ...]:
 
 
 def csv(table: pd.DataFrame) -> bytes:
-    """The CSV: fixed columns, two decimals, line ends LF."""
-    return table.to_csv(index=False, lineterminator="\n").encode()
+    """The CSV: fixed columns, two decimals, line ends LF; no text in it can be run as a formula."""
+    safe = table.map(lambda value: safe_text.csv(value) if isinstance(value, str) else value)
+    safe.columns = [safe_text.csv(str(column)) for column in table.columns]
+    return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
 def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[Path]]:

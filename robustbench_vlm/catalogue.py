@@ -191,9 +191,9 @@ def details(what: str, name: str) -> dict[str, Any]:
         known_names = [*model_ids.packaged(), *listed]
         found = "no packaged or public checkpoint, and no folder"
         raise InputError(f"model {name!r}", found, do=nearest(name, known_names))
-    from robustbench_vlm.models import checkpoint
+    from robustbench_vlm.models import checkpoint_card
 
-    return checkpoint.read_card(folder).model_dump(mode="json")
+    return checkpoint_card.read_card(folder).model_dump(mode="json")
 
 
 def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,10 +19,39 @@ from rich.text import Text
 
 from robustbench_vlm import safe_text
 
+RECENT = 60.0  # seconds over which the rate of a progress line is taken
 PLAIN_EVERY = 10.0  # seconds between progress lines when stderr is not a terminal
 
-out = Console(soft_wrap=True, highlight=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+class _Stream:
+    r"""`sys.stdout` or `sys.stderr` as it is at the time; what its encoding lacks is written as an escape.
+
+    A middle dot becomes `\xb7` on an ASCII terminal, as Python itself writes it to stderr.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a stream has
+        return getattr(getattr(sys, self._name), name)
+
+    @property
+    def unicode(self) -> bool:
+        """Whether every character can be written."""
+        return (getattr(self, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        stream = getattr(sys, self._name)
+        if not self.unicode:
+            text = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+        written: int = stream.write(text)
+        return written
+
+
+_stdout = _Stream("stdout")
+out = Console(file=cast("IO[str]", _stdout), soft_wrap=True, highlight=False, emoji=False)
+err = Console(file=cast("IO[str]", _Stream("stderr")), soft_wrap=True, highlight=False, emoji=False)
 
 
 def remark(text: str) -> None:
@@ -41,7 +71,8 @@ def error(text: str) -> None:
 
 def result_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
     """A JSON result on stdout."""
-    sys.stdout.write(safe_text.json_text(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
+    text = safe_text.json_text(json.dumps(value, indent=2, ensure_ascii=not _stdout.unicode))
+    _stdout.write(text + "\n")
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -53,9 +84,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     title, columns = safe_text.line(title), [safe_text.line(column) for column in columns]
     rows = [[safe_text.line(entry) for entry in row] for row in rows]
     if not out.is_terminal:
-        sys.stdout.write(f"# {title}\n")
+        _stdout.write(f"# {title}\n")
         for row in [columns, *rows]:
-            sys.stdout.write("\t".join(row) + "\n")
+            _stdout.write("\t".join(row) + "\n")
         return
     out.print(Text(title, style="bold"))  # above the table: a title inside would be cut to its width
     if _least_width(columns, rows) > out.width:
@@ -93,26 +124,36 @@ class Meter:
         self._bar = bar
         self._task: TaskID | None = None
         self._what = ""
-        self._begun = self._printed = time.monotonic()
-        self._first = 0
+        self._printed = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque()  # time, and units done by then
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of the work called `what` are finished."""
         if what != self._what:
-            self._what, self._begun, self._first = what, time.monotonic(), done
+            self._what = what
+            self._recent.clear()
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
             shown = escape(safe_text.line(what))
             self._task = self._bar.add_task(shown, total=total, note="") if self._bar is not None else None
-        rate = (done - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        rate = self._rate(done)
         if self._bar is not None and self._task is not None:
             note = escape(safe_text.line(note))
-            text = f"{rate:.1f}/s {note}" if done > self._first else note
+            text = f"{rate:.1f}/s {note}" if rate else note
             self._bar.update(self._task, completed=done, total=total, note=text)
         elif time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
             remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
+
+    def _rate(self, done: int) -> float:
+        """Units a second over the last `RECENT` seconds, so that a slow beginning is soon forgotten."""
+        now = time.monotonic()
+        self._recent.append((now, done))
+        while len(self._recent) > 2 and self._recent[1][0] < now - RECENT:
+            self._recent.popleft()
+        begun, first = self._recent[0]
+        return (done - first) / max(now - begun, 1e-9)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,15 +16,50 @@ from typing import Any
 
 from robustbench_vlm.errors import InputError
 
+LEAST_FREE = 2**24  # bytes on the disk of the results, below which no work is begun
+
 Facts = Mapping[str, Any]
 """Plain JSON values that say what a file was made from."""
 
 
 def cache_folder() -> Path:
-    """Folder of everything that can be computed again: `$VLMROB_CACHE`, else `$XDG_CACHE_HOME/vlmrob`."""
-    if "VLMROB_CACHE" in os.environ:
-        return Path(os.environ["VLMROB_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlmrob"
+    """Folder of everything that can be computed again: `$VLMROB_CACHE`, else `$XDG_CACHE_HOME/vlmrob`.
+
+    An empty variable counts as one that is not set. Where there is no home folder either, the path is one
+    that can neither be read nor written, so that everything is computed again, as with a read-only cache.
+    """
+    if own := os.environ.get("VLMROB_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "vlmrob"
+    try:
+        return Path.home() / ".cache" / "vlmrob"
+    except RuntimeError:  # no HOME, and a user without an entry in the password file, as in containers
+        return Path(os.devnull) / "vlmrob"
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder, if it is missing, and write a file there, before the work whose results go into it.
+
+    Args:
+        folder: of results.
+        flag: the option that names it.
+
+    Raises:
+        InputError: it cannot be made or written.
+        OSError: with the code of a full disk, if there is hardly any space left.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        found, do = error.strerror or str(error), f"choose another folder with {flag}"
+        raise InputError(f"{flag} {folder}", found, "a folder that can be written", do) from None
+    if shutil.disk_usage(folder).free < LEAST_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
@@ -80,9 +117,16 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_file(error, path)
         raise
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Put the name of a file into an error of the system, which has none where a write failed (full disk)."""
+    if isinstance(error, OSError):
+        error.filename = str(path)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -153,8 +197,12 @@ def _checksum(record: Mapping[str, Any], ledger: str) -> str:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one sealed line and close the file, so a killed process loses at most that line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(sealed(record, path.name))
+    try:
+        with path.open("ab") as file:
+            file.write(sealed(record, path.name))
+    except OSError as error:
+        _name_file(error, path)
+        raise
 
 
 def mend(path: Path) -> None:

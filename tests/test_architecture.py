@@ -16,8 +16,8 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = (
     {"safe_text"},
     {"errors"},
-    {"threat", "types", "rng", "version"},
-    {"store", "devices", "console"},
+    {"threat", "types", "rng", "version", "interruption"},
+    {"store", "devices", "console", "text_files"},
     {"tensor_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
@@ -177,6 +177,7 @@ WITHOUT_TORCH = [
     "errors",
     "rng",
     "store",
+    "text_files",
     "threat",
     "types",
     "results.stats",

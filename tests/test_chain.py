@@ -3,7 +3,9 @@
 import pytest
 import toys
 
+from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.cards import reader
+from robustbench_vlm.engine.job import Job
 from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.threat import Threat, parse_eps
@@ -52,3 +54,49 @@ def test_a_mistyped_field_names_chain_and_stage():
     wrong = card.stage[0].model_copy(update={"stepz": 3})
     with pytest.raises(CardError, match=r"attack mine, stage ce: unknown key 'stepz' .*did you mean 'steps'"):
         Chain.of(card.model_copy(update={"stage": (wrong,)}))
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+from robustbench_vlm.attacks.fgsm import Fgsm
+
+@dataclass(frozen=True)
+class Mine(Fgsm):
+    def step(self, state, oracle):
+        return super().step(state, oracle)
+"""
+CARD = """
+name = "outside"
+title = "an attack of another package"
+[[stage]]
+name = "mine"
+attack = "outside_attack:Mine"
+loss = "ce"
+"""
+
+
+def test_code_outside_the_package_is_part_of_what_a_chain_is(tmp_path, monkeypatch):
+    """A packaged attack has the version of the engine; a file outside has only its content."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "outside.toml").write_text(CARD)
+    code = tmp_path / "outside_attack.py"
+    code.write_text(OUTSIDE)
+    first = Chain.named(str(tmp_path / "outside.toml"))
+    assert list(first.stage_records[0]) == ["name", "attack", "loss", "code_sha256"]
+    code.write_text(OUTSIDE + "# changed\n")
+    second = Chain.named(str(tmp_path / "outside.toml"))
+    assert first.sha256 != second.sha256
+    assert all("code_sha256" not in record for record in Chain.named("autoattack").stage_records)
+
+
+class Unchecked(Fgsm):
+    """An attack of one's own, which does not look at its loss."""
+
+    def __post_init__(self):
+        pass
+
+
+def test_a_targeted_loss_needs_targets():
+    stages = [("aimless", Unchecked("targeted-margin"))]
+    with pytest.raises(InputError, match="the attack has no target classes; expected an untargeted loss"):
+        Job(stages, Threat("linf", parse_eps("4")), 16, 10).check()

@@ -203,6 +203,32 @@ def test_an_engine_that_cannot_is_left_out_aloud_and_the_tables_are_told(vlmrob)
     ]  # fmt: skip
 
 
+def test_a_measured_cell_is_said_to_be_there_and_costs_nothing(vlmrob):
+    line = EVAL + " --dataset toy --n 4"
+    assert "measured already" not in vlmrob(line + " --dry-run")[1]
+    _, out, err = vlmrob(line + " --eps 2,4")
+    assert "measured already" not in err
+    _, out, _ = vlmrob(line + " --eps 2,4 --dry-run")
+    assert "2 of 2 cells measured already, in results" in out
+    assert "at most" not in out
+    _, out, _ = vlmrob(line + " --eps 2,4 --attack pgd5 --dry-run")
+    assert "2 of 4 cells measured already" in out
+    assert "at most" in out
+    assert "measured already" not in vlmrob(line + " --eps 2,4 --n 5 --dry-run")[1]
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_attack(vlmrob, tmp_path):
+    (tmp_path / "file").touch()
+    one_line(
+        *vlmrob(EVAL + " --dataset toy --out file/r"), "--out file/r", "choose another folder with --out"
+    )
+
+
+def test_hints_can_be_pasted(vlmrob, tmp_path):
+    _, _, err = vlmrob(EVAL + " --dataset toy --n 4", "--out", "my results; rm x")
+    assert "next: vlmrob leaderboard --results 'my results; rm x' --suite toys" in err
+
+
 def test_a_dry_run_writes_nothing(vlmrob, tmp_path):
     code, out, _ = vlmrob(EVAL + " --dry-run")
     assert code == 0

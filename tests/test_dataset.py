@@ -223,6 +223,7 @@ def test_notes_on_size_and_ignored_files(tmp_path):
     notes = open_split(card(), tmp_path, "test").notes
     assert notes == (
         "1 files that are neither images nor labels were ignored",
+        "2 of 3 classes have no image: green, blue",
         "1 images, where the card says 24",
     )
 
@@ -235,9 +236,14 @@ def test_class_folders(tmp_path):
     assert split.keys == ("toy/val/blue/x.png", "toy/val/green/x.png", "toy/val/red/x.png")
     assert split.labels.tolist() == [2, 1, 0]
     assert np.array_equal(split.read(2, 8).pixels, noise(0))
-    (tmp_path / "wds_toy/val/red").rename(tmp_path / "wds_toy/val/n01")
-    notes = open_split(card(), tmp_path, "val").notes
-    assert notes[0].endswith("by sorted order: blue is red, green is green, n01 is blue")
+    assert not split.notes
+    (tmp_path / "wds_toy/val/red").rename(tmp_path / "wds_toy/val/Red")
+    split = open_split(card(), tmp_path, "val")
+    assert dict(zip(split.keys, split.labels, strict=True))["toy/val/Red/x.png"] == 0
+    assert split.notes == ("class folders are matched to class names by spelling",)
+    (tmp_path / "wds_toy/val/Red").rename(tmp_path / "wds_toy/val/n01")
+    with pytest.raises(DataError, match="1 of 3 classes are none of the 3 class names: n01"):
+        open_split(card(), tmp_path, "val")
 
 
 def test_missing_datasets_say_how_to_get_them(tmp_path):

@@ -92,4 +92,7 @@ def test_ctrl_c_exits_75_and_says_how_to_go_on(place, tmp_path):
     out, err = process.communicate(timeout=command_line.TIMEOUT)
     assert process.returncode == 75, err
     assert out == ""
-    assert err.splitlines()[-1] == "error: stopped; type the same command again, and it goes on where it was"
+    assert (
+        err.splitlines()[-1]
+        == "error: vlmrob eval: stopped; type the same command again, and it goes on from what is saved"
+    )

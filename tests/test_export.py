@@ -46,12 +46,12 @@ def test_folders_and_their_export_are_one_dataset(tmp_path, monkeypatch, capsys)
     )
     said = capsys.readouterr()
     assert said.out.strip() == str(to / "wds_pets3")
-    assert "1 files that are no JPEG, PNG or WebP were left out" in said.err
-    assert f"vlmrob --include {to / 'cards'} data check pets3" in said.err
-    assert (
-        vlmrob(monkeypatch, "--include", to / "cards", "data", "check", "pets3", "--root", to, "--decode")
-        == 0
-    )
+    assert "note: 1 files that are no images were left out" in said.err
+    assert "note: 12 images of 3 classes: 'cat', 'dog', 'red fox'" in said.err
+    assert f"its cards are in {to / 'cards'}; commands with --data-root {to} find them" in said.err
+    assert f"next: vlmrob data check pets3 --root {to} --split test" in said.err
+    assert vlmrob(monkeypatch, "data", "check", "pets3", "--root", to, "--decode") == 0
+    assert "class folders are matched" not in capsys.readouterr().err  # they are shards now
     reader.include([to / "cards"])
     card = reader.read("datasets", "pets3", DatasetCard)
     assert card.names == ("cat", "dog", "red fox")
@@ -84,15 +84,76 @@ def test_verdicts_bear_the_same_keys_and_say_the_same(tmp_path, monkeypatch, cap
     assert (tables[0][1].backwards > 0).sum() >= 2
 
 
+def test_an_export_reads_one_of_several_split_folders(tmp_path, monkeypatch, capsys):
+    for split, n in (("train", 4), ("val", 2)):
+        tree(tmp_path / "src" / split, n=n)
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "pets5"]
+    assert vlmrob(monkeypatch, *line) == 0
+    assert "note: split val is read; train beside it are left alone" in capsys.readouterr().err
+    assert vlmrob(monkeypatch, *line, "--split", "train") == 0
+    counts = {split: len(opened_split(tmp_path / "out", "pets5", split)) for split in ("train", "val")}
+    assert counts == {"train": 12, "val": 6}
+
+
+def opened_split(root, name, split):
+    reader.include([root / "cards"])
+    try:
+        return open_split(reader.read("datasets", name, DatasetCard), root, split)
+    finally:
+        reader.include([])
+
+
+def test_torchvision_classes_are_matched_to_the_names_of_a_card(tmp_path, monkeypatch, capsys):
+    for i, name in enumerate(("River", "Forest", "River")):
+        (tmp_path / f"tv/eurosat/2750/{name}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, 64)).save(tmp_path / f"tv/eurosat/2750/{name}/{name}_{i}.png")
+    (tmp_path / "names.txt").write_text("river\nforest\n")  # torchvision sorts them the other way
+    line = [
+        "data",
+        "export",
+        "torchvision:EuroSAT",
+        "--source-root",
+        tmp_path / "tv",
+        "--to",
+        tmp_path / "out",
+    ]
+    assert vlmrob(monkeypatch, *line, "--name", "rivers", "--names", tmp_path / "names.txt") == 0
+    assert "classes are matched to class names by spelling" in capsys.readouterr().err
+    assert opened_split(tmp_path / "out", "rivers", "test").labels.tolist() == [1, 0, 0]
+    (tmp_path / "names.txt").write_text("lake\nforest\n")
+    assert vlmrob(monkeypatch, *line, "--name", "lakes", "--names", tmp_path / "names.txt") == 2
+
+
+def test_torchvision_imagenet_has_tuples_of_synonyms(tmp_path, monkeypatch):
+    import torch
+
+    synonyms = {"n01": ("tench", "Tinca tinca"), "n02": ("crane",), "n03": ("crane",)}
+    for wordnet_id in synonyms:
+        (tmp_path / "tv/val" / wordnet_id).mkdir(parents=True)
+        (tmp_path / f"tv/val/{wordnet_id}/a.png").write_bytes(encode(noise(1)))
+    torch.save((synonyms, ["n01"] * 3), tmp_path / "tv/meta.bin")
+    line = ["data", "export", "torchvision:ImageNet", "--source-root", tmp_path / "tv", "--set", "split=val"]
+    assert vlmrob(monkeypatch, *line, "--to", tmp_path / "out", "--name", "mini") == 0
+    split = opened_split(tmp_path / "out", "mini", "test")
+    assert (split.card.names, split.labels.tolist()) == (("tench", "crane", "crane"), [0, 1, 2])
+
+
 def test_numbered_folders_and_names_from_a_file(tmp_path, monkeypatch):
     tree(tmp_path / "src", ["001.ak47", "002.car-side-101", "003.t_shirt"], n=1)
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "numbered"]
     assert vlmrob(monkeypatch, *line) == 0
     assert (tmp_path / "out/wds_numbered/classnames.txt").read_text() == "ak47\ncar side\nt shirt\n"
-    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfT-shirt\r\nAK47\r\ncar side\r\n")
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "other"]
     assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 0
-    assert (tmp_path / "out/wds_other/classnames.txt").read_text() == "x\ny\nz\n"
+    assert (tmp_path / "out/wds_other/classnames.txt").read_text() == "T-shirt\nAK47\ncar side\n"
+    reader.include([tmp_path / "out/cards"])
+    keys = {entry.sample.name[:3]: entry.label for entry in opened(tmp_path / "out", "other").entries}
+    assert keys == {"001": 1, "002": 2, "003": 0}
+    reader.include([])
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "third"]
+    assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
     (tmp_path / "names.txt").write_text("x\ny\n")
     line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "third"]
     assert vlmrob(monkeypatch, *line, "--names", tmp_path / "names.txt") == 2
@@ -131,7 +192,8 @@ def test_a_torchvision_dataset_keeps_its_pixels_and_order(tmp_path, monkeypatch,
     line = ["data", "export", "torchvision:FakeData", "--to", tmp_path, "--name", "fake", "--names"]
     (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(3)))
     more = ["--set", "size=7", "--set", "image_size=[3, 20, 24]", "--set", "num_classes=3"]
-    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", *more) == 2  # its first argument is no root
+    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", *more) == 0  # its first argument is no root
+    assert vlmrob(monkeypatch, *line, tmp_path / "names.txt", "--set", "colour=3") == 2
     assert "torchvision:FakeData: " in capsys.readouterr().err
 
     (tmp_path / "tv/eurosat/2750/River").mkdir(parents=True)

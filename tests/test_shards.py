@@ -1,13 +1,16 @@
 """Whole shards are read as they are; damaged or hostile ones are one-line errors."""
 
 import contextlib
+import os
 import pickle
 import random
 import tarfile
+import time
 
 import pytest
 from folders import encode, noise, one_shard, samples, tar_bytes, write_toy
 
+from robustbench_vlm.data import pixels
 from robustbench_vlm.data.shards import index_folders, index_shards, is_sharded
 from robustbench_vlm.errors import DataError
 
@@ -31,11 +34,11 @@ def test_index_finds_every_image_and_its_bytes(tmp_path):
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_tar_dialect_and_extension(tmp_path, form):
-    long = tarfile.TarInfo("./" + "d" * 120 + "/s9.png")
+    long = tarfile.TarInfo("./" + "t" * 120 + "/s9.png")
     long.mtime = 1.5  # a float time makes a PAX header
     members = [m for i, e in enumerate(["webp", "png", "jpg", "JPEG"]) for m in pair(f"s{i}", b" 2\n", e)]
     if form != tarfile.USTAR_FORMAT:
-        members += [(long, PNG), ("./s9.cls", b"1")]
+        members += [(long, PNG), ("t" * 120 + "/s9.cls", b"1")]
     index = index_shards(one_shard(tmp_path, tar_bytes(members, form)), 3)
     assert [s.label for s in index.samples] == [2] * 4 + [1] * (form != tarfile.USTAR_FORMAT)
     assert all(s.read() == PNG for s in index.samples)
@@ -192,18 +195,95 @@ def test_a_shard_that_shrinks_after_indexing(tmp_path):
         sample.read()
 
 
-def test_class_folders(tmp_path):
-    for place in ("b/x.JPEG", "b/deep/y.png", "a/z.webp", "a/notes.txt", "c/.hidden.png", "c/w.jpg"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / place).write_bytes(PNG)
-    index, by_name = index_folders(tmp_path, ("wolf", "bear", "cat"))
-    assert not by_name
+def test_folders_and_dots_of_members_are_part_of_the_key(tmp_path):
+    members = pair("red/0") + pair("blue/0", b"1") + pair("./img.v2.final", b"2")
+    members += [("red/0.mask.png", PNG), ("red/0.txt", b"a caption")]  # of the sample red/0, as in webdataset
+    index = index_shards(one_shard(tmp_path, tar_bytes(members)), 3)
+    assert [(s.name, s.label) for s in index.samples] == [("blue/0", 1), ("img.v2.final", 2), ("red/0", 0)]
     assert index.ignored == 2
+
+
+@pytest.mark.parametrize("megabytes", [0.04, 2])
+def test_extended_headers_are_bounded(tmp_path, megabytes):
+    whole = tar_bytes([(f"{'1' * int(megabytes * 2**20)}.png", PNG), ("s0.cls", b"0")], tarfile.PAX_FORMAT)
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=r"0\.tar: no whole tar archive .an extended header of \d+ bytes"):
+        index_shards(one_shard(tmp_path, whole), 3)
+    assert time.perf_counter() - began < 1
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    folder = one_shard(tmp_path / "shards", tar_bytes(pair()))
+    sample = index_shards(folder, 3).samples[0]
+    (folder / "0.tar").unlink()
+    os.mkfifo(folder / "0.tar")
+    for read in (lambda: index_shards(folder, 3), sample.read):
+        with pytest.raises(DataError, match=r"cannot be read .not a regular file"):
+            read()
+    (folder / "nshards.txt").unlink()
+    os.mkfifo(folder / "nshards.txt")
+    with pytest.raises(DataError, match="unreadable"):
+        index_shards(folder, 3)
+    (tmp_path / "tree/a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "tree/a/x.png")
+    os.mkfifo(tmp_path / "tree/a/x.bin")
+    index = index_folders(tmp_path / "tree", ("a",))
+    with pytest.raises(DataError, match="not a regular file"):
+        index.samples[0].read()
+
+
+def test_links_are_followed_and_every_decoded_format_is_read(tmp_path):
+    tree, away = tmp_path / "tree", tmp_path / "away"
+    for file in (tree / "a/1.png", tree / "a/2.BMP", tree / "a/3.gif", tree / "a/4.tiff", away / "5.webp"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"bmp": "BMP", "gif": "GIF", "tiff": "TIFF", "webp": "WEBP"}.get(
+            file.suffix[1:].lower(), "PNG"
+        )
+        file.write_bytes(encode(noise(0), kind))
+    (tree / "a/more").symlink_to(away)
+    (tree / "b").symlink_to(away)
+    index = index_folders(tree, ("a", "b"))
+    names = ["a/1.png", "a/2.BMP", "a/3.gif", "a/4.tiff", "a/more/5.webp", "b/5.webp"]
+    assert [s.name for s in index.samples] == names
+    assert [pixels.rgb(s.read(), s.name).size for s in index.samples] == [(8, 8)] * 6
+    (away / "up").symlink_to(tree)
+    with pytest.raises(DataError, match="a link to a folder above itself"):
+        index_folders(tree, ("a", "b"))
+
+
+def test_images_that_are_left_out_are_named(tmp_path):
+    for file in (
+        "a/x.png",
+        "a/y.heic",
+        "a/z.dat",
+        ".old/w.png",
+        "a/._x.png",
+        "v.jpg",
+        "a/.DS_Store",
+        "a/t.txt",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(
+            PNG if file[-3:] in ("png", "jpg", "dat") and "._" not in file else b"\0\5"
+        )
+    index = index_folders(tmp_path, ("a",))
+    assert index.left_out == (".old/w.png", "a/y.heic", "a/z.dat", "v.jpg")
+    assert index.ignored == 7
+
+
+def test_class_folders(tmp_path):
+    for file in ("b/x.JPEG", "b/deep/y.png", "a/z.webp", "c/.hidden.png", "c/w.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(PNG)
+    (tmp_path / "a/notes.txt").write_text("no image")
+    index = index_folders(tmp_path, ("a", "b", "c"))
+    assert (index.rule, index.ignored, index.left_out) == ("name", 2, ("c/.hidden.png",))
     found = [(s.name, s.label) for s in index.samples]
     assert found == [("a/z.webp", 0), ("b/deep/y.png", 1), ("b/x.JPEG", 1), ("c/w.jpg", 2)]
     assert index.samples[0].read() == PNG
-    index, by_name = index_folders(tmp_path, ("c", "b", "a"))  # the folders say which class they are
-    assert by_name
+    index = index_folders(tmp_path, ("c", "b", "a"))  # the folders say which class they are
     assert [s.label for s in index.samples] == [2, 1, 1, 0]
+    with pytest.raises(DataError, match="3 of 3 classes are none of the 3 class names: a, b, c"):
+        index_folders(tmp_path, ("wolf", "bear", "cat"))
     with pytest.raises(DataError, match="3 class folders; expected 4"):
         index_folders(tmp_path, ("a", "b", "c", "d"))

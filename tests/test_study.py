@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from robustbench_vlm import store
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.study import Study
-from robustbench_vlm.cli import app
+from robustbench_vlm.cli.app import app
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.results import stats
 from robustbench_vlm.studies import findings, page, render, runner, tables

@@ -54,14 +54,36 @@ def test_the_mean_over_classes_by_hand():
     assert verdicts.per_class(found) == ((1 / 2 + 1 + 1) / 3, (1 / 2 + 0 + 0) / 3)
 
 
-def test_progress_is_the_least_rise_over_the_stages_that_an_image_survived():
+def test_progress_is_the_greatest_rise_over_the_stages_whose_gradients_did_not_break_an_image():
     found = by_hand()
-    verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")
+    verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")  # it rose in the two stages before
     verdicts.enter(found, 3, line(progress=0.0, backwards=0), "three", "4/255")  # black box: says nothing
-    assert np.isnan(found.progress[[0, 2, 4]]).all()  # wrong when clean, broken at once, without verdict
-    assert found.progress[[1, 3]].tolist() == [0.0, 0.25]
-    assert verdicts.no_progress_share(found) == 1 / 2
+    # wrong when clean, broken by a gradient at once or later, without verdict
+    assert np.isnan(found.progress[[0, 2, 3, 4]]).all()
+    assert found.progress[1] == 0.25
+    assert verdicts.no_progress_share(found) == 0
     assert verdicts.no_progress_share(found[:1]) == 0
+
+
+def test_an_image_whose_objective_never_rises_counts_until_a_gradient_breaks_it():
+    found = verdicts.begin(list("ab"), np.zeros(2, int), ["s"] * 2, np.zeros(2, int), np.ones(2, np.float32))
+    for i in (0, 1):
+        verdicts.enter(found, i, line(progress=0.0), "ce", "4/255")  # saturated
+    assert verdicts.no_progress_share(found) == 1
+    verdicts.enter(found, 0, line(broken=True, prediction=1, progress=2.0), "dlr", "4/255")
+    verdicts.enter(found, 1, line(progress=2.0), "dlr", "4/255")
+    assert verdicts.no_progress_share(found) == 0
+
+
+def test_few_zero_gradients_of_an_image_can_be_left_out():
+    found = verdicts.begin(list("ab"), np.zeros(2, int), ["s"] * 2, np.zeros(2, int), np.ones(2, np.float32))
+    verdicts.enter(found, 0, line(zero_gradients=2), "one", "4/255")  # of 4
+    verdicts.enter(found, 1, line(zero_gradients=3), "one", "4/255")
+    assert [verdicts.zero_gradient_share(found, least) for least in (0, 0.5, 0.75)] == [1, 0.5, 0]
+
+
+def test_broken_images_are_counted_by_stage_and_radius():
+    found = by_hand()
     assert verdicts.broken_in(found, ["two", "three"], "4/255") == 1
     assert verdicts.broken_in(found, ["two"], "8/255") == 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
@@ -21,7 +22,7 @@ from robustbench_vlm.data import layout, miniature
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import measure
+from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.evaluation.cells import EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models import checkpoint, openclip
@@ -141,6 +142,28 @@ def request(results, *attacks, eps=("4/255",), n=0, **more):
 def subject(card, root, n=0, seed=0, trained_on=("elsewhere",)):
     split = open_split(card, root, "test").subset(n, 0)
     return Subject.of(loaded(seed, trained_on), card, split)
+
+
+class Before(nn.Module):
+    """A real model with something before it."""
+
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+        self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
+        self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
+        self.language = inner.language
+
+    def forward(self, images):
+        return self.inner(self.change(images))
+
+
+def changed(what, change):
+    """The subject with a model that is given `change(images)`."""
+    holder = type(what.loaded)("changed", Before(model(), change), what.loaded.card)
+    found = cells.Subject(holder, what.card, what.images, what.bank)
+    found.__dict__["untrained"] = []
+    return found
 
 
 def run(what, order, seen=None):

@@ -11,10 +11,13 @@ import pandas as pd
 from torch import Tensor
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks, tied_classes
+from robustbench_vlm.engine.attack_watch import AttackWatch
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import tensors
+from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat, eps_text
@@ -31,8 +34,8 @@ class Attacked:
         robust: number of images that are still classified correctly after each stage of the chain.
         engine: the attack engine with mode and version, as in a result.
         precision: in which the attacks saw the model, as in a result.
-        checks: examinations of the model before the attack. Where `checks.failed` is not empty, `robust` does
-            not mean robustness; each record says why in a sentence.
+        checks: of the model before the attack, and of model and attack after it. Where `checks.failed` is not
+            empty, `robust` does not mean robustness; each record says why in a sentence.
     """
 
     verdicts: pd.DataFrame
@@ -78,7 +81,9 @@ def attack(
 
     Args:
         model: (B, 3, H, W) float32 in [0, 1] -> logits (B, C), in eval mode, with normalisation and resizing
-            inside. Any callable; that of an encoder is `encoder.classifier(class_names)`.
+            inside. Any callable, which gets copies of images; that of an encoder is
+            `encoder.classifier(class_names)`. Classes with the same logits for every image are attacked as
+            one (`engine.tied_classes`).
         images: (N, 3, H, W) float32 in [0, 1], on the model's device.
         labels: (N,) int64.
         threat: a `Threat`, or an Linf radius such as `"4/255"` or `4 / 255`.
@@ -109,19 +114,23 @@ def attack(
     job = _job(built, ball, options)
     tensors.require_classifier(model)
     tensors.require_tensors(model, images, labels)
-    shas = tensors.sha256_of_images(images)
-    keys = tensors.distinct_keys(options.get("keys"), shas, labels)
-    clean = canonical.logits(model, images, job.rows)
-    job = _with_classes(job, clean, labels)
-    examined = model_checks.examine(
-        model, images, labels, keys, rows=job.rows, seed=job.seed, **built.needs(job.n_classes)
-    )
-    table, adversarial = _attacked(backend, model, job, ImageBlock(images, labels, keys, clean), shas)
-    after = verdicts.robust_after(table, [name for name, _ in job.stages], eps_text(ball.norm, ball.eps))
-    for check in examined.checks:
+    with isolated():
+        block = _block(images.detach().clone(), labels.clone(), options.get("keys"))
+        found = _attacked(model, built, backend, job, block)
+    for check in found.checks.checks:
         if check.level == "fail":
             warnings.warn(f"{check.name}: {check.sentence}", UntrustedResultWarning, stacklevel=2)
-    return Attacked(table, adversarial, after, backend.label, precision.label, examined)
+    return found
+
+
+def _examined(model: Classify, job: Job, block: ImageBlock, chain: Chain) -> model_checks.Examined:
+    """What the model checks find, on the function that is attacked."""
+    labels, needs = block.labels, chain.needs(job.n_classes)
+    if job.tied is not None:
+        model, labels = tied_classes.DistinctClasses(model, job.tied), job.tied.labels(labels)
+    return model_checks.examine(
+        model, block.images, labels, block.keys, rows=job.rows, seed=job.seed, **needs
+    )
 
 
 def _job(chain: Chain, ball: Threat, options: AttackOptions) -> Job:
@@ -142,30 +151,63 @@ def _with_classes(job: Job, clean: Tensor, labels: Tensor) -> Job:
     return replace(job, n_classes=classes)
 
 
-def _attacked(
-    backend: Backend, model: Classify, job: Job, block: ImageBlock, shas: Sequence[str]
-) -> tuple[pd.DataFrame, Tensor]:
+def _block(images: Tensor, labels: Tensor, keys: Sequence[str] | None) -> ImageBlock:
+    """Images with their names; by default the hash of each image and its label."""
+    return ImageBlock(images, labels, tensors.distinct_keys(keys, tensors.sha256_of_images(images), labels))
+
+
+def _attacked(model: Classify, chain: Chain, backend: Backend, job: Job, block: ImageBlock) -> Attacked:
+    """Check the model, run every stage, check what it brought to light."""
+    images = block.images
+    clean = _clean_logits(model, images, job.rows)
+    job = _with_classes(job, clean, block.labels)
+    job = replace(job, tied=tied_classes.found_in(model, images, clean, job.rows))
+    examined = _examined(model, job, block, chain)
+    sample = canonical.padded(images[: job.rows], job.rows)
+    watch = AttackWatch(Model(model, attacked_view.build(model, backend.precision, sample)), job.rows)
+    table, adversarial = _run(watch, backend, job, replace(block, clean=clean))
+    eps = eps_text(job.threat.norm, job.threat.eps)
+    seen, _ = watch.checks(images[: job.rows], clean[: job.rows])
+    checks = examined.joined([*seen, *attack_checks(table, chain, job.n_classes, eps)])
+    after = verdicts.robust_after(table, [name for name, _ in job.stages], eps)
+    return Attacked(table, adversarial, after, backend.label, backend.precision.label, checks)
+
+
+def _clean_logits(model: Classify, images: Tensor, rows: int) -> Tensor:
+    """(N, C) canonical logits, by the first calls of the model."""
+    try:
+        return canonical.logits(model, images, rows)
+    except RuntimeError as error:
+        reason = [*str(error).strip().splitlines(), "no message"][0]
+        found = f"shape {tuple(images.shape)}, on which the model fails: {reason}"
+        raise InputError("images", found, "images that the model takes") from error
+
+
+def _run(watch: AttackWatch, backend: Backend, job: Job, block: ImageBlock) -> tuple[pd.DataFrame, Tensor]:
     """The verdicts of all images, and the adversarial images, after every stage of the job."""
     images, labels, clean = block.images, block.labels, block.clean
     assert clean is not None
     margins, predictions = losses.correct_margin(clean, labels), clean.argmax(1)
+    if job.tied is not None:
+        margins, predictions = job.tied.correct_margin(clean, labels), job.tied.predictions(clean)
+    shas = tensors.sha256_of_images(images)
     table = verdicts.begin(
         list(block.keys), labels.cpu().numpy(), shas, predictions.cpu().numpy(), margins.cpu().numpy()
     )
-    adversarial = images.detach().cpu().clone()
+    originals = images.cpu()
+    adversarial = originals.clone()
     position = {key: i for i, key in enumerate(block.keys)}
     eps = eps_text(job.threat.norm, job.threat.eps)
 
     def enter(finding: Finding) -> None:
         i = position[finding.key]
         adversarial[i] = finding.adv
-        line = verdicts.line(finding, images[i].detach().cpu(), shas[i], int(labels[i]), job.threat)
+        watch.note(finding, originals[i], int(labels[i]))
+        line = verdicts.line(finding, originals[i], shas[i], int(labels[i]), job.threat)
         verdicts.enter(table, i, line, finding.stage, eps)
 
-    sample = canonical.padded(images[: job.rows], job.rows)
-    seen = Model(model, attacked_view.build(model, backend.precision, sample))
     standing = [int(i) for i in table.index[verdicts.standing(table)]]
-    backend.run_chain(seen, job, block.take(standing), enter)
+    backend.run_chain(watch.watched, job, block.take(standing), enter)
     return table, adversarial
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from robustbench_vlm.backends import autoattack, packages, reference, torchattacks
+from robustbench_vlm.backends import autoattack, distinct_classes, packages, reference, torchattacks
 from robustbench_vlm.backends.packages import Package, PackageStage
 from robustbench_vlm.engine import scheduler, trajectories
 from robustbench_vlm.engine.attacked_view import PLAIN, Precision
@@ -122,7 +122,7 @@ class Backend:
 
         Args:
             model: canonical function and attacked view.
-            job: its stages are one of `groups`.
+            job: classes that it calls tied are attacked as one class; its stages are one of `groups`.
             blocks: images; each block but the last holds whole batches of `job.rows`.
             on_finding: called once for each image and stage.
 
@@ -130,6 +130,8 @@ class Backend:
             InputError: what this backend cannot perform, or images that disagree with the job.
             AttackError: an attack left the ball or the box, or the model gives no gradient.
         """
+        if job.tied is not None:
+            return self.run(*distinct_classes.attacked(job.tied, model, job, blocks, on_finding))
         self.require(job)
         if self.keyed:
             return scheduler.run(model, job, blocks, on_finding)

@@ -47,14 +47,16 @@ class GuardedModel(nn.Module):
             logits: Tensor = _DetachedParameters.apply(images, self)  # type: ignore[no-untyped-call]
             return logits
         with torch.no_grad():
-            return self.evaluate(images).clone()
+            return self.evaluate(images).detach().clone()
 
     def evaluate(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, C) logits, by calls of the fixed shape."""
         chunks = torch.split(images, self.rows)
         self.forwards += len(chunks)
         (classify,) = self._classify
-        logits = torch.cat([classify(canonical.padded(c, self.rows))[: len(c)].float() for c in chunks])
+        # The classifier is given copies, since it may write into its input.
+        padded = [canonical.padded(chunk, self.rows).clone() for chunk in chunks]
+        logits = torch.cat([classify(batch).float() for batch in padded])[: len(images)]
         self.note_nonfinite(images, logits)
         return logits
 

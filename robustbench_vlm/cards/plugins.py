@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from robustbench_vlm.cards.reader import wrong_value
 from robustbench_vlm.errors import CardError, InputError, nearest
+from robustbench_vlm.store import file_sha256
 
 _code_allowed = False  # state of the process, set by `allow_code`
 
@@ -122,6 +123,17 @@ def get(kind: str, name: str) -> type:
     module_name = f"robustbench_vlm.{kind}.{name.replace('-', '_')}"
     own: type = importlib.import_module(module_name).plugin
     return own
+
+
+def code_sha256(plugin: type) -> str:
+    """SHA-256 of the file that defines a plug-in, in hex; empty for plug-ins of this package.
+
+    The package raises the version of its engine when one of its attacks changes. Code outside has no version,
+    so its file is part of what a result or a training run is recognised by.
+    """
+    if plugin.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    return file_sha256(Path(inspect.getfile(plugin)))
 
 
 def build(kind: str, name: str, fields: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401 - the plug-in's type

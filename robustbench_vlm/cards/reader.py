@@ -8,6 +8,7 @@ nearest known one.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from robustbench_vlm import text_files
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
@@ -60,6 +62,7 @@ SHADOWS = ("attacks", "protocols", "suites")
 SHADOW = "@include"
 
 _include: list[Path] = []  # folders of `include`: state of the process, see there
+_beside_data: list[Path] = []  # folder of `use_cards_of`: the same
 
 
 def include(folders: list[Path]) -> None:
@@ -79,6 +82,21 @@ def include(folders: list[Path]) -> None:
     _paths.cache_clear()
 
 
+def use_cards_of(data_root: Path) -> None:
+    """Search the folder `cards` of a data root too, to which `vlmrob data export` writes.
+
+    A card there never replaces one of the project's own or of `include`. This is global state, as `include`.
+    """
+    folder = data_root / "cards"
+    _beside_data[:] = [folder] if folder.is_dir() else []
+    _paths.cache_clear()
+
+
+def card_folders() -> list[Path]:
+    """Every folder that cards are searched in beside the project's own, as worker processes include them."""
+    return [*_include, *_beside_data]
+
+
 def singular(kind: str) -> str:
     """`study` for `studies`, `suite` for `suites`."""
     return f"{kind[:-3]}y" if kind.endswith("ies") else kind.removesuffix("s")
@@ -91,15 +109,16 @@ def included() -> list[Path]:
 
 def as_typed() -> str:
     """The options `--include FOLDER` that a printed command line needs; empty without included folders."""
-    return "".join(f" --include {folder}" for folder in _include)
+    return "".join(f" --include {shlex.quote(str(folder))}" for folder in _include)
 
 
 @cache
 def _paths(kind: str) -> dict[str, Path]:
     folder, _ = FOLDERS[kind]
     found: dict[str, Path] = {}
-    for root in (home(), *reversed(_include)):
-        found |= {path.stem: path for path in sorted((root / folder).glob("*.toml"))}
+    for root in (*_beside_data, home(), *reversed(_include)):
+        files = sorted((root / folder).glob("*.toml"))
+        found |= {path.stem: path for path in files if not path.name.startswith(".")}
     return found
 
 
@@ -196,12 +215,14 @@ def toml(path: Path) -> dict[str, Any]:
     list of a thousand names is written once and shared.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=number)
+        table = tomllib.loads(text_files.read_text(path), parse_float=number)
     except FileNotFoundError:
         raise CardError(str(path), "no such file", "a TOML card") from None
+    except OSError as error:
+        raise CardError(str(path), f"cannot be read ({error.strerror})", "a TOML card") from None
     except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
         raise CardError(str(path), f"not TOML ({error!s:.120})", "a TOML card") from None
-    for key in ("names", "templates"):
+    for key in ("names", "templates", "wordnet_ids"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
             table[key] = _lines(path, value.removeprefix("@"))
@@ -213,10 +234,10 @@ def toml(path: Path) -> dict[str, Any]:
 
 def _lines(card: Path, name: str) -> list[str]:
     for root in (card.parent.parent, home()):
-        if (path := root / name).is_file() and path.resolve().is_relative_to(root.resolve()):
+        if path := below(root, name):
             try:
-                return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            except UnicodeDecodeError:
+                return text_files.read_text(path).removesuffix("\n").split("\n")
+            except (OSError, UnicodeDecodeError):
                 raise CardError(str(path), "unreadable", "UTF-8 text") from None
     raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
 
@@ -225,17 +246,29 @@ def subset(suite: Suite) -> tuple[str, ...]:
     """The image names of a suite that takes them from a file; the file must have the SHA-256 of the card.
 
     Raises:
-        CardError: no such file, or another SHA-256.
+        CardError: no such file below a folder of cards, no text, or another SHA-256.
     """
-    name = suite.subset.removeprefix("file:")
-    found = next((at for root in (*_include, home(), Path()) if (at := root / name).is_file()), None)
+    name, where = suite.subset.removeprefix("file:"), f"suite {suite.name}"
+    found = next((file for root in (*card_folders(), home(), Path()) if (file := below(root, name))), None)
     if found is None:
-        raise CardError(f"suite {suite.name}", f"no file {name!r}", "it below a card home")
-    content = found.read_bytes()
+        raise CardError(where, f"no file {name!r:.80}", "a path below a folder of cards, without ..")
+    try:
+        content = text_files.read_bytes(found)
+        text = text_files.decoded(content)
+    except (OSError, UnicodeDecodeError):
+        raise CardError(str(found), "unreadable", "UTF-8 text, one image name a line") from None
     sha = hashlib.sha256(content).hexdigest()
     if suite.subset_sha256 and sha != suite.subset_sha256:
         raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
-    return tuple(content.decode("utf-8", "replace").split())
+    return tuple(line for line in text.split("\n") if line.strip())
+
+
+def below(root: Path, name: str) -> Path | None:
+    """The file called `name` below a folder; None if there is none, or if it lies elsewhere."""
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    path = root / name
+    return path if path.is_file() and path.resolve().is_relative_to(root.resolve()) else None
 
 
 def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:

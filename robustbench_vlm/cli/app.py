@@ -1,11 +1,11 @@
-"""All commands in one program; only this file prints errors and exits.
+"""All commands in one program.
 
 Torch is imported by the commands that need it, never here, so help and lists are there at once.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
-from robustbench_vlm.errors import Incomplete, InputError, VlmrobError
+from robustbench_vlm.errors import InputError
 from robustbench_vlm.version import __version__
 
 NAME = "vlmrob"
@@ -117,17 +117,29 @@ def _include_first(words: list[str]) -> list[str]:
     return [*front, *rest]
 
 
-def _run(words: list[str]) -> int:
+def command_of(words: Sequence[str]) -> str:
+    """The command out of the words of a command line, such as `data fetch`; empty if there is none."""
+    named = [word for word in _include_first(list(words)) if not word.startswith("-")]
+    known = {info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands}
+    for i, word in enumerate(named):
+        if word == "data":
+            return " ".join(named[i : i + 2])
+        if word in known:
+            return word
+    return ""
+
+
+def run(words: list[str]) -> int:
     """Run the command line; returns the exit code.
 
     Raises:
         InputError: an unknown command or option, or a value of the wrong kind.
-        Incomplete: stopped by Ctrl-C.
+        KeyboardInterrupt: a signal came.
     """
     try:
         code = app(_include_first(words), prog_name=NAME, standalone_mode=False)
     except typer.Abort:
-        code = INTERRUPTED
+        raise KeyboardInterrupt from None
     except UsageError as error:
         message = " ".join(error.format_message().split())
         if not message:  # no arguments: the help is printed already
@@ -135,21 +147,5 @@ def _run(words: list[str]) -> int:
         command = error.ctx.command_path if error.ctx else NAME
         raise InputError(command, message.rstrip("."), do=f"see {command} --help") from None
     if code == INTERRUPTED:
-        raise Incomplete("stopped; type the same command again, and it goes on where it was")
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
-
-
-def main() -> None:
-    """Run the command line; every known error becomes one line on stderr and an exit code."""
-    try:
-        code = _run(sys.argv[1:])
-    except VlmrobError as error:
-        code = _print_error(error)
-    except OSError as error:
-        code = _print_error(VlmrobError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
-    sys.exit(code)
-
-
-def _print_error(error: VlmrobError) -> int:
-    console.error(str(error))
-    return error.exit_code

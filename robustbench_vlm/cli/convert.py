@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     source: Annotated[Path, typer.Argument(help="Weights file, or folder of transformers.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     arch: Annotated[
-        str, typer.Option(help="Model that a weights file was made from, e.g. ViT-L-14:openai.")
+        str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai or local-dir:DIR.")
     ] = "",
     card: Annotated[
         str, typer.Option(help="Public checkpoint that it is (see list models): gives base, defense, data.")
@@ -49,4 +50,4 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     console.remark(f"{made.training['scheme']}, {made.arch}, fingerprint {made.sha256[:12]}")
     if made.training["left_out"]:
         console.remark(f"left out: {', '.join(made.training['left_out'])}")
-    console.remark(f"next: vlmrob eval --model {out} --attack autoattack --suite zeroshot")
+    console.remark(f"next: vlmrob eval --model {shlex.quote(str(out))} --attack autoattack --suite zeroshot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,8 @@ from robustbench_vlm import console
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.cli.options import AsJson
+from robustbench_vlm.cli.images import lines_of
+from robustbench_vlm.cli.options import AsJson, use_cards_of
 from robustbench_vlm.errors import CardError, DataError, nearest
 from robustbench_vlm.types import TEMPLATES
 
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
 BROKEN = 1
 
 Root = Annotated[
-    Path, typer.Option("--root", "--data-root", envvar="VLMROB_DATA", help="Folder of the datasets.")
+    Path,
+    typer.Option(
+        *("--root", "--data-root"),
+        envvar="VLMROB_DATA",
+        help="Folder of the datasets.",
+        callback=use_cards_of,
+    ),
 ]
 
 
@@ -167,11 +175,15 @@ def export(
             help="Class folders, a .csv, .jsonl or .parquet of images and labels, or torchvision:X."
         ),
     ],
-    to: Annotated[Path, typer.Option("--to", help="Data root to write to.")] = Path("data"),
+    to: Annotated[Path, typer.Option("--to", help="Data root to write to.", callback=use_cards_of)] = Path(
+        "data"
+    ),
     name: Annotated[
         str, typer.Option(help="Name of the dataset; that of a card takes the card's class names.")
     ] = "",
-    split: Annotated[str, typer.Option(help="Name of the split.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="Which split to read and write; default: the one for testing.")
+    ] = "",
     names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
     source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
     settings: Annotated[
@@ -187,16 +199,15 @@ def export(
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
     known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
-    given = known.names if known else ()
-    if names is not None:
-        given = tuple(names.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    given = lines_of("--names", names) if names else known.names if known else ()
+    ids = known.wordnet_ids if known and not names else ()
     if source.startswith("torchvision:"):
         arguments = overrides.override({}, settings or [])
-        found = sources.from_torchvision(source.partition(":")[2], source_root, arguments)
-        if given and len(given) != len(found.names or given):
-            raise DataError(source, f"{len(found.names)} classes", f"{len(given)} class names", "see --names")
+        found = sources.from_torchvision(source.partition(":")[2], source_root, arguments, given, ids)
+        split = split or found.split
     else:
-        found = sources.open_images(Path(source), given)
+        found = sources.open_images(Path(source), given, split, wordnet_ids=ids)
+        split = split or found.split
     classes = given or found.names
     if not classes:
         raise DataError(source, "no class names", "one a class", "give them with --names FILE")
@@ -204,18 +215,19 @@ def export(
     with console.meter() as meter:
         target = to / (known.folder if known else f"wds_{name}")
         folder = export.export(found, target, split, classes, templates, meter)
-    for note in found.notes:
+    for note in (*sources.summary(found, classes), *found.notes):
         console.remark(f"note: {note}")
-    if found.ignored:
-        console.remark(f"note: {found.ignored} files that are no JPEG, PNG or WebP were left out")
     console.result(str(folder))
-    include = reader.as_typed()
     own = reader.path("datasets", name) if known else to / "cards" / "datasets" / f"{name}.toml"
     if known is None:
-        include = f" --include {export.write_cards(to, name, split, classes, found.count)}"
+        cards = export.write_cards(to, name, split, classes, found.count)
+        console.remark(
+            f"note: its cards are in {cards}; commands with --data-root {quote(str(to))} find them"
+        )
     if own.parents[1] != reader.home() and split not in reader.toml(own).get("size", {}):
         console.remark(f"note: the card of {name} counts no {split}: add {split} = {found.count} to its size")
-    console.remark(f"next: vlmrob{include} data check {name} --root {to} --split {split}")
+    place = f"--root {quote(str(to))} --split {quote(split)}"
+    console.remark(f"next: vlmrob{reader.as_typed()} data check {name} {place}")
 
 
 def make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +33,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, folder, weights file or ARCH:TAG; repeatable; default: the newest under runs/."
+            help="Name, folder, weights file, ARCH:TAG or local-dir:DIR; default: the newest under runs/."
         ),
     ] = None,
-    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
+    arch: Annotated[
+        str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai or local-dir:DIR.")
+    ] = "",
     attack: Annotated[
         list[str] | None,
         typer.Option(help="Attack chains, e.g. aa2,pgd20; repeatable; default: autoattack."),
@@ -147,7 +150,8 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         console.result_json(rows.to_dict("records"))
     else:
         print_grids(rows)
-        line = f"vlmrob leaderboard --results {out} --suite {plan.request.suite}{reader.as_typed()}"
+        line = shlex.join(["vlmrob", "leaderboard", "--results", str(out), "--suite", plan.request.suite])
+        line += reader.as_typed()
         console.remark(f"results in {out}; next: {line}")
     flagged = flags(rows)
     for line in flagged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustbench_vlm import console
+from robustbench_vlm import console, text_files
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import InputError
 
@@ -62,8 +62,8 @@ class Images:
                 self.source,
                 root,
                 meter,
-                names=_lines("--names", self.names),
-                templates=_lines("--templates", self.templates) or TEMPLATES,
+                names=lines_of("--names", self.names),
+                templates=lines_of("--templates", self.templates) or TEMPLATES,
                 split=self.split,
                 columns=(image_column.strip(), label_column.strip()),
             )
@@ -73,12 +73,12 @@ class Images:
         return made.name
 
 
-def _lines(flag: str, file: Path | None) -> tuple[str, ...]:
+def lines_of(flag: str, file: Path | None) -> tuple[str, ...]:
     """The lines of a text file that an option names; none without the option."""
     if file is None:
         return ()
     try:
-        return tuple(file.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+        return tuple(text_files.read_lines(file))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise InputError(f"{flag} {file}", reason, "a text file, one entry a line") from None

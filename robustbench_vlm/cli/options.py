@@ -9,7 +9,19 @@ import typer
 
 from robustbench_vlm import console
 
-DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA")]
+
+def use_cards_of(root: Path) -> Path:
+    """The data root as typed; datasets that were exported to it are known from here on."""
+    from robustbench_vlm.cards import reader
+
+    reader.use_cards_of(root)
+    return root
+
+
+DataRoot = Annotated[
+    Path,
+    typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA", callback=use_cards_of),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Engine = Annotated[str, typer.Option(help="native, or an attack package: autoattack or torchattacks.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,8 @@ def train(
         run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
     console.result(str(folder))
     suites = reader.suites_with(chosen.data.dataset)
-    root = "" if data_root == Path("data") else f" --data-root {data_root}"
-    target = f"--suite {suites[0]}" if suites else f"--dataset {chosen.data.dataset}"
-    line = f"vlmrob eval --model {folder} --attack autoattack {target}{root}"
+    target = ["--suite", suites[0]] if suites else ["--dataset", chosen.data.dataset]
+    root = [] if data_root == Path("data") else ["--data-root", str(data_root)]
+    words = ["vlmrob", "eval", "--model", str(folder), "--attack", "autoattack", *target, *root]
+    line = shlex.join(words)
     console.remark(f"next: {line}{reader.as_typed()}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import dataset, manifest, miniature, pixels, shards, texts
+from robustbench_vlm.data import class_names, dataset, manifest, miniature, pixels, shards, texts
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, InputError
 
@@ -85,8 +85,13 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
         card = texts.with_names(card, folder) if sharded else card
     except DataError as error:
         problems.append(str(error))
-    index = _sharded(card, folder / split, problems, report) if sharded else None
-    samples = _foldered(card, folder / split, problems) if index is None else index
+    index = (_sharded if sharded else _foldered)(card, folder / split, problems, report)
+    samples = index.samples
+    if samples:
+        found_notes, flags = dataset.remarks_on(card, index, generated=(folder / miniature.MARKER).exists())
+        exact = index.rule == class_names.EXACT
+        notes += [f"class folders are matched to class names by {index.rule}"] if exact else []
+        notes += [*found_notes, *(f"results carry the flag {flag}" for flag in flags)]
     problems += _counted(card, folder, split, len(samples), notes)
     if decode:
         problems += _undecodable(card, samples, report)
@@ -105,7 +110,7 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     )
 
 
-def _sharded(card: DatasetCard, split: Path, problems: list[str], report: Report) -> list[shards.Sample]:
+def _sharded(card: DatasetCard, split: Path, problems: list[str], report: Report) -> shards.Index:
     """All samples of the whole shards; adds a problem for each broken shard and each repeated key."""
     try:
         files = shards.shard_files(split)
@@ -113,27 +118,31 @@ def _sharded(card: DatasetCard, split: Path, problems: list[str], report: Report
         problems.append(str(error))
         files = sorted(split.glob("*.tar"))
     samples: list[shards.Sample] = []
+    ignored = 0
     for done, shard in enumerate(files):
         report(f"check {card.name}", done, len(files))
         try:
-            found, _ = shards.index_shard(shard, card.n_classes)
+            found, skipped = shards.index_shard(shard, card.n_classes)
         except DataError as error:
             problems.append(str(error))
             continue
         if not found:
             problems.append(f"{shard}: no images")
         samples += found
+        ignored += skipped
     twice = [name for name, count in Counter(sample.name for sample in samples).items() if count > 1]
     problems += [f"{split}: key {name!r} occurs twice" for name in sorted(twice)]
-    return samples
+    return shards.Index(tuple(samples), ignored)
 
 
-def _foldered(card: DatasetCard, split: Path, problems: list[str]) -> list[shards.Sample]:
+def _foldered(card: DatasetCard, split: Path, problems: list[str], report: Report) -> shards.Index:
+    """All samples of the class folders; adds a problem where they do not fit the card."""
+    report(f"check {card.name}", 0, 1)
     try:
-        return list(shards.index_folders(split, card.names)[0].samples)
+        return shards.index_folders(split, card.names, card.wordnet_ids)
     except DataError as error:
         problems.append(str(error))
-        return []
+        return shards.Index((), 0)
 
 
 def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: list[str]) -> list[str]:
@@ -148,7 +157,7 @@ def _counted(card: DatasetCard, folder: Path, split: str, count: int, notes: lis
     return [line]
 
 
-def _undecodable(card: DatasetCard, samples: list[shards.Sample], report: Report) -> list[str]:
+def _undecodable(card: DatasetCard, samples: Sequence[shards.Sample], report: Report) -> list[str]:
     """A problem for each image that does not decode, or does not fit the card's canvas."""
 
     def problem(sample: shards.Sample) -> str:

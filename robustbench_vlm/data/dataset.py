@@ -7,6 +7,7 @@ images, and never on the order of shards, the number of workers or the batch siz
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import manifest, pixels, shards, texts
+from robustbench_vlm.cards.protocol import Resize
+from robustbench_vlm.data import class_names, manifest, miniature, pixels, shards, texts
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.store import fingerprint
@@ -86,6 +88,8 @@ class Split:
         folder: the dataset's folder.
         entries: the images, sorted by key.
         notes: facts about the folder that matter to a reader of results and are no errors, one line each.
+        flags: names of facts about the whole split that change what is measured on it: `images-left-out`,
+            `classes-without-images` (class folders alone).
         bad: images that were left out because they do not decode, one line each.
     """
 
@@ -94,6 +98,7 @@ class Split:
     folder: Path
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -157,6 +162,15 @@ class Split:
                 raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
             drawn[found.key] = found
         return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
+
+    def resized_as(self, stated: Resize) -> Split:
+        """The split whose images are brought to a model canvas as a model states.
+
+        A card or protocol with a rule of its own goes first, and a native canvas needs none.
+        """
+        if self.card.canvas == "native" or self.card.resize != "model":
+            return self
+        return replace(self, card=self.card.model_copy(update={"resize": stated}))
 
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the images' own side if it is native."""
@@ -272,19 +286,43 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         _require_recorded_sizes(folder, inner)
         index = shards.index_shards(inner, card.n_classes)
     else:
-        index, by_name = shards.index_folders(inner, card.names)
-        if not by_name:
-            of = {sample.name.partition("/")[0]: card.names[sample.label] for sample in index.samples}
-            pairs = some([f"{folder} is {name}" for folder, name in of.items()])  # 10 sorts before 2
-            notes.append(f"class folders are matched to class names by sorted order: {pairs}")
-    if index.ignored:
-        notes.append(f"{index.ignored} files that are neither images nor labels were ignored")
+        index = shards.index_folders(inner, card.names, card.wordnet_ids)
+    found, flags = remarks_on(card, index, generated=(folder / miniature.MARKER).exists())
+    notes += found
     count = len(index.samples)
     if count != card.size.get(split, count):
         notes.append(f"{count} images, where the card says {card.size[split]}")
     prefix = f"{card.name}/{split}/"
     entries = tuple(Entry(prefix + sample.name, sample.label, sample) for sample in index.samples)
-    return Split(card, split, folder, entries, tuple(notes))
+    return Split(card, split, folder, entries, tuple(notes), flags)
+
+
+def remarks_on(
+    card: DatasetCard, index: shards.Index, *, generated: bool
+) -> tuple[list[str], tuple[str, ...]]:
+    """Notes about the images of a whole split, and the flags of what changes the measured number.
+
+    Args:
+        card: the dataset, with its class names.
+        index: of the split.
+        generated: whether it is a miniature, whose few images need not have every class.
+    """
+    notes, flags = [], []
+    if index.rule not in ("", class_names.EXACT):
+        notes.append(f"class folders are matched to class names by {index.rule}")
+    if others := index.ignored - len(index.left_out):
+        notes.append(f"{others} files that are neither images nor labels were ignored")
+    if index.left_out:
+        flags.append("images-left-out")
+        what = "hidden or of a format that is not decoded"
+        notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
+    present = {sample.label for sample in index.samples}
+    empty = [name for label, name in enumerate(card.names) if label not in present]
+    if empty and not generated:
+        if index.rule:  # a folder that was made for a class and is empty has lost its images
+            flags.append("classes-without-images")
+        notes.append(f"{len(empty)} of {card.n_classes} classes have no image: {some(empty)}")
+    return notes, tuple(flags)
 
 
 def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
@@ -299,9 +337,9 @@ def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
 def how_to_get(card: DatasetCard, root: Path) -> str:
     """The command to type, or the address to visit, for a dataset that is not on disk."""
     if card.source.hub:
-        return f"get it with: vlmrob data fetch {card.name} --root {root}"
+        return f"get it with: vlmrob data fetch {card.name} --root {shlex.quote(str(root))}"
     if card.source.url:
-        export = f"vlmrob data export FOLDER --to {root} --name {card.name}"
+        export = f"vlmrob data export FOLDER --to {shlex.quote(str(root))} --name {card.name}"
         return f"get it from {card.source.url}, then type: {export}"
     if card.made_by == "tiny":
         return "make it with: vlmrob data make tiny"

@@ -7,6 +7,7 @@ correct. A killed download continues where it was, and no existing file is overw
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,4 +175,5 @@ def _same(path: Path, file: hub.File, at: hub.Commit) -> str:
 
 def _by_hand(card: DatasetCard, root: Path) -> str:
     where = f"get it from {card.source.url}, then type: " if card.source.url else "type: "
-    return f"{where}vlmrob data export FOLDER --to {root} --name {card.name} (licence: {card.licence})"
+    to = shlex.quote(str(root))
+    return f"{where}vlmrob data export FOLDER --to {to} --name {card.name} (licence: {card.licence})"

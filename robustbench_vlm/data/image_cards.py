@@ -82,13 +82,7 @@ def card_of_images(
     include = export.write_cards(
         root, name, images.split, images.names, images.count, tuple(templates), images.split
     )
-    return ImageCards(name, images.split, include, (*_summary(images), *images.notes))
-
-
-def _summary(images: LabelledImages) -> list[str]:
-    classes = f"{len(images.names)} classes: {some([repr(name) for name in images.names])}"
-    ignored = f"{images.ignored} files that are no JPEG, PNG or WebP were left out"
-    return [f"{images.count} images of {classes}", *([ignored] if images.ignored else [])]
+    return ImageCards(name, images.split, include, (*sources.summary(images, images.names), *images.notes))
 
 
 def _stem(source: Path) -> str:

@@ -22,16 +22,17 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from robustbench_vlm import store
+from robustbench_vlm.data.image_files import SUFFIXES
 from robustbench_vlm.errors import DataError
 
 Sample = tuple[str, bytes, str, int] | tuple[str, bytes, str, int, str]
-"""Key (member name without extension), encoded image, its extension (`png`, `jpg`, `webp`), label >= 0, and
+"""Key (member name without extension), encoded image, its extension (`png`, `jpg`, ...), label >= 0, and
 the original name of the image, if that is to be its key."""
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 NSHARDS = "nshards.txt"
-EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+EXTENSIONS = tuple(sorted(SUFFIXES))
 
 
 def write_texts(folder: Path, names: Sequence[str], templates: Sequence[str]) -> None:
@@ -39,8 +40,7 @@ def write_texts(folder: Path, names: Sequence[str], templates: Sequence[str]) ->
 
     Raises:
         DataError: an entry contains a line break, which would move every label after it; or the folder
-        already
-            has other names or templates, so that another dataset lies there.
+            already has other names or templates, so that another dataset lies there.
     """
     for file, lines in ((CLASSNAMES, names), (TEMPLATES, templates)):
         path = folder / file

@@ -12,16 +12,24 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from robustbench_vlm import text_files
+from robustbench_vlm.data import class_names, image_files
 from robustbench_vlm.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({"webp", "png", "jpg", "jpeg"})
 LABEL_SUFFIX = "cls"
 KEY_SUFFIX = "key"  # of our exports: the name that the image had where it came from
 LARGEST_LABEL = 32  # bytes; a class index needs a dozen, more is not a label
 LARGEST_KEY = 1024  # bytes
 LARGEST_IMAGE = 256 * 2**20  # bytes of one encoded image; more is a damaged header or an attack on memory
+LARGEST_HEADER = 32 * 2**10  # bytes of one PAX or GNU header; tarfile needs 20 s for one of 2 MB
 BLOCK = tarfile.BLOCKSIZE
+EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 AGAIN = "fetch or write this shard again"
 
 
@@ -30,8 +38,8 @@ class Sample:
     """One labelled image and the position of its bytes.
 
     Attributes:
-        name: member basename without extension, the key stored beside it by an export, or the path below the
-            split for class folders.
+        name: path of the member in its shard without extension, the key stored beside it by an export, or
+            the path below the split for class folders.
         label: class index.
         path: the shard, or the image file itself.
         offset: first byte of the encoded image inside `path`.
@@ -52,7 +60,7 @@ class Sample:
         """
         where = f"{self.path}, {self.name}"
         try:
-            with self.path.open("rb") as file:
+            with text_files.open_regular(self.path) as file:
                 if self.size < 0 and os.fstat(file.fileno()).st_size > LARGEST_IMAGE:
                     raise DataError(where, f"larger than {LARGEST_IMAGE} bytes", "one encoded image")
                 file.seek(self.offset)
@@ -66,10 +74,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """All samples of a split, sorted by name, and the number of members that are neither image nor label."""
+    """All samples of a split, sorted by name, and what was not read.
+
+    Attributes:
+        samples: the images with their labels.
+        ignored: number of files or members that are neither image nor label.
+        left_out: those of them that are images nevertheless: hidden, or of a format that is not decoded.
+        rule: how class folders were matched to class names (`class_names.match`); empty for shards.
+    """
 
     samples: tuple[Sample, ...]
     ignored: int
+    left_out: tuple[str, ...] = ()
+    rule: str = ""
 
 
 def is_sharded(folder: Path) -> bool:
@@ -99,36 +116,41 @@ def index_shards(folder: Path, n_classes: int) -> Index:
     return Index(tuple(samples[name] for name in sorted(samples)), ignored)
 
 
-def index_folders(folder: Path, names: tuple[str, ...]) -> tuple[Index, bool]:
-    """Index of `<folder>/<class>/<image>`, and whether the folders carry the class names themselves.
+def index_folders(folder: Path, names: tuple[str, ...], wordnet_ids: tuple[str, ...] = ()) -> Index:
+    """Index of `<folder>/<class>/<image>`; links are followed, hidden files and folders are left out.
 
-    Labels follow the sorted folder names, as in torchvision's `ImageFolder`; where the folder names are
-    exactly the card's class names, they follow the names, which is the same or safer.
+    Class folders are matched to the class names by `class_names.match`, never by their order.
 
     Raises:
-        DataError: no images, or another number of class folders than classes.
+        DataError: no images, another number of class folders than classes, or folders that match no class.
     """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    classes = class_folders(folder)
     if len(classes) != len(names):
         raise DataError(
             str(folder), f"{len(classes)} class folders", f"{len(names)}", "one folder for each class"
         )
-    by_name = classes == sorted(set(names))
-    samples, ignored = [], 0
-    for position, name in enumerate(classes):
-        label = names.index(name) if by_name else position
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_dir():
-                continue
-            if path.suffix.lower().removeprefix(".") not in IMAGE_SUFFIXES or path.name.startswith("."):
-                ignored += 1
-                continue
-            relative = path.relative_to(folder).as_posix()
-            _printable(folder, relative)
-            samples.append(Sample(relative, label, path))
+    matched = class_names.match(classes, names, str(folder), wordnet_ids)
+    label_of = dict(zip(classes, matched.labels, strict=True))
+    samples, left_out, ignored = [], [], 0
+    for path in image_files.walk(folder):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if len(relative.parts) > 1 and not hidden and image_files.is_image(path):
+            _require_printable(folder, relative.as_posix())
+            samples.append(Sample(relative.as_posix(), label_of[relative.parts[0]], path))
+            continue
+        ignored += 1
+        if image_files.looks_like_image(path):
+            left_out.append(relative.as_posix())
     if not samples:
         raise DataError(str(folder), "no images below the class folders", "<class>/<image>.jpg")
-    return Index(tuple(sorted(samples, key=lambda sample: sample.name)), ignored), by_name
+    ordered = tuple(sorted(samples, key=lambda sample: sample.name))
+    return Index(ordered, ignored, tuple(sorted(left_out)), matched.rule)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a split's folder, sorted, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -139,7 +161,7 @@ def shard_files(folder: Path) -> list[Path]:
     """
     stated = folder / "nshards.txt"
     try:
-        text = stated.read_bytes()[:64].decode("ascii").strip()
+        text = text_files.read_bytes(stated, 64).decode("utf-8-sig").strip()
     except FileNotFoundError:
         raise DataError(
             str(stated), "no such file", "the number of shards", "fetch the split again"
@@ -174,15 +196,14 @@ def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
     images: dict[str, tuple[int, int]] = {}  # first byte and size
     texts: dict[str, dict[str, bytes]] = {LABEL_SUFFIX: {}, KEY_SUFFIX: {}}
     ignored = 0
-    with shard.open("rb") as file:
-        for member in _members(shard, file.fileno()):
-            name, _, suffix = member.name.rpartition("/")[2].partition(".")
-            suffix = suffix.lower()
+    with _opened(shard) as file:
+        for member in _members(shard, file):
+            name, suffix = _key_and_suffix(member.name)
             plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
-            if not plain or not name or suffix not in (*IMAGE_SUFFIXES, *texts):
+            if not plain or not name or suffix not in (*image_files.SUFFIXES, *texts):
                 ignored += 1
                 continue
-            _printable(shard, name)
+            _require_printable(shard, name)
             if name in texts.get(suffix, images):
                 kind = {LABEL_SUFFIX: "labels", KEY_SUFFIX: "stored keys"}.get(suffix, "images")
                 raise DataError(str(shard), f"key {name!r} has two {kind}", "each key once", AGAIN)
@@ -193,14 +214,34 @@ def index_shard(shard: Path, n_classes: int) -> tuple[list[Sample], int]:
                 raise DataError(f"{shard}, {name}", f"an image of {member.size} bytes", "less", AGAIN)
             else:
                 images[name] = (member.offset_data, member.size)
+    dotted = {name for name in images if "." in name.rpartition("/")[2]} - texts[LABEL_SUFFIX].keys()
+    for name in dotted:  # s0.mask.png beside s0.png is another picture of the sample, not an image
+        del images[name]
+    ignored += len(dotted)
     labels = {name: _label(shard, name, text, n_classes) for name, text in texts[LABEL_SUFFIX].items()}
     lonely = sorted(images.keys() ^ labels.keys()) + sorted(texts[KEY_SUFFIX].keys() - images.keys())
     if lonely:
-        lacks = "no label (.cls)" if lonely[0] in images else "no image (.webp .png .jpg .jpeg)"
+        lacks = (
+            "no label (.cls)"
+            if lonely[0] in images
+            else f"no image (.{' .'.join(sorted(image_files.SUFFIXES))})"
+        )
         raise DataError(str(shard), f"key {lonely[0]!r} has {lacks}", "one image and one label a key", AGAIN)
     keys = {name: _stored_key(shard, name, text) for name, text in texts[KEY_SUFFIX].items()}
     found = [Sample(keys.get(name, name), labels[name], shard, *span) for name, span in images.items()]
     return found, ignored
+
+
+def _key_and_suffix(member: str) -> tuple[str, str]:
+    """The key of a member, its path up to the ending (the folder is part of it, as in webdataset), and that.
+
+    The ending begins at the first dot of the file's name, or at the last one where only that is known.
+    """
+    folder, slash, file = member.removeprefix("./").rpartition("/")
+    stem, _, suffix = file.partition(".")
+    if stem and "." in suffix:
+        stem, _, suffix = file.rpartition(".")
+    return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
 
 
 def _stored_key(shard: Path, name: str, text: bytes) -> str:
@@ -212,11 +253,11 @@ def _stored_key(shard: Path, name: str, text: bytes) -> str:
         raise DataError(where, f"{text!r:.80}", "a name in UTF-8", AGAIN) from None
     if not key or len(text) > LARGEST_KEY:
         raise DataError(where, f"{len(text)} bytes", f"a name of 1 to {LARGEST_KEY} bytes", AGAIN)
-    _printable(shard, key)
+    _require_printable(shard, key)
     return key
 
 
-def _printable(where: Path, name: str) -> None:
+def _require_printable(where: Path, name: str) -> None:
     """Refuse names that are not printable: they become keys, and appear in tables and messages."""
     if not name.isprintable():
         raise DataError(str(where), f"the name {name!r:.80}", "printable UTF-8 names", "rename it")
@@ -234,15 +275,37 @@ def _label(shard: Path, name: str, text: bytes, n_classes: int) -> int:
     return value
 
 
-def _members(shard: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
+def _opened(shard: Path) -> BinaryIO:
+    """A shard that is a regular file, opened.
+
+    Raises:
+        DataError: it is another kind of file, or cannot be read.
+    """
+    try:
+        return text_files.open_regular(shard)
+    except OSError as error:
+        raise DataError(str(shard), f"cannot be read ({error.strerror})", "a tar archive", AGAIN) from None
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A member whose PAX or GNU headers are refused before they are read where they are too large."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in EXTENDED and self.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
+
+
+def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members of an uncompressed archive that is complete up to its end-of-archive marker.
 
     `tarfile` ends without an error at a cut between members and at a damaged header, so the end is checked
     here: two zero blocks where the next header would be, and nothing but zeros behind them.
     """
+    descriptor = file.fileno()
     size = os.fstat(descriptor).st_size
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedHeader) as archive:
             last = -1
             while (member := archive.next()) is not None:
                 # with a negative size in a hostile header, tarfile would loop for ever

@@ -12,19 +12,21 @@ Nothing is decoded here but what torchvision hands out decoded.
 
 from __future__ import annotations
 
+import inspect
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustbench_vlm.data import shards, tables, texts
+from robustbench_vlm.data import class_names, image_files, shards, tables
 from robustbench_vlm.errors import DataError, InputError, nearest, some
 
-NUMBERED = re.compile(r"\d{3}\.")  # 001.ak47, as in Caltech-256
 SPLITS = ("test", "val", "validation", "valid", "train")
-MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
+MAGIC = {
+    **{b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"},
+    **{b"II*\0": "tif", b"MM\0*": "tif"},
+}
 
 Item = tuple[str, bytes, str, int]
 """Original key, encoded image, its extension (`png`, `jpg`, `webp`), class index."""
@@ -59,6 +61,7 @@ def open_images(
     split: str = "",
     image_column: str = "",
     label_column: str = "",
+    wordnet_ids: Sequence[str] = (),
 ) -> LabelledImages:
     """The images of a folder or of a table.
 
@@ -69,22 +72,26 @@ def open_images(
         split: which split to read; by default the one for testing, if there are several.
         image_column: column of paths or encoded images; by default one of `tables.IMAGE_COLUMNS`.
         label_column: column of class names or indices; by default one of `tables.LABEL_COLUMNS`.
+        wordnet_ids: those of `names`, for class folders that are called by them.
 
     Raises:
         DataError: nothing of that kind there, no images, or labels that do not fit `names`.
     """
     if path.is_dir():
-        return from_folders(path, names, split)
+        return from_folders(path, names, split, wordnet_ids)
     if path.suffix.lower() not in tables.SUFFIXES:
         found = "no such file or folder" if not path.exists() else "neither a folder nor a known table"
         raise DataError(str(path), found, f"class folders, or a file in {', '.join(tables.SUFFIXES)}")
     return from_table(path, names, split, image_column, label_column)
 
 
-def from_folders(folder: Path, names: Sequence[str] = (), split: str = "") -> LabelledImages:
+def from_folders(
+    folder: Path, names: Sequence[str] = (), split: str = "", wordnet_ids: Sequence[str] = ()
+) -> LabelledImages:
     """A tree `<folder>/<class>/<image>`, with the splits as folders above the classes or without any.
 
-    Without `names`, labels follow the sorted folder names, as in torchvision's `ImageFolder`.
+    Without `names`, labels follow the sorted folder names, as in torchvision's `ImageFolder`; with them,
+    class folders are matched to names by `class_names.match`.
 
     Raises:
         DataError: no class folders, no images in them, no such split, or folders that do not fit `names`.
@@ -93,29 +100,33 @@ def from_folders(folder: Path, names: Sequence[str] = (), split: str = "") -> La
         raise DataError(str(folder), "no such folder", "class folders with images")
     notes: list[str] = []
     folder, split = _split_of(folder, split, notes)
-    classes = _folders_in(folder)
-    index, _ = shards.index_folders(folder, tuple(classes))
-    spelt_names = tuple(spelt(classes))
-    labels = match(spelt_names, names, str(folder), notes) if names else list(range(len(classes)))
+    classes = shards.class_folders(folder)
+    chosen = tuple(names) or tuple(class_names.spelt(classes))
+    matched = class_names.match(classes, chosen, str(folder), wordnet_ids)
+    if matched.rule != class_names.EXACT and names:
+        notes.append(f"class folders are matched to class names by {matched.rule}")
+    index = shards.index_folders(folder, tuple(classes))
+    if index.left_out:
+        what = "hidden or of a format that is not decoded"
+        notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
 
     def items() -> Iterator[Item]:
         for sample in index.samples:
-            extension = sample.path.suffix.lower().removeprefix(".")
-            yield sample.name, sample.read(), extension, labels[sample.label]
+            yield sample.name, sample.read(), image_files.suffix(sample.path), matched.labels[sample.label]
 
     files = tuple(sample.path for sample in index.samples)
-    chosen = tuple(names) or spelt_names
-    return LabelledImages(len(files), chosen, split or "test", index.ignored, files, items, tuple(notes))
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    others = index.ignored - len(index.left_out)
+    return LabelledImages(len(files), chosen, split or "test", others, files, items, tuple(notes))
 
 
 def _split_of(folder: Path, split: str, notes: list[str]) -> tuple[Path, str]:
     """The folder of the class folders and the name of the split, where `folder` has a folder a split."""
-    inside = _folders_in(folder)
-    if not inside or not set(inside) <= set(SPLITS) or not all(_folders_in(folder / n) for n in inside):
+    inside = shards.class_folders(folder)
+    if (
+        not inside
+        or not set(inside) <= set(SPLITS)
+        or not all(shards.class_folders(folder / n) for n in inside)
+    ):
         return folder, split
     if split and split not in inside:
         raise DataError(str(folder), f"no split {split!r}", f"one of: {', '.join(inside)}", "choose another")
@@ -157,7 +168,7 @@ def from_table(
         if not inline:
             for (key, path), index in zip(paths, indices, strict=True):
                 content = shards.Sample(key, index, path).read()
-                yield key, content, path.suffix.lower().removeprefix("."), index
+                yield key, content, image_files.suffix(path), index
             return
         for i, ((where, row), index) in enumerate(zip(table.rows([image]), indices, strict=True)):
             content, extension = _encoded(where, row.get(image))
@@ -183,7 +194,11 @@ def _indexed(
     values: Sequence[str | int], names: Sequence[str], where: str, notes: list[str]
 ) -> tuple[list[int], tuple[str, ...]]:
     """The class index of each label, and the class names."""
-    if all(isinstance(value, int) or re.fullmatch(r"\d{1,7}", value) for value in values):
+    spellings = sorted({str(value) for value in values})
+    named = {class_names.plain(name) for name in names}
+    as_text = not any(isinstance(value, int) for value in values)
+    spelt_as_names = as_text and any(class_names.plain(text) in named for text in spellings)
+    if _integers(values) and not spelt_as_names:
         indices = [int(value) for value in values]
         largest = max(indices)
         if not names:
@@ -191,51 +206,33 @@ def _indexed(
         elif largest >= len(names):
             raise DataError(where, f"label {largest}", f"0 to {len(names) - 1}, for {len(names)} class names")
         return indices, tuple(names) or tuple(map(str, range(largest + 1)))
-    found = sorted({str(value) for value in values})
-    if not names:
-        index = {name: i for i, name in enumerate(found)}
-        return [index[str(value)] for value in values], tuple(found)
-    index = dict(zip(found, match(found, names, where, notes, ordered=False), strict=True))
-    return [index[str(value)] for value in values], tuple(names)
+    chosen = tuple(names) or tuple(spellings)
+    matched = class_names.match(spellings, chosen, where, merge=True)
+    if matched.rule != class_names.EXACT:
+        notes.append(f"labels are matched to class names by {matched.rule}")
+    index = dict(zip(spellings, matched.labels, strict=True))
+    return [index[str(value)] for value in values], chosen
 
 
-def match(
-    found: Sequence[str], names: Sequence[str], where: str, notes: list[str], *, ordered: bool = True
-) -> list[int]:
-    """The index in `names` of each class that was found, by spelling (case, `_`, `-` and `/` do not matter).
-
-    With `ordered`, classes whose folders are not all spelt as names (`n01440764`) are matched by their order,
-    if there are as many of them as names and no spelling contradicts the order.
-
-    Raises:
-        DataError: a class that is none of the names.
-    """
-    index = {texts.plain(name): i for i, name in enumerate(names)}
-    missing = [name for name in found if texts.plain(name) not in index]
-    if not missing and len(index) == len(names):
-        return [index[texts.plain(name)] for name in found]
-    spelling = [(texts.plain(name), texts.plain(names[i])) for i, name in enumerate(found[: len(names)])]
-    agree = all(own == listed or own not in index for own, listed in spelling)
-    if ordered and len(found) == len(names) and agree:
-        pairs = some([f"{a} is {b}" for a, b in zip(found, names, strict=True)])
-        notes.append(f"class folders are matched to class names by sorted order: {pairs}")
-        return list(range(len(found)))
-    what = f"{len(missing)} of {len(found)} classes are none of the {len(names)} class names: {some(missing)}"
-    raise DataError(where, what, some(list(names)), "correct the class names, or leave them out")
+def _integers(values: Sequence[str | int]) -> bool:
+    """Whether all labels are integers, as numbers or as text."""
+    return all(isinstance(value, int) or class_names.DIGITS.fullmatch(value) for value in values)
 
 
 def _paths(file: Path, rows: Sequence[tuple[str, object]]) -> list[tuple[str, Path]]:
     """(path as written, file) of each row."""
     root = file.parent.resolve()
     found: dict[str, Path] = {}
+    present: set[Path] = set()
     for where, name in rows:
         if not isinstance(name, str) or not name.isprintable():
             raise DataError(where, f"image {name!r:.80}", "a path beside the table")
         path = (root / name).resolve()
         if not path.is_relative_to(root) or not path.is_file():
             raise DataError(where, f"no image {name!r:.80} below {root}", "a path relative to that folder")
-        if name in found:
+        if path in present:
             raise DataError(where, f"image {name!r:.80} occurs twice", "one row an image")
+        present.add(path)
         found[name] = path
     return list(found.items())
 
@@ -247,23 +244,42 @@ def _encoded(where: str, value: object) -> tuple[bytes, str]:
         raise DataError(where, "no image bytes", f"at most {shards.LARGEST_IMAGE} bytes of an encoded image")
     extension = next((name for magic, name in MAGIC.items() if content.startswith(magic)), "")
     if not extension:
-        raise DataError(where, f"bytes that begin with {content[:8]!r}", "a PNG, JPEG or WebP image")
+        raise DataError(
+            where, f"bytes that begin with {content[:8]!r}", "a PNG, JPEG, WebP, GIF, BMP or TIFF image"
+        )
     return content, extension
 
 
-def from_torchvision(name: str, root: Path, settings: Mapping[str, Any]) -> LabelledImages:
+def from_torchvision(
+    name: str,
+    root: Path,
+    settings: Mapping[str, Any],
+    names: Sequence[str] = (),
+    wordnet_ids: Sequence[str] = (),
+) -> LabelledImages:
     """A dataset class of torchvision; its images become PNG, and its keys are their positions.
+
+    Args:
+        name: of the class.
+        root: the folder that it reads.
+        settings: its further arguments.
+        names: class names in label order; its own classes are matched to them by `class_names.match`, and
+            where it has none, its labels count as indices of them.
+        wordnet_ids: those of `names`.
 
     Raises:
         InputError: no such class, or arguments that it refuses.
+        DataError: its classes match no class names.
     """
     from torchvision import datasets
 
     known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
     if name not in known:
         raise InputError(f"torchvision:{name}", "no such dataset", do=nearest(name, known))
+    kind = getattr(datasets, name)
+    arguments = {"root": root} if "root" in inspect.signature(kind).parameters else {}  # FakeData has none
     try:
-        found = getattr(datasets, name)(root, **settings)
+        found = kind(**arguments, **settings)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"torchvision:{name}", reason, do="see --source-root and --set") from None
@@ -273,14 +289,24 @@ def from_torchvision(name: str, root: Path, settings: Mapping[str, Any]) -> Labe
             image, label = found[i]
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            yield f"s{i:07d}", buffer.getvalue(), "png", int(label)
+            yield f"s{i:07d}", buffer.getvalue(), "png", labels[int(label)] if labels else int(label)
 
-    names = tuple(spelt(getattr(found, "classes", ())))
-    return LabelledImages(len(found), names, "test", 0, (), items)
+    # ImageNet has a tuple of synonyms for each class
+    classes = [entry if isinstance(entry, str) else entry[0] for entry in getattr(found, "classes", ())]
+    own, notes = tuple(class_names.spelt(classes)), []
+    labels: tuple[int, ...] = ()
+    if names and own:
+        ids = list(getattr(found, "wnids", ()))
+        spellings = ids if wordnet_ids and set(ids) <= set(wordnet_ids) and ids else own
+        matched = class_names.match(spellings, names, f"torchvision:{name}", wordnet_ids)
+        labels = matched.labels
+        notes.append(f"classes are matched to class names by {matched.rule}")
+    chosen = tuple(names) or own
+    return LabelledImages(len(found), chosen, "test", 0, (), items, tuple(notes))
 
 
-def spelt(classes: Sequence[str]) -> list[str]:
-    """Folder names as class names: `_` is a space; numbered ones lose `001.` and a final `-101`."""
-    if classes and all(NUMBERED.match(name) for name in classes):
-        classes = [name[4:].removesuffix("-101").replace("-", " ") for name in classes]
-    return [name.replace("_", " ") for name in classes]
+def summary(images: LabelledImages, names: Sequence[str]) -> list[str]:
+    """How many images of which classes a source has, and how many files are none, one line each."""
+    classes = f"{len(names)} classes: {some([repr(name) for name in names])}"
+    ignored = [f"{images.ignored} files that are no images were left out"] if images.ignored else []
+    return [f"{images.count} images of {classes}", *ignored]

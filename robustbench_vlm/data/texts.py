@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from robustbench_vlm import text_files
 from robustbench_vlm.cards.dataset import DatasetCard, lines_sha256
+from robustbench_vlm.data.class_names import plain
 from robustbench_vlm.errors import DataError
 
 
@@ -69,17 +70,11 @@ def _same_names(card: DatasetCard, path: Path, found: list[str]) -> list[str]:
     return ["class names in the folder are spelt differently from the card's; the card's are used"]
 
 
-def plain(name: str) -> str:
-    """A class name without differences of spelling: case, `_`, `-` and `/`."""
-    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()
-
-
 def _lines(path: Path) -> list[str] | None:
     """Lines of a UTF-8 text file without trailing blank lines; `None` if there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return text_files.read_lines(path)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(str(path), f"unreadable ({error})", "UTF-8 text") from None
-    return text.rstrip("\n").split("\n") if text.strip() else []

@@ -23,7 +23,7 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
     found = []
     with torch.no_grad():
         for chunk in torch.split(images, rows):
-            output = classify(padded(chunk, rows))
+            output = classify(padded(chunk, rows).clone())  # a model may write into its input
             if not isinstance(output, Tensor):
                 what = f"a {type(output).__name__}"
                 raise AttackError(f"the model returns {what}; expected a tensor of logits ({rows}, classes)")
@@ -32,7 +32,7 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
                 what = f"{str(output.dtype).removeprefix('torch.')} of shape {shape}"
                 wanted = f"logits of shape ({rows}, classes), 2 classes or more (write one score s as (0, s))"
                 raise AttackError(f"the model returns {what} for {rows} images; expected {wanted}")
-            found.append(output[: len(chunk)].float())
+            found.append(output[: len(chunk)].detach().float())
     return torch.cat(found)
 
 

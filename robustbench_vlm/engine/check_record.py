@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Level = Literal["pass", "warn", "fail"]
+
+SEVERITY: dict[Level, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Examined:
-    """All examinations of a model on one dataset, and the model calls that they made."""
+    """All checks of a model on one dataset, and the model calls that those before the attack made."""
 
     checks: tuple[Check, ...]
-    forwards: int
-    gradients: int
+    forwards: int = 0
+    gradients: int = 0
 
     @property
     def failed(self) -> list[str]:
@@ -44,6 +47,15 @@ class Examined:
     def record(self) -> dict[str, Any]:
         """The same as plain values."""
         return asdict(self)
+
+    def joined(self, later: Iterable[Check]) -> Examined:
+        """These checks and later ones; of two with one name the worse stands, the earlier one if equal."""
+        found = {check.name: check for check in self.checks}
+        for check in later:
+            known = found.get(check.name)
+            if known is None or SEVERITY[check.level] > SEVERITY[known.level]:
+                found[check.name] = check
+        return Examined(tuple(found.values()), self.forwards, self.gradients)
 
 
 def check(name: str, level: Level, value: float | None, bound: float, sentence: str) -> Check:

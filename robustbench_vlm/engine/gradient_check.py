@@ -1,121 +1,155 @@
-"""Whether the gradient of a model is the gradient of what it computes: derivatives against differences.
-
-The directional derivative <g, v> of the margin is compared with central differences along v. An honest
-network passes, and rounding, JPEG or a detached part does not, for these reasons:
-
-- Every step is below a tenth of an 8-bit step. A quantiser, whatever gradient it claims, mostly does not
-  change at all there, and otherwise jumps.
-- The images are first moved by random parts of eight 8-bit steps towards the inside of the box. Equal
-  neighbouring pixels, and pixels at 0 or 1, are on kinks of max-pooling and clamping, where no gradient is
-  right in every direction.
-- The other class of the margin is fixed. A ReLU kink within a step spoils one image at one step length: the
-  best of four step lengths counts, and the caller takes the median over the images.
-- v is +1 or -1 in every pixel at random, which also finds a part of the gradient that is missing. Along it a
-  margin changes by about ||g||_2 only, which in large networks is less than rounding. Then as many of the
-  signs as necessary are taken from g. Errors are relative to the expected slope, and the part that rounding
-  explains is subtracted.
-"""
+"""Checks of the image gradient: is there one, is it finite, and is it that of what the model computes?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm import rng
-from robustbench_vlm.engine import canonical, losses
-from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.engine import derivatives, losses
+from robustbench_vlm.engine.check_record import Check, Level, check
+from robustbench_vlm.engine.check_sample import CheckSample
+from robustbench_vlm.engine.derivatives import Points, Segments
+from robustbench_vlm.engine.oracle import Evaluation
+from robustbench_vlm.errors import AttackError
 
-GRID = 1 / 255  # the step of an 8-bit quantiser
-AWAY = 8 * GRID  # how far the images are moved off ties and kinks
-STEPS = tuple(0.08 * GRID / 4**k for k in range(4))  # half lengths of the differences, in each pixel
-NOISE = 16  # rounding of a logit within one batch, in units in the last place of the largest logit
-DROWNED = 0.1  # a difference is not used if rounding may be a larger share of it
+SHARE = 0.01
+"""Share of the images above which a missing gradient or a saturated softmax is no accident."""
+AGREEMENT = 0.05
+"""Relative error above which a derivative is wrong."""
+ON_GRID = 0.5
+"""The same where all pixels are of 8 bits, since equal neighbours and pixels at 0 or 1 sit on kinks."""
+WRONG = 0.1
+"""Share of images with wrong derivatives above which the gradient is wrong."""
+PATH_AGREEMENT = 0.3
+"""Median relative error of integrals along segments above which the gradient is wrong."""
+UNITS = 1000
+"""Rounding of a float32 logit between calls with and without a gradient, in units of the last place."""
 
-Logits = Callable[[Tensor], Tensor]
-"""(n, 3, H, W) -> (n, C) canonical logits, for any n."""
+MISMATCH = "gradient-mismatch"
 
 
-def ulps(logits: Tensor, count: int) -> float:
-    """`count` units in the last place of the largest logit, in float32."""
-    largest = logits.abs().nan_to_num(nan=0.0, posinf=0.0).max()
-    return count * torch.finfo(torch.float32).eps * float(largest)
-
-
-def errors(
-    oracle: Oracle,
-    canonical_logits: Logits,
-    images: Tensor,
-    labels: Tensor,
-    keys: Sequence[str],
-    *,
-    rows: int,
-    seed: int,
-    noise: float,
-) -> list[float]:
-    """Relative errors of <g, v>, one for each image; none for images where rounding is too large.
+def checks(sample: CheckSample, seed: int, noise: float, *, only_ce: bool) -> list[Check]:
+    """All checks that need image gradients of margin and cross-entropy; a single one if there are none.
 
     Args:
-        oracle: calls the model.
-        canonical_logits: of any number of images.
-        images: (m, 3, H, W) that have gradients, m at most `rows`.
-        labels: (m,) int64.
-        keys: m names, from which points and directions are drawn.
-        rows: number of rows of every call.
-        seed: part of the noise's name.
-        noise: largest difference of a logit between equal calls.
+        sample: model and images.
+        seed: of points and directions.
+        noise: by how much equal calls were seen to differ in a logit.
+        only_ce: whether the attacks know no loss but cross-entropy.
     """
-    if not keys:
-        return []
-    moved = _off_ties(images, keys, seed)
-    rivals = canonical_logits(moved).scatter(1, labels[:, None], -torch.inf).argmax(1)
-    right, wrong = canonical.padded(labels, rows), canonical.padded(rivals, rows)
-    evaluation = oracle.gradient(
-        canonical.padded(moved, rows), lambda logits: losses.targeted_margin(logits, right, wrong)
-    )
-    g = evaluation.gradient[: len(keys)].double().flatten(1)
-    noise = max(noise, ulps(evaluation.logits[: len(keys)], NOISE))
-    v, size = _directions(g, keys, seed, noise)
-    steps = torch.tensor(STEPS, dtype=torch.float64, device=g.device)
-    rises = _differences(canonical_logits, moved, v, labels, rivals) / (2 * steps)
-    slopes, rounding = (g * v).sum(1, keepdim=True), noise / steps
-    missed = ((rises - slopes).abs() - rounding).clamp(min=0) / torch.maximum(rises.abs(), size)
-    missed = missed.masked_fill(rounding > DROWNED * size, torch.inf).amin(1)
-    return [error for error in missed.tolist() if error < torch.inf]  # neither drowned nor NaN
+
+    def objectives(logits: Tensor) -> Tensor:
+        both = (losses.attack_margin, losses.cross_entropy)
+        return torch.stack([loss(logits, sample.labels, sample.labels) for loss in both], 1)
+
+    try:
+        margin, ce = sample.probe.oracle.gradients(sample.images, objectives)
+    except AttackError as error:
+        return [check("no-gradient", "fail", 1.0, SHARE, str(error))]
+    n = sample.n
+    finite = (margin.finite & ce.finite)[:n]
+    ill = float((~finite).float().mean())
+    flat = float((margin.zero[:n] & finite).float().mean())
+    return [
+        check("no-gradient", "pass", 0.0, SHARE, "the logits depend on the image"),
+        check(
+            "non-finite",
+            "fail" if ill > 0 else "pass",
+            ill,
+            0.0,
+            f"a logit or gradient is NaN or infinite on {ill:.0%} of {n} images",
+        ),
+        check(
+            "zero-gradient",
+            "fail" if flat > SHARE else "pass",
+            flat,
+            SHARE,
+            f"the gradient of the margin is exactly zero on {flat:.0%} of {n} images",
+        ),
+        _saturated(sample, ce.zero & ~margin.zero, only_ce=only_ce),
+        _mismatch(sample, margin, seed, noise),
+    ]
 
 
-def _draw(part: str, shape: torch.Size, keys: Sequence[str], seed: int) -> Tensor:
-    """(m, ...) uniform numbers on [0, 1): for each of m keys, of `shape` without its first dimension."""
-    names = [f"{seed}/{key}/derivatives/{part}" for key in keys]
-    return torch.from_numpy(np.stack([rng.uniform(name, tuple(shape[1:])) for name in names]))
+def _saturated(sample: CheckSample, lost: Tensor, *, only_ce: bool) -> Check:
+    """Whether p_y rounds to 1, so that cross-entropy no longer lowers the true logit.
+
+    Args:
+        sample: model and images.
+        lost: (rows,) bool, the gradient of cross-entropy is exactly zero and that of the margin is not.
+        only_ce: whether this decides; a chain with a margin-type loss needs no cross-entropy.
+    """
+    right = sample.right
+    sure = sample.logits[: sample.n].softmax(1).gather(1, sample.labels[: sample.n, None])[:, 0] == 1
+    share = float((sure | lost[: sample.n])[right].float().mean()) if bool(right.any()) else 0.0
+    level: Level = "pass" if share <= SHARE else "fail" if only_ce else "warn"
+    instead = "" if level == "pass" else ": rely on margin or DLR losses"
+    found = f"cross-entropy is saturated in float32 on {share:.0%} of the images that can be attacked"
+    return check("saturated", level, share, SHARE, found + instead)
 
 
-def _off_ties(images: Tensor, keys: Sequence[str], seed: int) -> Tensor:
-    """The images, moved by at least one step into the box, and by at most `AWAY` and one step."""
-    inside = STEPS[0] + (1 - 2 * STEPS[0]) * images
-    return torch.lerp(inside, _draw("point", images.shape, keys, seed).to(images.device), AWAY)
+def _mismatch(sample: CheckSample, margin: Evaluation, seed: int, noise: float) -> Check:
+    """Whether the gradient is that of the margin, for the images that have one."""
+    usable = (margin.finite & ~margin.zero)[: sample.n].nonzero().squeeze(1)
+    if noise > sample.rounding or not len(usable):  # other checks fail then, and this one cannot be made
+        return check(MISMATCH, "warn", None, AGREEMENT, "no derivative could be compared: see other checks")
+    apart, bound = sample.change(margin.logits), sample.probe.rounding(sample.logits[: sample.n], UNITS)
+    if apart > bound:
+        found = f"a logit changes by {apart:.2g} when a gradient is asked for"
+        return check(MISMATCH, "fail", apart, bound, found)
+    local = derivatives.local_errors(sample.probe, _points(sample, usable, seed), noise)
+    lines = _segments(sample, margin, usable)
+    along = derivatives.path_errors(sample.probe, lines, noise, PATH_AGREEMENT)
+    return judged(local, along)
 
 
-def _directions(g: Tensor, keys: Sequence[str], seed: int, noise: float) -> tuple[Tensor, Tensor]:
-    """(m, d) directions of +1 and -1, and (m, 1) the expected slope along each."""
-    length, total = g.norm(dim=1, keepdim=True), g.abs().sum(1, keepdim=True)
-    wanted = noise / (DROWNED * STEPS[1])  # so that at least two step lengths can be used
-    share = ((wanted**2 - length**2).clamp(min=0).sqrt() / total).clamp(max=1)
-    signs, chosen = (_draw(part, g.shape, keys, seed).to(g.device) for part in ("sign", "share"))
-    v = torch.where(chosen < share, g.sign(), torch.where(signs < 0.5, -1.0, 1.0).double())
-    return v, ((share * total) ** 2 + length**2).sqrt()
+def judged(local: Tensor, along: Sequence[Tensor]) -> Check:
+    """The verdict on the gradient.
+
+    Args:
+        local: (m,) relative errors of single derivatives, every second one at a point with pixels of 8 bits;
+            infinite where nothing could be compared.
+        along: the same of integrals along segments of several kinds.
+    """
+    bounds = torch.full_like(local, AGREEMENT)
+    bounds[1::2] = ON_GRID
+    near, far = local[local.isfinite()], [errors[errors.isfinite()] for errors in along]
+    worst = max(map(derivatives.median, along))
+    wrong = float((local > bounds)[local.isfinite()].double().mean()) if len(near) else 0.0
+    compared = len(near) + sum(map(len, far))
+    if not compared:
+        found = "no derivative could be compared with differences of the logits, which rounding drowns"
+        return check(MISMATCH, "fail", None, AGREEMENT, found)
+    if wrong > WRONG:
+        error = float(near.quantile(1 - WRONG / 2))
+        found = f"derivatives miss the differences of the margin by {error:.0%}: quantised or detached input?"
+        return check(MISMATCH, "fail", error, AGREEMENT, found)
+    if worst > PATH_AGREEMENT:
+        found = f"the gradient along a line misses the change of the margin by {worst:.0%}: masked gradient?"
+        return check(MISMATCH, "fail", worst, PATH_AGREEMENT, found)
+    error = float(near.median()) if len(near) else worst
+    found = f"derivatives agree with differences of the margin on {max(len(near), *map(len, far))} images"
+    return check(MISMATCH, "pass", error, AGREEMENT if len(near) else PATH_AGREEMENT, found)
 
 
-def _differences(
-    canonical_logits: Logits, images: Tensor, v: Tensor, labels: Tensor, rivals: Tensor
-) -> Tensor:
-    """(m, steps) float64 changes of the margin from x - h v to x + h v."""
-    move = v.view_as(images).float()
-    points = torch.stack([images + sign * h * move for h in STEPS for sign in (1, -1)], 1)
-    count = points.shape[1]
-    logits = canonical_logits(points.flatten(0, 1)).double()
-    values = losses.targeted_margin(logits, labels.repeat_interleave(count), rivals.repeat_interleave(count))
-    pairs = values.view(len(images), len(STEPS), 2)
-    return pairs[..., 0] - pairs[..., 1]
+def _points(sample: CheckSample, usable: Tensor, seed: int) -> Points:
+    """At most half as many images as rows, so that their differences need few calls."""
+    chosen = usable[: max(1, sample.probe.rows // 2)]
+    keys = [sample.keys[i] for i in chosen.tolist()]
+    return Points(sample.images[chosen], sample.labels[chosen], keys, seed)
+
+
+def _segments(sample: CheckSample, margin: Evaluation, usable: Tensor) -> list[Segments]:
+    """Short segments along the sign of the gradient, and long ones to an image of another class."""
+    chosen = usable[: max(1, sample.probe.rows // 8)]
+    starts, labels = sample.images[chosen], sample.labels[chosen]
+    short = (starts + derivatives.AWAY * margin.gradient[chosen].sign()).clamp(0, 1)
+    others = sample.labels[None, : sample.n] != labels[:, None]
+    paired = others.any(1)
+    partners = others.int().argmax(1)[paired]
+    return [
+        Segments(starts, short, labels, 2),
+        Segments(starts[paired], sample.images[partners], labels[paired], 6),
+    ]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine import canonical, losses
 from robustbench_vlm.engine.interface import Attack, Stop
+from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify, Finding
@@ -61,6 +62,8 @@ class Job:
         active_rows: rows in use, at most `rows`; all of them if None. Changes speed, never a finding.
         stop: when a trajectory ends; see `interface.Rows`.
         seed: part of the noise's name.
+        tied: classes that the model cannot tell apart; None if there are none. The attacked function has one
+            logit for each distinct class (`Backend.run`).
     """
 
     stages: Stages
@@ -70,6 +73,7 @@ class Job:
     active_rows: int | None = None
     stop: Stop = "first"
     seed: int = 0
+    tied: TiedClasses | None = None
 
     @property
     def active(self) -> int:
@@ -84,9 +88,16 @@ class Job:
         """Refuse a job that cannot be run.
 
         Raises:
-            InputError: an attack that does not support the norm; more active rows than rows.
+            InputError: an attack that does not support the norm, or that aims at no class with a loss that
+                does; more active rows than rows.
         """
         for name, attack in self.stages:
+            loss: losses.Name | None = getattr(attack, "loss", None)
+            if loss is not None and losses.targeted(loss) and attack.target_count(2) == 0:
+                where = f"stage {name}, loss {loss!r}"
+                raise InputError(
+                    where, "the attack has no target classes", "an untargeted loss", "use margin"
+                )
             if self.threat.norm not in attack.norms:
                 where = f"stage {name}, attack {type(attack).__name__.lower()}"
                 raise InputError(where, f"norm {self.threat.norm!r}", " or ".join(attack.norms))

@@ -58,7 +58,7 @@ class Oracle:
         """(S, 3, H, W) -> (S, C), without gradient."""
         self.calls.forwards += 1
         with torch.no_grad():
-            return self.classify(images).float()
+            return self.classify(images.clone()).detach().float()  # a model may write into its input
 
     def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
         """Evaluate and differentiate `objective` (logits (S, C) -> (S,)) at `images`.
@@ -91,7 +91,7 @@ class Oracle:
         """Leaf, logits and values, with their graph."""
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self.classify(leaf).float()
+            logits = self.classify(leaf.clone()).float()
             return leaf, logits, objectives(logits)
 
     def _differentiate(self, leaf: Tensor, logits: Tensor, values: Tensor, *, again: bool) -> Evaluation:

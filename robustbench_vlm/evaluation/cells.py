@@ -24,7 +24,11 @@ from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images
 from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.engine import tied_classes
+from robustbench_vlm.engine.tied_classes import TiedClasses
+from robustbench_vlm.errors import DataError
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.models import context_length
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
@@ -88,6 +92,8 @@ class Subject:
     @classmethod
     def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
         """Look at the images of `split`, and encode the sentences of `card` with one model."""
+        split = split.resized_as(loaded.model.preprocess.canvas_resize)
+        card = card.model_copy(update={"resize": split.card.resize})
         images = decodable_images(split, loaded.model.image_size)
         return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))
 
@@ -111,6 +117,31 @@ class Subject:
         return torch.from_numpy(self.split.labels)
 
     @cached_property
+    def tied(self) -> TiedClasses | None:
+        """Classes with the same sentences or the same embedding; None if all classes differ."""
+        sentences = render(self.card.names, self.card.templates)
+        names = tied_classes.grouped([tuple(group) for group in sentences])
+        rows = tied_classes.grouped([row.tobytes() for row in self.bank.cpu().numpy()])
+        tied = names if rows is None or (names and len(names.distinct) < len(rows.distinct)) else rows
+        if tied is not None and len(tied.distinct) < 2:
+            found = f"all {self.card.n_classes} classes have the same text"
+            raise DataError(
+                f"dataset {self.card.name}", found, "two different class names", "correct its card"
+            )
+        return tied
+
+    @property
+    def n_distinct(self) -> int:
+        """Number of classes that have different text."""
+        return self.card.n_classes if self.tied is None else len(self.tied.distinct)
+
+    @cached_property
+    def cut(self) -> list[str]:
+        """Sentences that are longer than the text tower's context, so that their end is not read."""
+        sentences = [text for group in render(self.card.names, self.card.templates) for text in group]
+        return context_length.cut_sentences(self.loaded.model.tokenize, sentences)
+
+    @cached_property
     def untrained(self) -> list[str]:
         """Class names with a word that the text tower never met in training."""
         return untrained(self.loaded.model, self.card.names, self.card.templates[0])
@@ -123,7 +154,8 @@ class Subject:
             "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
             "canvas": self.card.canvas,
             "canvas_px": self.images.side,
-            **({} if self.card.resize == "bicubic" else {"resize": self.card.resize}),
+            **({} if self.card.resize in ("model", "bicubic") else {"resize": self.card.resize}),
+            **({} if self.tied is None else {"tied_classes": store.fingerprint(list(self.tied.first))}),
             **({} if self.loaded.model.preprocess.antialias else {"antialias": False}),
         }
 

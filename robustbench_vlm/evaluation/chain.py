@@ -71,15 +71,19 @@ class Chain:
         """Names of the stages, in order."""
         return [name for name, _ in self.stages]
 
-    @property
+    @cached_property
     def stage_records(self) -> list[dict[str, Any]]:
-        """Every number of every stage, as plain values."""
-        return [stage.model_dump(mode="json") for stage in self.card.stage]
+        """Every number of every stage, as plain values; with the hash of its file if it is code outside."""
+        records = []
+        for stage, (_, attack) in zip(self.card.stage, self.stages, strict=True):
+            code = plugins.code_sha256(type(attack))
+            records.append(stage.model_dump(mode="json") | ({"code_sha256": code} if code else {}))
+        return records
 
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the chain: its stages with every number, the rows and the stop rule."""
-        return store.fingerprint(self.card.model_dump(mode="json", include={"rows", "stop", "stage"}))
+        return store.fingerprint({"rows": self.rows, "stop": self.stop, "stage": self.stage_records})
 
     def cost(self, n_classes: int) -> tuple[int, int]:
         """(forward passes, image gradients) of one image that survives every stage: the worst case."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from robustbench_vlm.backends.backend import Backend, installed_packages
-from robustbench_vlm.engine import attacked_view, canonical
+from robustbench_vlm.engine import canonical
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.cells import EvalSettings, Subject
@@ -177,10 +178,10 @@ def run(
         InputError: a backend cannot run the chain; no image is right when clean.
     """
     threat, seed, device = Threat(settings.norm, settings.ladder[0]), settings.seed, settings.device
-    with attacked_view.numerics():
+    with isolated():
         model = Model(subject.classifier(device))
         images = _right_images(subject, model, chain.rows, device)
-        job = chain.job(threat, subject.card.n_classes, seed=seed)
+        job = replace(chain.job(threat, subject.card.n_classes, seed=seed), tied=subject.tied)
         runs = tuple(_run(backend, model, job, images, report) for backend in backends)
     names = (subject.loaded.card.name, subject.card.name, chain.name, str(threat))
     pairs = tuple(_pair(a, b) for a, b in itertools.combinations(runs, 2))
@@ -196,7 +197,8 @@ def _right_images(subject: Subject, model: Model, rows: int, device: torch.devic
     images = subject.images.floats(range(len(subject.images))).to(device)
     labels = subject.labels.to(device)
     clean = canonical.logits(model.canonical, images, rows)
-    right = ((clean.argmax(1) == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
+    predictions = clean.argmax(1) if subject.tied is None else subject.tied.predictions(clean)
+    right = ((predictions == labels) & clean.isfinite().all(1)).nonzero().flatten().tolist()
     if not right:
         found = f"none of {len(images)} images is right when clean"
         raise InputError(f"crosscheck on {subject.card.name}", found, "something to attack", "raise --n")

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
+from robustbench_vlm.engine.attack_watch import AttackWatch
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Model, total
+from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
@@ -53,7 +56,7 @@ def evaluate(
                 remark(f"note: {fault}; this result is made again")
             if fault or not cell.finished:
                 tf32 = settings.backend.precision.tf32
-                with attacked_view.numerics(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     clean = canonical.Record(file)
                     _measure(cell, smaller, report, examine, partial(_begin, clean=clean, remark=remark))
             smaller = cell
@@ -64,14 +67,16 @@ def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_ch
     """Check on some images of the subset what the chain takes for granted about the model."""
     device, keys = settings.device, subject.split.keys
     positions = model_checks.chosen(keys, chain.rows, settings.seed)
+    classifier, labels = subject.classifier(device), subject.labels[positions].to(device)
+    tied = subject.tied
     return model_checks.examine(
-        subject.classifier(device),
+        classifier if tied is None else DistinctClasses(classifier, tied),
         subject.images.floats(positions).to(device),
-        subject.labels[positions].to(device),
+        labels if tied is None else tied.labels(labels),
         [keys[i] for i in positions],
         rows=chain.rows,
         seed=settings.seed,
-        **chain.needs(subject.card.n_classes),
+        **chain.needs(subject.n_distinct),
     )
 
 
@@ -112,13 +117,16 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
         begin: makes the verdicts before any attack.
     """
     started = time.perf_counter()
-    examined = examine()
     subject, settings, path = cell.subject, cell.settings, cell.path
+    path.parent.mkdir(parents=True, exist_ok=True)  # a name that the disk refuses must not cost an attack
+    examined = examine()
     run = begin(cell, smaller)
     number, costs = 0, []
     for group in settings.backend.groups(cell.chain.stages):
         costs.append(run.attack(number, group, report))
         number += len(group)
+    later, cost = run.attack_checks()
+    examined, costs = examined.joined(later), [*costs, cost]
     store.write(path.with_suffix(".parquet"), run.table.to_parquet(index=False))
     if settings.save_images:
         inherited = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
@@ -148,7 +156,7 @@ def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record, remark: Re
         canonical.padded(first, rows),
         subject.classifier(settings.device, bf16=True),
     )
-    return CellRun(cell, Model(classifier, view), clean, table, remark)
+    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table, remark)
 
 
 def _clean_pass(
@@ -164,6 +172,9 @@ def _clean_pass(
     for part in subject.images.parts(range(len(subject.images)), rows):
         logits = canonical.logits(classifier, subject.images.floats(part).to(device), rows)
         record.add(logits)
-        predictions.append(logits.argmax(1).cpu().numpy())
-        margins.append(losses.correct_margin(logits, subject.labels[part].to(device)).cpu().numpy())
+        labels, tied = subject.labels[part].to(device), subject.tied
+        found = logits.argmax(1) if tied is None else tied.predictions(logits)
+        margin = (losses if tied is None else tied).correct_margin(logits, labels)
+        predictions.append(found.cpu().numpy())
+        margins.append(margin.cpu().numpy())
     return np.concatenate(predictions), np.concatenate(margins)

@@ -247,7 +247,12 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
         The JSON file of every cell.
     """
     paths: list[Path] = []
-    splits = open_data(plan)
+    settings, splits = plan.settings, open_data(plan)
+    count = len(plan.models) * len(splits) * len(settings.chains) * len(settings.ladder)
+
+    def numbered(what: str, done: int, total: int) -> None:
+        report(f"cell {len(paths) + 1} of {count}: {what}" if count > 1 else what, done, total)
+
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
@@ -259,8 +264,23 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
             if subject.untrained:
                 names = f"class names with words that {loaded.card.name} never met: {some(subject.untrained)}"
                 remark(f"note: {split.card.name}: {names}")
-            paths += measure.evaluate(subject, plan.settings, report, remark)
+            for line in text_notes(subject):
+                remark(f"note: {split.card.name}: {line}")
+            for path in measure.evaluate(subject, plan.settings, numbered, remark):
+                paths.append(path)
     return paths
+
+
+def text_notes(subject: Subject) -> list[str]:
+    """What the sentences of the classes change in what is measured, one line each."""
+    notes, names, tied = [], subject.card.names, subject.tied
+    if tied is not None:
+        pairs = [f"{k} {names[k]!r} is {tied.first[k]} {names[tied.first[k]]!r}" for k in tied.twins]
+        what = "the first of them is predicted, and attacks do not count a twin as another class"
+        notes.append(f"classes with the same text: {some(pairs)}; {what}")
+    if subject.cut:
+        notes.append(f"{len(subject.cut)} sentences are cut at the context length: {some(subject.cut)}")
+    return notes
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:

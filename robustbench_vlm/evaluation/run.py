@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from robustbench_vlm import store
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import estimate, planning
 from robustbench_vlm.evaluation.planning import Plan
@@ -34,6 +35,7 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     for card in plan.datasets:
         if card not in present.datasets:
             remark(f"left out: {card.name} is not below {root}")
+    store.require_writable(plan.settings.results, "--out")
     for line in estimate.price(present):
         remark(line)
     return planning.rows(present, planning.perform(present, report, remark))

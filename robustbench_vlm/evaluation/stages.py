@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Model, Stages
+from robustbench_vlm.engine.attack_watch import AttackWatch
+from robustbench_vlm.engine.check_record import Check
+from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Stages
+from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.ledgers import Ledger, image_path
 from robustbench_vlm.results import verdicts
@@ -37,14 +40,14 @@ class CellRun:
 
     Attributes:
         cell: which.
-        model: on the device, as verdicts and as attacks see it.
+        watch: the model on the device, and what its attacks bring to light about it.
         clean: logits of the canonical pass on the clean images.
         table: verdicts of the images, which the stages fill in.
         remark: called with a line about each line of a ledger that is not believed.
     """
 
     cell: Cell
-    model: Model
+    watch: AttackWatch
     clean: canonical.Record
     table: pd.DataFrame
     remark: Remark = lambda _: None
@@ -90,13 +93,25 @@ class CellRun:
             image = pixels.pop(finding.key) if ended else pixels[finding.key]
             if i not in begin:  # recorded before; where noise is drawn in batches, a batch is run again whole
                 return
+            self.watch.note(finding, image, int(subject.split.labels[i]))
             self.record(i, finding, image, ledgers[finding.stage].path)
             done += ended
             report(title, done, len(standing))
 
         members = settings.backend.batches(standing, begin, rows)
         blocks = (self.block(part, begin, pixels) for part in subject.images.parts(members, rows))
-        return settings.backend.run(self.model, self.job(stages), blocks, note)
+        return settings.backend.run(self.watch.watched, self.job(stages), blocks, note)
+
+    def attack_checks(self) -> tuple[list[Check], Cost]:
+        """Checks of model and attack after the last stage, and the model calls that they took."""
+        subject, device, rows = self.cell.subject, self.cell.settings.device, self.cell.chain.rows
+        first = range(len(self.table))[:rows]
+        clean = self.clean.rows(first).to(device)
+        seen, cost = self.watch.checks(subject.images.floats(first).to(device), clean)
+        n_classes = subject.card.n_classes
+        # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
+        found = [check for check in seen if check.level == "fail"]
+        return [*found, *attack_checks(self.table, self.cell.chain, n_classes, self.eps)], cost
 
     def ledger(self, number: int) -> Ledger:
         """The findings of stage `number`."""
@@ -106,8 +121,11 @@ class CellRun:
         """These stages as the backend is given them."""
         chain, settings = self.cell.chain, self.cell.settings
         active = None if settings.active_rows is None else min(settings.active_rows, chain.rows)
-        n_classes = self.cell.subject.card.n_classes
-        return chain.job(self.cell.threat, n_classes, seed=settings.seed, active_rows=active).of(stages)
+        subject = self.cell.subject
+        job = chain.job(self.cell.threat, subject.card.n_classes, seed=settings.seed, active_rows=active).of(
+            stages
+        )
+        return replace(job, tied=subject.tied)
 
     def record(self, i: int, finding: Finding, image: Tensor, ledger: Path) -> None:
         """Write the finding of one stage on image `i` to its ledger and into the table.

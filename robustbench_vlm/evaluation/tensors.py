@@ -53,9 +53,9 @@ def require_tensors(model: Classify, images: Tensor, labels: Tensor) -> None:
 
 
 def _require_pixels(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise InputError("images", f"shape {tuple(images.shape)}", "(N, 3, H, W) with N of at least 1")
-    low, high = float(images.min()), float(images.max())
+    if images.ndim != 4 or not images.numel():
+        raise InputError("images", f"shape {tuple(images.shape)}", "(N, channels, H, W) with N of at least 1")
+    low, high = (float(limit) for limit in images.detach().aminmax())
     if images.dtype != torch.float32 or low < 0 or high > 1 or not math.isfinite(low + high):
         found = f"{str(images.dtype).removeprefix('torch.')} in [{low:.4g}, {high:.4g}]"
         do = "give unnormalised pixels and let the model normalise them"

@@ -13,12 +13,15 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm import tensor_files
 from robustbench_vlm.errors import InputError, WeightsError
+from robustbench_vlm.models.context_length import Tokenize, require_distinct
 from robustbench_vlm.store import cache_folder, fingerprint
 from robustbench_vlm.types import TEMPLATES
 
 
 class TextEncoder(Protocol):
     """The text half of an encoder, as far as a text bank needs it."""
+
+    tokenize: Tokenize
 
     @property
     def device(self) -> torch.device:
@@ -29,8 +32,8 @@ class TextEncoder(Protocol):
         """N sentences -> (N, D) float32, unit length, without gradient."""
         ...
 
-    def text_sha256(self) -> str:
-        """SHA-256 of the text tower."""
+    def text_fingerprint(self) -> str:
+        """Hash of everything that decides a text embedding."""
         ...
 
     def untrained_words(self, sentences: Sequence[str]) -> list[str]:
@@ -72,8 +75,8 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
     """One unit row per class: normalise each sentence's embedding, average, normalise again.
 
     This is the prompt ensemble of CLIP (Radford et al. 2021, section 3.1.4). The bank is stored on disk under
-    the hash of text tower and sentences, since encoding the 80,000 sentences of ImageNet costs as much as an
-    attack.
+    the fingerprint of the text encoder and its sentences, since encoding the 80,000 sentences of ImageNet
+    costs as much as an attack.
 
     Args:
         model: whose text tower encodes the sentences.
@@ -81,8 +84,12 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
 
     Returns:
         (C, D) float32 on the model's device.
+
+    Raises:
+        InputError: two classes whose sentences differ only behind the end of the tower's context.
     """
-    key = fingerprint({"text": model.text_sha256(), "sentences": [list(s) for s in sentences]})
+    require_distinct(model.tokenize, sentences)
+    key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
     path = cache_folder() / "text" / f"{key}.safetensors"
     try:
         bank = _stored(path, key)

@@ -159,6 +159,11 @@ class Result:
         return next((text for text in texts if parse_eps(text, norm) == eps), eps_text(norm, eps))
 
 
+def folder_of(results: Path, model: str, sha256: str, dataset: str) -> Path:
+    """The folder of all results of a model on a dataset."""
+    return results / FOLDER / f"{store.file_name(model)}-{sha256[:8]}" / store.file_name(dataset)
+
+
 def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
     """The JSON file of a result: the one that exists, whatever its name begins with, else the one to write.
 
@@ -167,8 +172,7 @@ def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
         config: everything that decides the outcome.
         n: number of images.
     """
-    model = f"{store.file_name(config['model'])}-{config['model_sha256'][:8]}"
-    folder = results / FOLDER / model / store.file_name(config["dataset"])
+    folder = folder_of(results, config["model"], config["model_sha256"], config["dataset"])
     hashed = store.fingerprint(config)[:10]
     norm, eps = config["norm"], Contest.of(config).columns["eps"].replace("/", "_")
     shown = store.file_name(f"{config['attack']}-{norm}-{eps}-n{n}")

@@ -72,7 +72,7 @@ def begin(
 
     `iteration` is that of the success, and -1 without one; 0 after a random start means that the noise alone
     was enough. `progress` is how far the objective rose above its first value, in the stage with gradients
-    where it rose least among those that the image survived; NaN if there is no such stage.
+    where it rose most; NaN if there was no such stage, or if one of them broke the image.
     """
     n = len(keys)
     finite = np.isfinite(margins)
@@ -172,11 +172,12 @@ def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps:
     table.at[i, "adv_sha256"] = line["adv_sha256"]
     table.at[i, "error"] = line["error"]
     several_steps = line["backwards"] > line["restart"] + 1  # a single step (FGSM) has no second value
-    if several_steps and not line["broken"] and not line["error"]:
+    if line["broken"] and line["backwards"]:
+        table.at[i, "progress"] = np.float32("nan")
+    elif several_steps and not line["broken"] and not line["error"]:
         rise = line.get("progress")  # not in ledgers of the first version
-        rise = np.float32(math.nan if rise is None else rise)
-        least: Any = table.at[i, "progress"]
-        table.at[i, "progress"] = np.fmin(least, rise)
+        greatest: Any = table.at[i, "progress"]
+        table.at[i, "progress"] = np.fmax(greatest, np.float32(math.nan if rise is None else rise))
     if line["broken"]:
         table.at[i, "broken_by"] = stage
         table.at[i, "broken_at_eps"] = eps
@@ -208,14 +209,14 @@ def per_class(table: pd.DataFrame) -> tuple[float, float]:
     return float(of_class.clean.mean()), float(of_class.robust.mean())
 
 
-def zero_gradient_share(table: pd.DataFrame) -> float:
-    """Share of attacked images whose gradient was exactly zero at least once."""
+def zero_gradient_share(table: pd.DataFrame, least: float = 0.0) -> float:
+    """Share of attacked images of whose gradients more than a share of `least` were exactly zero."""
     attacked = table[table.backwards > 0]
-    return float((attacked.zero_gradients > 0).mean()) if len(attacked) else 0.0
+    return float((attacked.zero_gradients > least * attacked.backwards).mean()) if len(attacked) else 0.0
 
 
 def no_progress_share(table: pd.DataFrame) -> float:
-    """Share of images that survived a stage with gradients whose objective never rose above its start."""
+    """Share of images attacked with gradients, and not broken by them, whose objective never rose."""
     survived = table.progress.dropna()
     return float((survived <= 0).mean()) if len(survived) else 0.0
 

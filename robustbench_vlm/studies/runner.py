@@ -172,7 +172,7 @@ def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Ite
             while waiting and len(running) < resources.jobs:
                 run = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                cards = (reader.included(), plugins.code_allowed())
+                cards = (reader.card_folders(), plugins.code_allowed())
                 known = (run, study.final, resources, cards, sender)
                 process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
                 process.start()

@@ -12,14 +12,23 @@ from typing import Any
 
 import torch
 
-from robustbench_vlm import store
+from robustbench_vlm import interruption, store
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.errors import Incomplete, InputError, some
+from robustbench_vlm.training import log
 from robustbench_vlm.training.finish import write_checkpoint_folder
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.probe import probe
-from robustbench_vlm.training.state import resumed, save_state
+from robustbench_vlm.training.setup import Setup
+from robustbench_vlm.training.state import (
+    TrainingState,
+    remove_unscheduled,
+    resumed,
+    save_state,
+    saved_step,
+)
 from robustbench_vlm.training.step import train_step
 
 Line = Mapping[str, Any]
@@ -54,33 +63,90 @@ def run(
     Raises:
         InputError: `out` belongs to another recipe.
         TrainingError: a loss or gradient that is not finite.
+        Incomplete: SIGINT, SIGTERM or SIGHUP came; the state was saved after the step that was under way.
     """
-    _refuse_other_runs(out, recipe)
+    refuse_other_runs(out, recipe)
     if (out / "card.json").exists():
+        remark(f"{out} is finished already, by this very recipe: nothing is trained again")
         return out
+    threat = str(recipe.inner.threat) if recipe.inner else "no adversary"  # refuses a radius that is none
     setup = prepare(recipe, data_root, device, cache)  # before the first file: a bad recipe claims no folder
     for note in setup.notes:
         remark(f"note: {recipe.data.dataset}: {note}")
     store.write_json(
-        out / "recipe.json", {"fingerprint": recipe.fingerprint, **recipe.model_dump(mode="json")}
+        out / "recipe.json",
+        {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
     )
-    state, steps = resumed(setup, out), recipe.optim.steps
-    if state.step == 0 and recipe.probe:
-        _log(out, report, {"step": 0, "probe": probe(setup)})
-    batches = loader.batches(
-        setup.split, recipe.optim.batch_size, recipe.seed, state.step, steps, setup.model.image_size
-    )
-    for batch in batches:
-        started = time.perf_counter()
-        line = train_step(setup, state, batch.to(device))
-        rate = len(batch.keys) / (time.perf_counter() - started)
-        _log(out, report, {"step": state.step, **line, "images_per_second": round(rate, 1)})
-        if recipe.probe and _due(state.step, recipe.probe.every, steps):
-            _log(out, report, {"step": state.step, "probe": probe(setup)})
-        if recipe.checkpoint_every and _due(state.step, recipe.checkpoint_every, steps):
-            save_state(out, setup, state)
-    write_checkpoint_folder(out, setup)
+    state = resumed(setup, out)
+    _announce(setup, out, state.step, threat, remark)
+    with interruption.deferred() as stopping:
+        _train(setup, out, state, report, stopping)
+        write_checkpoint_folder(out, setup)
+    remove_unscheduled(out, recipe.checkpoint_every, recipe.optim.steps)
     return out
+
+
+def _announce(setup: Setup, out: Path, step: int, threat: str, remark: Callable[[str], None]) -> None:
+    """Say what is trained and from which step, and make the log end at that step."""
+    recipe, aside = setup.recipe, log.continue_at(out, step)
+    remark(
+        f"training {recipe.name}: {recipe.optim.steps} steps, {threat}, on {setup.device}, into {out}"
+        + (f", going on at step {step}" if step else "")
+    )
+    if aside is not None:
+        lost = "" if step else "nothing of an earlier run was saved, so training begins at step 0; "
+        remark(f"{lost}the log of the earlier run is now {aside.name}")
+
+
+def _train(
+    setup: Setup, out: Path, state: TrainingState, report: Report, stopping: Callable[[], bool]
+) -> None:
+    """Take every step that is left.
+
+    Raises:
+        Incomplete: a signal came; the state is saved, unless there is nothing to save.
+    """
+    recipe, steps = setup.recipe, setup.recipe.optim.steps
+    try:
+        if state.step == 0 and recipe.probe:
+            _log(out, report, {"step": 0, "probe": probe(setup)})
+        batches = loader.batches(
+            setup.split, recipe.optim.batch_size, recipe.seed, state.step, steps, setup.model.image_size
+        )
+        for batch in batches:
+            _require_not_stopped(out, setup, state, stopping)
+            started = time.perf_counter()
+            line = train_step(setup, state, batch.to(setup.device))
+            rate = len(batch.keys) / (time.perf_counter() - started)
+            _log(out, report, {"step": state.step, **line, "images_per_second": round(rate, 1)})
+            if recipe.probe and _due(state.step, recipe.probe.every, steps):
+                _log(out, report, {"step": state.step, "probe": probe(setup)})
+            if recipe.checkpoint_every and _due(state.step, recipe.checkpoint_every, steps):
+                save_state(out, setup, state)
+    except KeyboardInterrupt:
+        raise _stopped(out, state.step, steps) from None
+
+
+def _require_not_stopped(out: Path, setup: Setup, state: TrainingState, stopping: Callable[[], bool]) -> None:
+    """Save the state and stop, if a signal came.
+
+    Raises:
+        Incomplete: it came.
+    """
+    if stopping():
+        if state.step > saved_step(out):
+            save_state(out, setup, state)
+        raise _stopped(out, state.step, setup.recipe.optim.steps)
+
+
+def _stopped(out: Path, step: int, steps: int) -> Incomplete:
+    """What to tell who stopped a run after `step`; nothing is promised that is not on disk."""
+    saved = saved_step(out)
+    again = "type the same command again, and it goes on at step"
+    if saved == step > 0:
+        return Incomplete(f"{out}: stopped after step {step} of {steps}, which is saved; {again} {saved}")
+    found = f"the last saved step is {saved}" if saved else "nothing is saved"
+    return Incomplete(f"{out}: stopped after step {step} of {steps}; {found}; {again} {saved}")
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -88,18 +154,51 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or step % every == 0
 
 
-def _refuse_other_runs(out: Path, recipe: Recipe) -> None:
-    """Refuse a folder that belongs to another recipe, or that no recipe made."""
+def refuse_other_runs(out: Path, recipe: Recipe) -> None:
+    """Refuse a folder that belongs to another recipe, or that no recipe made.
+
+    Raises:
+        InputError: the message names the keys that differ, with both values.
+    """
     path, do = out / "recipe.json", "choose another folder"
     if path.exists():
-        found = str(store.read_json(path).get("fingerprint"))
-        if found != recipe.fingerprint:
-            wanted = f"{recipe.fingerprint[:12]}, as of {recipe.name} now"
-            raise InputError(f"--out {out}", f"a run of another recipe is in it ({found[:12]})", wanted, do)
+        earlier = store.read_json(path)
+        if not isinstance(earlier, dict) or earlier.get("fingerprint") != recipe.fingerprint:
+            changed = differences(earlier, recipe.model_dump(mode="json"))
+            found = f"a run of another recipe is in it, with {some(changed) or 'another fingerprint'}"
+            raise InputError(f"--out {out}", found, f"the recipe {recipe.name} as it is now", do)
+        if {name: earlier.get(name) for name in _code(recipe)} != _code(recipe):
+            found = f"a run whose defense {recipe.defense['name']} had other code is in it"
+            raise InputError(f"--out {out}", found, "the code that the run began with", do)
     elif (out / "card.json").exists():
         raise InputError(f"--out {out}", "a checkpoint that this recipe did not make is in it", do=do)
 
 
+def _code(recipe: Recipe) -> dict[str, str]:
+    """The hash of the file of a defense that is not of this package; empty for others."""
+    code = plugins.code_sha256(plugins.get("defenses", str(recipe.defense["name"])))
+    return {"defense_code_sha256": code} if code else {}
+
+
+UNHASHED = ("fingerprint", "defense_code_sha256")
+"""Keys of `recipe.json` that are not keys of a recipe."""
+
+
+def differences(earlier: object, now: object, key: str = "") -> list[str]:
+    """`optim.lr = 0.1 (now 0.01)` for every value of two recipes, as plain values, that is not the same."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = [name for name in dict.fromkeys([*now, *earlier]) if key or name not in UNHASHED]
+        lines = [
+            differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name) for name in keys
+        ]
+        return [line for part in lines for line in part]
+    return [] if earlier == now else [f"{key} = {_plain(earlier)} (now {_plain(now)})"]
+
+
+def _plain(value: object) -> str:
+    return "nothing" if value is None else str(value)
+
+
 def _log(out: Path, report: Report, line: Line) -> None:
-    store.append(out / "log.jsonl", line)
+    store.append(out / log.NAME, line)
     report(line)

@@ -49,17 +49,15 @@ def run_recipe(
     Raises:
         InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
         TrainingError: a loss or gradient is not finite.
+        Incomplete: a signal stopped the run; see `loop.run`.
     """
     if not resume and out.exists() and any(out.iterdir()):
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
-    if (out / "card.json").exists() and (out / "recipe.json").exists():
-        remark(f"{out} is finished already; its recipe is compared, nothing is trained again")
+    loop.refuse_other_runs(out, recipe)  # before anything is rendered
     where = choose_device(device)
     if write.make_missing(data_root, meter, [recipe.data.dataset]):
         remark(f"rendered the tiny world into {data_root}")
-    threat = recipe.inner.threat if recipe.inner else "no adversary"
-    remark(f"training {recipe.name}: {recipe.optim.steps} steps, {threat}, on {where}, into {out}")
 
     def report(line: loop.Line) -> None:
         if "probe" in line:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustbench_vlm import store, tensor_files
+from robustbench_vlm import tensor_files
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models import checkpoint
 from robustbench_vlm.training.setup import Setup
@@ -46,7 +46,7 @@ def _optimiser(setup: Setup) -> torch.optim.Optimizer:
 
 
 def resumed(setup: Setup, out: Path) -> TrainingState:
-    """The state of the newest checkpoint file of `out`, or the initial one; cuts the log to that step.
+    """The state of the newest checkpoint file of `out`, or the initial one.
 
     The weights of the checkpoint are loaded into the models of `setup`.
 
@@ -54,9 +54,8 @@ def resumed(setup: Setup, out: Path) -> TrainingState:
         InputError: a checkpoint of another recipe or version, or a damaged one.
     """
     state = initial(setup)
-    files = sorted((out / "checkpoints").glob("step_*.safetensors"))
+    files = checkpoint_files(out)
     if not files:
-        (out / "log.jsonl").unlink(missing_ok=True)
         return state
     found = _read(files[-1], setup)
     tensors = {k: v.to(setup.device) for k, v in found.tensors.items()}
@@ -65,9 +64,6 @@ def resumed(setup: Setup, out: Path) -> TrainingState:
     _load_moments(tensors, setup, state.optimiser)
     state.carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
     state.step = int(found.facts["step"])
-    log = out / "log.jsonl"
-    lines = [line for line in store.records(log) if line["step"] <= state.step]
-    store.write(log, b"".join(store.sealed(line, log.name) for line in lines))
     return state
 
 
@@ -137,4 +133,35 @@ def save_state(out: Path, setup: Setup, state: TrainingState) -> None:
         moments = state.optimiser.state.get(parameter, {})
         tensors |= {f"optim.{index}.{k}": v for k, v in moments.items() if v is not None}
     facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
-    tensor_files.write(out / "checkpoints" / f"step_{state.step:07d}.safetensors", tensors, facts)
+    tensor_files.write(_path(out, state.step), tensors, facts)
+
+
+def checkpoint_files(out: Path) -> list[Path]:
+    """The checkpoint files of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step_*.safetensors"))
+
+
+def saved_step(out: Path) -> int:
+    """The step from which a run would go on: that of its newest checkpoint file, 0 without one."""
+    files = checkpoint_files(out)
+    return int(files[-1].stem.removeprefix("step_")) if files else 0
+
+
+def remove_unscheduled(out: Path, every: int, last: int) -> None:
+    """Remove the checkpoint files that only a stop of the run caused, so its folder is as without the stop.
+
+    Args:
+        out: folder of a finished run.
+        every: steps between checkpoints; 0 if none were asked for.
+        last: number of the last step.
+    """
+    scheduled = {_path(out, step) for step in (*range(every, last, every), last)} if every else set()
+    for path in checkpoint_files(out):
+        if path not in scheduled:
+            path.unlink()
+    if not scheduled and (out / "checkpoints").is_dir():
+        (out / "checkpoints").rmdir()
+
+
+def _path(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step_{step:07d}.safetensors"

@@ -175,8 +175,9 @@ def tiles(noise: np.random.Generator, shape: tuple[int, ...], norm: str = "l2") 
     """Start of Square in L2 and L1: 5 x 5 tiles of `eta` with random signs and turns; unit norm for L2."""
     channels, height, width = shape
     side = max(min(height, width) // 5, 1)
-    down = range((height - 5 * side) // 2, height - side + 1, side)
-    along = range((width - 5 * side) // 2, width - side + 1, side)
+    # An image with a side below 5 has fewer than 5 tiles along it.
+    down = range(max((height - 5 * side) // 2, 0), height - side + 1, side)
+    along = range(max((width - 5 * side) // 2, 0), width - side + 1, side)
     # Drawn tile by tile, turn before signs: the order is part of what a name's stream gives.
     drawn = [(noise.integers(0, 2), noise.integers(0, 2, channels)) for _ in range(len(down) * len(along))]
     turns = np.array([turn for turn, _ in drawn])

@@ -1,0 +1,130 @@
+"""Which class is meant: spellings found in folders and tables -> indices of a card's class names.
+
+A label is never guessed. Whatever does not match by one of the rules below is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from robustbench_vlm.errors import DataError, some
+
+NUMBERED = re.compile(r"\d{3}\.")  # 001.ak47, as in Caltech-256
+DIGITS = re.compile(r"[0-9]{1,7}")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Classes that were found, and which classes of the card they are.
+
+    Attributes:
+        labels: index in the card's class names of each class, in the order in which they were found.
+        rule: how they were matched, as words that follow `by`.
+    """
+
+    labels: tuple[int, ...]
+    rule: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether every class was spelt exactly as the card spells it."""
+        return self.rule == EXACT
+
+
+EXACT, SPELLING, NUMBER, WORDNET = "name", "spelling", "number", "WordNet id"
+
+
+def plain(name: str) -> str:
+    """A class name without differences of spelling: case, Unicode form, and `_`, `-`, `/` for a blank."""
+    joined = re.sub(r"[\s_/-]+", " ", unicodedata.normalize("NFC", name)).strip()
+    return unicodedata.normalize("NFC", joined.casefold())
+
+
+def spelt(classes: Sequence[str]) -> list[str]:
+    """Folder names as class names: `_` is a blank; numbered ones lose `001.` and a final `-101`."""
+    if classes and all(NUMBERED.match(name) for name in classes):
+        classes = [name[4:].removesuffix("-101").replace("-", " ") for name in classes]
+    return [name.replace("_", " ") for name in classes]
+
+
+def match(
+    found: Sequence[str],
+    names: Sequence[str],
+    where: str,
+    wordnet_ids: Sequence[str] = (),
+    *,
+    merge: bool = False,
+) -> Matched:
+    """Match classes that were found to the class names of a card by the first rule that fits all of them.
+
+    1. `name`: they are spelt exactly as class names.
+    2. `spelling`: they are the same without differences of case, Unicode form, blank, `_`, `-` and `/`, and
+       without the numbers of folders such as `001.ak47`.
+    3. `number`: they are the numbers from 0 to C - 1, with or without leading zeros.
+    4. `WordNet id`: they are among the ids of the card's classes (`n01440764`).
+
+    A name that two classes share matches none of them by the first two rules.
+
+    Args:
+        found: distinct names of folders or of labels.
+        names: C class names in label order.
+        where: the folder or the table, for the error.
+        wordnet_ids: those of the C classes; empty where the card has none.
+        merge: whether two spellings may be one class, as in a table that was typed by hand.
+
+    Raises:
+        DataError: no rule fits.
+    """
+    readings: list[tuple[str, Sequence[str], Callable[[str], str]]] = [
+        (EXACT, found, str),
+        (SPELLING, found, plain),
+        (SPELLING, spelt(found), plain),
+    ]
+    for rule, spellings, form in readings:
+        labels = _indices([form(text) for text in spellings], [form(name) for name in names], merge=merge)
+        if labels is not None:
+            return Matched(labels, rule)
+    numbers = _numbers(found)
+    if sorted(numbers) == list(range(len(names))):
+        return Matched(tuple(numbers), NUMBER)
+    labels = _indices(found, wordnet_ids, merge=merge)
+    if labels is not None:
+        return Matched(labels, WORDNET)
+    raise _refusal(found, names, where, wordnet_ids)
+
+
+def _indices(found: Sequence[str], names: Sequence[str], *, merge: bool) -> tuple[int, ...] | None:
+    """The index of each among names that occur once; None if one is not there, or two are the same."""
+    counts = Counter(names)
+    index = {name: i for i, name in enumerate(names) if counts[name] == 1}
+    if (len(set(found)) != len(found) and not merge) or any(text not in index for text in found):
+        return None
+    return tuple(index[text] for text in found)
+
+
+def _numbers(found: Sequence[str]) -> list[int]:
+    """The classes as numbers; empty unless all of them are."""
+    return [int(text) for text in found] if all(DIGITS.fullmatch(text) for text in found) else []
+
+
+def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids: Sequence[str]) -> DataError:
+    """The error for classes that no rule matches."""
+    numbers, last = sorted(_numbers(found)), len(names) - 1
+    if numbers == list(range(1, len(names) + 1)):
+        what = f"classes are numbered 1 to {len(names)}"
+        return DataError(
+            where, what, f"0 to {last}, or the class names", "rename them: a label is not guessed"
+        )
+    known = {plain(name) for name in names}
+    shared = sorted(name for name, count in Counter(map(plain, names)).items() if count > 1)
+    strange = [name for name in found if plain(name) not in known]
+    what = f"{len(strange)} of {len(found)} classes are none of the {len(names)} class names: {some(strange)}"
+    if not strange:
+        what = f"several classes are called {some(shared)}" if shared else "two classes are spelt alike"
+    ids = f", or WordNet ids such as {wordnet_ids[0]}" if wordnet_ids else ""
+    wanted = f"class names ({some(list(names))}), numbers from 0 to {last}{ids}"
+    return DataError(where, what, wanted, "rename them: a label is not guessed from an order")

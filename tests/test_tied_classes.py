@@ -1,0 +1,167 @@
+"""Where two classes have the same text, a twin is not another class; predictions count by the first index."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import toys
+from command_line import run_command as vlmrob
+from folders import encode, noise
+from torch import nn
+
+import robustbench_vlm
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.engine import tied_classes
+from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluation.outcome import below_chance
+from robustbench_vlm.models import context_length, text_bank, zoo
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+            self.layers = nn.Sequential(*layers, nn.Linear(128, classes))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+MODEL = Net().eval().requires_grad_(False)
+IMAGES = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = MODEL(IMAGES).argmax(1)
+ORDER = [0, 1, 2, 3, 4, 2, 0]  # the classes of the model with twins
+
+
+def twice(images):
+    return MODEL(images)[:, ORDER]
+
+
+@pytest.mark.parametrize("loss", ["margin", "dlr", "ce"])
+def test_a_model_with_twins_is_attacked_as_the_model_without(tmp_path, loss):
+    card = chain(tmp_path, loss)
+    once = robustbench_vlm.attack(MODEL, IMAGES, LABELS, "2/255", chain=card)
+    found = robustbench_vlm.attack(twice, IMAGES, LABELS, "2/255", chain=card)
+    assert once.robust == found.robust
+    assert 0 < sum(once.verdicts.broken_by != "") < len(LABELS)
+    keys = ["clean_margin", "adv_margin", "adv_prediction", "adv_sha256", "broken_by"]
+    pd.testing.assert_frame_equal(once.verdicts[keys], found.verdicts[keys])
+
+
+def test_targets_leave_the_twin_out(tmp_path):
+    card = chain(tmp_path, "targeted-dlr", targets=4)
+    once, found = (
+        robustbench_vlm.attack(model, IMAGES, LABELS, "16/255", chain=card) for model in (MODEL, twice)
+    )
+    assert once.verdicts.target.tolist() == found.verdicts.target.tolist()
+
+
+def test_an_image_of_the_later_twin_is_wrong_by_its_index(tmp_path):
+    later = torch.where(LABELS == 2, 5, torch.where(LABELS == 0, 6, LABELS))
+    card = chain(tmp_path, "ce")
+    found = robustbench_vlm.attack(twice, IMAGES, later, "16/255", chain=card).verdicts
+    assert found.clean_correct.tolist() == (later == LABELS).tolist()
+    assert found.clean_prediction.tolist() == LABELS.tolist()
+    assert (found.clean_margin[~found.clean_correct] <= 0).all()
+
+
+def test_only_columns_that_move_together_are_twins():
+    logits = MODEL(IMAGES)
+    assert tied_classes.found_in(MODEL, IMAGES, logits, 8) is None
+    assert tied_classes.found_in(twice, IMAGES, logits[:, ORDER], 8).first == (0, 1, 2, 3, 4, 2, 0)
+    one_hot = nn.functional.one_hot(LABELS, 9).float()  # classes that are never predicted are no twins
+    assert tied_classes.found_in(lambda x: one_hot[: len(x)], IMAGES, one_hot, 8) is None
+
+    def by_chance(images):  # equal on the images, not on others
+        logits = MODEL(images)
+        return torch.cat([logits, logits[:, :1] + (images.mean() > 0.499)], 1)
+
+    assert tied_classes.found_in(by_chance, IMAGES, logits[:, [0, 1, 2, 3, 4, 0]], 8) is None
+
+
+def chain(folder, loss, targets=0):
+    """A short chain of one APGD stage, as a TOML file."""
+    stage = {"name": "apgd", "attack": "apgd", "loss": loss, "targets": targets}
+    stage |= {"steps": 10, "rho": 0.75, "restarts": 1}
+    table = {"name": "few", "title": "few", "rows": 8, "stage": [stage]}
+    toys.write_include(folder, [], [AttackCard.model_validate(table)])
+    return str(folder / "attacks/few.toml")
+
+
+def dataset(tmp_path, names, template="a photo of a {c}"):
+    """A dataset of four images a class in shards, and its cards."""
+    for label in range(len(names)):
+        folder = tmp_path / "data/wds_twins/test" / f"{label}"
+        folder.mkdir(parents=True)
+        for i in range(4):
+            (folder / f"{i}.png").write_bytes(encode(noise(10 * label + i, 32)))
+    facts = {"name": "twins", "title": "Twins", "folder": "wds_twins", "n_classes": len(names)}
+    facts |= {"canvas": "native", "native_px": 32, "names": names, "templates": [template], "licence": "none"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in facts.items()]
+    (tmp_path / "cards/datasets").mkdir(parents=True)
+    (tmp_path / "cards/datasets/twins.toml").write_text(
+        "\n".join([*lines, f"size = {{ test = {4 * len(names)} }}"])
+    )
+    chain(tmp_path / "cards", "margin")
+    return ["--include", tmp_path / "cards"]
+
+
+def evaluated(tmp_path, monkeypatch, names, *more):
+    line = [*dataset(tmp_path, names), "eval", "--suite", "twins", "--attack", "few", "--model", "tiny"]
+    places = ["--data-root", tmp_path / "data", "--out", tmp_path / "out", "--eps", "4", "--device", "cpu"]
+    code = vlmrob(monkeypatch, *line, *places, *more)
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("twins/few*.json")]
+    return code, cells
+
+
+def test_an_evaluation_says_which_classes_are_tied(tmp_path, monkeypatch, capsys):
+    code, cells = evaluated(tmp_path, monkeypatch, ["red circle", "blue square", "Red circle"])
+    assert (code, len(cells)) == (0, 1)
+    assert "tied-classes" in cells[0]["outcome"]["flags"]
+    assert "tied_classes" in cells[0]["config"]
+    said = capsys.readouterr().err
+    assert "note: twins: classes with the same text: 2 'Red circle' is 0 'red circle'" in said
+    assert "class folders are matched to class names by number" in said
+
+
+def test_classes_without_twins_have_no_flag(tmp_path, monkeypatch):
+    _, cells = evaluated(tmp_path, monkeypatch, ["red circle", "blue square", "green circle"])
+    assert "tied-classes" not in cells[0]["outcome"]["flags"]
+    assert "tied_classes" not in cells[0]["config"]
+
+
+LONG = (
+    "small round thing that is often found in a garden or on a table near the window of a house, and it is "
+)
+
+
+def test_sentences_that_are_cut_are_found_and_two_that_become_one_are_refused(tmp_path, monkeypatch, capsys):
+    model = zoo.load("tiny").model
+    space = len(model.tokenize(["a"])[0]) - 2
+    for n, cut in ((space - 1, False), (space, False), (space + 1, True), (3 * space, True)):
+        text = " ".join(["red"] * n)
+        assert context_length.cut_sentences(model.tokenize, ["a dog", text]) == ([text] if cut else [])
+    many = " ".join(["red"] * space)
+    with pytest.raises(
+        InputError, match=r"class sentences .*red red a' and .*red red b': equal up to the \d+ tokens"
+    ):
+        text_bank.text_bank(model, text_bank.render([f"{many} a", f"{many} b"], ["{c}"]))
+    differ = text_bank.text_bank(model, text_bank.render([f"a {many} a", f"b {many} b"], ["{c}"]))
+    assert not torch.equal(differ[0], differ[1])
+    _, cells = evaluated(tmp_path, monkeypatch, [f"a {many}", f"blue {many}"])
+    assert "sentences-cut" in cells[0]["outcome"]["flags"]
+    assert "note: twins: 2 sentences are cut at the context length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "classes", "flagged"),
+    [
+        *((0, 100, 1000, True), (0, 19, 1000, False), (1, 100, 1000, False), (0, 0, 3, False)),
+        *((12, 100, 10, False), (5, 100, 10, False), (2, 100, 10, True), (8, 20, 2, False), (3, 20, 2, True)),
+    ],
+)
+def test_accuracy_below_chance(correct, n, classes, flagged):
+    assert below_chance(correct, n, classes) is flagged

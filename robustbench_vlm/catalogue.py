@@ -56,7 +56,11 @@ def names(what: str) -> list[tuple[str, str]]:
     kind = _kind(what)
     if kind in CARDS:
         read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
-        return [(name, str(card.model_dump()["title"])) for name, card in read]
+        facts = [(name, card.model_dump()) for name, card in read]
+        shadows = {name for name, table in facts if str(table["name"]).endswith(reader.SHADOW)}
+        return [
+            (name + reader.SHADOW if name in shadows else name, str(table["title"])) for name, table in facts
+        ]
     if kind == "defenses":
         return sorted(plugins.titles(kind).items())
     return [(row["name"], row["title"]) for row in models()]
@@ -196,7 +200,9 @@ def details(what: str, name: str) -> dict[str, Any]:
 
 def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
     fields = {key: value for key, value in recipe.defense.items() if key != "name"}
-    return plugins.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
+    name, where = str(recipe.defense.get("name")), f"recipe {recipe.name}"
+    plugins.require_allowed(name, f"{where}, defense.name")
+    return plugins.build("defenses", name, fields, where)
 
 
 def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:

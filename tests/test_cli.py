@@ -412,7 +412,11 @@ def test_a_norm_that_an_attack_lacks_stops_before_the_model_is_loaded(vlmrob, tm
     text = (reader.home() / "attacks" / "pgd20.toml").read_text()
     (tmp_path / "mine.toml").write_text(text.replace('attack = "pgd"', 'attack = "test_api:OnlyLinf"'))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
-    one_line(*vlmrob(line + " --norm l1 --eps 12"), "stage pgd20: norm 'l1'; expected linf; chains for l1")
+    one_line(*vlmrob(line), "it names 'test_api:OnlyLinf'", "type --allow-code")
+    one_line(
+        *vlmrob(line + " --allow-code --norm l1 --eps 12"),
+        "stage pgd20: norm 'l1'; expected linf; chains for l1",
+    )
 
 
 def test_a_dataset_without_images_is_found_before_the_first_attack(vlmrob, damaged, tmp_path):

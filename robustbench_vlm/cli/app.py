@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cards import reader
+from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cli import data
 from robustbench_vlm.cli.canary import canary
 from robustbench_vlm.cli.compare import compare
@@ -43,7 +43,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-ROOT_FLAGS = ("--quiet", "--verbose")
+ROOT_FLAGS = ("--quiet", "--verbose", "--allow-code")
 
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
@@ -70,6 +70,12 @@ def _root(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print the log of the libraries and tracebacks, too.")
     ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Let cards name Python code as module:Name; before or after the command."
+        ),
+    ] = False,
     version: Annotated[  # noqa: ARG001 - it acts when it is read
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
     ] = False,
@@ -80,6 +86,7 @@ def _root(
         logging.basicConfig(level=logging.INFO)
     if include:
         reader.include(include)
+    plugins.allow_code(allow_code)
 
 
 app.command()(train)

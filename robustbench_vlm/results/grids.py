@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from robustbench_vlm import safe_text
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.results import contest, flags
 
@@ -71,19 +72,22 @@ def is_mean(dataset: str) -> bool:
 
 def markdown(rows: pd.DataFrame, suite: Suite) -> bytes:
     """The page of a suite."""
+    code = suite.name.replace("`", "'")
     lines = [
-        f"# {suite.title}",
+        f"# {safe_text.markdown(suite.title)}",
         "",
-        f"Suite `{suite.name}` version {suite.version}. Each entry: clean / robust, %; of a mean with the "
-        f"95 % interval of robust accuracy. `{suite.name}.csv` has every interval.",
+        f"Suite `{safe_text.line(code)}` version {suite.version}. Each entry: clean / robust, %; of a mean "
+        f"with the 95 % interval of robust accuracy. `{safe_text.line(code)}.csv` has every interval.",
         *_per_class_note(rows),
         *_flag_note(rows),
     ]
     for title, grid in grids(rows, "mean"):
-        lines += ["", f"## {title}", "", "| model | " + " | ".join(grid.columns) + " |"]
+        columns = [safe_text.markdown(str(column)) for column in grid.columns]
+        lines += ["", f"## {safe_text.markdown(title)}", "", "| model | " + " | ".join(columns) + " |"]
         lines += ["|---|" + "---|" * len(grid.columns)]
         lines += [
-            f"| {model} | " + " | ".join(entries) + " |" for model, entries in grid.T.to_dict("list").items()
+            f"| {safe_text.markdown(str(model))} | " + " | ".join(entries) + " |"
+            for model, entries in grid.T.to_dict("list").items()
         ]
     return ("\n".join(lines) + "\n").encode()
 
@@ -99,8 +103,9 @@ def _per_class_note(rows: pd.DataFrame) -> list[str]:
     names = list(dict.fromkeys(rows.dataset[rows.clean_per_class != ""]))
     if not names:
         return []
+    listed = safe_text.markdown(", ".join(names))
     where = "columns `clean_per_class` and `robust_per_class` of the CSV"
     return [
         "",
-        f"All numbers are top-1. The makers of {', '.join(names)} report the mean over classes: {where}.",
+        f"All numbers are top-1. The makers of {listed} report the mean over classes: {where}.",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from robustbench_vlm import store
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
@@ -20,7 +21,7 @@ Meter = Callable[..., None]
 
 def folder_of(recipe: Recipe) -> Path:
     """The checkpoint folder of a run that was given none: `runs/<recipe>-<hash>`."""
-    return Path("runs") / f"{recipe.name}-{recipe.fingerprint[:8]}"
+    return Path("runs") / f"{store.file_name(recipe.name)}-{recipe.fingerprint[:8]}"
 
 
 def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:

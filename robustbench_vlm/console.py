@@ -56,8 +56,18 @@ def error(text: str) -> None:
     err.print(Text(f"error: {text}", style="bold red"))
 
 
+quiet = False
+"""Whether remarks and progress are left out; `vlmrob --quiet` sets it."""
+
+
 def remark(text: str) -> None:
-    """One line of log on stderr."""
+    """One line of log on stderr, unless the command is quiet."""
+    if not quiet:
+        err.print(Text(text, style="dim"))
+
+
+def warning(text: str) -> None:
+    """One line on stderr that even a quiet command prints."""
     err.print(Text(text, style="dim"))
 
 
@@ -133,7 +143,7 @@ class Meter:
         if self._bar is not None and self._task is not None:
             text = f"{rate:.1f}/s {note}" if rate else note
             self._bar.update(self._task, completed=done, total=total, note=text)
-        elif time.monotonic() - self._printed > PLAIN_EVERY:
+        elif not quiet and time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
             remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
@@ -151,7 +161,7 @@ class Meter:
 @contextmanager
 def meter() -> Iterator[Meter]:
     """A `Meter` whose bar disappears at the end of the `with` block."""
-    if not err.is_terminal:
+    if quiet or not err.is_terminal:
         yield Meter(None)
         return
     columns = (

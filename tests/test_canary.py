@@ -114,9 +114,9 @@ def test_an_activation_that_the_code_forgets_is_caught_on_load(tmp_path, monkeyp
     checkpoint.save_folder(tmp_path, made, describe(made, "m"), trained_tokens=ids)
     assert zoo.load(str(tmp_path)).model.facts.quick_gelu is True
 
-    def forgetful(arch, *, quick_gelu=False):
-        plain = BUILD(arch)  # the facts name an activation that the towers do not have
-        return plain.replaced(facts=replace(plain.facts, quick_gelu=quick_gelu))
+    def forgetful(arch, *, quick_gelu=False, **options):
+        stated = BUILD(arch, quick_gelu=quick_gelu, **options)
+        return BUILD(arch, **options).replaced(facts=stated.facts)  # not of the towers
 
     BUILD = openclip.build  # noqa: N806 - the true one
     monkeypatch.setattr(openclip, "build", forgetful)

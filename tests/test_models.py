@@ -17,8 +17,9 @@ from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 import robustbench_vlm
 from robustbench_vlm import store
 from robustbench_vlm.errors import CardError, InputError, WeightsError
-from robustbench_vlm.models import checkpoint, lora, openclip, zoo
-from robustbench_vlm.models.clip import Classifier, Clip, ModelFacts, Preprocess, frozen
+from robustbench_vlm.models import checkpoint, checkpoint_card, lora, openclip, zoo
+from robustbench_vlm.models.clip import Classifier, Clip, frozen
+from robustbench_vlm.models.preprocess import Preprocess
 from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.store import cache_folder
 
@@ -396,7 +397,7 @@ def test_a_folder_without_a_card_is_one_line(folder):
         zoo.load(str(folder))
     one_line(error)
     with pytest.raises(WeightsError, match=r"no card\.json") as error:
-        checkpoint.read_card(folder)
+        checkpoint_card.read_card(folder)
     one_line(error)
 
 
@@ -693,7 +694,7 @@ def b32(tmp_path_factory):
 
 
 def test_openai_weights_are_run_with_quick_gelu(b32):
-    assert b32.facts == ModelFacts("ViT-B-32", True)
+    assert (b32.facts.arch, b32.facts.quick_gelu) == ("ViT-B-32", True)
     kinds = {type(part).__name__ for part in b32.modules()}
     assert "QuickGELU" in kinds
     assert "GELU" not in kinds

@@ -9,7 +9,7 @@ from worlds import INNER, tilted
 from robustbench_vlm.cards import reader
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import CardError, InputError, WeightsError
-from robustbench_vlm.models import checkpoint, openclip, prompts, zoo
+from robustbench_vlm.models import checkpoint_card, openclip, prompts, zoo
 from robustbench_vlm.models.clip import PromptSizes
 from robustbench_vlm.models.text_bank import text_bank
 from robustbench_vlm.training import loop
@@ -213,6 +213,6 @@ def test_a_recipe_with_prompts_that_make_no_sense_is_one_line(toy, case):
 def test_any_defense_can_train_prompts(toy, tmp_path):
     recipe = toy.recipe("tecoa", prompts=PROMPTS, optim={"lr": 1e-2, "steps": 1, "batch_size": 8})
     loop.run(recipe, tmp_path, toy.data, CPU, lambda line: None)
-    assert checkpoint.read_card(tmp_path).prompts.text == 2
+    assert checkpoint_card.read_card(tmp_path).prompts.text == 2
     assert len(recipe.fingerprint) == 64
     assert recipe.fingerprint != toy.recipe("tecoa").fingerprint

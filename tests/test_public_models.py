@@ -106,7 +106,7 @@ def test_missing_folders_and_unpublished_weights_say_so(listed):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(listed, monkeypatch):
-    def unreachable(name):
+    def unreachable(name, *, network):
         raise WeightsError(f"model {name}", "no connection")
 
     monkeypatch.setattr(openclip, "load", unreachable)

@@ -23,7 +23,7 @@ from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.interface import Defense, Terms
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import InputError, TrainingError
-from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.models import checkpoint_card, zoo
 from robustbench_vlm.training import loop
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.probe import probe
@@ -351,13 +351,13 @@ def test_a_step_leaves_the_global_generator_alone(toy, tmp_path):
 
 
 def test_exposure_is_the_union_of_all_parents_and_the_data(whole):
-    card = checkpoint.read_card(whole["mmt-ard"])
+    card = checkpoint_card.read_card(whole["mmt-ard"])
     assert card.trained_on == ("captions", "clean-images", "robust-images", "toy")
-    assert checkpoint.read_card(whole["tecoa"]).trained_on == ("captions", "toy")
+    assert checkpoint_card.read_card(whole["tecoa"]).trained_on == ("captions", "toy")
 
 
 def test_parents_are_recorded_with_role_and_fingerprint(world, whole):
-    card = checkpoint.read_card(whole["mmt-ard"])
+    card = checkpoint_card.read_card(whole["mmt-ard"])
     folders = {"student": world.student, "robust": world.robust, "clean": world.clean}
     assert {parent.role for parent in card.parents} == set(folders)
     for parent in card.parents:
@@ -377,7 +377,7 @@ def test_exposure_is_unknown_when_that_of_a_parent_is(toy, tmp_path):
     table = toy.table("single-teacher", "robust", optim={"lr": 1e-3, "steps": 1, "batch_size": 4})
     table["teachers"]["robust"] = "vlmrob-tiny:random"
     loop.run(reader.parse(table, Recipe, "a test"), tmp_path, toy.data, CPU, quiet)
-    card = checkpoint.read_card(tmp_path)
+    card = checkpoint_card.read_card(tmp_path)
     assert card.trained_on is None
     assert {parent.role: parent.trained_on for parent in card.parents} == {
         "student": ("captions",),
@@ -505,7 +505,7 @@ def test_settings_override_the_file_and_are_recorded(toy, tmp_path, monkeypatch,
     made = store.read_json(tmp_path / "out" / "recipe.json")
     assert (made["optim"]["steps"], made["seed"], made["inner"]["eps"]) == (1, 5, "8/255")
     assert (made["lora"]["r"], made["probe"]["every"]) == (2, 1)
-    assert checkpoint.read_card(tmp_path / "out").recipe["inner"]["eps"] == "8/255"
+    assert checkpoint_card.read_card(tmp_path / "out").recipe["inner"]["eps"] == "8/255"
     assert steps_of(tmp_path / "out") == [1]
 
 

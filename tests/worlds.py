@@ -15,7 +15,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import layout
 from robustbench_vlm.models import checkpoint, openclip
-from robustbench_vlm.models.checkpoint import CheckpointCard
+from robustbench_vlm.models.checkpoint_card import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 
 NAMES = ("red", "green", "blue", "grey")

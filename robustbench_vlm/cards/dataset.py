@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
-from robustbench_vlm.cards.protocol import Resize
+from robustbench_vlm.cards.protocol import CardResize
 
 Metric = Literal["top1", "mean-per-class", "auroc"]
 """How a dataset's makers count: share of right images, its unweighted mean over classes, area under ROC."""
@@ -38,9 +38,10 @@ class DatasetCard(Card):
         size: images per split, for example `{ test = 1000 }`; `vlmrob data check` counts them.
         canvas: size at which the ball lies: `native`, the images' own; `model`, the model's input.
         native_px: side of the images in pixels; needed when `canvas` is `native`.
-        resize: how an image comes to a model canvas: `bicubic`, the shorter side to the input size and a
-            centre crop; `bilinear-256`, the shorter side to 256/224 of it and a crop; `bilinear-squash`, both
-            sides.
+        resize: how an image is brought to a model canvas: `model`, as the evaluated model states; `bicubic`
+            or `bilinear`, the shorter side to the input size and a centre crop; with `-256`, the shorter side
+            to 256/224 of it and a crop; with `-squash`, both sides; with `-longest`, the longer side and
+            black borders.
         names: class names in label order; a name may be empty, as one of CLEVR is.
         names_from: `card`: the names of this card; `folder`: those of the folder's `classnames.txt`, for
             datasets without a public list of names.
@@ -64,7 +65,7 @@ class DatasetCard(Card):
     size: dict[str, int]
     canvas: Literal["native", "model"]
     native_px: int = 0
-    resize: Resize = "bicubic"
+    resize: CardResize = "model"
     names: tuple[str, ...] = ()
     names_from: Literal["card", "folder"] = "card"
     wordnet_ids: tuple[str, ...] = ()

@@ -13,9 +13,22 @@ from robustbench_vlm.threat import Norm
 
 PLAIN = str.maketrans("_-/", "   ")
 
-Resize = Literal["bicubic", "bilinear-256", "bilinear-squash"]
-"""How an image comes to the model's canvas before the attack: the shorter side to the input size, bicubic,
-and a centre crop (open_clip); the shorter side to 256/224 of it, bilinear, and a crop; or both sides."""
+Resize = Literal[
+    "bicubic",
+    "bicubic-squash",
+    "bicubic-longest",
+    "bilinear",
+    "bilinear-256",
+    "bilinear-squash",
+    "bilinear-longest",
+]
+"""How an image is brought to the model's canvas before the attack. The first word is the kernel. Without a
+second word, the shorter side is resized to the input size and the centre is cropped (open_clip's default);
+`256`: the shorter side to 256/224 of the input size and a crop; `squash`: both sides to the input size;
+`longest`: the longer side to the input size and black borders."""
+
+CardResize = Literal["model"] | Resize
+"""`Resize`, or `model`: as the evaluated model itself states."""
 
 
 def sentences_sha256(names: Sequence[str], templates: Sequence[str]) -> str:

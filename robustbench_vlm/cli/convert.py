@@ -16,7 +16,7 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     source: Annotated[Path, typer.Argument(help="Weights file, or folder of transformers.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     arch: Annotated[
-        str, typer.Option(help="Model that a weights file was made from, e.g. ViT-L-14:openai.")
+        str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai or local-dir:DIR.")
     ] = "",
     card: Annotated[
         str, typer.Option(help="Public checkpoint that it is (see list models): gives base, defense, data.")

@@ -16,7 +16,9 @@ N = 32  # images, by default: the reference spends its whole budget on every rob
 
 def crosscheck(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[str, typer.Argument(help="Name, folder, weights file or ARCH:TAG.")],
-    arch: Annotated[str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai.")] = "",
+    arch: Annotated[
+        str, typer.Option(help="What a weights file was made from, e.g. ViT-L-14:openai or local-dir:DIR.")
+    ] = "",
     dataset: Annotated[str, typer.Option(help="Dataset of the suite; default: its first.")] = "",
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     attack: Annotated[str, typer.Option(help="Attack chain.")] = "autoattack",

@@ -18,6 +18,7 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.protocol import Resize
 from robustbench_vlm.data import manifest, miniature, pixels, remarks, shards, texts
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError
@@ -162,6 +163,15 @@ class Split:
             drawn[found.key] = found
         return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
 
+    def resized_as(self, stated: Resize) -> Split:
+        """The split whose images are brought to a model canvas as a model states.
+
+        A card or protocol with a rule of its own goes first, and a native canvas needs none.
+        """
+        if self.card.canvas == "native" or self.card.resize != "model":
+            return self
+        return replace(self, card=self.card.model_copy(update={"resize": stated}))
+
     def side(self, px: int) -> int:
         """Side of the canvas for a model with input size `px`: the images' own side if it is native."""
         return self.card.native_px if self.card.canvas == "native" else px
@@ -289,11 +299,8 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
 
 def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
     """One line for each dataset whose split is not below the root: its name, and how to get it."""
-    return [
-        f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}"
-        for card in cards
-        if not (root / card.folder / split).is_dir()
-    ]
+    lacking = [card for card in cards if not (root / card.folder / split).is_dir()]
+    return [f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}" for card in lacking]
 
 
 def how_to_get(card: DatasetCard, root: Path) -> str:

@@ -12,8 +12,8 @@ The result equals that of the usual code (`convert("RGB")`, then resize and crop
 
 Side lengths are read from the header and compared with a limit before a pixel is decoded.
 
-Images on native canvases are resized inside the encoder instead: bicubic with antialias, neither rounded nor
-clipped. From 32 and 96 to 224 px that differs by 0.4/255 from Pillow on the mean of uniform noise (the
+Images on native canvases are resized inside the encoder instead, neither rounded nor clipped. With bicubic
+and antialias, from 32 and 96 to 224 px that differs by 0.4/255 from Pillow on the mean of uniform noise (the
 worst case), and by up to 50/255 at single pixels, where Pillow clips what overshoots; on smooth images
 0.3/255 and 1/255. Without antialias (the kernel of RobustVLM) it is 4/255 on the mean of noise.
 """
@@ -27,7 +27,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from robustbench_vlm.cards.protocol import Resize
+from robustbench_vlm.cards.protocol import CardResize
 from robustbench_vlm.errors import DataError
 
 LARGEST = 64 * 10**6  # pixels, before decoding and after resizing: 192 MB as RGB
@@ -88,29 +88,46 @@ def native(content: bytes, px: int, where: str) -> np.ndarray:
     return np.array(image)
 
 
-def model(content: bytes, px: int, where: str, resize: Resize = "bicubic") -> np.ndarray:
+def model(content: bytes, px: int, where: str, resize: CardResize = "bicubic") -> np.ndarray:
     """(px, px, 3) uint8: the image brought to a square canvas by Pillow's kernels, which are antialiased.
 
-    `bicubic`: the shorter side to `px`, centre crop, equal bit for bit to
-    `open_clip.image_transform(px, is_train=False)` on the RGB image, up to its normalisation. `bilinear-256`:
-    the shorter side to 256 for px = 224 (in that ratio for others), bilinear, centre crop, as torchvision's
-    `Resize(256)` and `CenterCrop(224)`. `bilinear-squash`: both sides to `px`, as `Resize((px, px))`.
+    The first word of `resize` is the kernel. `bicubic` or `bilinear` alone: the shorter side to `px`, centre
+    crop. `-squash`: both sides to `px`. `-longest`: the longer side to `px`, black borders. These equal
+    `open_clip.image_transform(px, is_train=False)` of that `resize_mode` bit for bit on the RGB image, up to
+    its normalisation. `bilinear-256`: the shorter side to 256 for px = 224 (in that ratio for others), centre
+    crop, as torchvision's `Resize(256)` and `CenterCrop(224)`. `model` is read as `bicubic`, for readers that
+    know no model.
 
     Raises:
         DataError: as `rgb`, or an image so thin that its resized longer side passes 64 million pixels.
     """
     image = rgb(content, where)
-    kernel = Image.Resampling.BICUBIC if resize == "bicubic" else Image.Resampling.BILINEAR
-    short, long = sorted(image.size)
-    shorter = round(px * 256 / 224) if resize == "bilinear-256" else px
-    longer = px if resize == "bilinear-squash" else int(shorter * long / short)
-    if shorter * longer > LARGEST:
-        raise _too_large(where, f"{image.width} x {image.height} pixels, resized to {shorter} x {longer}")
-    size = (shorter, longer) if image.width <= image.height else (longer, shorter)
-    if image.size != size:
-        image = image.resize(size, kernel)
-    left, top = (round((side - px) / 2.0) for side in image.size)
-    return np.array(image.crop((left, top, left + px, top + px)))
+    kernel, _, mode = ("bicubic" if resize == "model" else resize).partition("-")
+    width, height = _resized_sides(image.width, image.height, px, mode)
+    if width * height > LARGEST:
+        found = f"{image.width} x {image.height} pixels, resized to {width} x {height}"
+        raise _too_large(where, found)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling[kernel.upper()])
+    left, top = (_offset(side, px) for side in image.size)
+    return np.array(image.crop((left, top, left + px, top + px)))  # outside the image it is black
+
+
+def _resized_sides(width: int, height: int, px: int, mode: str) -> tuple[int, int]:
+    """Width and height after the resize, before the crop."""
+    if mode == "squash":
+        return px, px
+    if mode == "longest":
+        ratio = max(width / px, height / px)
+        return round(width / ratio), round(height / ratio)
+    shorter = round(px * 256 / 224) if mode == "256" else px
+    longer = int(shorter * max(width, height) / min(width, height))
+    return (shorter, longer) if width <= height else (longer, shorter)
+
+
+def _offset(side: int, px: int) -> int:
+    """Where the crop begins; negative for a border of (px - side) // 2 before the image."""
+    return round((side - px) / 2.0) if side >= px else -((px - side) // 2)
 
 
 def _too_large(where: str, found: str) -> DataError:

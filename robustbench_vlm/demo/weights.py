@@ -17,7 +17,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.demo.pretrain import Pretrained, Pretraining, pretrain
-from robustbench_vlm.models import checkpoint, model_ids, openclip
+from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, openclip
 from robustbench_vlm.training import loop
 
 WORK = Path("runs/tiny-weights")  # the recipes of the teachers name a folder below it as their student
@@ -91,7 +91,7 @@ def _text_of(folder: Path) -> dict[str, torch.Tensor]:
     """The text tower of a folder in the form that `pretrain` takes: stored token rows and the logit scale."""
     state = checkpoint.read_state(folder / "text.safetensors")
     text = {name.removeprefix("net."): value for name, value in state.items() if name != "token_ids"}
-    text["logit_scale"] = torch.tensor(checkpoint.read_card(folder).logit_scale).log()
+    text["logit_scale"] = torch.tensor(checkpoint_card.read_card(folder).logit_scale).log()
     return text
 
 

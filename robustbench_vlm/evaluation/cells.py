@@ -92,6 +92,8 @@ class Subject:
     @classmethod
     def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
         """Look at the images of `split`, and encode the sentences of `card` with one model."""
+        split = split.resized_as(loaded.model.preprocess.canvas_resize)
+        card = card.model_copy(update={"resize": split.card.resize})
         images = decodable_images(split, loaded.model.image_size)
         return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))
 
@@ -152,7 +154,7 @@ class Subject:
             "bank_sha256": hashlib.sha256(self.bank.cpu().numpy().tobytes()).hexdigest(),
             "canvas": self.card.canvas,
             "canvas_px": self.images.side,
-            **({} if self.card.resize == "bicubic" else {"resize": self.card.resize}),
+            **({} if self.card.resize in ("model", "bicubic") else {"resize": self.card.resize}),
             **({} if self.tied is None else {"tied_classes": store.fingerprint(list(self.tied.first))}),
             **({} if self.loaded.model.preprocess.antialias else {"antialias": False}),
         }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.cards.protocol import PromptPack, Protocol
+from robustbench_vlm.cards.protocol import CardResize, PromptPack, Protocol
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import CardError, InputError
@@ -20,14 +20,14 @@ def tags(protocol: Protocol | None, suite: Suite) -> dict[str, str]:
 
 
 def with_protocol_canvas(card: DatasetCard, protocol: Protocol | None) -> DatasetCard:
-    """The dataset card with the canvas and resize of the protocol."""
+    """The dataset card with the canvas and resize of the protocol, which holds for every model."""
     if protocol is None:
         return card
     if card.canvas == "native" and protocol.canvas == "card":
         return card
     native = card.canvas == "native"
-    resize = protocol.native_resize if native else protocol.resize
-    if card.resize != "bicubic" and not native:
+    resize: CardResize = protocol.native_resize if native else protocol.resize
+    if card.resize != "model" and not native:
         resize = card.resize  # a dataset with a rule of its own, as Hateful Memes
     return card.model_copy(update={"canvas": "model", "resize": resize})
 

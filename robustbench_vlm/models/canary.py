@@ -81,7 +81,7 @@ def take(model: Clip) -> Canary:
     for part, embeddings in (("image", tower), ("image", pixels), ("image", resized), ("text", text)):
         if not torch.isfinite(embeddings).all() or not embeddings.norm(dim=-1).all():
             raise WeightsError(f"model {model.facts.arch}", f"{part} embeddings that are zero or not finite")
-    logits = model.logit_scale * F.normalize(pixels, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = model.logits(pixels, F.normalize(text, dim=-1))
     return Canary(
         tower=_rows(tower),
         pixels=_rows(pixels),

@@ -15,82 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from robustbench_vlm import store, text_files
-from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import openclip, prompts
-from robustbench_vlm.models.canary import Canary, check_canary, take
-from robustbench_vlm.models.clip import Clip, Preprocess, PromptSizes
+from robustbench_vlm.models import configuration, openclip, prompts
+from robustbench_vlm.models.canary import check_canary, take
+from robustbench_vlm.models.checkpoint_card import (
+    EARLIER,
+    SCHEMA,
+    CheckpointCard,
+    Parent,
+    PreprocessFacts,
+    PromptFacts,
+)
+from robustbench_vlm.models.clip import Clip, PromptSizes
+from robustbench_vlm.models.preprocess import Preprocess
 
-SCHEMA = "vlmrob-checkpoint/1"
 TOKENS = "net.token_embedding.weight"
-
-
-class PreprocessFacts(BaseModel):
-    """`Preprocess` as JSON."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    antialias: bool
-
-
-class Parent(BaseModel):
-    """A model that this model was made from: its start, or a teacher."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    role: str
-    model: str
-    sha256: str
-    trained_on: tuple[str, ...] | None
-
-
-class PromptFacts(BaseModel):
-    """`models.prompts` as JSON: how many tokens in which tower, and in how many layers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    image: int
-    text: int
-    depth: int
-
-
-class CheckpointCard(BaseModel):
-    """The record in `card.json`.
-
-    Attributes:
-        text_from: model id whose text tower belongs to this image tower; empty if stored in this folder.
-        trained_on: datasets seen by this model and all its parents, with `"unknown"` among them if some saw
-            more than is listed; `None` if nothing is known.
-        prompts: learned tokens inside the towers; those of the text tower are in `prompts.safetensors`.
-        sha256: fingerprint of the whole model (towers, preprocessing, activation, logit scale).
-        canary: outputs on fixed inputs; `None` in cards that are older than the canary.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_version: str = SCHEMA
-    name: str
-    arch: str
-    quick_gelu: bool
-    preprocess: PreprocessFacts
-    logit_scale: float
-    text_from: str
-    prompts: PromptFacts | None = None
-    image_sha256: str
-    text_sha256: str
-    sha256: str
-    defense: str
-    trained_on: tuple[str, ...] | None
-    parents: tuple[Parent, ...] = ()
-    parameters: int
-    recipe: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    canary: Canary | None = None
+TABLE = "token_embedding.weight"  # last parts of the name of the token table, wherever the tower has it
 
 
 def describe(
@@ -114,6 +59,8 @@ def describe(
         quick_gelu=facts.quick_gelu,
         preprocess=PreprocessFacts(**asdict(model.preprocess)),
         logit_scale=model.logit_scale,
+        logit_bias=model.logit_bias,
+        config=dict(facts.config),
         text_from=text_from,
         image_sha256=prints["image"],
         text_sha256=prints["text"],
@@ -145,8 +92,10 @@ def save_folder(
         state = {
             name: value.detach().cpu().contiguous() for name, value in model.language.state_dict().items()
         }
-        ids = torch.tensor(sorted(trained_tokens), dtype=torch.int64)
-        state[TOKENS] = state[TOKENS][ids].contiguous()
+        ids, table = torch.tensor(sorted(trained_tokens), dtype=torch.int64), token_table(model.language)
+        state[table] = state[table][ids].contiguous()
+        if hasattr(model.tokenize, "save_pretrained"):  # a tokenizer of transformers, made of files
+            model.tokenize.save_pretrained(str(folder))
         store.write(folder / "text.safetensors", save({**state, "token_ids": ids}))
     learned = prompts.state(model.language)
     if learned:
@@ -166,28 +115,26 @@ def with_canary(model: Clip, card: CheckpointCard) -> CheckpointCard:
         model.to(device)
 
 
+def token_table(language: nn.Module) -> str:
+    """The name of the token table among the parameters of a text tower.
+
+    Raises:
+        WeightsError: a text tower without a table of that name, as those of transformers.
+    """
+    names = [name for name, _ in language.named_parameters() if name.endswith(TABLE)]
+    if len(names) != 1:
+        raise WeightsError(
+            "text tower", f"{len(names)} token tables", "one, as in the text towers of open_clip"
+        )
+    return names[0]
+
+
 def spread_rows(rows: Tensor, ids: Tensor, language: nn.Module) -> Tensor:
     """The (vocabulary, D) token table of `language`: `rows` at `ids`, and their mean in all other rows."""
-    vocabulary = dict(language.named_parameters())[TOKENS].shape[0]
+    vocabulary = dict(language.named_parameters())[token_table(language)].shape[0]
     table = rows.mean(0, keepdim=True).repeat(vocabulary, 1)
     table[ids] = rows
     return table
-
-
-def read_card(folder: Path) -> CheckpointCard:
-    """The card of a checkpoint folder.
-
-    Raises:
-        WeightsError: no card, or a card of another schema.
-        CardError: unknown or missing keys.
-    """
-    path = folder / "card.json"
-    if not path.is_file():
-        raise WeightsError(f"model {folder}", "no card.json", "a folder that vlmrob wrote, or ARCH:TAG")
-    table = store.read_json(path)
-    if not isinstance(table, dict) or table.get("schema_version") != SCHEMA:
-        raise WeightsError(str(path), "not a checkpoint card of this schema", SCHEMA)
-    return reader.parse(table, CheckpointCard, str(path))  # type: ignore[type-var]
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -230,16 +177,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
     """Load a stored text tower and return the ids of the token rows that were trained."""
-    state = read_state(path)
-    if "token_ids" not in state or TOKENS not in state:
+    state, table = read_state(path), token_table(module)
+    if "token_ids" not in state or table not in state:
         raise WeightsError(str(path), "no token table with ids", "a text tower that vlmrob wrote")
-    ids, rows = state.pop("token_ids"), state[TOKENS]
-    vocabulary, width = dict(module.named_parameters())[TOKENS].shape
+    ids, rows = state.pop("token_ids"), state[table]
+    vocabulary, width = dict(module.named_parameters())[table].shape
     if ids.dtype != torch.int64 or not ((ids >= 0) & (ids < vocabulary)).all():
         raise WeightsError(str(path), "a token id outside the vocabulary", f"ids from 0 to {vocabulary - 1}")
     if rows.shape != (len(ids), width):
         raise WeightsError(str(path), f"token rows of shape {tuple(rows.shape)}", f"({len(ids)}, {width})")
-    state[TOKENS] = spread_rows(rows, ids, module)
+    state[table] = spread_rows(rows, ids, module)
     fill(module, state, str(path))
     return frozenset(int(i) for i in ids)
 
@@ -269,6 +216,8 @@ def check(model: Clip, card: CheckpointCard, where: str) -> None:
             weights give other outputs.
     """
     prints = model.fingerprints()
+    if card.schema_version == EARLIER:
+        prints["model"] = _earlier_fingerprint(model, prints)
     for part, stated in (("image", card.image_sha256), ("text", card.text_sha256), ("model", card.sha256)):
         if prints[part] != stated:
             raise WeightsError(
@@ -276,6 +225,29 @@ def check(model: Clip, card: CheckpointCard, where: str) -> None:
             )
     if card.canary is not None:
         check_canary(model, card.canary, where)
+
+
+def _earlier_fingerprint(model: Clip, prints: Mapping[str, str]) -> str:
+    """The fingerprint of a whole model as version 1 of the card has it."""
+    names = ("image_size", "mean", "std", "antialias")
+    return store.fingerprint(
+        {
+            "image": prints["image"],
+            "text": prints["text"],
+            "preprocess": {name: getattr(model.preprocess, name) for name in names},
+            "logit_scale": model.logit_scale,
+            "arch": model.facts.arch,
+            "quick_gelu": model.facts.quick_gelu,
+        }
+    )
+
+
+def of_today(card: CheckpointCard, model: Clip) -> CheckpointCard:
+    """The card of a checked model in the current version, with its fingerprint of today."""
+    if card.schema_version == SCHEMA:
+        return card
+    changes = {"schema_version": SCHEMA, "sha256": model.fingerprints()["model"]}
+    return card.model_copy(update=changes | {"config": dict(model.facts.config)})
 
 
 def open_folder(folder: Path, card: CheckpointCard, text: Clip | None) -> Clip:
@@ -289,7 +261,11 @@ def open_folder(folder: Path, card: CheckpointCard, text: Clip | None) -> Clip:
     Raises:
         WeightsError: weights that do not fit the card.
     """
-    model = openclip.build(card.arch, quick_gelu=card.quick_gelu)
+    tokenize = None if text is None else text.tokenize
+    stated = {**card.config} or None
+    if tokenize is None and stated is not None:
+        tokenize = configuration.tokenizer(stated.get("text_cfg", {}), (folder,), f"model {folder}")
+    model = openclip.build(card.arch, quick_gelu=card.quick_gelu, stated=stated, tokenize=tokenize)
     preprocess = Preprocess(**card.preprocess.model_dump())
     if preprocess.image_size != model.image_size:
         raise WeightsError(
@@ -299,13 +275,15 @@ def open_folder(folder: Path, card: CheckpointCard, text: Clip | None) -> Clip:
         )
     if text is None:
         trained: frozenset[int] | None = fill_text(model.language, folder / "text.safetensors")
+        facts = replace(model.facts, trained_tokens=trained)
     else:
-        trained = text.facts.trained_tokens
+        facts = replace(model.facts, trained_tokens=text.facts.trained_tokens, text=text.facts.text)
     model = model.replaced(
         preprocess=preprocess,
         language=model.language if text is None else text.language,
         logit_scale=card.logit_scale,
-        facts=replace(model.facts, trained_tokens=trained),
+        logit_bias=card.logit_bias,
+        facts=facts,
     )
     if card.prompts is not None:
         model = prompts.attach(model, PromptSizes(**card.prompts.model_dump()))

@@ -6,10 +6,9 @@ pixel space.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,28 +17,13 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models import identity
+from robustbench_vlm.models.identity import state_sha256
+from robustbench_vlm.models.preprocess import Preprocess
 from robustbench_vlm.models.text_bank import render, require_sentences, text_bank
-from robustbench_vlm.store import fingerprint
 from robustbench_vlm.types import TEMPLATES, Wrapped
 
 TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What happens to pixels inside the encoder, in order: bicubic resize, then (x - mean) / std.
-
-    Attributes:
-        image_size: side of the square input of the tower, pixels.
-        mean: per channel, in [0, 1] units.
-        std: per channel, in [0, 1] units.
-        antialias: whether the in-graph resize is antialiased; with `True` it is closest to PIL's.
-    """
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    antialias: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,12 +48,18 @@ class ModelFacts:
     Attributes:
         arch: name of the open_clip architecture.
         quick_gelu: whether the towers use QuickGELU, as the OpenAI weights do.
+        image: what decides the function of the image tower beside its weights (`models.identity`).
+        text: the same of the text tower, with the identity of its tokenizer.
+        config: the configuration as open_clip reads it; empty for an architecture that open_clip has by name.
         trained_tokens: ids of the tokens that the text tower met in training; `None` if unknown.
         prompts: the learned prompts inside the towers; `None` for none.
     """
 
     arch: str
     quick_gelu: bool
+    image: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     trained_tokens: frozenset[int] | None = None
     prompts: PromptSizes | None = None
 
@@ -85,7 +75,8 @@ class Clip(nn.Module):
         tokenize: N sentences -> token ids (N, L) int64.
         preprocess: what happens to pixels before the tower.
         logit_scale: s of the cosine logits, a plain number that is never trained here.
-        facts: architecture, activation, trained tokens and prompts.
+        logit_bias: b of the logits s * cos + b, never trained here; 0 for all but sigmoid models (SigLIP).
+        facts: architecture, configuration, activation, trained tokens and prompts.
     """
 
     def __init__(
@@ -96,6 +87,7 @@ class Clip(nn.Module):
         preprocess: Preprocess,
         logit_scale: float,
         facts: ModelFacts,
+        logit_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.visual = visual
@@ -104,6 +96,7 @@ class Clip(nn.Module):
         self.preprocess = preprocess
         self.image_size = preprocess.image_size
         self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
         self.facts = facts
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
@@ -114,9 +107,10 @@ class Clip(nn.Module):
         """A `Clip` with other constructor arguments; what is not named is shared, not copied.
 
         Args:
-            **changes: any of `visual`, `language`, `tokenize`, `preprocess`, `logit_scale`, `facts`.
+            **changes: any of `visual`, `language`, `tokenize`, `preprocess`, `logit_scale`, `logit_bias`,
+                `facts`.
         """
-        names = ("visual", "language", "tokenize", "preprocess", "logit_scale", "facts")
+        names = ("visual", "language", "tokenize", "preprocess", "logit_scale", "logit_bias", "facts")
         made = Clip(**{name: getattr(self, name) for name in names} | changes).to(self.device)
         made.training = self.training  # the towers have their own mode
         return made
@@ -182,15 +176,7 @@ class Clip(nn.Module):
 
     def _prepared(self, images: Tensor) -> Tensor:
         """The input of the tower: resized and normalised."""
-        size = self.image_size
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(
-                images,
-                size=(size, size),
-                mode="bicubic",
-                align_corners=False,
-                antialias=self.preprocess.antialias,
-            )
+        images = self.preprocess.resized(images)
         return (images - self.mean) / self.std
 
     @torch.no_grad()
@@ -212,26 +198,35 @@ class Clip(nn.Module):
         tokens = self.tokenize(list(sentences)).tolist()
         return [s for s, row in zip(sentences, tokens, strict=True) if not trained.issuperset(row)]
 
-    def text_sha256(self) -> str:
-        """SHA-256 of the text tower."""
-        return state_sha256(self.language)
+    def logits(self, embeddings: Tensor, bank: Tensor) -> Tensor:
+        """Embeddings (B, D) of any length and unit rows (C, D) -> logits s * cos + b, (B, C) float32."""
+        unit = F.normalize(embeddings.float(), dim=-1)
+        logits: Tensor = self.logit_scale * unit @ bank.T
+        return logits + self.logit_bias if self.logit_bias else logits
+
+    def text_fingerprint(self) -> str:
+        """Hash of everything that decides a text embedding: weights, configuration, tokenizer, prompts."""
+        return identity.of_text(state_sha256(self.language), self.facts.text, self._prompts())
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of the image tower, of the text tower, and of the whole model with its preprocessing."""
-        image, text = state_sha256(self.visual), self.text_sha256()
+        """SHA-256 of the weights of each tower, and the fingerprint of the whole model."""
+        image, text = state_sha256(self.visual), state_sha256(self.language)
         whole = {
-            "image": image,
-            "text": text,
+            "image": {"weights": image, **self.facts.image},
+            "text": identity.of_text(text, self.facts.text, self._prompts()),
             "preprocess": asdict(self.preprocess),
             "logit_scale": self.logit_scale,
-            "arch": self.facts.arch,
-            "quick_gelu": self.facts.quick_gelu,
+            "logit_bias": self.logit_bias,
+            "prompts": self._prompts(),
         }
-        return {"image": image, "text": text, "model": fingerprint(whole)}
+        return {"image": image, "text": text, "model": identity.of_model(whole)}
+
+    def _prompts(self) -> dict[str, int]:
+        return asdict(self.facts.prompts) if self.facts.prompts else {}
 
 
 class Classifier(nn.Module):
-    """Pixels (B, 3, H, W) in [0, 1] -> logits s * cos(image, class) of shape (B, C) float32.
+    """Pixels (B, 3, H, W) in [0, 1] -> logits s * cos(image, class) + b of shape (B, C) float32.
 
     The encoder is put into eval mode and frozen. With `bf16` its image tower runs under autocast; the cosines
     stay in fp32, since logits of about 25 lie 0.125 apart in bf16, which is more than many margins.
@@ -254,9 +249,7 @@ class Classifier(nn.Module):
         """(B, 3, H, W) float32 in [0, 1] -> cosine logits (B, C) float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             embeddings = self.model(images)
-        unit = F.normalize(embeddings.float(), dim=-1)
-        logits: Tensor = self.model.logit_scale * unit @ self.bank.T
-        return logits
+        return self.model.logits(embeddings, self.bank)
 
 
 class InBf16(Wrapped):
@@ -273,17 +266,6 @@ class InBf16(Wrapped):
         with torch.autocast(images.device.type, torch.bfloat16):
             rows = self.encoder.tokens(images)
         return rows.float()
-
-
-def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over the sorted names, types, shapes and bytes of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        flat = tensor.reshape(-1)  # counters of batch norms have no dimension, and could not be viewed
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()
 
 
 @contextmanager

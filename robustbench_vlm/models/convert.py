@@ -9,8 +9,8 @@ from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, model_ids, zoo
-from robustbench_vlm.models.checkpoint import CheckpointCard, Parent
+from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, zoo
+from robustbench_vlm.models.checkpoint_card import CheckpointCard, Parent
 from robustbench_vlm.models.foreign import weights_file
 
 
@@ -45,11 +45,10 @@ def convert(
         if not model_ids.is_weights(source.name):
             expected = f"a file in {', '.join(model_ids.WEIGHTS)}, or a folder of transformers"
             raise WeightsError(str(source), "neither weights by its name nor a model's folder", expected)
-        weights_file.require_file(source)
-        base = zoo.load(known.base)
-        facts = {"model": base.card.name, "sha256": base.card.sha256, "trained_on": base.card.trained_on}
-        parents = (Parent.model_validate({"role": "base", **facts}),)
-        made = weights_file.from_file(source, base.model, limits)
+        made, base = zoo.read_file(source, known.base, limits)
+        if base is not None:
+            facts = {"model": base.card.name, "sha256": base.card.sha256, "trained_on": base.card.trained_on}
+            parents = (Parent.model_validate({"role": "base", **facts}),)
     digest = store.file_sha256(source) if source.is_file() else ""
     card = checkpoint.describe(
         made.model,
@@ -66,8 +65,11 @@ def convert(
             "left_out": list(made.old),
         },
     )
-    whole = made.model.language.state_dict()[checkpoint.TOKENS].shape[0] if made.own_text else 0
-    checkpoint.save_folder(out, made.model, card, frozenset(range(whole)) if made.own_text else None)
+    rows: frozenset[int] | None = None
+    if made.own_text:
+        language = made.model.language
+        rows = frozenset(range(len(language.get_parameter(checkpoint.token_table(language)))))
+    checkpoint.save_folder(out, made.model, card, rows)
     return zoo.load(str(out)).card
 
 
@@ -94,8 +96,8 @@ def add_canary(name: str) -> Path:
     folder = model_ids.folder_of(name)
     if folder is None:
         raise WeightsError(f"model {name!r}", "no packaged checkpoint or folder", "a folder with a card.json")
-    bare = checkpoint.read_card(folder).model_copy(update={"canary": None})
+    bare = checkpoint_card.read_card(folder).model_copy(update={"canary": None})
     model = zoo.open_folder(name, folder, bare)
-    card = checkpoint.with_canary(model, bare)
+    card = checkpoint.with_canary(model, checkpoint.of_today(bare, model))
     store.write_json(folder / "card.json", card.model_dump(mode="json"))
     return folder / "card.json"

@@ -12,6 +12,9 @@ PACKAGED = Path(__file__).parent.parent / "weights"
 CONFIGS = Path(__file__).parent / "configs"
 """Configurations of this package's own architectures, as open_clip reads them."""
 
+HUB, LOCAL = "hf-hub:", "local-dir:"
+"""Prefixes of ids whose configuration lies beside the weights: on the hub, or in a folder."""
+
 WEIGHTS = (".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
 """Ends of the names of weights files."""
 
@@ -38,6 +41,11 @@ def is_transformers(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists()
 
 
+def is_open_clip(folder: Path) -> bool:
+    """Whether a folder holds a model in the layout of open_clip, and no checkpoint of this package."""
+    return (folder / "open_clip_config.json").is_file() and not (folder / "card.json").exists()
+
+
 def architectures() -> set[str]:
     """Every architecture name that open_clip can build, and this package's own."""
     spec = importlib.util.find_spec("open_clip")
@@ -53,20 +61,33 @@ def require(name: str) -> None:
     Raises:
         WeightsError: nothing of that name; the message gives the nearest names.
     """
-    listed = reader.names("models")
-    is_folder = folder_of(name) is not None or is_transformers(Path(name))
+    listed, path = reader.names("models"), Path(name)
+    is_folder = folder_of(name) is not None or is_transformers(path) or is_open_clip(path)
     if is_folder or name in listed or is_weights(name) or ":" in name or name in architectures():
         return
-    path = Path(name)
+    see = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
     if path.exists():
         found = "no card.json in it" if path.is_dir() else "not a file of weights that is known by its name"
         expected = f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(WEIGHTS)}"
-        do = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
-        raise WeightsError(f"model {name!r}", found, expected, do)
+        renamed = f"if it is a file of torch, rename it to {path.with_suffix('.pt').name}"
+        raise WeightsError(f"model {name!r}", found, expected, renamed if path.suffix == ".ckpt" else see)
+    meant = _other_spelling(name)
+    if meant:
+        raise WeightsError(f"model {name!r}", "no such model or folder", "an id, ARCH:TAG or a folder", meant)
     if "/" in name:
         expected = f"a checkpoint folder (below {Path.cwd()}, if not a full path) or hf-hub:ORG/NAME"
-        do = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
-        raise WeightsError(f"model {name!r}", "no such model or folder", expected, do)
+        raise WeightsError(f"model {name!r}", "no such model or folder", expected, see)
     known = [*packaged(), *listed, "ViT-B-32:openai", "ViT-L-14:openai"]
     expected = "an id, ARCH:TAG or a folder"
     raise WeightsError(f"model {name!r}", "no such model or folder", expected, nearest(name, known))
+
+
+def _other_spelling(name: str) -> str:
+    """What to type for the name that another library gives to a model; empty if it is none."""
+    dashed = name.replace("/", "-").replace("@", "-").removesuffix("px")
+    if dashed in architectures() and dashed != name:  # ViT-B/32 and ViT-L/14@336px, as the OpenAI package
+        return f"did you mean {dashed + ':openai'!r}?"
+    if name.startswith("openai/clip-"):  # a repository of transformers on the hub
+        folder = name.rpartition("/")[2]
+        return f"type: hf download {name} --local-dir {folder}, and name that folder"
+    return ""

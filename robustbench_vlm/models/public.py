@@ -8,9 +8,8 @@ from pathlib import Path
 from robustbench_vlm import store
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models.model_ids import HUB
 from robustbench_vlm.store import cache_folder
-
-HUB = "hf-hub:"
 
 
 def folder(card: ModelCard) -> Path:

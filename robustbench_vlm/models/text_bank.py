@@ -32,8 +32,8 @@ class TextEncoder(Protocol):
         """N sentences -> (N, D) float32, unit length, without gradient."""
         ...
 
-    def text_sha256(self) -> str:
-        """SHA-256 of the text tower."""
+    def text_fingerprint(self) -> str:
+        """Hash of everything that decides a text embedding."""
         ...
 
     def untrained_words(self, sentences: Sequence[str]) -> list[str]:
@@ -75,8 +75,8 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
     """One unit row per class: normalise each sentence's embedding, average, normalise again.
 
     This is the prompt ensemble of CLIP (Radford et al. 2021, section 3.1.4). The bank is stored on disk under
-    the hash of text tower and sentences, since encoding the 80,000 sentences of ImageNet costs as much as an
-    attack.
+    the fingerprint of the text encoder and its sentences, since encoding the 80,000 sentences of ImageNet
+    costs as much as an attack.
 
     Args:
         model: whose text tower encodes the sentences.
@@ -89,7 +89,7 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
         InputError: two classes whose sentences differ only behind the end of the tower's context.
     """
     require_distinct(model.tokenize, sentences)
-    key = fingerprint({"text": model.text_sha256(), "sentences": [list(s) for s in sentences]})
+    key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
     path = cache_folder() / "text" / f"{key}.safetensors"
     try:
         bank: Tensor = load_file(path)["bank"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, model_ids, openclip, public
-from robustbench_vlm.models.checkpoint import CheckpointCard
+from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, openclip, public
+from robustbench_vlm.models.checkpoint_card import CheckpointCard
 from robustbench_vlm.models.clip import Clip
-from robustbench_vlm.models.foreign import sandbox, weights_file
+from robustbench_vlm.models.foreign import weights_file
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,15 @@ class Loaded:
     model: Clip
     card: CheckpointCard
 
+    def to(self, device: torch.device | str) -> Loaded:
+        """The same, with the model on `device`."""
+        return replace(self, model=self.model.to(device))
+
 
 def address(name: str) -> str:
     """The model id that means the same from every working directory: a user's folder by its full path."""
+    if name.startswith(model_ids.LOCAL):
+        return model_ids.LOCAL + str(Path(name.removeprefix(model_ids.LOCAL)).resolve())
     folder = model_ids.folder_of(name)
     return str(folder.resolve()) if folder is not None and folder.parent != model_ids.PACKAGED else name
 
@@ -41,7 +48,7 @@ def arch_of(name: str) -> str:
     """The architecture of the model called `name`, without loading it; empty if only a download shows it."""
     folder = model_ids.folder_of(name)
     if folder is not None:
-        return checkpoint.read_card(folder).arch
+        return checkpoint_card.read_card(folder).arch
     if name in reader.names("models"):
         return arch_of(reader.read("models", name, ModelCard).base)
     if name.startswith(openclip.SCHEMAS):  # its config must be downloaded, unless a card names it
@@ -55,28 +62,54 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
 
     Args:
         name: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:`, `local-dir:`, the name of a public
-            checkpoint, a weights file (`.pt`, `.pth.tar`, `.safetensors`) or a folder of transformers.
+            checkpoint, a weights file (`.pt`, `.pth.tar`, `.safetensors`), a folder of transformers or one in
+            the layout of open_clip.
         device: where it is put after it was compared with its card.
-        arch: of a weights file, the model that it was made from.
+        arch: of a weights file, the model that it was made from: `ARCH:TAG`, `local-dir:DIR` or another model
+            id. A file with both towers needs no other weights, so `ARCH` is enough for it.
 
     Raises:
         WeightsError: nothing of that name, or weights that do not fit their card or architecture.
     """
+    return _load(name, arch, ()).to(device)
+
+
+def _load(name: str, arch: str, readers: tuple[Path, ...]) -> Loaded:
+    """The model called `name`, on the CPU.
+
+    Args:
+        name: as for `load`.
+        arch: as for `load`.
+        readers: the checkpoint folders whose cards led to this name, which may not cause a download.
+    """
     model_ids.require(name)
     folder = model_ids.folder_of(name)
     if folder is not None:
-        card = checkpoint.read_card(folder)
-        return Loaded(name, open_folder(name, folder, card).to(device), card)
+        return _of_folder(name, folder, readers)
     if name in reader.names("models"):
-        return _public(reader.read("models", name, ModelCard), device)
+        return _public(reader.read("models", name, ModelCard), readers)
     if model_ids.is_weights(name):
-        return _from_file(name, device, arch)
-    if Path(name).is_dir() and model_ids.is_transformers(Path(name)):
+        return _from_file(name, arch)
+    if model_ids.is_transformers(Path(name)):
         made = weights_file.from_transformers(Path(name))
-        return _described(name, made, device, text_from=str(Path(name).resolve()))
-    model = openclip.load(name).eval().to(device)
-    card = checkpoint.describe(model, _plain(name), defense="none", trained_on=None, text_from=name)
+        return _described(name, made, text_from=str(Path(name).resolve()))
+    if model_ids.is_open_clip(Path(name)):
+        name = f"{model_ids.LOCAL}{name}"
+    model = openclip.load(name, network=not readers).eval()
+    plain = _plain(Path(name.removeprefix(model_ids.LOCAL)).resolve().name if _is_local(name) else name)
+    card = checkpoint.describe(model, plain, defense="none", trained_on=None, text_from=address(name))
     return Loaded(name, model, card)
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith(model_ids.LOCAL)
+
+
+def _of_folder(name: str, folder: Path, readers: tuple[Path, ...]) -> Loaded:
+    """The model of a checkpoint folder, compared with its card."""
+    card = checkpoint_card.read_card(folder)
+    model = open_folder(name, folder, card, readers)
+    return Loaded(name, model, checkpoint.of_today(card, model))
 
 
 def _plain(name: str) -> str:
@@ -84,22 +117,56 @@ def _plain(name: str) -> str:
     return name.replace(":", "_").replace("/", "_")
 
 
-def _from_file(name: str, device: torch.device | str, arch: str) -> Loaded:
+def _from_file(name: str, arch: str) -> Loaded:
     if not arch:
-        expected = "--arch ARCH:TAG, the model that it was made from"
+        expected = "--arch ARCH:TAG or local-dir:DIR, the model that it was made from"
         do = f"in a recipe, name the folder that this makes: {weights_file.CONVERT}"
         raise WeightsError(f"model {name}", "its architecture is not in the file", expected, do)
-    sandbox.require_file(Path(name))  # before the base is built
-    made = weights_file.from_file(Path(name), load(arch).model)
+    made, _ = read_file(Path(name), arch)
     if made.old:
         found = f"an old pickle ({', '.join(made.old)})"
         raise WeightsError(
             f"model {name}", found, "one of tensors alone", f"make it one: {weights_file.CONVERT}"
         )
-    return _described(name, made, device, text_from="" if made.own_text else address(arch))
+    return _described(name, made, text_from="" if made.own_text else address(arch))
 
 
-def _described(name: str, made: weights_file.Foreign, device: torch.device | str, text_from: str) -> Loaded:
+def read_file(
+    path: Path, arch: str, limits: Mapping[str, int] | None = None
+) -> tuple[weights_file.Foreign, Loaded | None]:
+    """The model of a weights file, and the loaded model whose text tower it has; `None` if it has its own.
+
+    Args:
+        path: the file.
+        arch: as for `load`.
+        limits: `memory` in bytes and `seconds` of the process that reads a pickle.
+
+    Raises:
+        WeightsError: unreadable, of another architecture, or without a text tower where `arch` has none.
+    """
+    found, where = weights_file.state_of(path, limits), str(path)
+    skeleton = _skeleton(arch) if weights_file.may_be_whole(found) else None
+    if skeleton is not None:
+        made = weights_file.from_state(found, skeleton, where)
+        if made.own_text:
+            return made, None
+    base = load(arch)
+    return weights_file.from_state(found, base.model, where), base
+
+
+def _skeleton(arch: str) -> Clip | None:
+    """The architecture and preprocessing of `arch` with random weights; `None` where it is no such id."""
+    if model_ids.is_open_clip(Path(arch)):
+        arch = f"{model_ids.LOCAL}{arch}"
+    if _is_local(arch):
+        return openclip.build(arch)
+    name, _, tag = arch.partition(":")
+    if name not in model_ids.architectures() or model_ids.folder_of(arch) is not None:
+        return None
+    return openclip.build(name, tag="" if tag == "random" else tag)
+
+
+def _described(name: str, made: weights_file.Foreign, text_from: str) -> Loaded:
     stem = Path(name).name
     if model_ids.is_weights(name):
         stem = stem.removesuffix(".tar").rpartition(".")[0]
@@ -111,12 +178,12 @@ def _described(name: str, made: weights_file.Foreign, device: torch.device | str
         text_from=text_from,
         training={"scheme": made.scheme},
     )
-    return Loaded(name, made.model.to(device), card)
+    return Loaded(name, made.model, card)
 
 
-def _public(known: ModelCard, device: torch.device | str) -> Loaded:
+def _public(known: ModelCard, readers: tuple[Path, ...]) -> Loaded:
     """A public checkpoint, with defense, radius and training data of its card."""
-    found = _public_weights(known)
+    found = _public_weights(known, readers)
     card = checkpoint.describe(
         found.model,
         known.name,
@@ -126,33 +193,50 @@ def _public(known: ModelCard, device: torch.device | str) -> Loaded:
         recipe={"inner": {"eps": known.eps, "norm": known.norm}} if known.eps else {},
         training={"source": known.source, **found.card.training},
     )
-    return Loaded(known.name, found.model.to(device), card)
+    return Loaded(known.name, found.model, card)
 
 
-def _public_weights(known: ModelCard) -> Loaded:
+def _public_weights(known: ModelCard, readers: tuple[Path, ...]) -> Loaded:
     if known.loader == "open_clip" and not public.here(known):
-        if not known.source.startswith(public.HUB):
-            return load(known.source)
+        if not known.source.startswith(model_ids.HUB):
+            return _load(known.source, "", readers)
         try:  # open_clip's own cache, or the hub
-            return load(known.source)
+            return _load(known.source, "", readers)
         except WeightsError as error:
             found = "its weights are neither on this machine nor to be had from the hub"
             raise WeightsError(f"model {known.name}", found, do=public.fetch(known)) from error
     folder = public.require(known)
     if (folder / "card.json").is_file():
-        return load(str(folder))
+        return _load(str(folder), "", readers)
     if known.loader == "open_clip":
-        return load(f"local-dir:{folder}")
-    return load(str(folder / known.file), arch=known.base)
+        return _load(f"{model_ids.LOCAL}{folder}", "", readers)
+    return _load(str(folder / known.file), known.base, readers)
 
 
-def open_folder(name: str, folder: Path, card: CheckpointCard) -> Clip:
+def open_folder(name: str, folder: Path, card: CheckpointCard, readers: tuple[Path, ...] = ()) -> Clip:
     """The model of a checkpoint folder on the CPU, compared with the hashes and the canary in `card`.
 
+    Args:
+        name: the model id, for messages.
+        folder: the checkpoint folder.
+        card: its card, without canary where none is to be compared.
+        readers: the checkpoint folders whose cards led to this one.
+
     Raises:
-        WeightsError: weights that do not fit the card.
+        WeightsError: weights that do not fit the card, or a card that names its own folder or a download.
     """
-    text = load(card.text_from).model if card.text_from else None
+    text = None
+    here = folder.resolve()
+    if card.text_from:
+        where = f"{folder / 'card.json'}, text_from"
+        if here in readers:
+            raise WeightsError(where, f"{card.text_from!r:.60} leads back to this folder", "another model")
+        if model_ids.is_weights(card.text_from) and model_ids.folder_of(card.text_from) is None:
+            raise WeightsError(where, f"{card.text_from!r:.60} is a weights file", "a model or its folder")
+        try:
+            text = _load(card.text_from, "", (*readers, here)).model
+        except WeightsError as error:
+            raise WeightsError(where, str(error)) from error
     model = checkpoint.open_folder(folder, card, text)
     checkpoint.check(model, card, f"model {name}")
     return model

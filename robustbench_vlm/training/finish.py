@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustbench_vlm.models import checkpoint, zoo
+from robustbench_vlm.models.checkpoint_card import Parent
 from robustbench_vlm.training.setup import Setup
 
 
@@ -14,7 +15,7 @@ def write_checkpoint_folder(out: Path, setup: Setup) -> None:
     model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
     models = {"student": setup.student, **setup.teachers}
     parents = tuple(
-        checkpoint.Parent(
+        Parent(
             role=role, model=loaded.card.name, sha256=loaded.card.sha256, trained_on=loaded.card.trained_on
         )
         for role, loaded in models.items()

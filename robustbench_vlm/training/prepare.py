@@ -45,6 +45,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     models = _load_models(recipe, defense, device)
     card = reader.read("datasets", recipe.data.dataset, DatasetCard)
     split = open_split(card, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
+    split = split.resized_as(models.student.model.preprocess.canvas_resize)
     dataset = split.card  # with the class names of the folder, where the card takes them from there
     models, adapters = _make_trainable(recipe, defense, models)
     sentences = render(dataset.names, [recipe.data.template])

@@ -57,6 +57,7 @@ def source_of(
         "images": len(split),
         "keys": split.sha256,
         "px": px,
+        **({} if split.card.resize in ("model", "bicubic") else {"resize": split.card.resize}),
         "rows": rows,
         "compute": dict(compute),
         "kernels": kernels,

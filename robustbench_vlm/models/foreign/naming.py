@@ -61,12 +61,14 @@ class Named:
         image: tensors of the image tower.
         text: tensors of the text tower under the names of `openclip.Language`; empty if the file has none.
         logit_scale: s of the cosine logits, if the file has one.
+        logit_bias: b that is added to them, if the file has one.
     """
 
     scheme: str
     image: dict[str, Tensor]
     text: dict[str, Tensor]
     logit_scale: float | None = None
+    logit_bias: float | None = None
 
 
 def tower(state: State) -> Named | None:
@@ -83,10 +85,18 @@ def whole(state: State) -> Named | None:
 
 def _split(scheme: str, state: State) -> Named:
     image = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
-    rest = {f"net.{k}": v for k, v in state.items() if not k.startswith("visual.")}
-    scale = rest.pop("net.logit_scale", None)
-    number = float(scale.double().exp()) if scale is not None and scale.numel() == 1 else None
-    return Named(scheme, image, rest, number)
+    others = ("visual.", "text_decoder.", "logit_scale", "logit_bias")  # CoCa's decoder classifies nothing
+    rest = {f"net.{k}": v for k, v in state.items() if not k.startswith(others)}
+    scale, bias = (state.get(name) for name in ("logit_scale", "logit_bias"))
+    return Named(
+        scheme,
+        image,
+        rest,
+        float(scale.float().exp())
+        if scale is not None and scale.numel() == 1
+        else None,  # as open_clip: fp32
+        float(bias.float()) if bias is not None and bias.numel() == 1 else None,
+    )
 
 
 def lora(state: State) -> Named | None:

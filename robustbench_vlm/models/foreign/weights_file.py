@@ -13,12 +13,12 @@ from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import checkpoint, openclip
-from robustbench_vlm.models.clip import Clip, Preprocess
+from robustbench_vlm.models import checkpoint, openclip, preprocess
+from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import naming, sandbox
+from robustbench_vlm.models.preprocess import Preprocess
 
 CONVERT = "vlmrob convert FILE --arch ARCH:TAG --out DIR"
-BICUBIC = 3  # PIL's number, in preprocessor_config.json
 FIRST_EOS, EOS = 2, 49407  # the end of text by either number of transformers is the largest token id
 
 
@@ -54,19 +54,23 @@ def state_of(path: Path, limits: Mapping[str, int] | None = None) -> sandbox.Unp
     return sandbox.read(path, **(limits or {}))
 
 
-def from_file(path: Path, base: Clip, limits: Mapping[str, int] | None = None) -> Foreign:
+def from_state(found: sandbox.Unpickled, base: Clip, where: str) -> Foreign:
     """The model of a weights file: `base` with its image tower, and its text tower if it has one.
 
     Args:
-        path: the file.
+        found: the tensors of the file, by `state_of`.
         base: architecture, preprocessing and, if the file has none, text tower; changed in place.
-        limits: memory and seconds of the reading process.
+        where: the file, for messages.
 
     Raises:
-        WeightsError: unreadable, of an unknown naming scheme, of another architecture, or not finite.
+        WeightsError: of an unknown naming scheme, of another architecture, or not finite.
     """
-    found = state_of(path, limits)
-    return _fill(base, found.state, str(path), found.old)
+    return _fill(base, found.state, where, found.old)
+
+
+def may_be_whole(found: sandbox.Unpickled) -> bool:
+    """Whether a file has a table of tokens, and so probably both towers."""
+    return any(name.endswith("token_embedding.weight") for name in found.state)
 
 
 def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, ...] = ()) -> Foreign:
@@ -81,7 +85,8 @@ def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, .
         checkpoint.fill(base.language, named.text, where)
         facts = replace(facts, trained_tokens=None)
     scale = base.logit_scale if named.logit_scale is None else named.logit_scale
-    model = base.replaced(logit_scale=scale, facts=facts)
+    bias = base.logit_bias if named.logit_bias is None else named.logit_bias
+    model = base.replaced(logit_scale=scale, logit_bias=bias, facts=facts)
     return Foreign(model.eval(), named.scheme, bool(named.text), old)
 
 
@@ -208,12 +213,4 @@ def _preprocess(path: Path, own: Preprocess) -> Preprocess:
     table = store.read_json(path)
     if not isinstance(table, dict):
         raise WeightsError(str(path), "not a table", "a preprocessor of transformers")
-    side = table.get("crop_size", table.get("size", own.image_size))
-    side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
-    if side != own.image_size or table.get("resample", BICUBIC) != BICUBIC:
-        found = f"side {side}, resample {table.get('resample', BICUBIC)}"
-        raise WeightsError(str(path), found, f"side {own.image_size}, resample {BICUBIC} (bicubic)")
-    mean, std = (tuple(map(float, table.get(f"image_{k}", getattr(own, k)))) for k in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise WeightsError(str(path), f"mean {mean}, std {std}", "three numbers each")
-    return Preprocess(own.image_size, mean, std, own.antialias)
+    return preprocess.of_transformers(table, own, str(path))

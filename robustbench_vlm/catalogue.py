@@ -7,6 +7,7 @@ import inspect
 import os
 import platform
 import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.defenses.interface import Defense
 from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.training import cost
+from robustbench_vlm.version import __version__
 
 CARDS: dict[str, type[Card]] = {
     "attacks": AttackCard,
@@ -54,7 +56,11 @@ def names(what: str) -> list[tuple[str, str]]:
     kind = _kind(what)
     if kind in CARDS:
         read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
-        return [(name, str(card.model_dump()["title"])) for name, card in read]
+        facts = [(name, card.model_dump()) for name, card in read]
+        shadows = {name for name, table in facts if str(table["name"]).endswith(reader.SHADOW)}
+        return [
+            (name + reader.SHADOW if name in shadows else name, str(table["title"])) for name, table in facts
+        ]
     if kind == "defenses":
         return sorted(plugins.titles(kind).items())
     return [(row["name"], row["title"]) for row in models()]
@@ -194,7 +200,9 @@ def details(what: str, name: str) -> dict[str, Any]:
 
 def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type
     fields = {key: value for key, value in recipe.defense.items() if key != "name"}
-    return plugins.build("defenses", str(recipe.defense.get("name")), fields, f"recipe {recipe.name}")
+    name, where = str(recipe.defense.get("name")), f"recipe {recipe.name}"
+    plugins.require_allowed(name, f"{where}, defense.name")
+    return plugins.build("defenses", name, fields, where)
 
 
 def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
@@ -224,42 +232,66 @@ def _config(model: str) -> dict[str, Any] | None:
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))
 
 
-def doctor() -> list[tuple[str, str, str]]:
-    """What this machine has: rows of (what, what was found, what to do about it)."""
-    import torch
+VARIABLES = ("VLMROB_DATA", "VLMROB_CACHE", "VLMROB_MODELS", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+"""Environment variables that change what the commands do."""
 
-    from robustbench_vlm.backends.backend import installed_packages
+
+def doctor(data_root: Path = Path("data")) -> list[tuple[str, str, str]]:
+    """What this machine has: rows of (what, what was found, what to do about it); torch is not imported.
+
+    Args:
+        data_root: folder of the datasets.
+    """
+    from robustbench_vlm.backends.installed import PACKAGES, installed, version
     from robustbench_vlm.models import model_ids
 
     rows = [
+        ("vlmrob", __version__, ""),
         ("python", platform.python_version(), ""),
-        ("torch", torch.__version__, ""),
-        (
-            "cores",
-            f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
-            "set OMP_NUM_THREADS to change it",
-        ),
+        ("cores", str(os.cpu_count()), "set OMP_NUM_THREADS to change how many torch uses"),
+        *_accelerators(),
     ]
-    if torch.cuda.is_available():
-        rows += [(f"cuda:{i}", torch.cuda.get_device_name(i), "") for i in range(torch.cuda.device_count())]
-    else:
-        rows.append(("gpu", "none", "ImageNet-sized models need one; the tiny world does not"))
-    for package in ("open_clip_torch", "peft", "safetensors", "pandas", "pyarrow"):
+    for package in ("torch", "torchvision", "open_clip_torch", "peft", "safetensors", "pandas", "pyarrow"):
         rows.append((package, _version(package), ""))
-    for engine, (found, how) in installed_packages().items():
-        rows.append((f"engine {engine}", found or "not there", "" if found else how))
-    rows.append(
-        (
-            "packaged models",
-            ", ".join(model_ids.packaged()) or "none",
-            "" if model_ids.packaged() else "make tiny-weights",
-        )
-    )
+    for engine, (modules, how) in PACKAGES.items():
+        found = installed(modules)
+        rows.append((f"engine {engine}", version(found) if found else "not there", "" if found else how))
+    packaged = ", ".join(model_ids.packaged())
+    rows.append(("packaged models", packaged or "none", "" if packaged else "make tiny-weights"))
+    rows += _datasets(data_root)
+    rows.append(("cache", str(store.cache_folder()), "set VLMROB_CACHE to move it"))
+    rows += [(name, os.environ.get(name) or "not set", "") for name in VARIABLES]
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     rows.append(
         ("free disk here", f"{free:.0f} GiB", "" if free > 30 else "suite zeroshot needs 15 to 30 GB of data")
     )
     return rows
+
+
+def _accelerators() -> list[tuple[str, str, str]]:
+    """The GPUs that the driver lists, or that there is none."""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            done = None
+        if done is not None and done.returncode == 0 and done.stdout.strip():
+            return [(f"cuda:{i}", name, "") for i, name in enumerate(done.stdout.strip().splitlines())]
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return [("gpu", "of Apple", "--device mps is accepted where torch has it, and is not tested")]
+    return [("gpu", "none", "ImageNet-sized models need one; the tiny world does not")]
+
+
+def _datasets(root: Path) -> list[tuple[str, str, str]]:
+    cards = [reader.read("datasets", name, DatasetCard) for name in reader.names("datasets")]
+    there = [card.name for card in cards if (root / card.folder).is_dir()]
+    found = f"{len(there)} of {len(cards)}: {', '.join(there)}" if there else f"none of {len(cards)}"
+    do = "" if there else "vlmrob data fetch SUITE; those of the tiny world are rendered when needed"
+    return [
+        ("data root", str(root.resolve()), "set VLMROB_DATA or --data-root"),
+        ("datasets there", found, do),
+    ]
 
 
 def _version(package: str) -> str:

@@ -12,9 +12,12 @@ from typing import IO, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from robustbench_vlm import safe_text
 
 RECENT = 60.0  # seconds over which the rate of a progress line is taken
 PLAIN_EVERY = 10.0  # seconds between progress lines when stderr is not a terminal
@@ -47,28 +50,39 @@ class _Stream:
 
 
 _stdout = _Stream("stdout")
-out = Console(file=cast("IO[str]", _stdout), soft_wrap=True, highlight=False)
-err = Console(file=cast("IO[str]", _Stream("stderr")), soft_wrap=True, highlight=False)
+out = Console(file=cast("IO[str]", _stdout), soft_wrap=True, highlight=False, emoji=False)
+err = Console(file=cast("IO[str]", _Stream("stderr")), soft_wrap=True, highlight=False, emoji=False)
 
 
-def error(text: str) -> None:
-    """The error that ends a command, on stderr; the text is printed as it is, without markup or emoji."""
-    err.print(Text(f"error: {text}", style="bold red"))
+quiet = False
+"""Whether remarks and progress are left out; `vlmrob --quiet` sets it."""
 
 
 def remark(text: str) -> None:
-    """One line of log on stderr."""
-    err.print(Text(text, style="dim"))
+    """One line of log on stderr, unless the command is quiet."""
+    if not quiet:
+        err.print(Text(safe_text.lines(text), style="dim"))
+
+
+def warning(text: str) -> None:
+    """One line on stderr that even a quiet command prints."""
+    err.print(Text(safe_text.lines(text), style="dim"))
 
 
 def result(text: str) -> None:
     """One line of result on stdout."""
-    out.print(Text(text))
+    out.print(Text(safe_text.lines(text)))
+
+
+def error(text: str) -> None:
+    """An error on stderr; it may have several lines."""
+    err.print(Text(f"error: {safe_text.lines(text)}", style="bold red"))
 
 
 def result_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
     """A JSON result on stdout."""
-    _stdout.write(json.dumps(value, indent=2, ensure_ascii=not _stdout.unicode) + "\n")
+    text = safe_text.json_text(json.dumps(value, indent=2, ensure_ascii=not _stdout.unicode))
+    _stdout.write(text + "\n")
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -77,6 +91,8 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     When stdout is not a terminal it is tab-separated lines, which can be cut and sorted. On a terminal too
     narrow for the longest words of all columns, each row becomes a block of lines, so no word is broken.
     """
+    title, columns = safe_text.line(title), [safe_text.line(column) for column in columns]
+    rows = [[safe_text.line(entry) for entry in row] for row in rows]
     if not out.is_terminal:
         _stdout.write(f"# {title}\n")
         for row in [columns, *rows]:
@@ -89,7 +105,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(header_style="bold")
     for i, column in enumerate(columns):
         one_word = not any(" " in row[i] for row in rows)
-        table.add_column(column, no_wrap=one_word)
+        table.add_column(Text(column), no_wrap=one_word)
     for row in rows:
         table.add_row(*[Text(entry) for entry in row])
     out.print(table, soft_wrap=False)
@@ -128,12 +144,14 @@ class Meter:
             self._recent.clear()
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(what, total=total, note="") if self._bar is not None else None
+            shown = escape(safe_text.line(what))
+            self._task = self._bar.add_task(shown, total=total, note="") if self._bar is not None else None
         rate = self._rate(done)
         if self._bar is not None and self._task is not None:
+            note = escape(safe_text.line(note))
             text = f"{rate:.1f}/s {note}" if rate else note
             self._bar.update(self._task, completed=done, total=total, note=text)
-        elif time.monotonic() - self._printed > PLAIN_EVERY:
+        elif not quiet and time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
             remark(f"{what}: {done} of {total}, {rate:.1f}/s{left} {note}".rstrip())
@@ -151,7 +169,7 @@ class Meter:
 @contextmanager
 def meter() -> Iterator[Meter]:
     """A `Meter` whose bar disappears at the end of the `with` block."""
-    if not err.is_terminal:
+    if quiet or not err.is_terminal:
         yield Meter(None)
         return
     columns = (

@@ -10,14 +10,19 @@ from robustbench_vlm.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one, else the CPU.
+    """The device of that name; `auto` is a CUDA GPU if there is one, else the CPU.
+
+    `mps`, the GPU of Apple's processors, is taken where torch has it. Nothing was tested on it, so `auto`
+    never chooses it.
 
     Raises:
         InputError: not the name of a device, or a GPU that this machine does not have.
     """
     count = torch.cuda.device_count()
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise InputError(f"--device {name}", "not a device", "auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise InputError(f"--device {name}", "not a device", "auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps", "torch has no MPS here", do="use cpu, or see vlmrob doctor")
     device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA devices here" if count else "no CUDA device here"

@@ -15,6 +15,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from robustbench_vlm import safe_text
+
 SHOWN = 24  # known names in one line of error
 FEW = 5  # names that `some` lists before it only counts
 
@@ -48,7 +50,8 @@ class InputError(VlmrobError):
     exit_code = 2
 
     def __init__(self, where: str, found: str, expected: str = "", do: str = "") -> None:
-        tail = [f"expected {expected}" if expected else "", do]
+        where, found, expected = (safe_text.line(part) for part in (where, found, expected))
+        tail = [f"expected {expected}" if expected else "", safe_text.lines(do)]
         super().__init__("; ".join([f"{where}: {found}", *(part for part in tail if part)]))
 
 

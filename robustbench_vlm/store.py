@@ -6,12 +6,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustbench_vlm import text_files
 from robustbench_vlm.errors import InputError
 
 LEAST_FREE = 2**24  # bytes on the disk of the results, below which no work is begun
@@ -72,9 +75,34 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+NAME_BYTES = 120  # of a file name that is made from a name, before its fingerprint
+NAME_SIGNS = frozenset("._-:=@+,~ ")
+"""Characters beside letters and digits that stay as they are in a file name."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names of devices on Windows, where results may be copied to."""
+
+
+def file_name(name: str) -> str:
+    """The name as one part of a path, whatever is in it; two different names have two different results.
+
+    A plain name stays as it is. In every other one the characters that cannot stand in a file name become
+    `_`, what is left is cut to `NAME_BYTES` bytes, and a fingerprint of the whole name is appended.
+
+    Example:
+        >>> file_name("vit-b-32"), file_name("../x")
+        ('vit-b-32', '_x-d6b96a97d147')
+    """
+    safe = "".join(c if c.isalnum() or c in NAME_SIGNS else "_" for c in name).lstrip(".-~ ").rstrip(". ")
+    cut = safe.encode()[:NAME_BYTES].decode(errors="ignore")
+    if cut == name and name and not RESERVED.fullmatch(name):
+        return name
+    whole = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return f"{cut or 'unnamed'}-{whole[:12]}"
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with text_files.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -111,22 +139,69 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     """The JSON value of a file.
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing or is not JSON. Numbers that are not finite, integers of thousands of
+            digits and half characters (lone surrogates) are refused too: no file of this package has them.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _finite(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(str(path), "no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(str(path), f"not JSON ({error})", "a file written by vlmrob") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), f"not JSON ({error!s:.120})", "a file written by vlmrob") from None
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    canonical(value)  # raises ValueError for what JSON has no spelling for
+    return value
+
+
+CHECKSUM = "checksum"
+"""The entry of a ledger line that has the checksum of all others."""
+
+DIGITS = 32  # of a checksum: 128 bits
+
+
+@dataclass(frozen=True)
+class Line:
+    """A complete line of a ledger.
+
+    Attributes:
+        number: position in the file, from 1.
+        text: the bytes, line end included.
+        record: what it says, without the checksum; empty if the line is damaged.
+        damage: what is wrong with it; empty if nothing is.
+    """
+
+    number: int
+    text: bytes
+    record: dict[str, Any]
+    damage: str = ""
+
+
+def sealed(record: Mapping[str, Any], ledger: str) -> bytes:
+    """A line of a ledger: the record and its checksum, as canonical JSON with a line end.
+
+    The checksum is taken of the record and of the ledger's file name, so a line that was changed, or comes
+    from another ledger, does not match.
+
+    Args:
+        record: JSON values.
+        ledger: name of the file, without its folder.
+    """
+    return canonical({**record, CHECKSUM: _checksum(dict(record), ledger)}) + b"\n"
+
+
+def _checksum(record: Mapping[str, Any], ledger: str) -> str:
+    return fingerprint([ledger, record])[:DIGITS]
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and close the file, so a killed process loses at most that line."""
+    """Append one sealed line and close the file, so a killed process loses at most that line."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text_files.require_own(path)
     try:
         with path.open("ab") as file:
-            file.write(canonical(dict(record)) + b"\n")
+            file.write(sealed(record, path.name))
     except OSError as error:
         _name_file(error, path)
         raise
@@ -134,6 +209,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 def mend(path: Path) -> None:
     """Remove a half-written last line, which a process killed while appending leaves behind."""
+    text_files.require_own(path)
     if not path.exists():
         return
     whole = 0
@@ -144,11 +220,47 @@ def mend(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a ledger; a half-written last line is left out."""
+def lines(path: Path) -> Iterator[Line]:
+    """The complete lines of a ledger, damaged ones too; a half-written last line is left out.
+
+    Lines of before there were checksums stand at the beginning of a file. They are taken as they are; after
+    the first line with a checksum, a line without one is damaged.
+    """
     if not path.exists():
         return
+    seen = False
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                continue
+            line = _line(number, text, path.name, needed=seen)
+            seen = seen or CHECKSUM.encode() in text
+            yield line
+
+
+def _line(number: int, text: bytes, ledger: str, *, needed: bool) -> Line:
+    try:
+        record = _finite(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return Line(number, text, {}, f"not JSON ({error!s:.80})")
+    if not isinstance(record, dict):
+        return Line(number, text, {}, "not a JSON object")
+    stated = record.pop(CHECKSUM, None)
+    if stated is None and needed:
+        return Line(number, text, {}, "no checksum, which every line after the first with one has")
+    if stated is not None and stated != _checksum(record, ledger):
+        return Line(number, text, {}, "its checksum is not that of its content in this file")
+    return Line(number, text, record)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """What the complete lines of a ledger say; a half-written last line is left out.
+
+    Raises:
+        InputError: a damaged line before the end; the message gives its number.
+    """
+    for line in lines(path):
+        if line.damage:
+            do = "put the whole file back, or delete its folder and run the same command again"
+            raise InputError(f"{path}, line {line.number}", line.damage, "a line as vlmrob wrote it", do)
+        yield line.record

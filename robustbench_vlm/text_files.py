@@ -7,15 +7,17 @@ with or without a byte order mark, and its lines end in LF or CRLF.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+
+from robustbench_vlm.errors import InputError
 
 LARGEST_TEXT = 256 * 2**20  # bytes of one text file; the list of a million image names has 40 MB
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, opened for reading bytes; links are followed.
 
     Raises:
@@ -26,6 +28,27 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def require_regular(path: Path) -> None:
+    """Refuse a file that exists and is no regular file; links are followed.
+
+    Raises:
+        OSError: it is a FIFO, a device or a folder.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def require_own(path: Path) -> None:
+    """Refuse to write to a path that is a link or no regular file: what it leads to would be changed.
+
+    Raises:
+        InputError: it is one.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        found = "a symbolic link" if path.is_symlink() else "not a regular file"
+        raise InputError(str(path), found, "a file that vlmrob wrote", "remove it")
 
 
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:

@@ -50,6 +50,11 @@ class Threat:
             do = ZERO if self.eps == 0 else "type for example 4/255"
             raise InputError("eps", str(self.eps), "a positive radius", do)
 
+    @property
+    def slack(self) -> float:
+        """What float32 rounding may add to a distance: 1e-6 for Linf, else 1e-5 of the radius or 1e-6."""
+        return 1e-6 if self.norm == "linf" else max(1e-6, 1e-5 * float(self.eps))
+
     def __str__(self) -> str:
         return f"{self.norm} {eps_text(self.norm, self.eps)}"
 

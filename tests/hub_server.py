@@ -1,8 +1,11 @@
 """A web server that speaks the hub's paths for dataset repositories, and misbehaves on request."""
 
+import contextlib
+import gzip
 import hashlib
 import json
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,13 +21,17 @@ class Hub:
         files: content by path.
         faults: by path, one fault for each request in turn: `cut N` (closes after N bytes), `drop` (closes at
             once), `html`, `short` / `long` (says so in its length), `flip` (one wrong bit), `500`, `403`,
-            `no-range` (ignores where it shall begin), `more` (sends more than it lists).
+            `no-range` (ignores where it shall begin), `more` (sends more than it lists), `drip` (one byte
+            every 20 ms). At the path `listing`, for every request: `self` and `pages` (the next page is this
+            one, is another one for ever), `endless` (a body without end), `drip`, `silent` (headers that do
+            not end), `gzip`, or `size X` (JSON of the first file's size).
         asked: every request as (method, path, range).
     """
 
     def __init__(self, repo, files):
         self.repo, self.files, self.faults, self.asked = repo, files, {}, []
         self.page = 1000  # entries of a listing
+        self.tired = False  # whether answers without end shall end
         self.headers = []
 
     def entry(self, path):
@@ -73,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(b"not here", status=404)
 
     def listing(self):
+        fault = "".join(self.server.hub.faults.get("listing", []))
+        if fault in ("endless", "drip", "silent"):
+            return self.without_end(fault)
         begin = int(self.path.partition("cursor=")[2] or 0)
         rows = [{"type": "directory", "path": "test", "oid": "0" * 40, "size": 0}]
         rows += [self.server.hub.entry(path) for path in sorted(self.server.hub.files)]
@@ -81,7 +91,29 @@ class Handler(BaseHTTPRequestHandler):
             here = self.server.hub.url + self.path.partition("&cursor")[0]
             more = {"Link": f'<{here}&cursor={begin + self.server.hub.page}>; rel="next"'}
         body = json.dumps(rows[begin : begin + self.server.hub.page]).encode()
+        if fault in ("self", "pages"):
+            number = "" if fault == "self" else f"&page={len(self.server.hub.asked)}"
+            own = self.path.partition("&page")[0]
+            more = {"Link": f'<{self.server.hub.url}{own}{number}>; rel="next"'}
+        if fault == "gzip":
+            body, more = gzip.compress(bytes(2**20)), {"Content-Encoding": "gzip"}
+        if fault.startswith("size "):
+            body = body.replace(f'"size": {rows[1]["size"]}'.encode(), f'"size": {fault[5:]}'.encode(), 1)
         return self.reply(body, kind="application/json", more=more)
+
+    def without_end(self, fault):
+        """Send for ever, or until the other side has had enough."""
+        self.send_response(200)
+        self.flush_headers()
+        if fault != "silent":
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+        chunk = b"[" + b" " * 2**16 if fault == "endless" else b" "
+        with contextlib.suppress(OSError):
+            while not self.server.hub.tired:
+                self.wfile.write(chunk if fault != "silent" else b"X-More: 1\r\n")
+                self.wfile.flush()
+                time.sleep(0 if fault == "endless" else 0.02)
 
     def file(self, path):
         content = self.server.hub.files[path]
@@ -104,6 +136,16 @@ class Handler(BaseHTTPRequestHandler):
         length = len(body) + {"short": -1, "long": 1}.get(fault, 0)
         if fault == "cut":
             body = body[: int(number)]
+        if fault == "drip":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for i in range(len(body)):
+                    if self.server.hub.tired:
+                        break
+                    self.wfile.write(body[i : i + 1])
+                    time.sleep(0.02)
+            return None
         if fault == "more":
             body, length = body + b"xyz", None
         return self.reply(body, status=status, more=more, length=length)
@@ -132,6 +174,7 @@ def serving(hub):
     try:
         yield hub.url
     finally:
+        hub.tired = True
         server.shutdown()
         server.server_close()
         thread.join()

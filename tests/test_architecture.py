@@ -14,9 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 
 LAYERS = (
+    {"safe_text"},
     {"errors"},
-    {"threat", "types", "rng", "version", "interruption"},
-    {"store", "devices", "console", "text_files"},
+    {"threat", "types", "rng", "version", "interruption", "text_files"},
+    {"store", "devices", "console"},
+    {"tensor_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other
     {"backends", "training"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attack_models import blobs, classifier, findings
 
-from robustbench_vlm import api
+import robustbench_vlm
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.fab import Fab
@@ -282,14 +282,14 @@ def test_a_norm_that_a_chain_cannot_do_names_the_chains_that_can():
     model, images, labels = wide(4, 2)
     wanted = r"stage apgd-ce: norm 'l1'; expected linf or l2; chains for l1: autoattack-l1"
     with pytest.raises(InputError, match=wanted):
-        api.attack(model, images, labels, Threat("l1", Fraction(1)))
+        robustbench_vlm.attack(model, images, labels, Threat("l1", Fraction(1)))
     with pytest.raises(InputError, match=r"norm 'linf'; expected l1; chains for linf: aa2, apgd-cw, autoatt"):
-        api.attack(model, images, labels, "4/255", chain="autoattack-l1")
+        robustbench_vlm.attack(model, images, labels, "4/255", chain="autoattack-l1")
 
 
 def test_l1_goes_all_the_way_from_pixels_to_a_table():
     model, images, labels = classifier(10), *blobs(12, 10, seed=1)
-    found = api.attack(
+    found = robustbench_vlm.attack(
         model, images, labels, Threat("l1", Fraction(1)), chain="autoattack-l1", active_rows=12
     )
     table = found.verdicts

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -13,7 +15,7 @@ import pytest
 import toys
 from PIL import Image
 
-from robustbench_vlm.backends import torchattacks
+from robustbench_vlm.backends import installed, torchattacks
 from robustbench_vlm.cards import reader
 
 VERBS = (
@@ -102,12 +104,12 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
     assert code == 0, err
     titles = [line for line in out.splitlines() if line.startswith("# ")]
     assert titles == [
-        f"# {attack} · linf {eps}/255 · n = 12: clean / robust, %"
+        f"# {attack} · linf {eps}/255 · n = 12: clean / robust [95 % interval of robust], %"
         for attack in ("aa", "pgd5")
         for eps in (2, 4)
     ]
     assert out.splitlines()[1].startswith("dataset\trandom")
-    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["toy", "pair", "mean"]
+    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["mean", "toy", "pair"]
     assert "16 cells: 2 models x 2 datasets (24 images) x 2 attacks x linf 2/255, linf 4/255" in err
     assert "next: vlmrob leaderboard --results results --suite toys" in err
 
@@ -130,6 +132,8 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
     assert code == 0
     assert [line["dataset"] for line in found[:3]] == ["toy", "pair", "all"]
     assert len(found) == 12
+    assert {type(line[key]) for line in found for key in ("clean_difference", "robust_p")} == {float}
+    assert "24 images: random0 against random1: " in vlmrob("compare random0 random1 --suite toys")[2]
     one_line(*vlmrob("compare random0 rondom1 --suite toys"), "did you mean 'random1'", "known: random0")
 
 
@@ -137,7 +141,7 @@ def test_json_is_all_of_stdout(vlmrob):
     code, out, err = vlmrob(EVAL + " --json --dataset toy --n 4 --batch-size 3")
     assert code == 0
     (row, *_) = json.loads(out)
-    assert (row["dataset"], row["n"], row["robust_ce"] != "") == ("toy", 4, True)
+    assert (row["dataset"], row["n"], type(row["robust_ce"])) == ("toy", 4, float)
     assert "1 cell: 1 model x 1 dataset (4 images)" in err
 
 
@@ -408,7 +412,11 @@ def test_a_norm_that_an_attack_lacks_stops_before_the_model_is_loaded(vlmrob, tm
     text = (reader.home() / "attacks" / "pgd20.toml").read_text()
     (tmp_path / "mine.toml").write_text(text.replace('attack = "pgd"', 'attack = "test_api:OnlyLinf"'))
     line = EVAL.replace("--attack aa", "--attack mine.toml").replace("{home}/models/m0", "nobody")
-    one_line(*vlmrob(line + " --norm l1 --eps 12"), "stage pgd20: norm 'l1'; expected linf; chains for l1")
+    one_line(*vlmrob(line), "it names 'test_api:OnlyLinf'", "type --allow-code")
+    one_line(
+        *vlmrob(line + " --allow-code --norm l1 --eps 12"),
+        "stage pgd20: norm 'l1'; expected linf; chains for l1",
+    )
 
 
 def test_a_dataset_without_images_is_found_before_the_first_attack(vlmrob, damaged, tmp_path):
@@ -510,12 +518,31 @@ def test_doctor_says_what_is_missing(vlmrob, monkeypatch):
     assert code == 0
     assert {"python", "torch", "cores", "packaged models"} <= found.keys()
     assert found["engine autoattack"]["found"].startswith(("autoattack-", "pyautoattack-"))
-    monkeypatch.setattr(torchattacks, "NAMES", ("torchattacks_that_is_missing",))
+    assert {"vlmrob", "data root", "datasets there", "cache", "VLMROB_CACHE"} <= found.keys()
+    modules = (("torchattacks_that_is_missing",), torchattacks.INSTALL)
+    monkeypatch.setitem(installed.PACKAGES, "torchattacks", modules)
     missing = json.loads(vlmrob("doctor --json")[1])
     (row,) = [row for row in missing if row["what"] == "engine torchattacks"]
     assert row["found"] == "not there"
     assert row["do"].startswith("pip install --no-deps torchattacks (its wheel also carries files")
     assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
+
+
+@pytest.mark.parametrize("words", ["list models", "doctor", "eval --model nope", "train --help"])
+def test_light_commands_do_not_import_torch(words):
+    code = f"import sys; sys.argv = ['vlmrob', *{words.split()!r}]\nfrom robustbench_vlm.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_quiet_leaves_out_remarks_and_keeps_flags(vlmrob):
+    line = EVAL + " --dataset toy --n 4 --json"
+    flags = [text for text in vlmrob(line)[2].splitlines() if text.startswith("flag: ")]
+    code, out, err = vlmrob(f"{line} --quiet")
+    assert (code, err.splitlines()) == (0, flags)
+    assert json.loads(out)
+    vlmrob("list attacks")  # the next command is not quiet
+    assert "measured already" in vlmrob(line)[2]
 
 
 def test_train_a_defense_and_evaluate_it_bare(vlmrob, home, tmp_path):

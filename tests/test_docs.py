@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robustbench_vlm.results import columns, verdicts
+from robustbench_vlm.results import columns, flags, verdicts
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -35,3 +35,9 @@ def test_every_column_of_a_verdict_table_is_listed():
     none = np.zeros(0, dtype=np.int64)
     table = verdicts.begin([], none, [], none, np.zeros(0, dtype=np.float32))
     assert list(table.columns) == list(columns.VERDICTS)
+
+
+def test_every_flag_is_explained():
+    page = (DOCS / "attacks.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [flag for flag in flags.WORDS if not any(f"`{flag}`" in row for row in rows)] == []

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+import time
 
 import pytest
 from folders import NAMES, TEMPLATES, samples
@@ -11,7 +12,7 @@ from hub_server import SHA, Hub, serving
 from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import fetch, hub, layout, manifest
+from robustbench_vlm.data import fetch, hub, layout, manifest, web
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.errors import DataError, Incomplete, InputError
 
@@ -194,6 +195,59 @@ def test_a_listing_may_come_in_pages(origin, tmp_path):
     origin.page = 2
     assert contents(fetched(origin, tmp_path / "data")) == origin.wanted
     assert sum("cursor=" in path for _, path, _ in origin.asked) >= 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("self", "the listing goes on at a page that was read"),
+        ("pages", "a listing of more than 5 pages"),
+        ("endless", "a page of more than 200000 bytes"),
+        ("drip", r"only \d+ bytes within 1 s"),
+        ("silent", "no whole answer within 1 s"),
+        ("gzip", "not JSON; expected the hub's listing"),
+        ("size -1", "no hash or size of"),
+        ("size Infinity", "no hash or size of"),
+        ("size NaN", "no hash or size of"),
+        ("size 1e300", "no hash or size of"),
+        ("size true", "no hash or size of"),
+        ("size " + "9" * 400, "no hash or size of"),
+        ("size " + "9" * 5000, "not JSON"),
+        ("size " + "[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_listing_without_end_or_sense_is_one_line(origin, tmp_path, monkeypatch, fault, message):
+    for bound, value in (("MOST_PAGES", 5), ("LARGEST_PAGE", 200_000), ("ANSWER", 1.0), ("LISTING", 1.0)):
+        monkeypatch.setattr(hub, bound, value)
+    if fault in ("self", "pages"):
+        monkeypatch.setattr(hub, "LISTING", 30.0)
+    origin.faults["listing"] = [fault]
+    began = time.perf_counter()
+    with pytest.raises((DataError, Incomplete), match=message) as caught:
+        parcel(origin, tmp_path)
+    assert time.perf_counter() - began < 10
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_files_are_refused(origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "MOST_FILES", 3)
+    with pytest.raises(DataError, match="more than 3 files"):
+        parcel(origin, tmp_path)
+
+
+def test_a_file_that_drips_is_given_up_and_gone_on_with_later(origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "WINDOW", 0.2)
+    origin.faults["test/1.tar"] = ["drip"] * hub.RETRIES
+    with pytest.raises(Incomplete, match=r"\d+ bytes in 0 s; \d+ of \d+ bytes are stored"):
+        fetched(origin, tmp_path / "data")
+    assert contents(fetched(origin, tmp_path / "data")) == origin.wanted
+
+
+def test_a_file_that_comes_in_ever_so_small_pieces_is_given_up(origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "POOR", 10)
+    origin.faults["test/1.tar"] = ["cut 1"] * 100
+    with pytest.raises(Incomplete, match=r"10 of \d+ bytes are stored"):
+        fetched(origin, tmp_path / "data")
 
 
 @pytest.mark.parametrize("path", ["../evil.txt", "test/../../evil.txt", "/etc/evil.txt", "..txt", "-rf.txt"])

@@ -107,7 +107,7 @@ IMAGES = {
     "sides of zero": png(0, 0, b""),
     "eps with code": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(ran) (w) file\n",
     "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><script>x</script></svg>',
-    "tiff": saved(Image.fromarray(noise(1)), "TIFF"),
+    "cut tiff": saved(Image.fromarray(noise(1)), "TIFF")[:150],
     "ico": saved(Image.fromarray(noise(1)), "ICO"),
     "float tiff": saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
     "pickle": pickle.dumps(Bomb()),

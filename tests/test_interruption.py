@@ -10,11 +10,13 @@ from pathlib import Path
 import command_line
 import pytest
 import torch
+import toys
 
 from robustbench_vlm import catalogue, interruption, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
+from robustbench_vlm.models import zoo
 from robustbench_vlm.training import loop
 
 CPU = torch.device("cpu")
@@ -203,3 +205,24 @@ def test_no_home_and_empty_variables(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", Unlucky(RuntimeError("Could not determine home directory.")))
     with pytest.raises(NotADirectoryError):
         store.write(store.cache_folder() / "text" / "x", b"")  # as a cache that cannot be written
+
+
+def test_a_dry_training_names_everything_that_is_missing_before_anything_is_loaded(
+    toy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(zoo, "load", Unlucky(AssertionError("a model was loaded")))
+    monkeypatch.chdir(tmp_path)
+    table = toy.table("tecoa", student="tinny")
+    Path("r.toml").write_text(toys.toml(table))
+    words = ["--include", toy.cards, "train", "r.toml", "--data-root", tmp_path / "none"]
+    for more in ([], ["--dry-run"]):
+        assert command_line.run_command(monkeypatch, *words, *more) == 2
+        err = capsys.readouterr().err
+        assert "2 inputs are missing" in err
+        assert "model 'tinny'" in err
+        assert "dataset toy: not below" in err
+    Path("r.toml").write_text(toys.toml(toy.table("tecoa")))
+    words = ["--include", toy.cards, "train", "r.toml", "--data-root", toy.data, "--dry-run"]
+    assert command_line.run_command(monkeypatch, *words) == 0
+    assert "steps of 8 images" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]

@@ -11,7 +11,16 @@ from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError, InputError
-from robustbench_vlm.results import columns, compare, contest, grids, leaderboard, result_file, verdicts
+from robustbench_vlm.results import (
+    columns,
+    compare,
+    contest,
+    flags,
+    grids,
+    leaderboard,
+    result_file,
+    verdicts,
+)
 from robustbench_vlm.results.contest import Contest
 
 GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
@@ -180,9 +189,32 @@ def test_the_table_for_people_has_every_model_and_dataset(tmp_path):
     text = grids.markdown(rows(tmp_path), SUITE).decode()
     assert "## aa · linf 4/255 · n = 10" in text
     lines = [line for line in text.split("\n") if line.startswith("| ")]
-    assert lines[0] == "| model | one | two | mean | mean:first | mean:unseen |"
+    assert lines[0] == "| model | mean | mean:first | mean:unseen | one | two |"
     assert [line.split(" (")[0] for line in lines[1:]] == ["| defended", "| clean"]  # most robust first
     assert "| 90.00 / 0.00 | 80.00 / 10.00 ! |" in lines[2]
+    clean = row(rows(tmp_path), "clean", "mean")
+    assert f"| {clean.clean} / {clean.robust} [{clean.ci_low}, {clean.ci_high}] ! |" in lines[2]
+    flag = row(rows(tmp_path), "clean", "two").flag
+    assert f"- {flag} (clean on two): {flags.WORDS[flag]}" in text
+
+
+def test_models_stand_in_one_order_and_n_is_as_drawn(tmp_path):
+    two_models(tmp_path)
+    for model, robust in (("clean", {}), ("defended", {0: "apgd-ce"})):  # the other way round in one contest
+        for dataset in SUITE.datasets:
+            cell(tmp_path, model, dataset, 9, robust, eps_ladder=["2/255", "4/255"], n_requested=50)
+    found = dict(grids.grids(rows(tmp_path)))
+    assert len(found) == 2
+    assert len({tuple(grid.index) for grid in found.values()}) == 1
+    assert any("n = 10 (of 50 asked for)" in title for title in found)
+
+
+def test_json_has_numbers_as_numbers(tmp_path):
+    two_models(tmp_path)
+    typed = columns.typed(row(rows(tmp_path), "defended", "one").to_dict())
+    assert (typed["clean"], typed["ci_low"], typed["n"], typed["pgd_only"]) == (80.0, 31.27, 10, None)
+    assert (typed["robust_apgd-ce"], typed["eps"], typed["flag"]) == (70.0, "4/255", "")
+    assert not columns.TEXTS - {*columns.BEFORE_STAGES, *columns.AFTER_STAGES}
 
 
 # --- numbers -----------------------------------------------------------------------------------------------

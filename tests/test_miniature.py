@@ -199,7 +199,7 @@ def test_writer_cuts_shards_and_takes_a_generator(tmp_path):
         (("s.1", b"", "png", 0), "member name"),
         (("a/b", b"", "png", 0), "member name"),
         (("", b"", "png", 0), "member name"),
-        (("s9", b"", "gif", 0), "extension"),
+        (("s9", b"", "heic", 0), "extension"),
         (("s9", b"", "png", -1), "label -1"),
     ],
 )

@@ -136,9 +136,13 @@ def test_a_recipe_is_trained(vlmrob, toy):
 def test_a_defense_is_trained(vlmrob, toy, tmp_path, monkeypatch):
     code, out, err = vlmrob("new defense my-own")
     assert out.splitlines() == ["cards/my_own.py", "cards/recipes/my-own.toml"]
-    assert "PYTHONPATH=cards vlmrob train my-own --include cards" in err
+    assert "PYTHONPATH=cards vlmrob train my-own --allow-code --include cards" in err
     monkeypatch.syspath_prepend(tmp_path / "cards")
     code, out, err = vlmrob(f"train my-own --out run {SHORT} {toy}")
+    assert (code, out) == (2, "")
+    assert "Python would import 'my_own' and run its code" in err
+    assert "type --allow-code" in err
+    code, out, err = vlmrob(f"train my-own --allow-code --out run {SHORT} {toy}")
     assert (code, out) == (0, "run\n"), err
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert '"ce_adv"' in log

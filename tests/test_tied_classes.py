@@ -47,6 +47,9 @@ def test_a_model_with_twins_is_attacked_as_the_model_without(tmp_path, loss):
     found = robustbench_vlm.attack(twice, IMAGES, LABELS, "2/255", chain=card)
     assert once.robust == found.robust
     assert 0 < sum(once.verdicts.broken_by != "") < len(LABELS)
+    said = {check.name: check.sentence for check in found.checks.checks}
+    assert said["tied-classes"].endswith("attacked as one: 5 as 2, 6 as 0")
+    assert "tied-classes" not in [check.name for check in once.checks.checks]
     keys = ["clean_margin", "adv_margin", "adv_prediction", "adv_sha256", "broken_by"]
     pd.testing.assert_frame_equal(once.verdicts[keys], found.verdicts[keys])
 

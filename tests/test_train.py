@@ -218,13 +218,37 @@ def test_a_truncated_checkpoint_file_is_one_line(toy, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_with_moments_under_their_old_names_is_refused_in_one_line(toy, tmp_path):
+@pytest.mark.parametrize("damage", ["a flipped bit", "another step", "a moment of zeros", "a fact gone"])
+def test_a_checkpoint_file_that_was_changed_is_one_line(toy, tmp_path, damage):
     recipe = toy.recipe("tecoa")
     with pytest.raises(Stopped):
         loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
     (path,) = (tmp_path / "checkpoints").iterdir()
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("optim." if "moment" in damage else "student."))
+    if damage == "another step":
+        facts["step"] = "99"
+    elif damage == "a fact gone":
+        facts = {"recipe": facts["recipe"], "sha257": facts["sha256"], "step": facts["step"]}
+    else:
+        value = tensors[name].clone().reshape(-1)
+        value[0] = 0 if "moment" in damage else -value[0]
+        tensors[name] = value.reshape(tensors[name].shape)
+    save_file(tensors, path, metadata=facts)
+    with pytest.raises(InputError, match=rf"{path}: .*delete {path}, and training goes on") as error:
+        loop.run(recipe, tmp_path, toy.data, CPU, quiet)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_moments_under_their_old_names_is_refused_in_one_line(toy, tmp_path):
+    recipe = toy.recipe("tecoa")
+    with pytest.raises(Stopped):
+        loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    with safe_open(path, framework="pt") as file:
+        facts = {name: fact for name, fact in file.metadata().items() if name != "sha256"}
     tensors = {name.replace("optim.", "adamw."): value for name, value in load_file(path).items()}
     assert any(name.startswith("adamw.") for name in tensors)
     save_file(tensors, path, metadata=facts)

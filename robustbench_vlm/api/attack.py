@@ -169,6 +169,8 @@ def _attacked(model: Classify, chain: Chain, backend: Backend, job: Job, block: 
     eps = eps_text(job.threat.norm, job.threat.eps)
     seen, _ = watch.checks(images[: job.rows], clean[: job.rows])
     checks = examined.joined([*seen, *attack_checks(table, chain, job.n_classes, eps)])
+    if job.tied is not None:
+        checks = checks.joined([tied_classes.check_of(job.tied)])
     after = verdicts.robust_after(table, [name for name, _ in job.stages], eps)
     return Attacked(table, adversarial, after, backend.label, backend.precision.label, checks)
 

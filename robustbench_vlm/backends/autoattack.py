@@ -17,12 +17,11 @@ from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.backends import packages
+from robustbench_vlm.backends import installed, packages
 from robustbench_vlm.backends.packages import NORMS, PackageCall, PackageStage, Perturb
 from robustbench_vlm.errors import InputError
 
-NAMES = ("autoattack", "pyautoattack")  # the original, and the fork
-INSTALL = "pip install 'robustbench-vlm[autoattack]'"
+NAMES, INSTALL = installed.PACKAGES["autoattack"]
 LOSSES = ("ce", "dlr", "targeted-dlr")
 MODULES = {
     "APGDAttack": "autopgd_base",
@@ -121,7 +120,7 @@ def package() -> AutoAttack:
     Raises:
         InputError: neither module is installed; the message says how to get it.
     """
-    name = packages.installed(NAMES)
+    name = installed.installed(NAMES)
     if name is None:
         raise InputError("--engine autoattack", "not installed", do=INSTALL)
     return AutoAttack(name)

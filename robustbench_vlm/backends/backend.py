@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from robustbench_vlm.backends import autoattack, distinct_classes, packages, reference, torchattacks
+from robustbench_vlm.backends import (
+    autoattack,
+    distinct_classes,
+    installed,
+    packages,
+    reference,
+    torchattacks,
+)
 from robustbench_vlm.backends.packages import Package, PackageStage
 from robustbench_vlm.engine import scheduler, trajectories
 from robustbench_vlm.engine.attacked_view import PLAIN, Precision
@@ -72,7 +79,7 @@ class Backend:
         """
         if self.name == "native":
             return NATIVE[self.mode]
-        return f"{self.name}/{packages.version(package(self.name).name)}/{ADAPTER}"
+        return f"{self.name}/{installed.version(package(self.name).name)}/{ADAPTER}"
 
     @property
     def title(self) -> str:
@@ -170,6 +177,6 @@ def installed_packages() -> dict[str, tuple[str, str]]:
     """Each package by the name of its backend: what is installed (empty if nothing), and how to get it."""
     rows = {}
     for name, adapter in (("autoattack", autoattack), ("torchattacks", torchattacks)):
-        module = packages.installed(adapter.NAMES)
-        rows[name] = (packages.version(module) if module else "", adapter.INSTALL)
+        module = installed.installed(adapter.NAMES)
+        rows[name] = (installed.version(module) if module else "", adapter.INSTALL)
     return rows

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,19 +122,6 @@ class Package(Protocol):
     def build(self, call: PackageCall, model: nn.Module, device: torch.device) -> Perturb:
         """That attack, constructed for a model."""
         ...
-
-
-def installed(names: Sequence[str]) -> str | None:
-    """The first of these modules that is installed; nothing is imported."""
-    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
-
-
-def version(name: str) -> str:
-    """Name and version of an installed package, as results state them."""
-    try:
-        return f"{name}-{importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{name}-unversioned"  # a folder on the path
 
 
 def load(module: str) -> ModuleType:

@@ -19,13 +19,12 @@ from robustbench_vlm.attacks.fgsm import Fgsm
 from robustbench_vlm.attacks.mi_fgsm import MiFgsm
 from robustbench_vlm.attacks.pgd import Pgd, step_length
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.backends import packages
+from robustbench_vlm.backends import installed, packages
 from robustbench_vlm.backends.autoattack import BALLS, LOSSES, tiled
 from robustbench_vlm.backends.packages import PackageCall, PackageStage, Perturb
 from robustbench_vlm.errors import InputError
 
-NAMES = ("torchattacks",)
-INSTALL = "pip install --no-deps torchattacks (its wheel also carries files of a package named robustbench)"
+NAMES, INSTALL = installed.PACKAGES["torchattacks"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def package() -> TorchAttacks:
     Raises:
         InputError: it is not installed; the message says how to get it.
     """
-    name = packages.installed(NAMES)
+    name = installed.installed(NAMES)
     if name is None:
         raise InputError("--engine torchattacks", "not installed", do=INSTALL)
     return TorchAttacks(name)

@@ -24,6 +24,40 @@ from robustbench_vlm.cards.reader import wrong_value
 from robustbench_vlm.errors import CardError, InputError, nearest
 from robustbench_vlm.store import file_sha256
 
+_code_allowed = False  # state of the process, set by `allow_code`
+
+
+def allow_code(allowed: bool = True) -> None:
+    """Let cards that are read from files name code as `module:Name`, for the rest of this process.
+
+    The command line calls it for `--allow-code`. A new process starts without it, so worker processes are
+    handed `code_allowed()` and call this function first.
+    """
+    global _code_allowed
+    _code_allowed = allowed
+
+
+def code_allowed() -> bool:
+    """Whether files may name code."""
+    return _code_allowed
+
+
+def require_allowed(name: str, where: str) -> None:
+    """Refuse code that a file names, unless it was allowed; nothing is imported.
+
+    Args:
+        name: of a plug-in, as the file has it.
+        where: the file and the key, for the message.
+
+    Raises:
+        CardError: the name is `module:Name`, and `allow_code` was not called.
+    """
+    if ":" in name and not _code_allowed:
+        found = (
+            f"it names {name!r:.80}, so Python would import {name.partition(':')[0]!r:.60} and run its code"
+        )
+        raise CardError(where, found, "a registered name", "type --allow-code if you trust that code")
+
 
 def names(kind: str) -> list[str]:
     """Names of all plug-ins of a kind: files that assign `plugin`, and entry points; nothing is imported."""
@@ -70,6 +104,9 @@ def get(kind: str, name: str) -> type:
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+            expected = "module:Name of an importable class"
+            raise CardError(f"{kind} {name!r:.80}", "not the name of a module and a class in it", expected)
         try:
             found: type = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:

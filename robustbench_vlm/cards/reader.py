@@ -57,6 +57,10 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
 SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
 """Other names of cards: `standard` is what the literature calls AutoAttack's usual chain."""
 
+SHADOWS = ("attacks", "protocols", "suites")
+"""Kinds whose packaged names mean one thing everywhere: a card of another content has another name."""
+SHADOW = "@include"
+
 _include: list[Path] = []  # folders of `include`: state of the process, see there
 _beside_data: list[Path] = []  # folder of `use_cards_of`: the same
 
@@ -126,13 +130,29 @@ def names(kind: str) -> list[str]:
 def read(kind: str, name: str, record: type[C]) -> C:
     """The card of `kind` called `name`, or the TOML file at the path `name`.
 
+    A chain, protocol or suite that is called like a packaged one and is another one gets `@include` after its
+    name, so that nothing measured with it is taken for the packaged one.
+
     Raises:
         CardError: no such card, or the file breaks the schema; the message names file and key.
     """
     where = path(kind, name)
     card = parse(toml(where), record, str(where))
     require_plain_name(card, str(where))
-    return card
+    if not _shadows(kind, card, where):
+        return card
+    return card.model_copy(update={"name": f"{getattr(card, 'name', '')}{SHADOW}"})
+
+
+def _shadows(kind: str, card: Card, file: Path) -> bool:
+    """Whether a card has the name of a packaged one, and another content."""
+    own = getattr(card, "name", "")
+    if kind not in SHADOWS or file.is_relative_to(home()):
+        return False
+    packaged = home() / FOLDERS[kind][0] / f"{own}.toml"
+    if not packaged.is_file():
+        return (kind, own) in SAME
+    return card != parse(toml(packaged), type(card), str(packaged))
 
 
 def require_plain_name(card: Card, where: str) -> None:
@@ -176,7 +196,7 @@ def path(kind: str, name: str) -> Path:
     Raises:
         CardError: no such card; the message gives the nearest and all known names.
     """
-    file = SAME.get((kind, name), name)
+    file = SAME.get((kind, name), name).removesuffix(SHADOW)
     found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
     do = f"vlmrob list {kind} shows them"
     if found is None:

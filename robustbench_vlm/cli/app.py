@@ -5,6 +5,7 @@ Torch is imported by the commands that need it, never here, so help and lists ar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cards import reader
+from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cli import data
 from robustbench_vlm.cli.canary import canary
 from robustbench_vlm.cli.compare import compare
@@ -42,6 +43,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Datasets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+ROOT_FLAGS = ("--quiet", "--verbose", "--allow-code")
+
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
 
@@ -63,13 +66,27 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     include: Include = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print results, flags and errors only.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the log of the libraries and tracebacks, too.")
+    ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Let cards name Python code as module:Name; before or after the command."
+        ),
+    ] = False,
     version: Annotated[  # noqa: ARG001 - it acts when it is read
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Train defenses, attack models, and compare them in tables."""
+    console.quiet = quiet
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
     if include:
         reader.include(include)
+    plugins.allow_code(allow_code)
 
 
 app.command()(train)
@@ -91,8 +108,8 @@ data_app.command()(data.export)
 data_app.command()(data.make)
 
 
-def _include_first(words: list[str]) -> list[str]:
-    """The words with every `--include FOLDER` in front of the command, since typer takes it only there."""
+def _root_options_first(words: list[str]) -> list[str]:
+    """The words with the options of `_root` in front of the command, since typer takes them only there."""
     front: list[str] = []
     rest: list[str] = []
     left = iter(words)
@@ -105,13 +122,13 @@ def _include_first(words: list[str]) -> list[str]:
                 return [word]  # typer then reports the missing folder, and does not take the command for it
             front += [word, folder]
         else:
-            (front if word.startswith("--include=") else rest).append(word)
+            (front if word.startswith("--include=") or word in ROOT_FLAGS else rest).append(word)
     return [*front, *rest]
 
 
 def command_of(words: Sequence[str]) -> str:
     """The command out of the words of a command line, such as `data fetch`; empty if there is none."""
-    named = [word for word in _include_first(list(words)) if not word.startswith("-")]
+    named = [word for word in _root_options_first(list(words)) if not word.startswith("-")]
     known = {info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands}
     for i, word in enumerate(named):
         if word == "data":
@@ -129,7 +146,7 @@ def run(words: list[str]) -> int:
         KeyboardInterrupt: a signal came.
     """
     try:
-        code = app(_include_first(words), prog_name=NAME, standalone_mode=False)
+        code = app(_root_options_first(words), prog_name=NAME, standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except UsageError as error:

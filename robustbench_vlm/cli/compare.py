@@ -37,12 +37,14 @@ def compare(
     if published:
         _beside(cells, a, as_json=as_json)
         return
-    lines = [line.texts for line in compare.compare(cells, a, b)]
+    lines = compare.compare(cells, a, b)
     if as_json:
-        console.result_json([dict(zip(compare.COLUMNS, line, strict=True)) for line in lines])
+        console.result_json([line.record for line in lines])
     else:
         title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
-        console.show(title, [*compare.COLUMNS], lines)
+        console.show(title, [*compare.COLUMNS], [line.texts for line in lines])
+        for line in compare.conclusion(lines, a, b):
+            console.remark(line)
 
 
 def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here

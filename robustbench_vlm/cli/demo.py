@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Do the whole job on the built-in tiny world: train two defenses, attack three models, print tables."""
     from robustbench_vlm.demo import whole_job
-    from robustbench_vlm.results.compare import COLUMNS
+    from robustbench_vlm.results import compare
 
     folder = out or Path("runs") / ("demo-full" if full else "demo")
     with console.meter() as meter:
@@ -31,7 +31,9 @@ def demo(
     title = (
         f"A = {whole_job.OURS}, B = {whole_job.BASELINE}; differences in points, p of the exact McNemar test"
     )
-    console.show(title, [*COLUMNS], shown.paired)
+    console.show(title, [*compare.COLUMNS], [line.texts for line in shown.paired])
     console.show("seconds", ["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in shown.seconds.items()])
     for path in shown.files:
         console.result(str(path))
+    for line in compare.conclusion(shown.paired, whole_job.OURS, whole_job.BASELINE):
+        console.result(line)

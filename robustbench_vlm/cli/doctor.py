@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from robustbench_vlm import console
-from robustbench_vlm.cli.options import AsJson
+from robustbench_vlm.cli.options import AsJson, DataRoot
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(data_root: DataRoot = Path("data"), as_json: AsJson = False) -> None:
     """Print what this machine can do, and what is missing."""
     from robustbench_vlm import catalogue
 
-    rows = catalogue.doctor()
+    rows = catalogue.doctor(data_root)
     if as_json:
         console.result_json([{"what": what, "found": found, "do": do} for what, found, do in rows])
     else:

@@ -21,6 +21,7 @@ from robustbench_vlm.cli.options import (
     comma_separated,
     device_of,
     print_grids,
+    print_json,
 )
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models import model_ids
@@ -147,7 +148,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     with console.meter() as meter:
         rows = run_plan(plan, meter, console.remark)
     if as_json:
-        console.result_json(rows.to_dict("records"))
+        print_json(rows)
     else:
         print_grids(rows)
         line = shlex.join(["vlmrob", "leaderboard", "--results", str(out), "--suite", plan.request.suite])
@@ -155,7 +156,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         console.remark(f"results in {out}; next: {line}")
     flagged = flags(rows)
     for line in flagged:
-        console.remark(f"flag: {line}")
+        console.warning(f"flag: {line}")
     if strict and flagged:
         raise typer.Exit(CHECK_FLAG)
 

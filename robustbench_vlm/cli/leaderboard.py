@@ -9,7 +9,7 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cli.options import AsJson, Results, print_grids
+from robustbench_vlm.cli.options import AsJson, Results, print_grids, print_json
 
 
 def leaderboard(
@@ -23,7 +23,7 @@ def leaderboard(
 
     rows, files = leaderboard.render(results, reader.suite(suite), out)
     if as_json:
-        console.result_json(rows.to_dict("records"))
+        print_json(rows)
     else:
         print_grids(rows)
     for path in files:

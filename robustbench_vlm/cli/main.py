@@ -108,7 +108,12 @@ def _disk_full(error: OSError) -> str:
 
 
 def _unexpected(error: BaseException, words: Sequence[str]) -> str:
-    """The line of an error that no part of the package expects; its traceback goes to a file."""
+    """The line of an error that no part of the package expects; its traceback goes to a file.
+
+    With `--verbose` it is printed, too.
+    """
+    if "--verbose" in words:
+        sys.stderr.writelines(traceback.format_exception(error))
     text = str(error).strip()
     line = text.splitlines()[0] if text else "no message"
     found = f"{type(error).__name__}: {line:.300}"

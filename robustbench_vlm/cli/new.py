@@ -151,7 +151,9 @@ def _code(kind: str, name: str, out: Path) -> Start:
         card_kind, line = "attack", f"vlmrob eval --model tiny --attack {name} --suite tiny --n 10"
     files = {out / f"{module}.py": source, _path(card_kind, name, out): _text(card_kind, facts, meanings)}
     path_note = f"Python must find {module}.py: PYTHONPATH={out}, or the folder of an installed package"
-    return Start(files, (path_note, f"next: PYTHONPATH={out} {line} --include {out}{reader.as_typed()}"))
+    return Start(
+        files, (path_note, f"next: PYTHONPATH={out} {line} --allow-code --include {out}{reader.as_typed()}")
+    )
 
 
 def _path(kind: str, name: str, out: Path) -> Path:

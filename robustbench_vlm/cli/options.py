@@ -22,7 +22,9 @@ DataRoot = Annotated[
     Path,
     typer.Option("--data-root", help="Folder of the datasets.", envvar="VLMROB_DATA", callback=use_cards_of),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps (not tested) or auto: CUDA if there is one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Engine = Annotated[str, typer.Option(help="native, or an attack package: autoattack or torchattacks.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
@@ -51,11 +53,19 @@ def require_tiny(names: list[str], root: Path) -> None:
 
 
 def print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
-    """The tables of some leaderboard rows."""
-    from robustbench_vlm.results import grids
+    """The tables of some leaderboard rows, and what their flags say."""
+    from robustbench_vlm.results import flags, grids
 
     for title, grid in grids.grids(rows):  # datasets go down: there are many of them, and few models
         body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
-        console.show(f"{title}: clean / robust, %", ["dataset", *map(str, grid.index)], body)
-    if (rows.flag != "").any():
-        console.remark("! marks a number with a flag: read it in the table file before believing it")
+        columns = ["dataset", *map(str, grid.index)]
+        console.show(f"{title}: clean / robust [95 % interval of robust], %", columns, body)
+    for line in flags.legend(rows):
+        console.remark(f"! {line}")
+
+
+def print_json(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
+    """Some leaderboard rows as JSON, numbers as numbers and empty entries as null."""
+    from robustbench_vlm.results import columns
+
+    console.result_json([columns.typed(row) for row in rows.to_dict("records")])

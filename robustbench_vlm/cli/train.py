@@ -14,7 +14,7 @@ from robustbench_vlm.cli.options import DataRoot, Device
 from robustbench_vlm.training.resolve import resolve
 
 
-def train(
+def train(  # noqa: PLR0913 - one parameter a flag
     recipe: Annotated[str, typer.Argument(help="A defense (mmt-ard), a recipe name, or a TOML file.")],
     recipe_option: Annotated[
         str | None, typer.Option("--recipe", help="Recipe or TOML file to train the defense with.")
@@ -28,6 +28,9 @@ def train(
         bool,
         typer.Option(help="Store outputs of frozen teachers on clean images; changes the time and no bit."),
     ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and what is missing, and stop.")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
@@ -36,11 +39,15 @@ def train(
     An interrupted training continues when the command is repeated.
     """
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
-    from robustbench_vlm.training.run import folder_of, run_recipe
+    from robustbench_vlm.training import run
 
-    folder = out or folder_of(chosen)
+    folder = out or run.folder_of(chosen)
+    if dry_run:
+        for text in run.dry_run(chosen, folder, data_root):
+            console.result(text)
+        return
     with console.meter() as meter:
-        run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
+        run.run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
     console.result(str(folder))
     suites = reader.suites_with(chosen.data.dataset)
     target = ["--suite", suites[0]] if suites else ["--dataset", chosen.data.dataset]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import class_names, dataset, manifest, miniature, pixels, shards, texts
+from robustbench_vlm.data import class_names, dataset, manifest, miniature, pixels, remarks, shards, texts
 from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, InputError
 
@@ -88,7 +88,7 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     index = (_sharded if sharded else _foldered)(card, folder / split, problems, report)
     samples = index.samples
     if samples:
-        found_notes, flags = dataset.remarks_on(card, index, generated=(folder / miniature.MARKER).exists())
+        found_notes, flags = remarks.on(card, index, generated=(folder / miniature.MARKER).exists())
         exact = index.rule == class_names.EXACT
         notes += [f"class folders are matched to class names by {index.rule}"] if exact else []
         notes += [*found_notes, *(f"results carry the flag {flag}" for flag in flags)]

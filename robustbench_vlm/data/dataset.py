@@ -18,9 +18,9 @@ import numpy as np
 
 from robustbench_vlm import rng
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import class_names, manifest, miniature, pixels, shards, texts
+from robustbench_vlm.data import manifest, miniature, pixels, remarks, shards, texts
 from robustbench_vlm.data.parallel import in_order
-from robustbench_vlm.errors import DataError, some
+from robustbench_vlm.errors import DataError
 from robustbench_vlm.store import fingerprint
 
 TOLERATED = 0.001  # share of undecodable images up to which an evaluation leaves them out and flags the row
@@ -277,7 +277,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         index = shards.index_shards(inner, card.n_classes)
     else:
         index = shards.index_folders(inner, card.names, card.wordnet_ids)
-    found, flags = remarks_on(card, index, generated=(folder / miniature.MARKER).exists())
+    found, flags = remarks.on(card, index, generated=(folder / miniature.MARKER).exists())
     notes += found
     count = len(index.samples)
     if count != card.size.get(split, count):
@@ -287,41 +287,10 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
     return Split(card, split, folder, entries, tuple(notes), flags)
 
 
-def remarks_on(
-    card: DatasetCard, index: shards.Index, *, generated: bool
-) -> tuple[list[str], tuple[str, ...]]:
-    """Notes about the images of a whole split, and the flags of what changes the measured number.
-
-    Args:
-        card: the dataset, with its class names.
-        index: of the split.
-        generated: whether it is a miniature, whose few images need not have every class.
-    """
-    notes, flags = [], []
-    if index.rule not in ("", class_names.EXACT):
-        notes.append(f"class folders are matched to class names by {index.rule}")
-    if others := index.ignored - len(index.left_out):
-        notes.append(f"{others} files that are neither images nor labels were ignored")
-    if index.left_out:
-        flags.append("images-left-out")
-        what = "hidden or of a format that is not decoded"
-        notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
-    present = {sample.label for sample in index.samples}
-    empty = [name for label, name in enumerate(card.names) if label not in present]
-    if empty and not generated:
-        if index.rule:  # a folder that was made for a class and is empty has lost its images
-            flags.append("classes-without-images")
-        notes.append(f"{len(empty)} of {card.n_classes} classes have no image: {some(empty)}")
-    return notes, tuple(flags)
-
-
 def missing(cards: Iterable[DatasetCard], root: Path, split: str) -> list[str]:
     """One line for each dataset whose split is not below the root: its name, and how to get it."""
-    return [
-        f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}"
-        for card in cards
-        if not (root / card.folder / split).is_dir()
-    ]
+    lacking = [card for card in cards if not (root / card.folder / split).is_dir()]
+    return [f"{card.name}: no {root / card.folder / split}; {how_to_get(card, root)}" for card in lacking]
 
 
 def how_to_get(card: DatasetCard, root: Path) -> str:

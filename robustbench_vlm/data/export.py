@@ -100,13 +100,13 @@ def write_cards(
     lists = {key: json.dumps(list(lines), ensure_ascii=False) for key, lines in (("names", names),)}
     facts = {"folder": json.dumps(f"wds_{name}"), "n_classes": len(names), "count": count}
     texts = {
-        to / "cards" / "datasets" / f"{name}.toml": CARD.format(
+        to / "cards" / "datasets" / f"{store.file_name(name)}.toml": CARD.format(
             **{**quoted, "split": split},
             **lists,
             **facts,
             templates=json.dumps(list(templates), ensure_ascii=False),
         ),
-        to / "cards" / f"{name}.toml": SUITE.format(**quoted),
+        to / "cards" / f"{store.file_name(name)}.toml": SUITE.format(**quoted),
     }
     for path, text in texts.items():
         if not path.exists():

@@ -24,30 +24,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
+from robustbench_vlm.data import web
+from robustbench_vlm.data.web import Site as Site
 from robustbench_vlm.errors import DataError, Incomplete, InputError
 
-HUB = "https://huggingface.co"
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 5  # connections in a row that bring nothing before a download gives up
 PAUSE = 1.0  # seconds before the first of them; doubled each time
-CHUNK = 2**20
-LARGEST_LISTING = 64 * 2**20  # bytes of JSON
+ANSWER = 60.0  # seconds in which the headers of an answer must come
+LISTING = 300.0  # seconds in which a whole listing must come
+LARGEST_PAGE = 8 * 2**20  # bytes of JSON of one page; the hub's have 1,000 files and half a megabyte
+MOST_PAGES = 1000
+MOST_FILES = 200_000
+LARGEST_FILE = 2**42  # bytes
+POOR = 100  # connections that bring little before a download gives up
+LITTLE = 2**16  # bytes
 AGAIN = (408, 429, 500, 502, 503, 504)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 DROPPED = (OSError, http.client.HTTPException)  # lost connections; HTTPError is handled before
-
-
-@dataclass(frozen=True)
-class Site:
-    """The address of a hub.
-
-    Attributes:
-        url: scheme and host, maybe a path; no final slash.
-        token: sent to this host alone, never along a redirect; empty for none.
-    """
-
-    url: str
-    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ def site(mirror: str = "") -> Site:
     Raises:
         InputError: no web address.
     """
-    url = (mirror or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    url = (mirror or os.environ.get("HF_ENDPOINT") or web.HUB).rstrip("/")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         raise InputError(f"--mirror {url}", "not a web address", "https://host")
@@ -101,7 +95,7 @@ def commit(where: Site, repo: str, revision: str) -> Commit:
         Incomplete: no connection.
     """
     address = f"{where.url}/api/datasets/{quote(repo)}/revision/{quote(revision, safe='')}"
-    table, _ = _json(where, address, repo)
+    table, _ = _json(where, address, repo, time.monotonic() + LISTING)
     sha = table.get("sha") if isinstance(table, dict) else None
     if not isinstance(sha, str) or not re.fullmatch("[0-9a-f]{40}", sha):
         raise DataError(address, "no commit in the answer", "the hub's JSON", "check the mirror")
@@ -120,30 +114,54 @@ def files(where: Site, at: Commit) -> list[File]:
     """
     address = f"{where.url}/api/datasets/{quote(at.repo)}/tree/{at.sha}?recursive=true"
     found: list[File] = []
+    asked: set[str] = set()
+    end = time.monotonic() + LISTING
     while address:
-        rows, headers = _json(where, address, at.repo)
+        asked.add(address)
+        rows, headers = _json(where, address, at.repo, end)
         if not isinstance(rows, list):
             raise DataError(address, "no list of files in the answer", "the hub's JSON", "check the mirror")
         found += [
             _file(row, address) for row in rows if not isinstance(row, dict) or row.get("type") == "file"
         ]
-        link = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link", ""))
-        address = link.group(1) if link else ""
-        if address and not address.startswith(f"{where.url}/"):
-            raise DataError(address, "the listing goes on at another host", where.url, "check the mirror")
+        if len(found) > MOST_FILES:
+            raise DataError(
+                address, f"more than {MOST_FILES} files", "the files of a dataset", "check the mirror"
+            )
+        address = _next_page(where, address, headers, asked)
+    return found
+
+
+def _next_page(where: Site, address: str, headers: Message, asked: set[str]) -> str:
+    """The address of the next page of a listing; empty after the last one."""
+    link = re.search(r'<([!-~]{1,2000})>;\s*rel="next"', headers.get("Link", "")[:4096])
+    found = link.group(1) if link else ""
+    if found and not found.startswith(f"{where.url}/"):
+        raise DataError(found, "the listing goes on at another host", where.url, "check the mirror")
+    if found in asked:
+        raise DataError(
+            address, "the listing goes on at a page that was read", "a next page", "check the mirror"
+        )
+    if found and len(asked) >= MOST_PAGES:
+        raise DataError(address, f"a listing of more than {MOST_PAGES} pages", "an end", "check the mirror")
     return found
 
 
 def _file(row: Any, address: str) -> File:  # noqa: ANN401 - JSON of a stranger
     try:
         large = row.get("lfs") or {}
-        path, size = str(row["path"]), int(large.get("size", row["size"]))
+        path, size = str(row["path"]), large.get("size", row["size"])
         sha256, blob = str(large.get("oid", "")), "" if large else str(row["oid"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(address, f"{row!r:.80}", "a file with path, size and hash") from None
-    if not re.fullmatch("[0-9a-f]{64}" if large else "[0-9a-f]{40}", sha256 or blob) or size < 0:
+    if not re.fullmatch("[0-9a-f]{64}" if large else "[0-9a-f]{40}", sha256 or blob) or not _is_size(size):
         raise DataError(address, f"no hash or size of {path!r:.80}", "a file with path, size and hash")
     return File(path, size, sha256, blob)
+
+
+def _is_size(size: object) -> bool:
+    """Whether a number of the listing can be the bytes of a file."""
+    return isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= LARGEST_FILE
 
 
 def plain(path: str) -> bool:
@@ -191,24 +209,28 @@ def _address(where: Site, at: Commit, file: File) -> str:
 
 def _complete(where: Site, at: Commit, file: File, part: Path, report: Callable[[int], None]) -> None:
     """Append to `part` until it has the file's size, with a new connection as long as each brings bytes."""
-    address, idle = _address(where, at, file), 0
+    address, idle, poor = _address(where, at, file), 0, 0
     if part.exists() and part.stat().st_size > file.size:
         part.unlink()
     part.touch()
     while (there := part.stat().st_size) < file.size:
         report(there)
+        slow = False
         try:
             _append(where, address, file, part, report)
             problem = "the connection closed early"
         except urllib.error.HTTPError as error:
             error.close()
             if error.code not in AGAIN:
-                raise _refused(address, at.repo, error.code) from None
+                raise web.refused(address, at.repo, error.code) from None
             problem = f"HTTP {error.code}"
         except DROPPED as error:
-            problem = str(error) or type(error).__name__
-        idle = 0 if part.stat().st_size > there else idle + 1
-        if idle >= RETRIES:
+            slow = isinstance(error, web.TooSlowError)
+            problem = web.reason(error)
+        brought = part.stat().st_size - there
+        idle = 0 if brought and not slow else idle + 1
+        poor = 0 if brought >= LITTLE and not slow else poor + 1
+        if idle >= RETRIES or poor >= POOR:
             raise Incomplete(
                 f"{address}: {problem}; {part.stat().st_size} of {file.size} bytes are stored, and the same "
                 "command continues with them"
@@ -221,10 +243,10 @@ def _complete(where: Site, at: Commit, file: File, part: Path, report: Callable[
 def _append(where: Site, address: str, file: File, part: Path, report: Callable[[int], None]) -> None:
     """One connection: the bytes from the end of `part` on, never more than the file has."""
     begin = part.stat().st_size
-    request = _request(where, address)
+    request = web.request(where, address)
     if begin:
         request.add_header("Range", f"bytes={begin}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("r+b") as out:  # noqa: S310
+    with web.opened(request, TIMEOUT, ANSWER) as answer, part.open("r+b") as out:
         if answer.status != http.client.PARTIAL_CONTENT:
             begin = 0  # the server sends the whole file
         elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {begin}-"):
@@ -232,7 +254,7 @@ def _append(where: Site, address: str, file: File, part: Path, report: Callable[
         length = answer.headers.get("Content-Length")
         stated = begin + int(length) if length and length.isdigit() else file.size
         if stated != file.size:
-            _no_page(address, answer.headers, answer.read(256))
+            web.require_no_page(address, answer.headers, answer.read1(256))
             raise DataError(address, f"{stated} bytes", f"{file.size}, as the hub lists", "try again later")
         out.seek(begin)
         out.truncate()
@@ -247,26 +269,19 @@ def _copy(
     report: Callable[[int], None],
 ) -> None:
     """Copy an answer to the end of `out` until that has `size` bytes."""
-    first = out.tell() == 0
+    first, pace = out.tell() == 0, web.Pace()
     while left := size - out.tell():
-        chunk = answer.read1(min(CHUNK, left))
+        chunk = answer.read1(min(web.CHUNK, left))
         if not chunk:
             return
         if first:
-            _no_page(address, answer.headers, chunk)
+            web.require_no_page(address, answer.headers, chunk)
             first = False
         out.write(chunk)
         report(out.tell())
+        pace.add(len(chunk))
     if answer.read1(1):
         raise DataError(address, f"more than {size} bytes", "as many as the hub lists", "try again later")
-
-
-def _no_page(address: str, headers: Message, begin: bytes) -> None:
-    """Refuse a web page where a file is meant: a sign-in form, a proxy's notice."""
-    page = begin[:256].lstrip().lower().startswith((b"<!doctype", b"<html"))
-    if page or headers.get_content_type() == "text/html":
-        do = "check the network's sign-in page, or the mirror"
-        raise DataError(address, "the server sent a web page (HTML)", "the file", do)
 
 
 def hashed(part: Path, file: File) -> str | None:
@@ -275,7 +290,7 @@ def hashed(part: Path, file: File) -> str | None:
         return None
     digest, git = hashlib.sha256(), hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with part.open("rb") as content:
-        while chunk := content.read(CHUNK):
+        while chunk := content.read(web.CHUNK):
             digest.update(chunk)
             if file.blob:
                 git.update(chunk)
@@ -283,47 +298,34 @@ def hashed(part: Path, file: File) -> str | None:
     return digest.hexdigest() if same else None
 
 
-def _request(where: Site, address: str) -> urllib.request.Request:
-    request = urllib.request.Request(address, headers={"User-Agent": "vlmrob"})  # noqa: S310 - http(s) by `site`
-    if where.token:
-        request.add_unredirected_header("Authorization", f"Bearer {where.token}")
-    return request
-
-
-def _json(where: Site, address: str, repo: str) -> tuple[Any, Message]:
-    """The JSON at an address and the headers of the answer, with a few attempts."""
+def _json(where: Site, address: str, repo: str, end: float) -> tuple[Any, Message]:
+    """The JSON at an address and the headers of the answer; a few attempts until the clock says `end`."""
+    problem = f"the listing takes longer than {LISTING:.0f} s"
     for pause in _pauses():
         time.sleep(pause)
+        left = end - time.monotonic()
+        if left <= 0:
+            break
         try:
-            with urllib.request.urlopen(_request(where, address), timeout=TIMEOUT) as answer:  # noqa: S310
-                content = answer.read(LARGEST_LISTING)
-                _no_page(address, answer.headers, content)
+            with web.opened(web.request(where, address), TIMEOUT, min(ANSWER, left)) as answer:
+                content = web.body(answer, LARGEST_PAGE, left)
+                if content is None:
+                    found = f"a page of more than {LARGEST_PAGE} bytes"
+                    raise DataError(address, found, "the hub's listing", "check the mirror")
+                web.require_no_page(address, answer.headers, content)
                 return json.loads(content), answer.headers
         except urllib.error.HTTPError as error:
             error.close()
             if error.code not in AGAIN:
-                raise _refused(address, repo, error.code) from None
+                raise web.refused(address, repo, error.code) from None
             problem = f"HTTP {error.code}"
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise DataError(address, "not JSON", "the hub's listing", "check the mirror") from None
         except DROPPED as error:
-            problem = str(error) or type(error).__name__
+            problem = web.reason(error)
     raise Incomplete(f"{address}: {problem}; check the network, name a --mirror, or use --offline")
 
 
 def _pauses() -> Iterator[float]:
     yield 0.0
     yield from (PAUSE * 2**i for i in range(RETRIES - 2))
-
-
-def _refused(address: str, repo: str, code: int) -> DataError:
-    if code in (401, 403):
-        do = f"accept its licence at {HUB}/datasets/{repo}, then type: hf auth login"
-        return DataError(
-            address, f"HTTP {code}: it needs your permission", "a public or accepted dataset", do
-        )
-    if code == 404:
-        return DataError(
-            address, "HTTP 404: no such repository, revision or file", do="check card and mirror"
-        )
-    return DataError(address, f"HTTP {code}", do="check the mirror")

@@ -22,6 +22,7 @@ from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.results import compare, leaderboard, result_file
 from robustbench_vlm.training import loop
+from robustbench_vlm.training.probe import probe_text
 
 OURS = "tiny-mmt-ard"
 BASELINE = "tiny-single-teacher"
@@ -47,13 +48,13 @@ class DemoResult:
 
     Attributes:
         rows: of the leaderboard.
-        paired: lines of the comparison of the two defenses, in the order of `compare.COLUMNS`.
+        paired: lines of the comparison of the two defenses.
         seconds: time of each phase, by name.
         files: tables that were written.
     """
 
     rows: pd.DataFrame
-    paired: list[list[str]]
+    paired: list[compare.Comparison]
     seconds: dict[str, float]
     files: list[Path]
 
@@ -117,7 +118,7 @@ def run(
     with work.phase("leaderboard"):
         rows, files = leaderboard.render(results, suite, out / "leaderboards")
         found = result_file.of_suite(result_file.read(results), suite)
-        paired = [line.texts for line in compare.compare(found, OURS, BASELINE)]
+        paired = compare.compare(found, OURS, BASELINE)
     return DemoResult(rows, paired, work.seconds | {"together": sum(work.seconds.values())}, files)
 
 
@@ -126,7 +127,7 @@ def _train(work: Work, name: str) -> None:
 
     def report(line: loop.Line) -> None:
         if "probe" in line:
-            work.remark(f"{recipe.name}, step {line['step']}: probe {line['probe']}")
+            work.remark(f"{recipe.name}, step {line['step']}: {probe_text(line['probe'])}")
         else:
             work.meter(recipe.name, line["step"], recipe.optim.steps)
 

@@ -65,7 +65,7 @@ def direction(gradient: Tensor, threat: Threat) -> Tensor:
 
 def slack(threat: Threat) -> float:
     """What float32 rounding may add to a distance: 1e-6 for Linf, else 1e-5 of the radius, at least 1e-6."""
-    return 1e-6 if threat.norm == "linf" else max(1e-6, 1e-5 * radius(threat))
+    return threat.slack
 
 
 def excess(x: Tensor, images: Tensor, threat: Threat) -> Tensor:

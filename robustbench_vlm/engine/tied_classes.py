@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_vlm.engine import canonical, losses
+from robustbench_vlm.engine.check_record import Check, check
+from robustbench_vlm.errors import some
 from robustbench_vlm.types import Classify
 
 PROBE_SEED = 0
@@ -74,6 +76,13 @@ class DistinctClasses(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
         return self.tied.logits(self.classify(images))
+
+
+def check_of(tied: TiedClasses) -> Check:
+    """The record that says which classes were attacked as one."""
+    pairs = some([f"{k} as {tied.first[k]}" for k in tied.twins])
+    sentence = f"classes with the same logits for every image are attacked as one: {pairs}"
+    return check("tied-classes", "warn", float(len(tied.twins)), 0.0, sentence)
 
 
 def grouped(texts: Sequence[Hashable]) -> TiedClasses | None:

@@ -241,4 +241,5 @@ class Cell:
             "stop": self.chain.stop,
             "stages": self.chain.stage_records[: number + 1],
         }
-        return settings.results / "ledger" / subject.card.name / f"{store.fingerprint(config)[:32]}.jsonl"
+        folder = settings.results / "ledger" / store.file_name(subject.card.name)
+        return folder / f"{store.fingerprint(config)[:32]}.jsonl"

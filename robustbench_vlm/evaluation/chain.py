@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +13,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard, Stage
 from robustbench_vlm.engine.interface import Attack, Stop
 from robustbench_vlm.engine.job import Job, Stages
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.threat import Norm, Threat
 
 
@@ -41,9 +43,13 @@ class Chain:
         """The chain of a card of `suites/attacks` or of `--include`, or of a TOML file.
 
         Raises:
-            CardError: no such card, or an unknown attack or field in it.
+            CardError: no such card, an unknown attack or field in it, or code that it may not name.
         """
-        return cls.of(reader.read("attacks", name, AttackCard))
+        card = reader.read("attacks", name, AttackCard)
+        for stage in card.stage:
+            where = f"{reader.path('attacks', name)}, stage {stage.name!r:.80}"
+            plugins.require_allowed(stage.attack, where)
+        return cls.of(card)
 
     @property
     def name(self) -> str:
@@ -106,8 +112,7 @@ class Chain:
         """
         for name, attack in self.stages:
             if norm not in attack.norms:
-                others = [Chain.named(other) for other in reader.names("attacks")]
-                able = [other.name for other in others if other.supports(norm)]
+                able = [other.name for other in _runnable() if other.supports(norm)]
                 raise InputError(
                     f"attack {self.name}, stage {name}",
                     f"norm {norm!r}",
@@ -122,6 +127,13 @@ class Chain:
     def job(self, threat: Threat, n_classes: int, *, seed: int = 0, active_rows: int | None = None) -> Job:
         """The chain as an engine is given it; see `Job`."""
         return Job(self.stages, threat, self.rows, n_classes, active_rows, self.stop, seed)
+
+
+def _runnable() -> Iterator[Chain]:
+    """The chains of all cards that can be built; one that cannot has no say in what others support."""
+    for name in reader.names("attacks"):
+        with suppress(CardError):
+            yield Chain.named(name)
 
 
 def _attack(card: AttackCard, stage: Stage) -> Attack:

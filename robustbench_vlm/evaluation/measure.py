@@ -10,8 +10,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
@@ -19,11 +20,12 @@ from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.engine.job import Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
+from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.outcome import tally
-from robustbench_vlm.evaluation.stages import CellRun, Report
+from robustbench_vlm.evaluation.stages import CellRun, Remark, Report
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import result_file, verdicts
 from robustbench_vlm.results.result_file import Content
@@ -31,10 +33,15 @@ from robustbench_vlm.results.result_file import Content
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
 Examine = Callable[[], model_checks.Examined]
+Begin = Callable[[Cell, Cell | None], CellRun]
 
 
-def evaluate(subject: Subject, settings: EvalSettings, report: Report) -> Iterator[Path]:
+def evaluate(
+    subject: Subject, settings: EvalSettings, report: Report, remark: Remark = lambda _: None
+) -> Iterator[Path]:
     """Measure every cell of one model on one dataset; yields the JSON file of each cell once it is finished.
+
+    A finished cell whose files are damaged is made again; findings that its ledgers have are not run again.
 
     Raises:
         AttackError: an attack left the ball or the box.
@@ -44,10 +51,14 @@ def evaluate(subject: Subject, settings: EvalSettings, report: Report) -> Iterat
         smaller: Cell | None = None
         for rung in range(len(settings.ladder)):
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
-            if not cell.finished:
+            fault = _fault(cell) if cell.finished else ""
+            if fault:
+                remark(f"note: {fault}; this result is made again")
+            if fault or not cell.finished:
                 tf32 = settings.backend.precision.tf32
                 with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
-                    _measure(cell, smaller, report, examine, canonical.Record(file))
+                    clean = canonical.Record(file)
+                    _measure(cell, smaller, report, examine, partial(_begin, clean=clean, remark=remark))
             smaller = cell
             yield cell.path
 
@@ -69,9 +80,30 @@ def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_ch
     )
 
 
-def _measure(
-    cell: Cell, smaller: Cell | None, report: Report, examine: Examine, clean: canonical.Record
-) -> None:
+def _fault(cell: Cell) -> str:
+    """Why the files of a finished cell are not what this cell's outcome is read from; empty if they are."""
+    subject, path = cell.subject, cell.path
+    try:
+        result = result_file.read_one(path)
+        table = result.verdicts()
+        saved: dict[str, Tensor] | None = None
+        if cell.settings.save_images:
+            saved = load_file(path.with_suffix(".safetensors"))
+    except (InputError, SafetensorError, OSError) as error:
+        return str(error) if isinstance(error, InputError) else f"{path.with_suffix('.safetensors')}: {error}"
+    if store.fingerprint(result.config) != store.fingerprint(cell.config):
+        return f"{path}: its configuration is not the one that its name is the hash of"
+    images = (table.key.tolist(), table.label.tolist(), table.image_sha256.tolist())
+    if images != (list(subject.split.keys), subject.split.labels.tolist(), list(subject.image_shas)):
+        return f"{path.with_suffix('.parquet')}: verdicts of other images"
+    broken = table[table.broken_by != ""]
+    for key, sha256 in zip(broken.key, broken.adv_sha256, strict=True):
+        if saved is not None and (key not in saved or verdicts.image_sha256(saved[key]) != sha256):
+            return f"{path.with_suffix('.safetensors')}: the image {key} is missing or another one"
+    return ""
+
+
+def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine, begin: Begin) -> None:
     """Measure one cell.
 
     The JSON file is written last, so a cell that has one is complete.
@@ -82,13 +114,13 @@ def _measure(
             same adversarial image as evidence.
         report: called as images finish.
         examine: checks the model; called once for all radii of a chain.
-        clean: gets the clean logits.
+        begin: makes the verdicts before any attack.
     """
     started = time.perf_counter()
     subject, settings, path = cell.subject, cell.settings, cell.path
     path.parent.mkdir(parents=True, exist_ok=True)  # a name that the disk refuses must not cost an attack
     examined = examine()
-    run = _begin(cell, smaller, clean)
+    run = begin(cell, smaller)
     number, costs = 0, []
     for group in settings.backend.groups(cell.chain.stages):
         costs.append(run.attack(number, group, report))
@@ -108,12 +140,12 @@ def _measure(
     result_file.write(path, content, beside)
 
 
-def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record) -> CellRun:
-    """The model on its device, and the verdicts before any attack."""
+def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record, remark: Remark) -> CellRun:
+    """The model on its device, and the verdicts before any attack; `clean` gets the clean logits."""
     subject, settings, rows = cell.subject, cell.settings, cell.chain.rows
     classifier = subject.classifier(settings.device)
     predictions, margins = _clean_pass(cell, classifier, clean)
-    lost = None if smaller is None else pd.read_parquet(smaller.path.with_suffix(".parquet"))
+    lost = None if smaller is None else result_file.read_one(smaller.path).verdicts()
     lost = None if lost is None else lost[lost.broken_at_eps != ""]
     split = subject.split
     table = verdicts.begin(split.keys, split.labels, subject.image_shas, predictions, margins, lost)
@@ -124,7 +156,7 @@ def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record) -> CellRun
         canonical.padded(first, rows),
         subject.classifier(settings.device, bf16=True),
     )
-    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table)
+    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table, remark)
 
 
 def _clean_pass(

@@ -9,7 +9,6 @@ import pandas as pd
 from scipy.special import bdtr
 
 from robustbench_vlm.data import miniature
-from robustbench_vlm.data.dataset import majority
 from robustbench_vlm.evaluation.cells import Cell, Subject
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import eps_text
@@ -30,11 +29,10 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
     subject, chain = cell.subject, cell.chain
     n_classes, eps = subject.card.n_classes, eps_text(cell.settings.norm, cell.threat.eps)
     black_box_only = verdicts.broken_in(table, chain.black_box(subject.n_distinct), eps)
-    share = verdicts.largest_prediction_share(table)
-    errors = int((table.error != "").sum())
+    counts = verdicts.counts(table, chain.stage_names, eps)
     flags = {
-        "constant-predictor": share >= CONSTANT and n_classes > 1,
-        "error-rows": errors > 0,
+        "constant-predictor": counts["largest_prediction_share"] >= CONSTANT and n_classes > 1,
+        "error-rows": counts["errors"] > 0,
         "untrained-words": bool(subject.untrained),
         "bad-images": bool(subject.split.bad),
         "generated-images": (subject.split.folder / miniature.MARKER).exists(),
@@ -44,20 +42,12 @@ def tally(cell: Cell, table: pd.DataFrame, failed: Sequence[str]) -> dict[str, A
         **dict.fromkeys(subject.split.flags, True),
     }
     return {
-        "n": len(table),
+        **counts,
         "n_classes": n_classes,
-        "clean_correct": int(table.clean_correct.sum()),
-        "robust": verdicts.robust_after(table, chain.stage_names, eps),
-        "errors": errors,
         "square_only": black_box_only,
-        "majority": round(majority(subject.split.labels, n_classes), 6),
-        "largest_prediction_share": round(share, 6),
         "exposure": exposure(subject),
         "flags": sorted({name for name, raised in flags.items() if raised}.union(failed)),
         "substitutions": chain.substitutions(subject.n_distinct),
-        "forwards": int(table.forwards.sum()),
-        "backwards": int(table.backwards.sum()),
-        "verdicts_sha256": verdicts.sha256(table),
     }
 
 

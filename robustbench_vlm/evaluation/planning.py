@@ -266,7 +266,7 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
                 remark(f"note: {split.card.name}: {names}")
             for line in text_notes(subject):
                 remark(f"note: {split.card.name}: {line}")
-            for path in measure.evaluate(subject, plan.settings, numbered):
+            for path in measure.evaluate(subject, plan.settings, numbered, remark):
                 paths.append(path)
     return paths
 

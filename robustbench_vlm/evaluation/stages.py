@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from robustbench_vlm import store
+from robustbench_vlm import store, text_files
 from robustbench_vlm.engine import canonical
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.check_record import Check
 from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Stages
 from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.cells import Cell
+from robustbench_vlm.evaluation.ledgers import Ledger, image_path
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import eps_text
 from robustbench_vlm.types import Finding
 
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total) as images finish."""
+
+Remark = Callable[[str], None]
+"""Called with a line of log."""
 
 Line = dict[str, Any]
 """A line of a ledger: the finding of one stage on one image."""
@@ -39,12 +43,14 @@ class CellRun:
         watch: the model on the device, and what its attacks bring to light about it.
         clean: logits of the canonical pass on the clean images.
         table: verdicts of the images, which the stages fill in.
+        remark: called with a line about each line of a ledger that is not believed.
     """
 
     cell: Cell
     watch: AttackWatch
     clean: canonical.Record
     table: pd.DataFrame
+    remark: Remark = lambda _: None
 
     @property
     def eps(self) -> str:
@@ -68,7 +74,9 @@ class CellRun:
             Model calls that were made now, without those of an earlier run whose findings are in the ledgers.
         """
         subject, settings, rows = self.cell.subject, self.cell.settings, self.cell.chain.rows
-        ledgers = {name: self.cell.ledger(number + i) for i, (name, _) in enumerate(stages)}
+        ledgers = {name: self.ledger(number + i) for i, (name, _) in enumerate(stages)}
+        for ledger in ledgers.values():
+            text_files.require_own(ledger.path)
         standing = [int(i) for i in self.table.index[verdicts.standing(self.table)]]
         begin = self.resume(ledgers, standing)
         names = [subject.loaded.card.name, subject.card.name, " + ".join(ledgers), str(self.cell.threat)]
@@ -77,7 +85,7 @@ class CellRun:
         if not begin:
             return Cost()
         for ledger in ledgers.values():
-            store.mend(ledger)
+            ledger.mend()
         pixels: dict[str, Tensor] = {}  # of the images under attack, on the CPU
 
         def note(finding: Finding) -> None:
@@ -88,7 +96,7 @@ class CellRun:
             if i not in begin:  # recorded before; where noise is drawn in batches, a batch is run again whole
                 return
             self.watch.note(finding, image, int(subject.split.labels[i]))
-            self.record(i, finding, image, ledgers[finding.stage])
+            self.record(i, finding, image, ledgers[finding.stage].path)
             done += ended
             report(title, done, len(standing))
 
@@ -106,6 +114,10 @@ class CellRun:
         # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
         found = [check for check in seen if check.level == "fail"]
         return [*found, *attack_checks(self.table, self.cell.chain, n_classes, self.eps)], cost
+
+    def ledger(self, number: int) -> Ledger:
+        """The findings of stage `number`."""
+        return Ledger(self.cell.ledger(number), self.cell.threat, self.cell.subject.card.n_classes)
 
     def job(self, stages: Stages) -> Job:
         """These stages as the backend is given them."""
@@ -130,7 +142,7 @@ class CellRun:
         label = int(subject.split.labels[i])
         line = verdicts.line(finding, image, subject.image_shas[i], label, self.cell.threat)
         if self.cell.settings.save_images:  # before the line, which says that the image is there
-            store.write(_image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
+            store.write(image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
         store.append(ledger, line)
         verdicts.enter(self.table, i, line, finding.stage, self.eps)
 
@@ -151,7 +163,7 @@ class CellRun:
         logits, labels = self.clean.rows(members).to(device), subject.labels[members].to(device)
         return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
 
-    def resume(self, ledgers: Mapping[str, Path], standing: Sequence[int]) -> dict[int, int]:
+    def resume(self, ledgers: Mapping[str, Ledger], standing: Sequence[int]) -> dict[int, int]:
         """Enter the findings that ledgers have about some images into the table.
 
         Args:
@@ -163,6 +175,8 @@ class CellRun:
         """
         begin = dict.fromkeys(standing, 0)
         for stage, (name, ledger) in enumerate(ledgers.items()):
+            for fault in ledger.faults():
+                self.remark(f"note: {fault}: left out, and its image is attacked again")
             for i, line in self.recorded(ledger):
                 if begin.get(i) != stage:
                     continue
@@ -172,21 +186,21 @@ class CellRun:
                     del begin[i]
         return begin
 
-    def recorded(self, ledger: Path) -> Iterator[tuple[int, Line]]:
+    def recorded(self, ledger: Ledger) -> Iterator[tuple[int, Line]]:
         """Position and line of the images of this cell in a ledger.
 
         A line counts if it is about the same file with the same label and, where images are to be saved, if
         its adversarial image was.
         """
         subject = self.cell.subject
-        for line in store.records(ledger):
+        for line in ledger.records():
             i = self.positions.get(line["key"])
             if i is None or (line["image"], line["label"]) != (
                 subject.image_shas[i],
                 subject.split.labels[i],
             ):
                 continue
-            if not self.cell.settings.save_images or _image_path(ledger, line).exists():
+            if not self.cell.settings.save_images or ledger.image(line) is not None:
                 yield i, line
 
     def broken_images(self) -> dict[str, Tensor]:
@@ -194,15 +208,10 @@ class CellRun:
         found: dict[str, Tensor] = {}
         own = self.table[self.table.broken_at_eps == self.eps]
         for number, stage in enumerate(self.cell.chain.stage_names):
-            ledger = self.cell.ledger(number)
+            ledger = self.ledger(number)
             wanted = set(own.index[own.broken_by == stage])
             for i, line in self.recorded(ledger):
-                if i in wanted:
-                    found[line["key"]] = load_file(_image_path(ledger, line))["adv"]
+                image = ledger.image(line) if i in wanted else None
+                if image is not None:
+                    found[line["key"]] = image
         return found
-
-
-def _image_path(ledger: Path, line: Line) -> Path:
-    """The file of the adversarial image that a line of a ledger is about."""
-    identity = store.fingerprint([line["key"], line["image"], line["label"]])
-    return ledger.with_suffix("") / f"{identity[:24]}.safetensors"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from robustbench_vlm import store
+from robustbench_vlm import store, text_files
 from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import configuration, openclip, prompts
 from robustbench_vlm.models.canary import check_canary, take
@@ -166,6 +166,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         WeightsError: missing, or not safetensors.
     """
     try:
+        text_files.require_regular(path)
         state: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
         raise WeightsError(str(path), "no such file", "the weights that card.json describes") from None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from robustbench_vlm.errors import InputError
+from robustbench_vlm import tensor_files
+from robustbench_vlm.errors import InputError, WeightsError
 from robustbench_vlm.models.context_length import Tokenize, require_distinct
-from robustbench_vlm.store import cache_folder, fingerprint, write
+from robustbench_vlm.store import cache_folder, fingerprint
 from robustbench_vlm.types import TEMPLATES
 
 
@@ -92,12 +92,24 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
     key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
     path = cache_folder() / "text" / f"{key}.safetensors"
     try:
-        bank: Tensor = load_file(path)["bank"]
-    except (OSError, SafetensorError, KeyError):  # not there yet, or not whole: encode and write it
+        bank = _stored(path, key)
+    except (OSError, WeightsError):  # not there yet, or not as it was written: encode and write it
         flat = [sentence for group in sentences for sentence in group]
         embeddings = model.text(flat).cpu()
         sizes = [len(group) for group in sentences]
         bank = torch.stack([F.normalize(part.mean(0), dim=0) for part in torch.split(embeddings, sizes)])
         with suppress(OSError):  # a folder that cannot be written costs time, never the run
-            write(path, save({"bank": bank.contiguous()}))
+            tensor_files.write(path, {"bank": bank}, {"key": key})
     return bank.to(model.device)
+
+
+def _stored(path: Path, key: str) -> Tensor:
+    """A bank of the cache.
+
+    Raises:
+        WeightsError: missing, changed, of another key, or of before banks had a checksum.
+    """
+    found = tensor_files.read(path)
+    if not found.sealed or found.facts.get("key") != key or "bank" not in found.tensors:
+        raise WeightsError(str(path), "not the text bank that was stored there", do="delete it")
+    return found.tensors["bank"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SCHEMA = "vlmrob-leaderboard/2"
 """Raised whenever a column changes its meaning or spelling."""
@@ -93,3 +94,25 @@ def names(stages: Sequence[str]) -> list[str]:
         stages: names of the stages of all chains in the table.
     """
     return [*BEFORE_STAGES, *(STAGE + stage for stage in stages), *AFTER_STAGES]
+
+
+TEXTS = frozenset(name for name in (*BEFORE_STAGES, *AFTER_STAGES)) - {
+    *("params_m", "n", "n_requested", "n_classes", "canvas_px", "seed", "chance", "pgd_only"),
+    *("clean", "clean_ci_low", "clean_ci_high", "robust", "ci_low", "ci_high"),
+    *("clean_per_class", "robust_per_class"),
+}
+"""Columns that are no numbers, or numbers with a unit: a radius such as `4/255` stays a text."""
+
+
+def typed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its numbers as numbers; an empty entry is None."""
+    return {name: value if name in TEXTS else _number(value) for name, value in row.items()}
+
+
+def _number(value: object) -> int | float | None:
+    if isinstance(value, int | float):
+        return value
+    text = str(value)
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -15,6 +15,9 @@ from robustbench_vlm.results.stats import Paired
 
 COLUMNS = ("attack", "dataset", "n", "clean A-B", "clean p", "robust A-B", "robust p")
 
+LEVEL = 0.05
+"""p below which a difference is claimed."""
+
 ByContest = dict[tuple[Contest, str], Result]
 """The results of one model by contest and dataset."""
 
@@ -36,11 +39,42 @@ class Comparison:
     robust: Paired
 
     @property
+    def record(self) -> dict[str, str | int | float]:
+        """The line with numbers as numbers: differences in points, unrounded p."""
+        return {
+            "attack": self.attack,
+            "dataset": self.dataset,
+            "n": self.robust.n,
+            "clean_difference": round(100 * self.clean.difference, 4),
+            "clean_p": self.clean.p,
+            "robust_difference": round(100 * self.robust.difference, 4),
+            "robust_p": self.robust.p,
+        }
+
+    def sentence(self, a: str, b: str) -> str:
+        """Which of the two models is better at what, as far as the test can tell."""
+        parts = [_verdict(name, test) for name, test in (("clean", self.clean), ("robust", self.robust))]
+        return f"{self.attack}, {self.dataset}, {self.robust.n} images: {a} against {b}: {'; '.join(parts)}"
+
+    @property
     def texts(self) -> list[str]:
         """The line in the order of `COLUMNS`; differences in points."""
         tests = (self.clean, self.robust)
         numbers = [text for test in tests for text in (f"{100 * test.difference:+.2f}", f"{test.p:.3g}")]
         return [self.attack, self.dataset, str(self.robust.n), *numbers]
+
+
+def _verdict(what: str, test: Paired) -> str:
+    points = f"{100 * test.difference:+.2f} points {what}, p = {test.p:.3g}"
+    if test.p >= LEVEL:
+        return f"{points}: no difference can be claimed"
+    return f"{points}: {'better' if test.difference > 0 else 'worse'}"
+
+
+def conclusion(lines: Sequence[Comparison], a: str, b: str) -> list[str]:
+    """One sentence for every contest: about all its images together, else about its only dataset."""
+    last = {line.attack: line for line in lines}  # the pooled line, where there is one, ends its contest
+    return [line.sentence(a, b) for line in last.values()]
 
 
 def compare(results: Sequence[Result], a: str, b: str) -> list[Comparison]:

@@ -119,11 +119,12 @@ COLUMNS = tuple(column(f.name) for f in dataclasses.fields(Contest) if f.name no
 """Columns of the leaderboard that are made from a contest."""
 
 
-def table_title(columns: Mapping[str, Any], *, ambiguous: bool) -> str:
+def table_title(columns: Mapping[str, Any], n: str, *, ambiguous: bool) -> str:
     """What stands above a table of one contest.
 
     Args:
         columns: the contest as `Contest.columns` writes it.
+        n: number of images of a dataset, as text.
         ambiguous: whether another table has the same values in `TITLE`, so that the chain's fingerprint and
             the ladder have to be named too.
     """
@@ -132,5 +133,4 @@ def table_title(columns: Mapping[str, Any], *, ambiguous: bool) -> str:
     if not columns["engine"].startswith("native/") or columns["precision"] != "fp32":
         remark += f" · {columns['engine']}, {columns['precision']}"
     remark += f" · protocol {columns['protocol']}" if columns["protocol"] else ""
-    n = columns["n_requested"] or "all"
     return f"{columns['attack']} · {columns['norm']} {columns['eps']} · n = {n}{remark}"

@@ -7,54 +7,95 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from robustbench_vlm import safe_text
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.results import contest
+from robustbench_vlm.results import contest, flags
 
 
-def grids(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Title and grid of each contest: models down, datasets across, `clean / robust` in percent.
+def grids(rows: pd.DataFrame, intervals: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and grid of each contest: models down, means and then datasets across.
 
-    The model with the largest mean robust accuracy comes first. `!` marks a number with a flag.
+    Each entry is `clean / robust` in percent; `!` marks a number with a flag. The models stand in one order
+    in all grids, the one with the largest average robust accuracy first.
+
+    Args:
+        rows: of a leaderboard.
+        intervals: beginning of the names of the datasets whose entries get the 95 % interval of robust
+            accuracy; by default every entry has one.
     """
     if rows.empty:
         return
     columns = list(contest.COLUMNS)
     kinds = rows[columns].drop_duplicates()
     alike = Counter(kinds[list(contest.TITLE)].itertuples(index=False, name=None))
+    names = _names(rows)
+    strength = rows.robust.astype(float).groupby(names).mean().sort_values(ascending=False, kind="stable")
     for values, part in rows.groupby(columns, sort=False):
         shared = dict(zip(columns, values, strict=True))
         ambiguous = alike[tuple(shared[name] for name in contest.TITLE)] > 1
-        yield contest.table_title(shared, ambiguous=ambiguous), _grid(part)
+        title = contest.table_title(shared, n=_drawn(part), ambiguous=ambiguous)
+        yield title, _grid(part, list(strength.index), intervals)
 
 
-def _grid(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one contest as a grid."""
+def _names(rows: pd.DataFrame) -> pd.Series[str]:
+    return rows.model_id + rows.checkpoint_sha256.map(lambda sha: f" ({sha[:6]})")
+
+
+def _drawn(rows: pd.DataFrame) -> str:
+    """Number of images of a dataset as drawn, and what was asked for where that is more."""
+    requested = int(rows.n_requested.iloc[0])
+    sizes = sorted({int(n) for n in rows.n[rows.cell_sha256 != ""]})
+    if not sizes:
+        return str(requested or "all")
+    drawn = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    if not requested:
+        return f"{drawn} (all)"
+    return drawn if sizes == [requested] else f"{drawn} (of {requested} asked for)"
+
+
+def _grid(rows: pd.DataFrame, order: list[str], intervals: str) -> pd.DataFrame:
+    """The rows of one contest as a grid, the models in a given order."""
     flagged = rows.flag.map(lambda flag: " !" if flag else "")
-    rows = rows.assign(
-        entry=rows.clean + " / " + rows.robust + flagged,
-        row=rows.model_id + rows.checkpoint_sha256.map(lambda sha: f" ({sha[:6]})"),
-        value=rows.robust.astype(float),
+    limits = (" [" + rows.ci_low + ", " + rows.ci_high + "]").where(
+        rows.dataset.str.startswith(intervals), ""
     )
+    rows = rows.assign(entry=rows.clean + " / " + rows.robust + limits + flagged, row=_names(rows))
     grid = rows.pivot_table(index="row", columns="dataset", values="entry", aggfunc="first", sort=False)
-    strength = rows.groupby("row").value.mean().sort_values(ascending=False, kind="stable")
-    return grid.loc[strength.index].fillna("")
+    means_first = sorted(grid.columns, key=lambda name: not is_mean(name))
+    return grid.loc[[name for name in order if name in grid.index], means_first].fillna("")
+
+
+def is_mean(dataset: str) -> bool:
+    """Whether the entry `dataset` of a row is the name of a mean over datasets."""
+    return dataset == "mean" or dataset.startswith("mean:")
 
 
 def markdown(rows: pd.DataFrame, suite: Suite) -> bytes:
     """The page of a suite."""
+    code = suite.name.replace("`", "'")
     lines = [
-        f"# {suite.title}",
+        f"# {safe_text.markdown(suite.title)}",
         "",
-        f"Suite `{suite.name}` version {suite.version}. Each entry: clean / robust, %.",
+        f"Suite `{safe_text.line(code)}` version {suite.version}. Each entry: clean / robust, %; of a mean "
+        f"with the 95 % interval of robust accuracy. `{safe_text.line(code)}.csv` has every interval.",
         *_per_class_note(rows),
+        *_flag_note(rows),
     ]
-    for title, grid in grids(rows):
-        lines += ["", f"## {title}", "", "| model | " + " | ".join(grid.columns) + " |"]
+    for title, grid in grids(rows, "mean"):
+        columns = [safe_text.markdown(str(column)) for column in grid.columns]
+        lines += ["", f"## {safe_text.markdown(title)}", "", "| model | " + " | ".join(columns) + " |"]
         lines += ["|---|" + "---|" * len(grid.columns)]
         lines += [
-            f"| {model} | " + " | ".join(entries) + " |" for model, entries in grid.T.to_dict("list").items()
+            f"| {safe_text.markdown(str(model))} | " + " | ".join(entries) + " |"
+            for model, entries in grid.T.to_dict("list").items()
         ]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _flag_note(rows: pd.DataFrame) -> list[str]:
+    """What the flags say, where there are any."""
+    lines = [f"- {line}" for line in flags.legend(rows)]
+    return ["", "`!` marks a number that does not mean what it says:", "", *lines] if lines else []
 
 
 def _per_class_note(rows: pd.DataFrame) -> list[str]:
@@ -62,8 +103,9 @@ def _per_class_note(rows: pd.DataFrame) -> list[str]:
     names = list(dict.fromkeys(rows.dataset[rows.clean_per_class != ""]))
     if not names:
         return []
+    listed = safe_text.markdown(", ".join(names))
     where = "columns `clean_per_class` and `robust_per_class` of the CSV"
     return [
         "",
-        f"All numbers are top-1. The makers of {', '.join(names)} report the mean over classes: {where}.",
+        f"All numbers are top-1. The makers of {listed} report the mean over classes: {where}.",
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from robustbench_vlm import store
+from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard, Metric
@@ -54,7 +54,13 @@ def _metric(dataset: str) -> Metric:
 
 def _plain_pgd(attack: str) -> bool:
     """Whether a chain is plain PGD, as its card says; a chain whose card is not at hand is not."""
-    return attack in reader.names("attacks") and reader.read("attacks", attack, AttackCard).plain_pgd
+    if attack.removesuffix(reader.SHADOW) not in reader.names("attacks"):
+        return False
+    card = reader.read("attacks", attack, AttackCard)
+    if attack.endswith(reader.SHADOW) or not card.name.endswith(reader.SHADOW):
+        return card.plain_pgd
+    packaged = str(reader.home() / "attacks" / f"{attack}.toml")  # not the included card of its name
+    return reader.read("attacks", packaged, AttackCard).plain_pgd
 
 
 def _pgd_only(results: Sequence[Result]) -> dict[Path, int]:
@@ -80,8 +86,10 @@ def _images(result: Result) -> tuple[Any, ...]:
 
 
 def csv(table: pd.DataFrame) -> bytes:
-    """The CSV: fixed columns, two decimals, line ends LF."""
-    return table.to_csv(index=False, lineterminator="\n").encode()
+    """The CSV: fixed columns, two decimals, line ends LF; no text in it can be run as a formula."""
+    safe = table.map(lambda value: safe_text.csv(value) if isinstance(value, str) else value)
+    safe.columns = [safe_text.csv(str(column)) for column in table.columns]
+    return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
 def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[Path]]:
@@ -95,7 +103,8 @@ def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[P
         do = f"run vlmrob eval --suite {suite.name}"
         raise DataError(str(results), f"no results of suite {suite.name}", "at least one", do)
     made = table(found, suite)
-    files = {out / f"{suite.name}.csv": csv(made), out / f"{suite.name}.md": grids.markdown(made, suite)}
+    stem = store.file_name(suite.name)
+    files = {out / f"{stem}.csv": csv(made), out / f"{stem}.md": grids.markdown(made, suite)}
     for path, content in files.items():
         store.write(path, content)
     return made, list(files)

@@ -12,6 +12,7 @@ since it is hashed; `threat` beside it, and every other file, has the radius as 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +24,16 @@ import pandas as pd
 from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
-from robustbench_vlm.results import verdicts
+from robustbench_vlm.results import facts, verdicts
 from robustbench_vlm.results.contest import Contest
-from robustbench_vlm.threat import Threat
+from robustbench_vlm.threat import Threat, eps_text, parse_eps
 
 SCHEMA = "vlmrob-cell/1"
 HASHED = ("config", "outcome", "model", "stages")
 """Blocks that the fingerprint of a result is taken of; the others depend on machine and time."""
+
+COUNTED = ("n", "clean_correct", "robust", "errors")
+"""Counts that are compared with the verdicts in every result; results with `table_sha256` have more."""
 
 FOLDER = "cells"
 SAME_IMAGES = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256")
@@ -75,9 +79,16 @@ class Result:
         """Everything that decided the outcome."""
         return self.content.config
 
-    @property
+    @cached_property
     def outcome(self) -> Mapping[str, Any]:
-        """Counts of verdicts, and flags."""
+        """Counts of verdicts, and flags; given out only if the verdicts give the same counts.
+
+        Every table takes its counts from here.
+
+        Raises:
+            DataError: see `verdicts`.
+        """
+        self.verdicts()
         return self.content.outcome
 
     @cached_property
@@ -106,25 +117,51 @@ class Result:
         return self.contest.threat
 
     def verdicts(self) -> pd.DataFrame:
-        """The verdicts of every image, checked against the fingerprint in the result.
+        """The verdicts of every image, which must be those that the result was counted from.
 
         Raises:
-            DataError: the Parquet file is missing, or is not the one that the result was counted from.
+            DataError: the Parquet file is missing, unreadable or another one; its values cannot be; or the
+                counts in the JSON file are not its counts.
         """
         path = self.path.with_suffix(".parquet")
         do = f"delete {self.path} and run the same eval again"
         try:
             found = pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise DataError(str(path), f"unreadable ({error})", "the verdicts of the result", do) from None
-        if verdicts.sha256(found) != self.outcome["verdicts_sha256"]:
-            raise DataError(str(path), "other verdicts than the result was counted from", do=do)
+            what = f"unreadable ({str(error).splitlines()[0] if str(error) else 'no content'})"
+            raise DataError(str(path), what, "the verdicts of the result", do) from None
+        fault = verdicts.fault(found, self.stages, self.threat)
+        if fault:
+            raise DataError(str(path), fault, "verdicts as an evaluation writes them", do)
+        self._require_counts(found, path, do)
         return found
+
+    def _require_counts(self, found: pd.DataFrame, path: Path, do: str) -> None:
+        """Refuse counts that are not those of the verdicts; older results state fewer of them."""
+        stated = self.content.outcome
+        known = verdicts.counts(found, self.stages, self._spelled(found))
+        for name in ("verdicts_sha256", "table_sha256"):
+            if name in stated and stated[name] != known[name]:
+                raise DataError(str(path), "other verdicts than the result was counted from", do=do)
+        for name in known if "table_sha256" in stated else COUNTED:
+            if stated.get(name) != known[name]:
+                raise DataError(
+                    str(self.path),
+                    f"{name} is {json.dumps(stated.get(name)):.60}",
+                    f"{json.dumps(known[name]):.60}, counted from {path.name}",
+                    do,
+                )
+
+    def _spelled(self, found: pd.DataFrame) -> str:
+        """The radius as the table spells it, which differs between versions."""
+        norm, eps = self.threat.norm, self.threat.eps
+        texts = [text for text in found.broken_at_eps.unique() if text]
+        return next((text for text in texts if parse_eps(text, norm) == eps), eps_text(norm, eps))
 
 
 def folder_of(results: Path, model: str, sha256: str, dataset: str) -> Path:
     """The folder of all results of a model on a dataset."""
-    return results / FOLDER / f"{model}-{sha256[:8]}" / dataset
+    return results / FOLDER / f"{store.file_name(model)}-{sha256[:8]}" / store.file_name(dataset)
 
 
 def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
@@ -138,7 +175,8 @@ def path_of(results: Path, config: Mapping[str, Any], n: int) -> Path:
     folder = folder_of(results, config["model"], config["model_sha256"], config["dataset"])
     hashed = store.fingerprint(config)[:10]
     norm, eps = config["norm"], Contest.of(config).columns["eps"].replace("/", "_")
-    path: Path = folder / f"{config['attack']}-{norm}-{eps}-n{n}-{hashed}.json"
+    shown = store.file_name(f"{config['attack']}-{norm}-{eps}-n{n}")
+    path: Path = folder / f"{shown}-{hashed}.json"
     return path if path.exists() else next(iter(sorted(folder.glob(f"*-{hashed}.json"))), path)
 
 
@@ -173,12 +211,16 @@ def read_one(path: Path) -> Result:
         DataError: no result, or its content is not what its fingerprint says.
     """
     blocks = store.read_json(path)
+    do = "move it out of the results folder"
     if not isinstance(blocks, dict) or blocks.get("schema") != SCHEMA or not blocks.keys() >= {*HASHED}:
-        raise DataError(str(path), "not a result", SCHEMA, "move it out of the results folder")
+        raise DataError(str(path), "not a result", SCHEMA, do)
     content = Content(**{name: blocks[name] for name in HASHED})
+    again = "delete it and run the same eval again"
     if blocks.get("sha256") != content.sha256:
-        do = "delete it and run the same eval again"
-        raise DataError(str(path), "its content does not match its fingerprint", "it as it was written", do)
+        raise DataError(
+            str(path), "its content does not match its fingerprint", "it as it was written", again
+        )
+    facts.require(blocks, str(path), again)
     return Result(path, content)
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from robustbench_vlm.store import fingerprint
+from robustbench_vlm.results import columns
+from robustbench_vlm.store import canonical, fingerprint
 from robustbench_vlm.threat import Threat
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ FOUND = (
     *("broken_by", "broken_at_eps", "target", "restart", "iteration"),
     *("adv_prediction", "adv_margin", "distance", "adv_sha256"),
 )
+LINE: Mapping[tuple[type, ...], Sequence[str]] = {
+    (str,): ("key", "image", "error", "adv_sha256"),
+    (bool,): ("broken",),
+    (int,): ("label", "target", "restart", "iteration", "prediction", *SPENT),
+    (int, float): ("distance",),
+    (int, float, type(None)): ("margin",),
+}
+"""Entries of a line of a ledger by the types that they may have; `progress` is not in the oldest."""
+
 """Columns about the adversarial image. An image that was broken at a smaller radius has them from there."""
 
 
@@ -129,8 +139,13 @@ def line(finding: Finding, image: Tensor, image_sha: str, label: int, threat: Th
         "progress": finding.progress,
         "error": finding.error,
         "distance": _distance(delta, threat.norm),
-        "adv_sha256": hashlib.sha256(finding.adv.contiguous().numpy().tobytes()).hexdigest(),
+        "adv_sha256": image_sha256(finding.adv),
     }
+
+
+def image_sha256(image: Tensor) -> str:
+    """SHA-256 of the values of an image on the CPU."""
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _distance(delta: Tensor, norm: str) -> float:
@@ -216,6 +231,100 @@ def largest_prediction_share(table: pd.DataFrame) -> float:
     return float(table.clean_prediction.value_counts(normalize=True).max())
 
 
+def majority(table: pd.DataFrame) -> float:
+    """Accuracy of the best constant predictor: share of the most frequent class among the labels."""
+    return float(table.label.value_counts(normalize=True).max())
+
+
+def counts(table: pd.DataFrame, stages: Sequence[str], eps: str) -> dict[str, Any]:
+    """Every number of an outcome that is a function of the verdicts, under the names that results give them.
+
+    Results are written with these counts, and read back only if the verdicts still give them.
+
+    Args:
+        table: the verdicts.
+        stages: names of the stages of the chain, in order.
+        eps: the radius as the table spells it.
+    """
+    return {
+        "n": len(table),
+        "clean_correct": int(table.clean_correct.sum()),
+        "robust": robust_after(table, stages, eps),
+        "errors": int((table.error != "").sum()),
+        "majority": round(majority(table), 6),
+        "largest_prediction_share": round(largest_prediction_share(table), 6),
+        "forwards": int(table.forwards.sum()),
+        "backwards": int(table.backwards.sum()),
+        "verdicts_sha256": sha256(table),
+        "table_sha256": table_sha256(table),
+    }
+
+
+def fault(table: pd.DataFrame, stages: Sequence[str], threat: Threat) -> str:
+    """What in a table of verdicts cannot be, whoever wrote it; empty if nothing.
+
+    Args:
+        table: the verdicts.
+        stages: names of the stages of the chain.
+        threat: the ball, of the largest radius that was attacked.
+    """
+    missing = [name for name in EVIDENCE + FOUND if name not in table]
+    if missing:
+        return f"no column {missing[0]!r}"
+    right = (table.clean_prediction == table.label) & np.isfinite(table.clean_margin)
+    faults = {
+        "a key that occurs twice": table.key.duplicated(),
+        "clean_correct that is not whether clean_prediction is the label": table.clean_correct != right,
+        "a stage that the chain does not have": ~table.broken_by.isin(["", *stages]),
+        "broken_by without broken_at_eps": (table.broken_by == "") != (table.broken_at_eps == ""),
+        "a broken image that is wrong when clean": (table.broken_by != "") & ~right,
+        f"a distance above the radius {threat}": ~(table.distance <= float(threat.eps) + 2 * threat.slack),
+    }
+    for what, rows in faults.items():
+        if rows.any():
+            return f"image {table.key[rows.to_numpy()].iloc[0]}: {what}"
+    return ""
+
+
 def sha256(table: pd.DataFrame) -> str:
     """Fingerprint of the evidence, independent of file format and of how the work was scheduled."""
     return fingerprint(table[list(EVIDENCE)].to_numpy().tolist())
+
+
+def table_sha256(table: pd.DataFrame) -> str:
+    """Fingerprint of every value of every column of `columns.VERDICTS`, independent of the file format."""
+    digest = hashlib.sha256()
+    for name in columns.VERDICTS:
+        values = table[name].to_numpy()
+        if values.dtype.kind in "biuf":
+            wide = values.astype("<f8" if values.dtype.kind == "f" else "<i8")
+            if values.dtype.kind == "f":
+                wide[np.isnan(wide)] = np.nan  # every NaN has the same bits
+            content = wide.tobytes()
+        else:
+            content = canonical(values.tolist())
+        digest.update(canonical([name, len(values)]) + content)
+    return digest.hexdigest()
+
+
+def line_fault(line: Mapping[str, Any], threat: Threat, n_classes: int) -> str:
+    """What in a line of a ledger cannot be, whoever wrote it; empty if nothing.
+
+    Args:
+        line: as `line` makes it.
+        threat: the ball of the ledger.
+        n_classes: of the dataset.
+    """
+    for kinds, names in LINE.items():
+        for name in names:
+            if not isinstance(line.get(name), kinds) or (isinstance(line[name], bool) and bool not in kinds):
+                return f"{name} is {line.get(name)!r:.40}"
+    if not 0 <= line["distance"] <= float(threat.eps) + threat.slack:
+        return f"distance {line['distance']:.6g} is outside {threat}"
+    if any(line[name] < 0 for name in SPENT):
+        return "a negative count of model calls"
+    if not 0 <= line["prediction"] < n_classes or not 0 <= line["label"] < n_classes:
+        return f"a class outside 0 to {n_classes - 1}"
+    if line["broken"] and line["prediction"] == line["label"]:
+        return "a broken image whose prediction is its label"
+    return ""

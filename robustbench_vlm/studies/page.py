@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from robustbench_vlm import safe_text
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN, VAL, Findings, geometric, median
 
@@ -36,7 +37,7 @@ def _head(findings: Findings) -> list[str]:
     fewer = f" --seeds {len(findings.seeds)}" if len(findings.seeds) < len(study.seeds) else ""
     files = [f"`{study.name}.csv`", *([f"`{study.name}-summary.csv`"] if study.curves else [])]
     return [
-        f"# {study.title}",
+        f"# {safe_text.markdown(study.title)}",
         "",
         f"Made by `vlmrob study {study.name}{fewer}`; the numbers are in {' and '.join(files)}.",
         f"{len(study.arm)} arms, {_count(len(findings.seeds), 'seed')} each: {optim.steps} steps of batch "
@@ -52,9 +53,12 @@ def _head(findings: Findings) -> list[str]:
 def _accuracies(findings: Findings) -> list[str]:
     """Mean accuracies over seeds."""
     columns = ["arm", "", *(f"{PART_TITLES[p]}, {kind}" for p in findings.parts for kind in KINDS)]
-    rows = [
-        [arm.name, arm.title, *(_mean(findings.mean(arm.name, p, k)) for p in findings.parts for k in KINDS)]
+    accuracies = {
+        arm.name: [_mean(findings.mean(arm.name, p, k)) for p in findings.parts for k in KINDS]
         for arm in findings.study.arm
+    }
+    rows = [
+        [*map(safe_text.markdown, (arm.name, arm.title)), *accuracies[arm.name]] for arm in findings.study.arm
     ]
     return ["## Accuracy at the end, %", "", *_table(columns, rows)]
 
@@ -69,7 +73,8 @@ def _differences(findings: Findings) -> list[str]:
     for arm in study.arm:
         if arm.name == study.baseline:
             continue
-        row = [arm.name, *(_mean(findings.difference(arm.name, p, k), "+") for p in parts for k in KINDS)]
+        row = [safe_text.markdown(arm.name)]
+        row += [_mean(findings.difference(arm.name, p, k), "+") for p in parts for k in KINDS]
         row += [", ".join(f"{p:.2g}" for p in findings.p_values(arm.name, *test)) for test in tested]
         rows.append(row)
     return [
@@ -96,7 +101,7 @@ def _speed(findings: Findings) -> list[str]:
         middle = median(reached, math.inf)
         rows.append(
             [
-                arm.name,
+                safe_text.markdown(arm.name),
                 f"{sum(at is not None for at in reached)} of {len(reached)}",
                 "never" if math.isinf(middle) else f"{middle:.0f}",
                 _ratio(findings.speedups(arm.name, timed=False)),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from robustbench_vlm import devices, store
-from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards import overrides, plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.study import Arm, Final, Study
@@ -62,7 +62,7 @@ class StudyRun:
         attack = chain.model_dump(mode="json", exclude={"plain_pgd"})  # younger than runs on disk
         suite = reader.read("suites", final.suite, Suite).model_dump(mode="json")
         known = {"attack": attack, "suite": suite, "n": final.n}
-        return self.folder / f"cells-{final.attack}-{store.fingerprint(known)[:12]}.json"
+        return self.folder / f"cells-{store.file_name(final.attack)}-{store.fingerprint(known)[:12]}.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:
     """
     where = f"study {study.name}, arm {arm.name}"
     table = reader.toml(reader.path("recipes", arm.recipe))
+    defense = table.get("defense")
+    plugins.require_allowed(str(defense.get("name")) if isinstance(defense, dict) else "", where)
     table = overrides.override(table, [*study.set, *arm.set])
     table |= {"seed": seed, "notes": (), "probe": study.probe.model_dump(mode="json")}
     return reader.parse(table, Recipe, where)
@@ -116,7 +118,7 @@ def runs(study: Study, out: Path, seeds: int | None = None) -> list[StudyRun]:
             first = found.get(recipe.fingerprint)
             if first is not None:
                 raise CardError(f"study {study.name}", f"arms {first.arm} and {arm.name} are one recipe")
-            folder = out / f"{recipe.name}-s{seed}-{recipe.fingerprint[:12]}"
+            folder = out / f"{store.file_name(recipe.name)}-s{seed}-{recipe.fingerprint[:12]}"
             found[recipe.fingerprint] = StudyRun(arm.name, seed, recipe, folder)
     return list(found.values())
 
@@ -170,7 +172,8 @@ def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Ite
             while waiting and len(running) < resources.jobs:
                 run = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                known = (run, study.final, resources, reader.card_folders(), sender)
+                cards = (reader.card_folders(), plugins.code_allowed())
+                known = (run, study.final, resources, cards, sender)
                 process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
                 process.start()
                 sender.close()
@@ -200,7 +203,7 @@ def _require_success(run: StudyRun, exitcode: int | None, receiver: Connection) 
 
 
 def _worker(
-    run: StudyRun, final: Final, resources: Resources, include: list[Path], sender: Connection
+    run: StudyRun, final: Final, resources: Resources, cards: tuple[list[Path], bool], sender: Connection
 ) -> None:
     """What one process does; a known error is sent to the parent as its message."""
     signal.signal(
@@ -208,7 +211,9 @@ def _worker(
     )  # Ctrl-C goes to the parent too, which then ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    include, allowed = cards
     reader.include(include)
+    plugins.allow_code(allowed)
     try:
         with _alone(run.folder):
             _train_and_attack(run, final, resources)

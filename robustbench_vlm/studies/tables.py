@@ -10,6 +10,7 @@ import math
 
 import pandas as pd
 
+from robustbench_vlm.results import leaderboard
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.findings import KINDS, VAL, Findings, geometric, median
 
@@ -114,4 +115,4 @@ def _interval(key: str, mean: Mean | None, digits: int = 2) -> Row:
 
 def csv(table: pd.DataFrame) -> bytes:
     """The CSV: fixed columns, LF."""
-    return table.to_csv(index=False, lineterminator="\n").encode()
+    return leaderboard.csv(table)

@@ -22,7 +22,7 @@ def continue_at(out: Path, step: int) -> Path | None:
     if not log.exists():
         return None
     valid = [line for line in store.records(log) if step and line["step"] <= step]
-    content = b"".join(store.canonical(line) + b"\n" for line in valid)
+    content = b"".join(store.sealed(line, log.name) for line in valid)
     if content == log.read_bytes():
         return None
     number = 1

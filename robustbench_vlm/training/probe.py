@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from robustbench_vlm.defenses.losses import ce
@@ -39,3 +41,8 @@ def probe(setup: Setup) -> dict[str, float]:
             clean, robust = (roles.logits("student", images).argmax(1) for images in (batch.images, adv))
     correct = {"clean": clean == batch.labels} | ({"robust": robust == batch.labels} if inner else {})
     return {name: round(float(hits.float().mean()), 4) for name, hits in correct.items()}
+
+
+def probe_text(found: Mapping[str, float]) -> str:
+    """What a probe found, in percent as tables have it: `clean 93.75 %, robust 1.25 %`."""
+    return ", ".join(f"{name} {100 * share:.2f} %" for name, share in found.items())

@@ -73,7 +73,10 @@ def defense_class(name: str) -> type[Defense]:
 
 def _read(name: str, settings: Sequence[str]) -> Recipe:
     path = reader.path("recipes", name)
-    return _parsed(reader.toml(path), settings, str(path))
+    table = reader.toml(path)
+    if not any(setting.startswith(("defense=", "defense.name=")) for setting in settings):  # typed
+        plugins.require_allowed(_defense_of(table), f"{path}, defense.name")
+    return _parsed(table, settings, str(path))
 
 
 def _parsed(table: dict[str, Any], settings: Sequence[str], where: str) -> Recipe:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from robustbench_vlm import store
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.training import loop, teacher_cache
+from robustbench_vlm.training import inputs, loop, teacher_cache
+from robustbench_vlm.training.prepare import build_defense
+from robustbench_vlm.training.probe import probe_text
+from robustbench_vlm.training.state import saved_step
 
 Meter = Callable[..., None]
 """Called with (what, done, total), and with a note where there is one."""
@@ -17,7 +21,29 @@ Meter = Callable[..., None]
 
 def folder_of(recipe: Recipe) -> Path:
     """The checkpoint folder of a run that was given none: `runs/<recipe>-<hash>`."""
-    return Path("runs") / f"{recipe.name}-{recipe.fingerprint[:8]}"
+    return Path("runs") / f"{store.file_name(recipe.name)}-{recipe.fingerprint[:8]}"
+
+
+def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
+    """What `run_recipe` would do, one line each; nothing is loaded, rendered or written.
+
+    Raises:
+        InputError: `out` belongs to another recipe, or models or the dataset are missing.
+    """
+    loop.refuse_other_runs(out, recipe)
+    build_defense(recipe)
+    inputs.require(recipe, data_root)
+    if (out / "card.json").exists():
+        return [f"{out} is finished already, by this very recipe: nothing would be trained"]
+    step, threat = saved_step(out), recipe.inner.threat if recipe.inner else "no adversary"
+    begins = f"going on at step {step}" if step else "from step 0"
+    teachers = ", ".join(f"{role} {model}" for role, model in recipe.teachers.items()) or "none"
+    return [
+        f"{recipe.name}: {recipe.optim.steps} steps of {recipe.optim.batch_size} images, {threat}, {begins}",
+        f"student {recipe.student}; teachers: {teachers}",
+        f"data: {recipe.data.dataset}, split {recipe.data.split}, below {data_root}",
+        f"into {out}",
+    ]
 
 
 def run_recipe(
@@ -54,13 +80,14 @@ def run_recipe(
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     loop.refuse_other_runs(out, recipe)  # before anything is rendered
+    inputs.require(recipe, data_root)
     where = choose_device(device)
     if write.make_missing(data_root, meter, [recipe.data.dataset]):
         remark(f"rendered the tiny world into {data_root}")
 
     def report(line: loop.Line) -> None:
         if "probe" in line:
-            remark(f"step {line['step']}: probe {line['probe']}")
+            remark(f"step {line['step']}: {probe_text(line['probe'])} on validation images")
         else:
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 

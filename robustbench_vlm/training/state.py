@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from robustbench_vlm import store
+from robustbench_vlm import tensor_files
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models import checkpoint
 from robustbench_vlm.training.setup import Setup
@@ -59,17 +57,37 @@ def resumed(setup: Setup, out: Path) -> TrainingState:
     files = checkpoint_files(out)
     if not files:
         return state
-    tensors = {k: v.to(setup.device) for k, v in checkpoint.read_state(files[-1]).items()}
-    with safe_open(files[-1], framework="pt") as file:
-        facts = file.metadata() or {}
-    if facts.get("recipe") != setup.recipe.fingerprint:
-        raise InputError(str(files[-1]), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
+    found = _read(files[-1], setup)
+    tensors = {k: v.to(setup.device) for k, v in found.tensors.items()}
     _require_known(tensors, setup, files[-1])
     _load_weights(tensors, setup, str(files[-1]))
     _load_moments(tensors, setup, state.optimiser)
     state.carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
-    state.step = int(facts["step"])
+    state.step = int(found.facts["step"])
     return state
+
+
+FACTS = {"step", "recipe"}
+"""What a checkpoint file says beside its tensors."""
+
+
+def _read(path: Path, setup: Setup) -> tensor_files.TensorFile:
+    """A checkpoint file of this recipe, which is as it was written.
+
+    Raises:
+        InputError: another recipe, other content than the checksum says, or a step that cannot be.
+    """
+    do = f"delete {path}, and training goes on from the checkpoint before it"
+    found = tensor_files.read(path, do)
+    if found.facts.keys() != FACTS:  # also where damage hit the name of the checksum
+        raise InputError(str(path), f"facts {sorted(found.facts)}", str(sorted(FACTS)), do)
+    if found.facts["recipe"] != setup.recipe.fingerprint:
+        raise InputError(str(path), "a checkpoint of another recipe", setup.recipe.fingerprint[:12])
+    wanted = path.stem.removeprefix("step_").lstrip("0") or "0"
+    if found.facts["step"] != wanted or int(wanted) > setup.recipe.optim.steps:
+        expected = f"{wanted}, at most {setup.recipe.optim.steps}"
+        raise InputError(str(path), f"step {found.facts['step']!r:.20}", expected, do)
+    return found
 
 
 def _require_known(tensors: Mapping[str, Tensor], setup: Setup, path: Path) -> None:
@@ -115,10 +133,7 @@ def save_state(out: Path, setup: Setup, state: TrainingState) -> None:
         moments = state.optimiser.state.get(parameter, {})
         tensors |= {f"optim.{index}.{k}": v for k, v in moments.items() if v is not None}
     facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
-    content = save(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=facts
-    )
-    store.write(_path(out, state.step), content)
+    tensor_files.write(_path(out, state.step), tensors, facts)
 
 
 def checkpoint_files(out: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """Outputs of frozen teachers on clean training images, computed once and stored between epochs and runs.
 
 Training images are not augmented, so the embedding that a teacher gives an image is always the same. A file
-has one row per image: a checksum, then the embedding in fp32. The checksum is a hash of the encoded image and
-the embedding, so a row that was never written, was torn by a kill, or belongs to another image under the same
-key does not match and is computed again. Everything else that the bits depend on (weights, selection,
-resolution, rows of a call, precision, machine) is hashed into the file's name and written in the JSON beside
-it.
+has one row per image: a checksum, then the embedding in fp32. The checksum is a hash of the encoded image,
+the embedding and the name of the file, so a row that was never written, was torn by a kill, or belongs to
+another image under the same key or to another file does not match and is computed again. Everything else that
+the bits depend on (weights, selection, resolution, rows of a call, precision, machine) is hashed into the
+file's name and written in the JSON beside it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TeacherCache:
         missing = [
             i
             for i, row in enumerate(found)
-            if row[:CHECKSUM].tobytes() != _checksum(batch.sha256[i], row[CHECKSUM:])
+            if row[:CHECKSUM].tobytes() != self._checksum(batch.sha256[i], row[CHECKSUM:])
         ]
         if not missing:
             stored = torch.from_numpy(found[:, CHECKSUM:].copy().view("<f4"))
@@ -109,11 +109,12 @@ class TeacherCache:
         with self.path.open("r+b", buffering=0) as file:
             for position, sha256, embedding in lines:
                 file.seek(position * self.rows.shape[1])
-                file.write(_checksum(sha256, embedding) + embedding.tobytes())
+                file.write(self._checksum(sha256, embedding) + embedding.tobytes())
 
-
-def _checksum(image_sha256: str, embedding: np.ndarray) -> bytes:
-    return hashlib.blake2b(embedding.tobytes() + image_sha256.encode(), digest_size=CHECKSUM).digest()
+    def _checksum(self, image_sha256: str, embedding: np.ndarray) -> bytes:
+        """Of a row: it holds for one image in one file, so a row from another teacher's file fails it."""
+        content = embedding.tobytes() + image_sha256.encode() + self.path.stem.encode()
+        return hashlib.blake2b(content, digest_size=CHECKSUM).digest()
 
 
 def open_cache(folder: Path, source: store.Facts, split: Split, width: int) -> TeacherCache:

@@ -1,0 +1,65 @@
+"""Read a ledger: the findings of one stage, with every line checked before it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from robustbench_vlm import store
+from robustbench_vlm.results import verdicts
+from robustbench_vlm.threat import Threat
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The findings of one stage of a chain.
+
+    Attributes:
+        path: the file, which need not exist.
+        threat: the ball of the attack.
+        n_classes: of the dataset.
+    """
+
+    path: Path
+    threat: Threat
+    n_classes: int
+
+    def lines(self) -> Iterator[tuple[store.Line, str]]:
+        """Every complete line, and why it is not believed; empty for the lines that are."""
+        for line in store.lines(self.path):
+            yield line, line.damage or verdicts.line_fault(line.record, self.threat, self.n_classes)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What the lines say that are believed."""
+        return (line.record for line, fault in self.lines() if not fault)
+
+    def faults(self) -> list[str]:
+        """One sentence for each line that is not believed: where it is and why."""
+        return [f"{self.path}, line {line.number}: {fault}" for line, fault in self.lines() if fault]
+
+    def mend(self) -> None:
+        """Remove a half-written last line and every line that is not believed; others are then appended."""
+        store.mend(self.path)
+        lines = list(self.lines())
+        if any(fault for _, fault in lines):
+            store.write(self.path, b"".join(line.text for line, fault in lines if not fault))
+
+    def image(self, record: dict[str, Any]) -> Tensor | None:
+        """The saved adversarial image of a finding, (3, H, W); None if it is missing or is another one."""
+        try:
+            saved: Tensor | None = load_file(image_path(self.path, record)).get("adv")
+        except (OSError, SafetensorError):
+            return None
+        return saved if saved is not None and verdicts.image_sha256(saved) == record["adv_sha256"] else None
+
+
+def image_path(ledger: Path, record: dict[str, Any]) -> Path:
+    """The file of the adversarial image that a line of a ledger is about."""
+    identity = store.fingerprint([record["key"], record["image"], record["label"]])
+    return ledger.with_suffix("") / f"{identity[:24]}.safetensors"

@@ -1,0 +1,61 @@
+"""What a recipe needs on this machine, looked for before anything is loaded; torch is not imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.model import ModelCard
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.data import dataset
+from robustbench_vlm.errors import DataError, InputError, WeightsError
+from robustbench_vlm.models import model_ids, public
+
+
+def missing(recipe: Recipe, data_root: Path) -> list[InputError]:
+    """The models that name nothing or have no weights here, and the dataset if it is not below the root.
+
+    Weights of open_clip that are not in its cache are downloaded when they are loaded, so they are not
+    missing. A dataset of the tiny world is rendered, so it is not missing either.
+
+    Raises:
+        CardError: no such dataset.
+    """
+    found: list[InputError] = []
+    for name in dict.fromkeys([recipe.student, *recipe.teachers.values()]):
+        try:
+            _require_model(name)
+        except WeightsError as error:
+            found.append(error)
+    card = reader.read("datasets", recipe.data.dataset, DatasetCard)
+    if card.made_by != "tiny" and not (data_root / card.folder).is_dir():
+        do = dataset.how_to_get(card, data_root)
+        found.append(DataError(f"dataset {card.name}", f"not below {data_root}", str(card.folder), do))
+    return found
+
+
+def require(recipe: Recipe, data_root: Path) -> None:
+    """Refuse a recipe whose models or dataset are missing.
+
+    Raises:
+        InputError: the message has all that is missing, not only the first.
+    """
+    found = missing(recipe, data_root)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        lines = "\n  ".join(str(error) for error in found)
+        raise InputError(
+            f"recipe {recipe.name}", f"{len(found)} inputs are missing", "all", f"see\n  {lines}"
+        )
+
+
+def _require_model(name: str) -> None:
+    model_ids.require(name)
+    if name in reader.names("models") and model_ids.folder_of(name) is None:
+        card = reader.read("models", name, ModelCard)
+        if card.loader == "none" or (card.loader != "open_clip" and not public.here(card)):
+            public.require(card)  # says what to download, or that the weights were never published
+    elif model_ids.is_weights(name) and not Path(name).is_file():
+        raise WeightsError(f"model {name}", "no such file", "a file of weights", "check the path")

@@ -1,0 +1,254 @@
+"""Names become neither paths nor another thing's name, and code runs only where somebody named it."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import command_line
+import pytest
+import toys
+from test_fingerprints import subject
+
+from robustbench_vlm import store
+from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.data import export
+from robustbench_vlm.errors import CardError
+from robustbench_vlm.evaluation.cells import Cell
+from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.results import leaderboard, result_file
+from robustbench_vlm.studies import runner
+from robustbench_vlm.training import resolve
+from robustbench_vlm.training.run import folder_of
+
+HOSTILE = (
+    *(
+        "",
+        ".",
+        "..",
+        "...",
+        "/",
+        "//",
+        "../../x",
+        "/etc/passwd",
+        "a/../../b",
+        "..\\..\\x",
+        "C:\\x",
+        "~",
+        "~root",
+    ),
+    *("a\x00b", "a\nb", "a\r\nb", "\t", "\x1b[31mred", "\x9b31m", "a\u202eb", "\u200f", "\u2028", "\ufeffx"),
+    *(
+        "x" * 300,
+        "\u00e9" * 200,
+        "\U0001f600" * 90,
+        "a/" * 150,
+        "." + "x" * 200,
+        ".hidden",
+        "-rf",
+        "- x",
+        " x ",
+    ),
+    *(
+        "x.",
+        "CON",
+        "nul.txt",
+        "com1",
+        "*?<>|\"'",
+        "$(id)",
+        "`id`",
+        "%2e%2e%2f",
+        "\ud800",
+        "a;b&c",
+        "#x",
+        "x\x7f",
+    ),
+)
+
+
+def require_inside(path, root):
+    """The path is below the root, and each part can be made on any common file system."""
+    parts = path.relative_to(root).parts
+    assert parts
+    for part in parts:
+        assert part not in ("", ".", "..")
+        assert part.isprintable()
+        assert len(part.encode()) <= 220
+        assert not set(part) & set('/\\\x00*?<>|"')
+        assert not part.endswith((".", " "))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.unlink()
+
+
+def test_there_are_forty_hostile_names():
+    assert len(set(HOSTILE)) >= 40
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_no_writer_makes_a_path_of_a_name(name, tmp_path):
+    card = toys.dataset_card()
+    object.__setattr__(card, "name", name)
+    what = subject(card)
+    what.loaded.card.name = name
+    chain = Chain.of(toys.chain("aa", "ce"))
+    object.__setattr__(chain.card, "name", name)
+    cell = Cell(what, chain, toys.request(tmp_path, toys.chain("aa", "ce")), (toys.Fraction(4, 255),))
+    config = {**{**cell.config, "subset_sha256": ""}, "model_sha256": "c" * 64}
+    printable = name.encode("utf-8", "replace").decode()  # half a character has no fingerprint
+    for key in ("model", "dataset", "attack"):
+        config[key] = printable
+    require_inside(result_file.path_of(tmp_path, config, 10), tmp_path)
+    require_inside(tmp_path / "ledger" / store.file_name(name) / "x.jsonl", tmp_path)
+    recipe = SimpleNamespace(name=name, fingerprint="f" * 64)
+    require_inside(folder_of(recipe), Path("runs"))
+    study = runner.StudyRun("arm", 0, recipe, tmp_path)
+    assert study.folder == tmp_path
+    folder = export.write_cards(tmp_path / "data", printable, "test", ("a",), 1)
+    for path in folder.rglob("*.toml"):
+        require_inside(path, tmp_path / "data")
+    assert [p for p in tmp_path.parent.iterdir() if p.name == "x" or "passwd" in p.name] == []
+
+
+def test_a_table_is_written_where_it_was_asked_for(tmp_path, monkeypatch):
+    suite = Suite(name="../../x", title="x", datasets=("a",), eps=("4/255",))
+    monkeypatch.setattr(leaderboard, "table", lambda *_: leaderboard.pd.DataFrame())
+    monkeypatch.setattr(result_file, "of_suite", lambda *_: [1])
+    monkeypatch.setattr(leaderboard.grids, "markdown", lambda *_: b"")
+    _, files = leaderboard.render(tmp_path, suite, tmp_path / "out")
+    for path in files:
+        assert path.parent == tmp_path / "out"
+        assert path.exists()
+
+
+def test_file_names_differ_where_names_do():
+    made = [store.file_name(name) for name in (*HOSTILE, "x", "_", "vit-b-32", "hf-hub:a_b", "a@include")]
+    assert len({name.lower() for name in made}) == len(made)
+    for plain in (
+        "vit-b-32",
+        "tiny",
+        "ViT-B-32_openai",
+        "autoattack@include",
+        "pgd20-linf-4_255-n20",
+        "模型",
+    ):
+        assert store.file_name(plain) == plain
+
+
+# --- code ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spy(tmp_path, monkeypatch):
+    """A module that leaves a trace when it is imported, named by a chain and a recipe; (folder, trace)."""
+    trace = tmp_path / "ran"
+    (tmp_path / "evil_module.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("evil_module", None)
+    chain = 'name = "evil"\ntitle = "e"\n[[stage]]\nname = "s"\nattack = "evil_module:Thing"\n'
+    store.write(tmp_path / "attacks" / "evil.toml", chain.encode())
+    text = reader.path("recipes", "tiny-tecoa").read_text().replace('"tecoa"', '"evil_module:Thing"')
+    store.write(
+        tmp_path / "recipes" / "evil-recipe.toml", text.replace('"tiny-tecoa"', '"evil-recipe"').encode()
+    )
+    reader.include([tmp_path])
+    yield tmp_path, trace
+    reader.include([])
+    plugins.allow_code(False)
+
+
+def test_a_file_that_names_code_is_refused_and_nothing_is_imported(spy):
+    folder, trace = spy
+    for call in (
+        lambda: Chain.named("evil"),
+        lambda: Chain.named(str(folder / "attacks" / "evil.toml")),
+        lambda: resolve.resolve("evil-recipe"),
+        lambda: resolve.resolve(str(folder / "recipes" / "evil-recipe.toml")),
+    ):
+        with pytest.raises(CardError, match=r"would import 'evil_module' and run its code.*--allow-code"):
+            call()
+    with pytest.raises(Exception, match="norm"):
+        Chain.named("apgd-l1-only" if "apgd-l1-only" in reader.names("attacks") else "pgd20").require_norm(
+            "l7"
+        )
+    assert not trace.exists()
+
+
+def test_code_runs_when_it_was_allowed_or_typed(spy):
+    _, trace = spy
+    recipe = resolve.resolve("evil-recipe", settings=["defense.name=tecoa"])
+    assert recipe.defense["name"] == "tecoa"
+    assert resolve.resolve("tiny-tecoa", settings=["defense.name=evil_module:Thing"])
+    plugins.allow_code()
+    assert isinstance(resolve.resolve("evil-recipe"), Recipe)
+    with pytest.raises(CardError, match="a frozen dataclass"):  # imported, and found to be no attack
+        Chain.named("evil")
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-code"]])
+def test_the_option_stands_before_or_after_the_command(spy, monkeypatch, capsys, options):
+    folder, trace = spy
+    line = [
+        "eval",
+        "--model",
+        "tiny",
+        "--attack",
+        "evil",
+        "--suite",
+        "tiny",
+        *options,
+        "--include",
+        str(folder),
+    ]
+    assert command_line.run_command(monkeypatch, *line) == 2
+    assert trace.exists() == bool(options)
+    assert ("--allow-code" in capsys.readouterr().err) != bool(options)
+
+
+@pytest.mark.parametrize("name", ["..x:y", ":y", "x:", "x.y.:z", "a b:c", "os:path.join", "x:y:z", "\x00:a"])
+def test_what_is_no_module_and_class_is_one_line(name):
+    with pytest.raises(CardError, match="not the name of a module"):
+        plugins.get("attacks", name)
+
+
+# --- names of chains -------------------------------------------------------------------------------------
+
+
+def test_a_chain_called_like_a_packaged_one_is_shown_under_another_name(tmp_path, monkeypatch, capsys):
+    chain = (
+        'name = "autoattack"\ntitle = "one step"\n[[stage]]\nname = "fgsm"\nattack = "fgsm"\nloss = "ce"\n'
+    )
+    store.write(tmp_path / "cards" / "attacks" / "autoattack.toml", chain.encode())
+    card = toys.dataset_card()
+    toys.write_include(tmp_path / "cards", [card])
+    toys.write(card, tmp_path / "data")
+    toys.save_model(tmp_path / "m0")
+    try:
+        line = ["--include", tmp_path / "cards"]
+        typed = ["eval", "--model", tmp_path / "m0", "--attack", "standard", "--suite", "toys", "--n", "4"]
+        typed += ["--data-root", tmp_path / "data", "--out", tmp_path / "r", "--device", "cpu", "--json"]
+        assert command_line.run_command(monkeypatch, *map(str, line + typed)) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert {row["attack"] for row in rows} == {"autoattack@include"}
+        (path,) = (tmp_path / "r" / "cells").rglob("*.json")
+        assert path.name.startswith("autoattack@include-linf-")
+        reader.include([tmp_path / "cards"])
+        assert reader.read("attacks", "autoattack@include", AttackCard).title == "one step"
+        assert command_line.run_command(monkeypatch, *map(str, [*line, "list", "attacks", "--json"])) == 0
+        listed = [row["name"] for row in json.loads(capsys.readouterr().out)]
+        assert "autoattack@include" in listed
+        assert "autoattack" not in listed
+    finally:
+        reader.include([])
+
+
+def test_a_copy_of_a_packaged_chain_keeps_its_name(tmp_path):
+    text = reader.path("attacks", "pgd20").read_bytes()
+    store.write(tmp_path / "copy.toml", text)
+    assert Chain.named(str(tmp_path / "copy.toml")).name == "pgd20"
+    store.write(tmp_path / "other.toml", text.replace(b"steps = 20", b"steps = 2"))
+    assert Chain.named(str(tmp_path / "other.toml")).name == "pgd20@include"

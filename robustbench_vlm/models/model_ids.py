@@ -69,7 +69,7 @@ def require(name: str) -> None:
     if path.exists():
         found = "no card.json in it" if path.is_dir() else "not a file of weights that is known by its name"
         expected = f"a checkpoint folder that vlmrob wrote, or a file that ends in {', '.join(WEIGHTS)}"
-        renamed = f"if it is a file of torch, rename it to {path.with_suffix('.pt').name}"
+        renamed = f"if it is a file of torch, rename it to {path.stem}.pt"
         raise WeightsError(f"model {name!r}", found, expected, renamed if path.suffix == ".ckpt" else see)
     meant = _other_spelling(name)
     if meant:

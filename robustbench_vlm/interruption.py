@@ -15,6 +15,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 NOTICE = b"\nstopping after this step, to save it; press Ctrl-C again to stop at once\n"
 
+IMPORTING = b"error: stopped while libraries were loaded; nothing was saved\n"
+EXIT_CODE = 75  # of `errors.Incomplete`
+
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -38,6 +41,15 @@ def _install(handler: Handler) -> Callable[[], None]:
     return restore
 
 
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the signal came."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def raised() -> Iterator[Callable[[], bool]]:
     """Inside, each of the signals raises KeyboardInterrupt; yields whether one came.
@@ -47,9 +59,12 @@ def raised() -> Iterator[Callable[[], bool]]:
     """
     came = False
 
-    def handler(*_: object) -> None:
+    def handler(_: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
+        if _importing(frame):  # compiled code of a library would abort at an exception; there is no work yet
+            os.write(2, IMPORTING)
+            os._exit(EXIT_CODE)
         raise KeyboardInterrupt
 
     restore = _install(handler)

@@ -18,6 +18,7 @@ from toys import PGD, SHORT, toml
 
 import robustbench_vlm
 from robustbench_vlm.attacks.pgd import Pgd
+from robustbench_vlm.cards import plugins
 from robustbench_vlm.data import layout
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.data.tiny.worlds import WORLDS
@@ -244,7 +245,7 @@ BAD_STAGES = {
     "unknown field": ({"stepsize": "eps/4"}, "unknown key 'stepsize' for pgd; did you mean 'step_size'"),
     "no steps": ({"steps": 0}, "pgd: steps 0, restarts 1; expected at least 1 of each"),
     "unknown loss": ({"loss": "cee"}, "loss"),
-    "a word for a number": ({"steps": "many"}, "pgd.steps"),
+    "a word for a number": ({"steps": "many"}, "pgd: steps = 'many'; expected a valid integer"),
     "no queries": ({**dict.fromkeys(PGD), **SHORT["square"], "queries": 0}, "square: queries 0"),
 }
 
@@ -272,7 +273,8 @@ class OnlyLinf(Pgd):
     norms: ClassVar[tuple[str, ...]] = ("linf",)
 
 
-def test_a_norm_that_an_attack_lacks_is_refused_before_the_model_is_called(data, tmp_path):
+def test_a_norm_that_an_attack_lacks_is_refused_before_the_model_is_called(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "_code_allowed", True)
     path = tmp_path / "pgd.toml"
     stages = [{**PGD_STAGE, "attack": "test_api:OnlyLinf"}]
     path.write_text(toml({"name": "p", "title": "P", "rows": 16, "stop": "last", "stage": stages}))

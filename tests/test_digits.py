@@ -81,7 +81,7 @@ def follow(typed, data, drawn, options=""):
         said = typed(f"train {name} --out runs/{name} --device cpu {options} {place}")
         assert (said.code, said.out) == (0, f"runs/{name}\n"), said.err
         assert MATCHED in said.err
-        assert "never met" not in said.err
+        assert "was never trained on" not in said.err
         line = f"vlmrob eval --model runs/{name} --attack autoattack --suite my-digits {place}"
         assert f"next: {line}\n" in said.err
     models = " ".join(f"--model runs/{name}" for name in TRAINED)
@@ -180,7 +180,8 @@ def test_class_names_that_the_student_never_met_are_named_when_it_is_trained(vlm
     (tmp_path / "own" / "datasets" / "my-digits.toml").write_text(text.replace('"seven"', '"chair"'))
     said = vlmrob(f"--include own train digits-clean --data-root {data} --include {CARDS} {FEW}")
     assert said.code == 0, said.err
-    assert "note: my-digits: class names with words that tiny never met: chair\n" in said.err
+    notes = [line for line in said.err.splitlines() if "never trained on" in line]
+    assert notes == ["note: my-digits: class names with words that tiny was never trained on: chair"]
 
 
 def test_a_card_that_lacks_several_keys_names_them_all_and_include_may_stand_anywhere(vlmrob, data, tmp_path):

@@ -182,7 +182,7 @@ def test_a_model_that_gives_nan_is_neither_robust_nor_broken(what, tmp_path):
             self.inner = inner
             self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
             self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
-            self.language = inner.language
+            self.language, self.logits = inner.language, inner.logits
 
         def forward(self, images):
             found = self.inner(images)

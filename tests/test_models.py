@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 
 import robustbench_vlm
-from robustbench_vlm import store
+from robustbench_vlm import store, tensor_files
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, checkpoint_card, lora, openclip, zoo
 from robustbench_vlm.models.clip import Classifier, Clip, frozen
@@ -109,8 +109,11 @@ def test_a_text_bank_is_read_from_disk_the_second_time(model, tmp_path, monkeypa
     sentences = render(NAMES, ["a {c}"])
     first = text_bank(model, sentences)
     (path,) = (tmp_path / "text").glob("*.safetensors")
-    save_file({"bank": first + 1}, path)  # what lies there is what is used
+    key = tensor_files.read(path).facts["key"]
+    tensor_files.write(path, {"bank": first + 1}, {"key": key})  # the stored bank is the one that is used
     assert torch.equal(text_bank(model, sentences), first + 1)
+    save_file({"bank": first + 2}, path)  # without a checksum it is not
+    assert torch.equal(text_bank(model, sentences), first)
     text_bank(model, render(NAMES, ["the {c}"]))
     assert len(list((tmp_path / "text").glob("*.safetensors"))) == 2
 

@@ -104,7 +104,7 @@ def test_a_bad_name_is_refused_and_nothing_written(vlmrob, tmp_path, line, words
 
 def test_a_dataset_is_filled_by_export_and_evaluated_alone(vlmrob, tmp_path):
     assert vlmrob("new dataset pets")[0] == 0
-    for i, name in enumerate(("cat", "dog")):
+    for i, name in enumerate(("red", "blue")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for j in range(2):
             Image.new("RGB", (40, 40), (90 * i, 50 * j, 99)).save(tmp_path / "photos" / name / f"{j}.png")

@@ -103,7 +103,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert found[0]["source"] == "measured here"
     assert {row["protocol"] for row in found} == {"fare/1"}
     assert vlmrob(*line) == 2
-    assert "two models or --published" in capsys.readouterr().err
+    assert "neither a second model nor --published" in capsys.readouterr().err
     rows, _ = leaderboard.render(
         tmp_path / "results", reader.read("suites", "zeroshot", Suite), tmp_path / "out"
     )

@@ -152,7 +152,7 @@ class Before(nn.Module):
         self.inner, self.change = inner, change
         self.__dict__.update({name: vars(inner)[name] for name in ("facts", "tokenize", "preprocess")})
         self.image_size, self.logit_scale, self.mean = inner.image_size, inner.logit_scale, inner.mean
-        self.language = inner.language
+        self.language, self.logits = inner.language, inner.logits
 
     def forward(self, images):
         return self.inner(self.change(images))

@@ -26,7 +26,7 @@ CARDS: dict[str, dict[str, Any]] = {
         "n_classes": 2,
         "size": {"test": 1000},
         "canvas": "model",
-        "names": ["cat", "dog"],
+        "names": ["red", "blue"],
         "templates": ["a photo of a {c}.", "a picture of a {c}."],
         "licence": "not stated",
     },

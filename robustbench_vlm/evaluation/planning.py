@@ -262,8 +262,8 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
             for line in subject.split.bad:
                 remark(f"note: {split.card.name}: left out: {line}")
             if subject.untrained:
-                names = f"class names with words that {loaded.card.name} never met: {some(subject.untrained)}"
-                remark(f"note: {split.card.name}: {names}")
+                words = f"class names with words that {loaded.card.name} was never trained on"
+                remark(f"note: {split.card.name}: {words}: {some(subject.untrained)}")
             for line in text_notes(subject):
                 remark(f"note: {split.card.name}: {line}")
             for path in measure.evaluate(subject, plan.settings, numbered, remark):

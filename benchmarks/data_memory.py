@@ -20,6 +20,7 @@ from robustbench_vlm.data import check, layout
 from robustbench_vlm.data.dataset import open_split
 
 DRAWN = 1000
+NAMES = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "white", "black", "grey")
 
 
 def card(n: int, px: int = 32) -> DatasetCard:
@@ -31,7 +32,7 @@ def card(n: int, px: int = 32) -> DatasetCard:
         size={"test": n},
         canvas="native",
         native_px=px,
-        names=tuple(f"class {i}" for i in range(10)),
+        names=NAMES,
         templates=("a {c}",),
         licence="none",
     )

@@ -91,7 +91,7 @@ def test_counts_are_those_of_the_attacks(first):
 
 def test_a_killed_run_goes_on_and_a_finished_one_measures_nothing(first, tmp_path):
     out, words = first
-    ledger, again = out.with_suffix(".jsonl"), tmp_path / "again.md"
+    ledger, again = out.with_suffix(".jsonl"), tmp_path / out.name  # checksums hold the name of the file
     whole = ledger.read_text("utf-8").splitlines(keepends=True)
     again.with_suffix(".jsonl").write_text("".join(whole[:-1]) + whole[-1][:20], "utf-8")
     ran = script(*words[:-1], again)

@@ -4,7 +4,7 @@ import pytest
 import toys
 
 from robustbench_vlm.attacks.fgsm import Fgsm
-from robustbench_vlm.cards import reader
+from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.engine.job import Job
 from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.evaluation.chain import Chain
@@ -78,6 +78,7 @@ loss = "ce"
 def test_code_outside_the_package_is_part_of_what_a_chain_is(tmp_path, monkeypatch):
     """A packaged attack has the version of the engine; a file outside has only its content."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_code_allowed", True)
     (tmp_path / "outside.toml").write_text(CARD)
     code = tmp_path / "outside_attack.py"
     code.write_text(OUTSIDE)

@@ -380,7 +380,7 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_st
     assert ran.returncode == 1
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith("error: one, seed 0: --out ")
-    assert "a run of another recipe is in it (another)" in last
+    assert "a run of another recipe is in it, with " in last
 
 
 def work_folder(root, out):

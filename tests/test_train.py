@@ -474,8 +474,8 @@ REFUSED = {
     "unknown split": (("tecoa",), {"data": {"dataset": "toy", "split": "trian"}}, "no split 'trian'"),
     "unknown model": (("tecoa",), {"student": "tinny"}, "model 'tinny'"),
     "lora targets": (("tecoa",), {"lora": {"targets": ["mlp"]}}, "leave [lora] out"),
-    "a class": (("tests.none:Nothing",), {}, "No module named"),
-    "no dataclass": (("collections:OrderedDict",), {}, "a frozen dataclass"),
+    "a class": (("tests.none:Nothing",), {}, "so Python would import 'tests.none'"),
+    "no dataclass": (("collections:OrderedDict",), {}, "so Python would import 'collections'"),
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def without_run(content):
 
 
 def both_kinds(found):
-    """Ruling 19: something was attacked, something broke and something stood."""
+    """Something was attacked, something broke and something stood."""
     attacked = found[found.clean_correct]
     broken = int((attacked.broken_at_eps != "").sum())
     assert 0 < broken < len(attacked), f"{broken} of {len(attacked)} broken"

@@ -563,7 +563,9 @@ def training(name: str) -> Callable[[], Classify]:
 
 
 def training_mode(name: str) -> Case:
-    inner = lambda x: net(name)(x)  # noqa: E731
+    def inner(x: Tensor) -> Tensor:
+        return net(name)(x)
+
     return broken(training(name), inner=inner, judge=inner)
 
 

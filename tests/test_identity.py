@@ -290,7 +290,9 @@ def test_a_configuration_that_cannot_be_used_is_one_line(change, written, no_net
 
 
 def test_a_tokenizer_that_is_missing_says_what_to_put_where(written, no_network):
-    change = lambda c: c["text_cfg"].update(hf_tokenizer_name="timm/ViT-B-16-SigLIP")  # noqa: E731
+    def change(config):
+        config["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
+
     folder = written("own", change)
     with pytest.raises(
         WeightsError, match="its tokenizer timm/ViT-B-16-SigLIP is not on this machine"

@@ -18,9 +18,6 @@ from robustbench_vlm.threat import Threat
 
 TOLERANCE = 1  # image of 40 by which two attacks of about equal strength may differ
 
-KNOWN_MISSES: tuple[str, ...] = ()
-"""Models that are judged wrongly so far."""
-
 APGD = {"attack": "apgd", "steps": 20, "rho": 0.75, "restarts": 1}
 FAB = {"attack": "fab", "steps": 5, "restarts": 1, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
 STAGES = [
@@ -61,8 +58,7 @@ def attacked(case, chain):
 def cases(zoo, chain):
     for name in zoo:
         if chain == "short" or name in BY_AA2:
-            marks = [pytest.mark.xfail(reason="known miss")] if name in KNOWN_MISSES else []
-            yield pytest.param(name, chain, id=f"{name}-{chain}", marks=marks)
+            yield pytest.param(name, chain, id=f"{name}-{chain}")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +85,13 @@ def test_an_honest_model_is_not_suspected_and_gets_its_true_count(name, chain, s
 def test_a_broken_model_is_found_out(name, chain, short):
     case = model_zoo.BROKEN[name]
     truth = case.truth()
+    refusal = None
     try:
         found = attacked(case, short if chain == "short" else chain)
-    except AttackError as refused:
-        assert "\n" not in str(refused)  # noqa: PT017 - either is right
+    except AttackError as error:
+        refusal = str(error)
+    if refusal is not None:  # a model that cannot be attacked is found out as well
+        assert "\n" not in refusal
         return
     robust = list(found.robust.values())[-1]
     assert found.checks.failed or robust <= truth + TOLERANCE, (robust, truth)

@@ -55,7 +55,7 @@ def names(what: str) -> list[tuple[str, str]]:
     """
     kind = _kind(what)
     if kind in CARDS:
-        read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
+        read = [(name, _card(kind, name)) for name in reader.names(kind)]
         facts = [(name, card.model_dump()) for name, card in read]
         shadows = {name for name, table in facts if str(table["name"]).endswith(reader.SHADOW)}
         return [
@@ -64,6 +64,10 @@ def names(what: str) -> list[tuple[str, str]]:
     if kind == "defenses":
         return sorted(plugins.titles(kind).items())
     return [(row["name"], row["title"]) for row in models()]
+
+
+def _card(kind: str, name: str) -> Card:
+    return reader.study(name) if kind == "studies" else reader.read(kind, name, CARDS[kind])
 
 
 def models() -> list[dict[str, str]]:
@@ -170,7 +174,7 @@ def details(what: str, name: str) -> dict[str, Any]:
         table["defense"] = {"name": recipe.defense["name"], **dataclasses.asdict(defense)}
         return {**table, "estimate": estimate(recipe, defense)}
     if kind in CARDS:
-        return reader.read(kind, name, CARDS[kind]).model_dump(mode="json")
+        return _card(kind, name).model_dump(mode="json")
     if kind == "defenses":
         plugin = plugins.get(kind, name)
         fields = {

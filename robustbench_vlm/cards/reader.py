@@ -23,6 +23,7 @@ from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.fields import fields, nested_record
+from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.overrides import number
 from robustbench_vlm.cards.overrides import override as override
@@ -177,6 +178,18 @@ def suite(name: str) -> Suite:
     if name.endswith(".toml") or name in names("suites") or name not in names("datasets"):
         return read("suites", name, Suite)
     return Suite(name=name, title=f"{name} alone", datasets=(name,), eps=("4/255",))
+
+
+def study(name: str) -> Study | Frontier:
+    """The study called `name`, or the TOML file at the path `name`; its `kind` says which record it is.
+
+    Raises:
+        CardError: see `read`; or a kind of study that there is not.
+    """
+    kind = toml(path("studies", name)).get("kind", "arms")
+    if kind == "frontier":
+        return read("studies", name, Frontier)
+    return read("studies", name, Study)
 
 
 def suites_with(dataset: str) -> list[str]:

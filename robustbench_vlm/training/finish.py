@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.models.checkpoint_card import Parent
+from robustbench_vlm.models.interpolation import interpolated
 from robustbench_vlm.training.setup import Setup
 
 
 def write_checkpoint_folder(out: Path, setup: Setup) -> None:
-    """Write the checkpoint folder: merged weights first, the card last."""
+    """Write the checkpoint folder: merged and interpolated weights first, the card last."""
     recipe = setup.recipe
     model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
+    if recipe.interpolation < 1:
+        model = interpolated(zoo.load(recipe.student, setup.device).model, model, recipe.interpolation)
     models = {"student": setup.student, **setup.teachers}
     parents = tuple(
         Parent(
@@ -37,5 +41,30 @@ def write_checkpoint_folder(out: Path, setup: Setup) -> None:
             "data_sha256": setup.split.sha256,
             "images": len(setup.split),
         },
+    )
+    checkpoint.save_folder(out, model, card)
+
+
+def interpolate_folder(finished: Path, recipe: Recipe, share: float, out: Path) -> None:
+    """Write the checkpoint folder that `recipe` would leave with another `interpolation`, without training.
+
+    Args:
+        finished: checkpoint folder of `recipe`, whose interpolation is 1.
+        recipe: of that folder.
+        share: of the trained weights.
+        out: the new checkpoint folder.
+    """
+    trained = zoo.load(str(finished))
+    model = interpolated(zoo.load(recipe.student).model, trained.model, share)
+    other = recipe.model_copy(update={"interpolation": share})
+    card = checkpoint.describe(
+        model,
+        recipe.name,
+        defense=trained.card.defense,
+        trained_on=trained.card.trained_on,
+        text_from=trained.card.text_from,
+        parents=trained.card.parents,
+        recipe=other.model_dump(mode="json"),
+        training={**trained.card.training, "recipe_sha256": other.fingerprint},
     )
     checkpoint.save_folder(out, model, card)

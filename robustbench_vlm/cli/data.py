@@ -42,7 +42,7 @@ def chosen(name: str) -> tuple[list[DatasetCard], str]:
     if name.endswith(".toml"):
         known = "suites" if "datasets" in reader.toml(Path(name)) else "datasets"
     else:
-        known = next((kind for kind in ("suites", "datasets") if name in reader.names(kind)), "")
+        known = next((kind for kind in ("suites", "datasets") if reader.has(kind, name)), "")
     if known == "suites":
         suite = reader.read("suites", name, Suite)
         return [reader.read("datasets", member, DatasetCard) for member in suite.datasets], suite.split
@@ -198,7 +198,7 @@ def export(
     name = name or Path(source.rpartition(":")[2]).stem.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
-    known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
+    known = reader.read("datasets", name, DatasetCard) if reader.has("datasets", name) else None
     given = lines_of("--names", names) if names else known.names if known else ()
     ids = known.wordnet_ids if known and not names else ()
     if source.startswith("torchvision:"):

@@ -166,7 +166,7 @@ def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
 
     Errors in the user's own chain are reported before errors in the name of a model.
     """
-    known = reader.names("attacks")
+    known = [name for name in chains if reader.has("attacks", name)]
     if all(name in known and reader.path("attacks", name).is_relative_to(reader.home()) for name in chains):
         for name in models:
             model_ids.require(name)
@@ -179,8 +179,8 @@ def _default_suite(datasets: tuple[str, ...]) -> str:
         InputError: several datasets that no default suite has together.
     """
     known = reader.suite(DEFAULT).datasets
-    unknown = [name for name in datasets if name not in (*known, *reader.names("datasets"))]
-    outside = [name for name in datasets if name not in known]
+    unknown = [name for name in datasets if not reader.has("datasets", name)]
+    outside = [name for name in datasets if reader.shown("datasets", name) not in known]
     if not outside or unknown:
         return DEFAULT
     suites = reader.suites_with(outside[0])

@@ -89,12 +89,13 @@ def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:
         CardError: no such recipe, or a setting that it does not take.
     """
     where = f"study {study.name}, arm {arm.name}"
-    table = reader.toml(reader.path("recipes", arm.recipe))
+    file = reader.path("recipes", arm.recipe)
+    table = reader.table("recipes", file)
     defense = table.get("defense")
     plugins.require_allowed(str(defense.get("name")) if isinstance(defense, dict) else "", where)
     table = overrides.override(table, [*study.set, *arm.set])
     table |= {"seed": seed, "notes": (), "probe": study.probe.model_dump(mode="json")}
-    return reader.parse(table, Recipe, where)
+    return reader.shown_card("recipes", reader.parse(table, Recipe, where), file)
 
 
 def runs(study: Study, out: Path, seeds: int | None = None) -> list[StudyRun]:
@@ -172,7 +173,7 @@ def _finish(study: Study, todo: Sequence[StudyRun], resources: Resources) -> Ite
             while waiting and len(running) < resources.jobs:
                 run = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                cards = (reader.card_folders(), plugins.code_allowed())
+                cards = (reader.included(), plugins.code_allowed())
                 known = (run, study.final, resources, cards, sender)
                 process = context.Process(target=_worker, args=known, name=run.name, daemon=True)
                 process.start()
@@ -213,6 +214,7 @@ def _worker(
     torch.set_num_threads(1)
     include, allowed = cards
     reader.include(include)
+    reader.use_cards_of(resources.data_root)
     plugins.allow_code(allowed)
     try:
         with _alone(run.folder):

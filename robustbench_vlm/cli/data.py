@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustbench_vlm import console
+from robustbench_vlm import console, store
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
@@ -196,7 +196,7 @@ def export(
     from robustbench_vlm.data import export, sources
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name) or store.file_name(name) != name:
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
     known = reader.read("datasets", name, DatasetCard) if reader.has("datasets", name) else None
     given = lines_of("--names", names) if names else known.names if known else ()

@@ -12,7 +12,7 @@ from robustbench_vlm import console, store
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.cli.images import lines_of
+from robustbench_vlm.cli.images import columns_of, lines_of
 from robustbench_vlm.cli.options import AsJson, use_cards_of
 from robustbench_vlm.errors import CardError, DataError, nearest
 from robustbench_vlm.types import TEMPLATES
@@ -185,6 +185,9 @@ def export(
         str, typer.Option(help="Which split to read and write; default: the one for testing.")
     ] = "",
     names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Of a table: image=NAME,label=NAME; default: the usual names.")
+    ] = "",
     source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the torchvision class, e.g. split=test.")
@@ -206,7 +209,7 @@ def export(
         found = sources.from_torchvision(source.partition(":")[2], source_root, arguments, given, ids)
         split = split or found.split
     else:
-        found = sources.open_images(Path(source), given, split, wordnet_ids=ids)
+        found = sources.open_images(Path(source), given, split, *columns_of(columns), wordnet_ids=ids)
         split = split or found.split
     classes = given or found.names
     if not classes:

@@ -34,7 +34,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, folder, weights file, ARCH:TAG or local-dir:DIR; default: the newest under runs/."
+            help="Name, folder, weights file, ARCH:TAG, local-dir:DIR; repeatable; default: newest under runs/."
         ),
     ] = None,
     arch: Annotated[
@@ -65,7 +65,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         Path | None, typer.Option(help="With --data: sentences with {c} for the class name, one a line.")
     ] = None,
     columns: Annotated[
-        str, typer.Option(help="With --data and a table: IMAGE,LABEL; default: the usual names.")
+        str, typer.Option(help="With --data and a table: image=NAME,label=NAME; default: the usual names.")
     ] = "",
     split: Annotated[
         str, typer.Option(help="With --data: which of its splits; default: the one for testing.")
@@ -109,7 +109,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     images = Images(data, names, templates, columns, split)
     images.require_consistent(suite=suite, dataset=dataset, protocol=protocol)
     datasets, chains = comma_separated(dataset), comma_separated(attack)
-    models = tuple(model or [_newest_checkpoint()])
+    models = comma_separated(model) or (_newest_checkpoint(),)
     _require_models(models, chains)
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision

@@ -263,7 +263,7 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
             for line in subject.split.bad:
                 remark(f"note: {split.card.name}: left out: {line}")
             if subject.untrained:
-                words = f"class names with words that {loaded.card.name} was never trained on"
+                words = f"a template or class names with words that {loaded.card.name} was never trained on"
                 remark(f"note: {split.card.name}: {words}: {some(subject.untrained)}")
             for line in text_notes(subject):
                 remark(f"note: {split.card.name}: {line}")

@@ -5,6 +5,7 @@ Torch is imported only where a defense is combined with the recipe of another on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,24 @@ def _read(name: str, settings: Sequence[str]) -> Recipe:
 
 def _parsed(table: dict[str, Any], settings: Sequence[str], where: str, file: Path) -> Recipe:
     """The recipe of a table with settings; `file` is where the table was read from."""
-    recipe = reader.parse(overrides.override(table, list(settings)), Recipe, where)
+    plain = copy.deepcopy(table)
+    try:
+        recipe = reader.parse(overrides.override(table, list(settings)), Recipe, where)
+    except CardError as error:
+        if settings and _is_recipe(plain):  # so it is the settings that are wrong
+            typed = " ".join(f"--set {setting}" for setting in settings)
+            raise CardError(typed, str(error).removeprefix(f"{where}: ")) from None
+        raise
     reader.require_plain_name(recipe, where)
     return reader.shown_card("recipes", recipe, file)
+
+
+def _is_recipe(table: dict[str, Any]) -> bool:
+    try:
+        reader.parse(table, Recipe, "")
+    except CardError:
+        return False
+    return True
 
 
 def _require_defense(name: str, recipes: Sequence[str]) -> None:

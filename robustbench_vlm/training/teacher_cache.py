@@ -118,7 +118,9 @@ class TeacherCache:
         """(B, 16 + 4 D) uint8, the rows at these positions; zeros where the file ends before."""
         size = self._row_bytes
         with self.path.open("rb", buffering=0) as file:
-            rows = [os.pread(file.fileno(), size, position * size).ljust(size, b"\0") for position in positions]
+            rows = [
+                os.pread(file.fileno(), size, position * size).ljust(size, b"\0") for position in positions
+            ]
         return np.frombuffer(b"".join(rows), np.uint8).reshape(len(positions), size)
 
     def _write(self, lines: Sequence[tuple[int, str, np.ndarray]]) -> None:

@@ -467,7 +467,7 @@ REFUSED = {
     "eps": (("tecoa",), {"inner": {**INNER, "eps": "1.5"}}, "eps '1.5'"),
     "infinity": (
         ("tecoa",), {"optim": {"lr": 1.0, "steps": 1, "batch_size": 1, "grad_clip": math.inf}},
-        "optim.grad_clip = 'inf'; expected a finite number",
+        "optim.grad_clip: inf; expected a finite number",
     ),
     "nan": (("tecoa",), {"optim": {"lr": "nan", "steps": 1, "batch_size": 1}}, "finite number"),
     "unknown dataset": (("tecoa",), {"data": {"dataset": "toys"}}, "did you mean 'toy'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from robustbench_vlm import text_files
-from robustbench_vlm.cards.overrides import number
 from robustbench_vlm.errors import CardError
 
 LARGEST_CARD = 4 * 2**20  # bytes; the largest card of the project has 4 KB
@@ -38,7 +38,7 @@ def read(path: Path, roots: Sequence[Path]) -> dict[str, Any]:
         text = text_files.decoded(text_files.read_bytes(path, LARGEST_CARD))
         if found := DOTTED.search(text):
             raise CardError(where, f"the key {found[0]!r:.40} has too many parts", f"at most {DEEPEST}")
-        table = tomllib.loads(text, parse_float=number)
+        table = tomllib.loads(text)
     except FileNotFoundError:
         raise CardError(where, "no such file", expected) from None
     except OSError as error:
@@ -72,6 +72,8 @@ def require_plain(table: dict[str, Any], where: str) -> None:
             raise CardError(place, f"the control character {found[0]!r}", "printable text")
         if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
             raise CardError(place, "a whole number of more than 64 bits", f"at most {LARGEST_INTEGER}")
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no spelling for it
+            raise CardError(place, f"{value}", "a finite number")
         if not isinstance(value, str | int | float | dict | list):
             expected = "text, a number, true or false, a list or a table"
             raise CardError(place, f"{value!s:.40}, a {type(value).__name__}", expected)

@@ -34,7 +34,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, folder, weights file, ARCH:TAG, local-dir:DIR; repeatable; default: newest under runs/."
+            help="Name, folder, weights file, ARCH:TAG, local-dir:DIR; a,b; default: the newest under runs/."
         ),
     ] = None,
     arch: Annotated[

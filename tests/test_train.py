@@ -497,9 +497,10 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_infinity_in_a_defense_leaves_the_recipe_a_fingerprint(toy, tmp_path):
+def test_infinity_in_a_defense_is_refused_before_a_fingerprint_is_taken(toy, tmp_path):
     path = write_recipe(tmp_path, toy.table("tecoa", defense={"name": "tecoa", "x": math.inf}))
-    assert len(reader.read("recipes", str(path), Recipe).fingerprint) == 64
+    with pytest.raises(CardError, match="defense.x: inf; expected a finite number"):
+        reader.read("recipes", str(path), Recipe)
 
 
 def test_an_unknown_defense_on_the_command_line_is_given_its_near_name(toy, tmp_path, monkeypatch, capsys):

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import toys
 from command_line import run_command as vlmrob
 from folders import encode, noise
 
 from robustbench_vlm.cards import reader
+from robustbench_vlm.cli.compare import _key
 from robustbench_vlm.cli.images import columns_of
 from robustbench_vlm.cli.options import comma_separated
 from robustbench_vlm.errors import CardError, InputError
@@ -103,3 +105,9 @@ def test_words_of_the_template_are_named_once_and_not_with_every_class():
     assert untrained(Taught(), names, "a photo of a {c}.") == ["a photo of a {c}.", "walrus"]
     assert untrained(Taught(), names, "a photo of a {c}") == ["walrus"]
     assert untrained(Taught(), names[:2], "a {c}") == []
+
+
+def test_compare_knows_a_checkpoint_folder_by_its_fingerprint(tmp_path):
+    folder = toys.save_model(tmp_path / "m0")
+    assert _key(str(folder)) == toys.loaded().card.sha256
+    assert _key("tiny") == "tiny"

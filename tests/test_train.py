@@ -499,7 +499,7 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
 
 def test_infinity_in_a_defense_is_refused_before_a_fingerprint_is_taken(toy, tmp_path):
     path = write_recipe(tmp_path, toy.table("tecoa", defense={"name": "tecoa", "x": math.inf}))
-    with pytest.raises(CardError, match="defense.x: inf; expected a finite number"):
+    with pytest.raises(InputError, match=r"defense\.x: inf; expected a finite number"):
         reader.read("recipes", str(path), Recipe)
 
 

@@ -20,7 +20,7 @@ from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cli.app import app
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.results import stats
-from robustbench_vlm.studies import findings, page, render, runner, tables
+from robustbench_vlm.studies import findings, page, plot, render, runner, tables
 from robustbench_vlm.studies.findings import Curve, Findings, FinishedRun
 
 STUDY = """
@@ -127,6 +127,22 @@ def two_seeds(second=(0.0, 20.0, 30.0, 50.0)):
     ]
     found = {(run.run.arm, run.run.seed): run for run in runs}
     return Findings(made(), found, (0, 1))
+
+
+def test_texts_of_a_study_are_text_on_its_page_and_in_its_plot():
+    """A formula that matplotlib cannot set, a link, a table border and a turned direction of writing."""
+    odd = r"$\frac{$ [x](http://evil) <b> a|b `c` \u202e"
+    claim = {"measure": "robust", "value": 1.0, "words": odd, "source": odd}
+    study = made(title=odd, notes=[odd], claim=[claim], probe={"every": 1, "split": odd})
+    found = replace(two_seeds(), study=study)
+    text = page.markdown(found).decode()
+    assert "[x](" not in text.replace("\\[x", "")
+    assert "\u202e" not in text
+    assert r"- $\\frac{$ \[x\](http://evil) \<b\> a\|b \`c\` \\u202e" in text
+    picture = plot.svg(found).decode()
+    ET.fromstring(picture)
+    assert r"$\frac{$" in picture
+    assert "\u202e" not in picture
 
 
 def test_differences_are_of_runs_with_the_same_seed():

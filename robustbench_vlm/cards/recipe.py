@@ -31,6 +31,12 @@ class DataChoice(Card):
     template: str = "This is a photo of a {c}"
     n: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _placeholder(self) -> DataChoice:
+        if "{c}" not in self.template:
+            raise ValueError(f"template must be a sentence that contains {{c}} (found {self.template!r:.60})")
+        return self
+
 
 class Inner(Grown):
     """The inner maximisation: projected gradient ascent.

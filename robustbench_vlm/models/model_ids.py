@@ -63,7 +63,7 @@ def require(name: str) -> None:
     """
     listed, path = reader.names("models"), Path(name)
     is_folder = folder_of(name) is not None or is_transformers(path) or is_open_clip(path)
-    if is_folder or name in listed or is_weights(name) or ":" in name or name in architectures():
+    if is_folder or reader.has("models", name) or is_weights(name) or ":" in name or name in architectures():
         return
     see = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
     if path.exists():

@@ -49,7 +49,7 @@ def arch_of(name: str) -> str:
     folder = model_ids.folder_of(name)
     if folder is not None:
         return checkpoint_card.read_card(folder).arch
-    if name in reader.names("models"):
+    if reader.has("models", name):
         return arch_of(reader.read("models", name, ModelCard).base)
     if name.startswith(openclip.SCHEMAS):  # its config must be downloaded, unless a card names it
         known = (reader.read("models", card, ModelCard) for card in reader.names("models"))
@@ -86,7 +86,7 @@ def _load(name: str, arch: str, readers: tuple[Path, ...]) -> Loaded:
     folder = model_ids.folder_of(name)
     if folder is not None:
         return _of_folder(name, folder, readers)
-    if name in reader.names("models"):
+    if reader.has("models", name):
         return _public(reader.read("models", name, ModelCard), readers)
     if model_ids.is_weights(name):
         return _from_file(name, arch)

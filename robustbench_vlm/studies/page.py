@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
-from robustbench_vlm import safe_text
+from robustbench_vlm import safe_text, store
 from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.safe_text import code
 from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN, VAL, Findings, geometric, median
 
 PART_TITLES = {VAL: "val probe", SEEN: "seen test", UNSEEN: "unseen test"}
@@ -22,7 +24,7 @@ def markdown(findings: Findings) -> bytes:
     """The page; numbers are those of the CSV files beside it."""
     parts = [_head(findings), _accuracies(findings), _differences(findings)]
     if findings.study.curves:
-        parts += [_speed(findings), [f"![curves]({findings.study.name}.svg)"]]
+        parts += [_speed(findings), [f"![curves]({quote(store.file_name(findings.study.name))}.svg)"]]
     if findings.study.claim:
         parts.append(_claims(findings))
     parts.append(_notes(findings))
@@ -32,18 +34,20 @@ def markdown(findings: Findings) -> bytes:
 def _head(findings: Findings) -> list[str]:
     study, first = findings.study, findings.of(findings.study.baseline)[0]
     optim, probe = first.run.recipe.optim, study.probe
-    inner = first.run.recipe.inner
+    inner, student = first.run.recipe.inner, code(first.run.recipe.student)
+    split = safe_text.markdown(probe.split)
     ball = f" at {inner.threat}" if inner else ""
     fewer = f" --seeds {len(findings.seeds)}" if len(findings.seeds) < len(study.seeds) else ""
-    files = [f"`{study.name}.csv`", *([f"`{study.name}-summary.csv`"] if study.curves else [])]
+    stem = store.file_name(study.name)
+    files = [code(f"{stem}.csv"), *([code(f"{stem}-summary.csv")] if study.curves else [])]
     return [
         f"# {safe_text.markdown(study.title)}",
         "",
-        f"Made by `vlmrob study {study.name}{fewer}`; the numbers are in {' and '.join(files)}.",
+        f"Made by {code(f'vlmrob study {study.name}{fewer}')}; the numbers are in {' and '.join(files)}.",
         f"{len(study.arm)} arms, {_count(len(findings.seeds), 'seed')} each: {optim.steps} steps of batch "
-        f"{optim.batch_size}, all from `{first.run.recipe.student}`; runs of one seed see the same images in",
-        f"the same order. Probe: PGD-{probe.steps}{ball} on {probe.n} images of {probe.split}, every "
-        f"{probe.every} steps. Final attack: `{study.final.attack}` on suite `{study.final.suite}`,",
+        f"{optim.batch_size}, all from {student}; runs of one seed see the same images in",
+        f"the same order. Probe: PGD-{probe.steps}{ball} on {probe.n} images of {split}, every "
+        f"{probe.every} steps. Final attack: {code(study.final.attack)} on suite {code(study.final.suite)},",
         f"{study.final.n} images a set; unseen is the mean over {_count(len(first.datasets(UNSEEN)), 'set')} "
         "that no model met in training, a teacher or the start included. Brackets are 95 % t",
         "intervals over seeds.",
@@ -155,7 +159,7 @@ def _claims(findings: Findings) -> list[str]:
                 ours.append(f"{steps} ({timed})")
             else:
                 ours.append(_mean(findings.difference(name, part, kind), "+"))
-        rows.append([claim.words, claim.source, OURS[claim.measure], *ours])
+        rows.append([*map(safe_text.markdown, (claim.words, claim.source)), OURS[claim.measure], *ours])
     return [
         "## What the paper claims, and what was found here",
         "",
@@ -177,15 +181,16 @@ def _notes(findings: Findings) -> list[str]:
         f"- Highest mean robust accuracy on val, the only split that may choose an arm: `{best.name}`.",
         f"- {_count(compared, 'arm')} are compared with one baseline; no interval is corrected for that.",
     ]
+    seconds = code(f"{store.file_name(study.name)}-seconds.csv")
     if study.curves:
         lines += [
             f"- Time is {' and '.join(clocks)} time of training steps without probes, as a ratio to the",
             "  baseline of the same seed; seconds on the machine that was used are in",
-            f"  `{study.name}-seconds.csv`. That file, the ratios of time here and the right half of the",
+            f"  {seconds}. That file, the ratios of time here and the right half of the",
             "  plot are measurements, which no second run repeats to the byte. Everything else is a function",
             "  of recipes and verdicts.",
         ]
-    return [*lines, *(f"- {note}" for note in study.notes)]
+    return [*lines, *(f"- {safe_text.markdown(note)}" for note in study.notes)]
 
 
 def _mean(mean: Mean, sign: str = "") -> str:

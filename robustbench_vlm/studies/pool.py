@@ -76,7 +76,7 @@ def perform(tasks: Sequence[T], resources: Resources) -> Iterator[tuple[T, Any, 
             while waiting and len(running) < resources.jobs:
                 task = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                cards = (reader.card_folders(), plugins.code_allowed())
+                cards = (reader.included(), plugins.code_allowed())
                 process = context.Process(
                     target=_worker, args=(task, resources, cards, sender), name=task.name, daemon=True
                 )
@@ -114,6 +114,7 @@ def _worker(task: Task, resources: Resources, cards: tuple[list[Path], bool], se
     torch.set_num_threads(1)
     include, allowed = cards
     reader.include(include)
+    reader.use_cards_of(resources.data_root)
     plugins.allow_code(allowed)
     try:
         with _alone(task.folder):

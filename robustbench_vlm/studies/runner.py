@@ -115,12 +115,13 @@ def resolved(where: str, recipe: str, settings: Sequence[str], seed: int, probe:
     Raises:
         CardError: no such recipe, or a setting that it does not take.
     """
-    table = reader.toml(reader.path("recipes", recipe))
+    file = reader.path("recipes", recipe)
+    table = reader.table("recipes", file)
     defense = table.get("defense")
     plugins.require_allowed(str(defense.get("name")) if isinstance(defense, dict) else "", where)
     table = overrides.override(table, list(settings))
     table |= {"seed": seed, "notes": (), "probe": probe.model_dump(mode="json")}
-    return reader.parse(table, Recipe, where)
+    return reader.shown_card("recipes", reader.parse(table, Recipe, where), file)
 
 
 def recipe_of(study: Study, arm: Arm, seed: int) -> Recipe:

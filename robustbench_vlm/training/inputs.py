@@ -53,7 +53,7 @@ def require(recipe: Recipe, data_root: Path) -> None:
 
 def _require_model(name: str) -> None:
     model_ids.require(name)
-    if name in reader.names("models") and model_ids.folder_of(name) is None:
+    if reader.has("models", name) and model_ids.folder_of(name) is None:
         card = reader.read("models", name, ModelCard)
         if card.loader == "none" or (card.loader != "open_clip" and not public.here(card)):
             public.require(card)  # says what to download, or that the weights were never published

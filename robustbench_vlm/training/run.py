@@ -75,12 +75,15 @@ def run_recipe(
         InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
         TrainingError: a loss or gradient is not finite.
         Incomplete: a signal stopped the run; see `loop.run`.
+        OSError: with the code of a full disk, if there is hardly any space left for `out`.
     """
     if not resume and out.exists() and any(out.iterdir()):
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     loop.refuse_other_runs(out, recipe)  # before anything is rendered
     inputs.require(recipe, data_root)
+    if not (out / "card.json").exists():
+        store.require_writable(out, "--out", make=False)
     where = choose_device(device)
     if write.make_missing(data_root, meter, [recipe.data.dataset]):
         remark(f"rendered the tiny world into {data_root}")

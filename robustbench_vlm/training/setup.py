@@ -63,7 +63,8 @@ class Setup:
         """Properties of the images and class names that a reader of the results should know; no errors."""
         template = self.recipe.data.template
         names = untrained(self.model, self.dataset.names, template) if self.roles.text else []
-        words = f"class names with words that {self.student.card.name} was never trained on: {some(names)}"
+        what = f"a template or class names with words that {self.student.card.name} was never trained on"
+        words = f"{what}: {some(names)}"
         return [*self.split.notes, *([words] if names else [])]
 
     def parameters(self) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ class Models:
 
     def points(self) -> np.ndarray:
         """(P, 2) clean and robust accuracy in points: mean over datasets and seeds."""
-        return self.of_seeds().mean(axis=0)
+        found: np.ndarray = self.of_seeds().mean(axis=0)
+        return found
 
     def of_seeds(self) -> np.ndarray:
         """(S, P, 2) the same for each seed."""

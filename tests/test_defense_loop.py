@@ -133,6 +133,42 @@ def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, up
     assert not setup.model.visual.bn1.training
 
 
+def tracked(setup):
+    """Running means of a first step's two forwards by hand: fresh statistics, then each batch by a tenth."""
+    kept, tower = [], setup.model.visual
+    tower.conv1.register_forward_hook(
+        lambda module, args, out: kept.append(out.detach().mean((0, 2, 3)) if tower.training else None)
+    )
+    return kept
+
+
+@pytest.mark.parametrize("name", ["mmt-ard", "single-teacher", "rslad"])
+def test_batch_norms_see_clean_and_adversarial_images_in_the_order_of_the_release(toy, tmp_path, name):
+    """x and then x' for MMT-ARD and its baseline; x' and then x for RSLAD."""
+    teachers = plugins.get("defenses", name).teachers
+    setup = with_batch_norm(prepare(toy.recipe(name, *teachers), toy.data, CPU))
+    state, seen, adv = resumed(setup, tmp_path), [], []
+    object.__setattr__(setup, "defense", Spy(setup.defense, adv))
+    before = setup.model.visual.bn1.running_mean.clone()
+    means = tracked(setup)
+    note = setup.model.visual.register_forward_pre_hook(
+        lambda module, args: (
+            seen.append((args[0].detach().clone(), torch.is_grad_enabled())) if module.training else None
+        )
+    )
+    batch = first_batch(setup)
+    train_step(setup, state, batch)
+    note.remove()
+    pair = [batch.images, adv[0]] if name != "rslad" else [adv[0], batch.images]
+    assert len(seen) == 2
+    for (images, _), expected in zip(seen, pair, strict=True):
+        torch.testing.assert_close(images, (expected - setup.model.mean) / setup.model.std)
+    assert [graph for _, graph in seen] == [name != "single-teacher", True]
+    first, second = [mean for mean in means if mean is not None]
+    expected = 0.9 * (0.9 * before + 0.1 * first) + 0.1 * second
+    torch.testing.assert_close(setup.model.visual.bn1.running_mean, expected)
+
+
 def attacked_with(toy, mode, dropout):
     """The adversarial images of a first step, with adapters that matter."""
     lora = {"r": 4, "alpha": 400, "dropout": dropout}

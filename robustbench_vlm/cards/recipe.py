@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,11 +13,12 @@ from pydantic import (
 )
 
 from robustbench_vlm.cards.card import Card, Grown
+from robustbench_vlm.cards.protocol import CardResize
 from robustbench_vlm.store import fingerprint
 from robustbench_vlm.threat import Norm, Threat, parse_eps
 
 
-class DataChoice(Card):
+class DataChoice(Grown):
     """The training images of a recipe, and the sentence that turns class names into text.
 
     Attributes:
@@ -24,12 +26,19 @@ class DataChoice(Card):
         split: split to train on.
         template: sentence with `{c}` for the class name.
         n: images to train on, the ones of smallest keyed hash; 0 means all.
+        names: list of class names in label order that replaces the dataset card's, `imagenet-tecoa-names` for
+            `prompts/imagenet-tecoa-names.txt`; empty for the card's own.
+        resize: how images come to a model canvas, as in a dataset card; `model`: as the student states.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"names", "resize"})
 
     dataset: str
     split: str = "train"
     template: str = "This is a photo of a {c}"
     n: int = Field(default=0, ge=0)
+    names: str = ""
+    resize: CardResize = "model"
 
 
 class Inner(Grown):
@@ -207,5 +216,18 @@ class Recipe(Grown):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the resolved recipe."""
-        return fingerprint(self.model_dump(mode="json"))
+        """SHA-256 of the resolved recipe, and of the correction of its loss where there was one."""
+        table = self.model_dump(mode="json")
+        return fingerprint({**table, "corrected": 1} if _corrected(self.defense) else table)
+
+
+def _corrected(defense: Mapping[str, Any]) -> bool:
+    """Whether earlier runs of these very fields had another loss, so that they are other runs.
+
+    In `mmt-ard`, the gate on standardised confidences had a deviation within batches in place of a pooled
+    one, and the direction from text to image of `full` had the logit scale 100 for every model.
+    """
+    if defense.get("name") != "mmt-ard" or defense.get("weighting") not in ("paper", "full"):
+        return False
+    own_scale = defense["weighting"] == "full" and defense.get("text_scale") is None
+    return own_scale or defense.get("gap") != "log"

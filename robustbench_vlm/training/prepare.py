@@ -22,7 +22,7 @@ from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank
-from robustbench_vlm.training import teacher_cache
+from robustbench_vlm.training import inputs, teacher_cache
 from robustbench_vlm.training.resolve import defense_class
 from robustbench_vlm.training.setup import Setup
 from robustbench_vlm.training.teacher_cache import TeacherCache
@@ -45,9 +45,13 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     defense = build_defense(recipe)
     models = _load_models(recipe, defense, device)
     card = reader.read("datasets", recipe.data.dataset, DatasetCard)
+    inputs.require_data(recipe, card)
     split = open_split(card, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
-    split = resized_as(split, models.student.model.preprocess.canvas_resize)
+    stated = models.student.model.preprocess.canvas_resize
+    split = resized_as(split, stated if recipe.data.resize == "model" else recipe.data.resize)
     dataset = split.card  # with the class names of the folder, where the card takes them from there
+    if recipe.data.names:
+        dataset = dataset.model_copy(update={"names": reader.class_names(recipe.data.names)})
     models, adapters = _make_trainable(recipe, defense, models)
     sentences = render(dataset.names, [recipe.data.template])
     text: dict[str, Tensor] = {}
@@ -70,7 +74,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         adapters,
         dataset,
         split,
-        _probe_batch(recipe, dataset, data_root, models.student.model, device),
+        _probe_batch(recipe, split.card, data_root, models.student.model, device),
         device,
         prompt_tokens,
     )
@@ -138,18 +142,20 @@ def _load_models(recipe: Recipe, defense: Defense, device: torch.device) -> _Mod
 
 
 def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> None:
-    """Refuse a teacher that was trained on this dataset with another template, and so with other classes."""
+    """Refuse a teacher that was trained on this dataset with another template or other class names."""
     made = teacher.card.recipe
     data = made.get("data", {})
-    if data.get("dataset") != recipe.data.dataset or data.get("template") == recipe.data.template:
+    if data.get("dataset") != recipe.data.dataset:
         return
-    if defense_class(str(made["defense"]["name"])).needs_text:
-        raise CardError(
-            f"recipe {recipe.name}",
-            f"teacher {role} was trained with the sentences {data.get('template')!r}",
-            f"{recipe.data.template!r}, as in data.template",
-            "set data.template to the teacher's, or take another teacher",
-        )
+    for key, words in (("template", "the sentences"), ("names", "the class names")):
+        theirs, ours = data.get(key, ""), getattr(recipe.data, key)
+        if theirs != ours and defense_class(str(made["defense"]["name"])).needs_text:
+            raise CardError(
+                f"recipe {recipe.name}",
+                f"teacher {role} was trained with {words} {theirs or 'of the dataset card'!r}",
+                f"{ours or 'of the dataset card'!r}, as in data.{key}",
+                f"set data.{key} to the teacher's, or take another teacher",
+            )
 
 
 def _make_trainable(recipe: Recipe, defense: Defense, models: _Models) -> tuple[_Models, Adapters | None]:

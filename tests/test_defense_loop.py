@@ -1,6 +1,7 @@
 """Every registered defense in the loop: what a step costs, in which mode, and that a stopped run goes on."""
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -209,7 +210,8 @@ def test_starts_are_where_the_recipe_says(toy):
     names = ["a", "b", "c"]
 
     def start(how):
-        return starting_images(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
+        inner = toy.recipe("tecoa", inner={**INNER, "start": how}).inner
+        return starting_images(inner, inner.threat, images, names)
 
     eps = 4 / 255
     inside, outside, near = start("uniform"), start("unclipped"), start("gaussian")
@@ -220,9 +222,34 @@ def test_starts_are_where_the_recipe_says(toy):
     torch.testing.assert_close(outside.clamp(0, 1), inside)
     assert ((outside - images).abs().amax((1, 2, 3)) > 0.9 * eps).all()
     assert (near - images).std().item() == pytest.approx(0.001, rel=0.1)
-    assert torch.equal(near[1:2], starting_images(
-        toy.recipe("tecoa", inner={**INNER, "start": "gaussian"}).inner, images[1:2], names[1:2]
-    ))  # fmt: skip
+    images, names = images[1:2], names[1:2]
+    assert torch.equal(near[1:2], start("gaussian"))
+
+
+def test_the_radius_grows_with_the_steps_and_with_nothing_else(toy, tmp_path):
+    """From 2/255 to 6/255 over half of eight steps: 2, 3, 4, 5, 6, 6, ... and in the box of each step."""
+    growing = {**INNER, "eps": "6/255", "steps": 4, "eps_start": "2/255", "eps_growth": 0.5}
+    recipe = toy.recipe("tecoa", inner=growing, optim={"lr": 1e-3, "steps": 8, "batch_size": 8})
+    radii = [recipe.inner.threat_at(Fraction(step, 8)).eps * 255 for step in range(8)]
+    assert radii == [2, 3, 4, 5, 6, 6, 6, 6]
+    setup, state = prepared(toy, tmp_path, recipe)
+    adv, batch = [], first_batch(setup)
+    object.__setattr__(setup, "defense", Spy(setup.defense, adv))
+    for _ in range(8):
+        train_step(setup, state, batch)
+    found = [255 * (images - batch.images).abs().max().item() for images in adv]
+    assert found == pytest.approx([float(radius) for radius in radii], abs=1e-3)
+    assert recipe.inner.described == "linf 6/255, grown from 2/255"
+    assert str(recipe.inner.threat) == toy.recipe("tecoa", inner={**INNER, "eps": "6"}).inner.described
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"eps_growth": 0.5}, "eps_growth = 0.5 goes with eps_start"),
+    ({"eps_start": "1/255", "eps_growth": 0}, "inner.eps_growth = 0; expected greater than 0"),
+])  # fmt: skip
+def test_a_growth_of_the_radius_that_makes_no_sense_is_refused(toy, more, message):
+    with pytest.raises(InputError, match=message):
+        toy.recipe("tecoa", inner={**INNER, **more})
 
 
 def test_sgd_is_the_rule_with_momentum(toy, tmp_path):
@@ -254,6 +281,7 @@ def stop_after(step):
 
 CARRIES = [name for name in NAMES if name in ("mtard", "b-mtard", "apd")]
 RESUMED = [*((name, {}) for name in CARRIES), ("mmt-ard", {"weighting": "full"}), ("ard", {})]
+RESUMED += [("mmt-ard", {"weighting": "paper", "gap": "robust", "clean_weight_end": 50.0})]
 
 
 @pytest.mark.parametrize(("name", "fields"), RESUMED, ids=str)

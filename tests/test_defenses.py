@@ -25,6 +25,8 @@ VARIANTS = [
     ("mmt-ard", {"weighting": "paper", "focus": "linear", "hard_target": "label"}),
     ("mmt-ard", {"weighting": "static", "hard_target": "label", "gamma": 2.0}),
     ("mmt-ard", {"weighting": "static", "hard_target": "clean"}),
+    ("mmt-ard", {"weighting": "paper", "gap": "robust"}),
+    ("mmt-ard", {"clean_weight_end": 50.0}),
     ("mmt-ard", {"weighting": "full", "consistency": 1.0}),
     ("mmt-ard", {"weighting": "paper", "focus": "student", "gap": "softmax"}),
     ("mmt-ard", {"attack_target": "robust"}),

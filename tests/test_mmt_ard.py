@@ -28,9 +28,9 @@ class Scene:
     batch: Batch
     adv: torch.Tensor
 
-    def loss(self, defense, carry=None):
+    def loss(self, defense, carry=None, progress=0.0):
         targets = defense.targets(self.roles, self.batch)
-        return defense.outer(self.roles, Step(self.batch, self.adv, targets, carry or {}))
+        return defense.outer(self.roles, Step(self.batch, self.adv, targets, carry or {}, progress))
 
     def part(self, i):
         """The batch of image i alone."""
@@ -331,6 +331,32 @@ def test_hard_images_get_another_target_by_the_doubt_of_the_robust_teacher(weigh
     w = gate if weighting == "paper" else 10 / 11
     found = here.loss(MmtArd(weighting, hard_target=target, gamma=2.0)).total.item()
     assert found == pytest.approx((w * adv + (1 - w) * b.sum(1)).mean(), rel=1e-9)
+
+
+def test_a_gate_that_follows_the_robust_teacher_on_x_prime_alone():
+    here = scene(45)
+    a, b, c_r, _, _ = here.numbers()
+    w = 1 / (1 + np.exp(-(math.log(10) + (c_r - c_r.mean()) / c_r.std())))
+    terms = here.loss(MmtArd("paper", gap="robust"))
+    assert terms.total.item() == pytest.approx((w * a.sum(1) + (1 - w) * b.sum(1)).mean(), rel=1e-9)
+    assert set(terms.carry) == {"robust"}
+    assert w[c_r.argmin()] == w.min()  # the clean teacher counts most where the robust one is fooled
+
+
+def test_the_clean_weight_goes_geometrically_from_its_start_to_its_end():
+    """From 5 to 80: 5, 10, 20, 40 at a quarter each, in every weighting."""
+    here = scene(46, positive=True)
+    for weighting in ("released", "static", "paper", "full"):
+        moving = MmtArd(weighting, clean_weight_end=80.0)
+        for progress, weight in ((0.0, 5), (0.25, 10), (0.5, 20), (0.75, 40)):
+            found = here.loss(moving, progress=progress)
+            fixed = here.loss(MmtArd(weighting, clean_weight=float(weight)))
+            assert found.total.item() == pytest.approx(fixed.total.item(), rel=1e-9)
+            assert found.parts["clean_weight"].item() == pytest.approx(weight)
+            assert found.carry.keys() == fixed.carry.keys()
+    fields = {"weighting": "static", "clean_weight": 0, "clean_weight_end": 3}
+    with pytest.raises(CardError, match="clean_weight_end = 3 needs a clean_weight above 0"):
+        plugins.build("defenses", "mmt-ard", fields, "a test")
 
 
 @pytest.mark.parametrize("fields", [

@@ -15,7 +15,7 @@ from pydantic import (
 from robustbench_vlm.cards.card import Card, Grown
 from robustbench_vlm.cards.protocol import CardResize
 from robustbench_vlm.store import fingerprint
-from robustbench_vlm.threat import Norm, Threat, parse_eps
+from robustbench_vlm.threat import Norm, Threat, eps_text, parse_eps
 
 
 class DataChoice(Grown):
@@ -54,9 +54,12 @@ class Inner(Grown):
             neither projected nor clipped (RSLAD, MTARD, AdaAD).
         mode: of the student while it is attacked. `eval`: running statistics, no dropout; `train`: batch
             norms use and update the statistics of the batch, dropout is on (the TeCoA family, ARD, IAD).
+        eps_start: radius of the first step of the training, from which it grows linearly to `eps`; empty for
+            `eps` throughout. The length of an attack step stays as it is, and the probe has `eps`.
+        eps_growth: share of the steps of the training after which the radius is `eps`.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"start", "mode"})
+    later: ClassVar[frozenset[str]] = frozenset({"start", "mode", "eps_start", "eps_growth"})
 
     norm: Norm = "linf"
     eps: Annotated[str, BeforeValidator(str)]
@@ -64,11 +67,37 @@ class Inner(Grown):
     step_size: Annotated[str, BeforeValidator(str)]
     start: Literal["uniform", "unclipped", "gaussian"] = "uniform"
     mode: Literal["eval", "train"] = "eval"
+    eps_start: Annotated[str, BeforeValidator(str)] = ""
+    eps_growth: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _a_radius_that_grows(self) -> Inner:
+        if not self.eps_start and self.eps_growth != 1:
+            raise ValueError(f"eps_growth = {self.eps_growth:g} goes with eps_start, the first radius")
+        return self
 
     @property
     def threat(self) -> Threat:
-        """The ball of the inner maximisation."""
+        """The ball of the inner maximisation, at its last radius."""
         return Threat(self.norm, parse_eps(self.eps, self.norm))
+
+    def threat_at(self, progress: Fraction) -> Threat:
+        """The ball after the share `progress` of the training's steps."""
+        if not self.eps_start:
+            return self.threat
+        first, last = parse_eps(self.eps_start, self.norm), self.threat.eps
+        grown = min(progress / Fraction(self.eps_growth), Fraction(1))
+        return Threat(self.norm, first + (last - first) * grown)
+
+    @property
+    def described(self) -> str:
+        """The ball in words: `linf 4/255`, and how its radius grows, if it does.
+
+        Raises:
+            InputError: a radius that is none.
+        """
+        grows = f", grown from {eps_text(self.norm, self.threat_at(Fraction(0)).eps)}"
+        return f"{self.threat}{grows if self.eps_start else ''}"
 
     @property
     def step(self) -> Fraction:

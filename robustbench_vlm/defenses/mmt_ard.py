@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -82,10 +82,14 @@ class MmtArd(Defense):
             removes
             the term: the clean teacher is then run for the attack only, or not at all with another
             `attack_target`.
+        clean_weight_end: `clean_weight` at the end of the training, to which it goes geometrically, step by
+            step; without it, the weight is constant.
         gap: what the gate of `paper` compares. `standardised`: the cosine confidence of each teacher minus
             its running mean, divided by its running deviation, which removes a constant bias of a teacher.
             `softmax`: the same with softmax confidences. `log`: the difference of log-cosines, which is
-            exactly the released gate.
+            exactly the released gate. `robust`: the standardised cosine confidence of the robust teacher
+            alone, on x' unless `robust_input` says otherwise: the gate turns to the clean teacher where the
+            attack misleads the robust one.
         kappa: slope of the gate; 0 gives the constant mix robust_weight : clean_weight.
         focus: factor of each sample in `paper`, of mean 1. `none`: 1. `hard`: (1 - q_R)^gamma, one form of
             the abstract's "focus on harder samples"; on the tiny world it costs most of the robustness, since
@@ -113,7 +117,8 @@ class MmtArd(Defense):
     weighting: Literal["paper", "full", "released", "static"] = "released"
     robust_weight: Annotated[float, Field(gt=0)] = 50.0
     clean_weight: Annotated[float, Field(ge=0)] = 5.0
-    gap: Literal["standardised", "softmax", "log"] = "standardised"
+    clean_weight_end: Annotated[float, Field(gt=0)] | None = None
+    gap: Literal["standardised", "softmax", "log", "robust"] = "standardised"
     kappa: float = 1.0
     focus: Literal["hard", "linear", "student", "confident", "none"] = "none"
     gamma: Annotated[float, Field(ge=0)] = 1.0
@@ -131,6 +136,8 @@ class MmtArd(Defense):
     def __post_init__(self) -> None:
         if self.clean_weight == 0 and self.weighting != "static":
             raise ValueError(f"clean_weight = 0 goes with weighting 'static' alone, not {self.weighting!r}")
+        if self.clean_weight == 0 and self.clean_weight_end is not None:
+            raise ValueError(f"clean_weight_end = {self.clean_weight_end:g} needs a clean_weight above 0")
         if self.hard_target != "none" and (self.weighting in ("released", "full") or not self.clean_weight):
             found = f"weighting {self.weighting!r} and clean_weight = {self.clean_weight:g}"
             raise ValueError(
@@ -166,6 +173,10 @@ class MmtArd(Defense):
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The weighted sum of KL(P_R(x') || P_S(x')) and KL(P_K(x) || P_S(x)), by `weighting`."""
+        if self.clean_weight_end is not None:
+            weight = self.clean_weight * (self.clean_weight_end / self.clean_weight) ** step.progress
+            terms = replace(self, clean_weight=weight, clean_weight_end=None).outer(roles, step)
+            return replace(terms, parts={**terms.parts, "clean_weight": terms.total.new_tensor(weight)})
         robust, c_robust = self._robust(roles, step)
         if self.clean_weight == 0:
             loss = kl(robust, roles.logits("student", step.adv)).mean()
@@ -299,11 +310,12 @@ class MmtArd(Defense):
             return c_robust.clamp(min=FLOOR).log() - c_clean.clamp(min=FLOOR).log(), {}
         running = {}
         scores = {}
-        for role, confidence in (("robust", c_robust), ("clean", c_clean)):
+        compared = {"robust": c_robust} if self.gap == "robust" else {"robust": c_robust, "clean": c_clean}
+        for role, confidence in compared.items():
             running[role] = pooled(confidence, carry.get(role), self.momentum)
             mean, variance, _ = running[role]
             scores[role] = (confidence - mean) / variance.sqrt().clamp(min=TINY)
-        return scores["robust"] - scores["clean"], running
+        return scores["robust"] - scores.get("clean", torch.zeros_like(c_clean)), running
 
     def _focus(self, c_robust: Tensor, c_clean: Tensor, confidence: Tensor) -> Tensor:
         """h_i, (B,), of mean 1 over the batch; all but `confident` use `confidence`, (B,) in [0, 1]."""

@@ -35,7 +35,7 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
     inputs.require(recipe, data_root)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
-    step, threat = saved_step(out), recipe.inner.threat if recipe.inner else "no adversary"
+    step, threat = saved_step(out), recipe.inner.described if recipe.inner else "no adversary"
     begins = f"going on at step {step}" if step else "from step 0"
     teachers = ", ".join(f"{role} {model}" for role, model in recipe.teachers.items()) or "none"
     return [

@@ -33,6 +33,7 @@ PRICED = [
     ("mmt-ard", {"attack_target": "robust"}),
     ("mmt-ard", {"attack_target": "label", "robust_input": "clean"}),
     ("mmt-ard", {"weighting": "static", "clean_weight": 0, "attack_target": "robust"}),
+    ("multi-teacher", {"inputs": {"robust": "privileged", "clean": "adv"}}),
 ]
 
 
@@ -281,7 +282,10 @@ def stop_after(step):
 
 CARRIES = [name for name in NAMES if name in ("mtard", "b-mtard", "apd")]
 RESUMED = [*((name, {}) for name in CARRIES), ("mmt-ard", {"weighting": "full"}), ("ard", {})]
-RESUMED += [("mmt-ard", {"weighting": "paper", "gap": "robust", "clean_weight_end": 50.0})]
+RESUMED += [
+    ("multi-teacher", {}),
+    ("mmt-ard", {"weighting": "paper", "gap": "robust", "clean_weight_end": 50.0}),
+]
 
 
 @pytest.mark.parametrize(("name", "fields"), RESUMED, ids=str)

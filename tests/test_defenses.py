@@ -33,6 +33,16 @@ VARIANTS = [
     ("mmt-ard", {"attack_target": "label", "robust_input": "clean"}),
     ("mmt-ard", {"weighting": "static", "clean_weight": 0}),
     ("mmt-ard", {"weighting": "static", "clean_weight": 0, "attack_target": "robust"}),
+    ("multi-teacher", {"inputs": {"robust": "privileged", "clean": "adv"}}),
+    ("multi-teacher", {"inputs": {"robust": "adv", "clean": "privileged"}, "attack_target": "label"}),
+    (
+        "multi-teacher",
+        {
+            "inputs": {"robust": "adv", "clean": "clean", "anchor": "clean"},
+            "weights": {"robust": 4.0, "clean": 1.0, "anchor": 1.0},
+            "attack_target": "robust",
+        },
+    ),
     ("pmg-aft", {"form": "released"}),
     ("tga-zsr", {"unit": "channel"}),
     ("sim-clip", {"form": "paper"}),

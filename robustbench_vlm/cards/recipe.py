@@ -197,12 +197,28 @@ class Probe(Card):
     steps: int = Field(default=10, ge=1)
 
 
+class Phase(Card):
+    """A model that teaches first, in place of the teacher of a role.
+
+    Attributes:
+        until: share of the steps of the training up to which it teaches.
+        model: model id or checkpoint folder, or a saved step of a finished run:
+            `runs/NAME/checkpoints/step_0000200.safetensors`.
+    """
+
+    until: float = Field(gt=0, lt=1)
+    model: str
+
+
 class Recipe(Grown):
     """One training run worth repeating.
 
     Attributes:
         student: model id or checkpoint folder that training starts from.
-        teachers: model id or checkpoint folder of each role that the defense names.
+        teachers: model id or checkpoint folder of each role that the defense names. A role can also be a
+            table of `model` and `phases`, which is read into the two keys.
+        phases: models that teach before the teacher of a role, in the order of their `until`, such as its own
+            earlier checkpoints.
         defense: name of the defense, or `module:Class`; its own fields are further keys of this table.
         data: the training images.
         inner: the attack in training; absent for a defense without one.
@@ -215,12 +231,13 @@ class Recipe(Grown):
         checkpoint_every: steps between checkpoints; 0 for one at the end only.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"prompts", "compute"})
+    later: ClassVar[frozenset[str]] = frozenset({"prompts", "compute", "phases"})
 
     name: str
     title: str
     student: str
     teachers: dict[str, str] = Field(default_factory=dict)
+    phases: dict[str, tuple[Phase, ...]] = Field(default_factory=dict)
     defense: dict[str, Any]
     data: DataChoice
     inner: Inner | None = None
@@ -232,6 +249,37 @@ class Recipe(Grown):
     seed: int = 0
     checkpoint_every: int = Field(default=0, ge=0)
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_of_teachers(cls, table: Any) -> Any:  # noqa: ANN401 - whatever a file has
+        """`teachers.ROLE = { model = ..., phases = [...] }` as the two keys."""
+        teachers = table.get("teachers") if isinstance(table, dict) else None
+        if not isinstance(teachers, dict):
+            return table
+        staged = {role: t for role, t in teachers.items() if isinstance(t, dict)}
+        for role, teacher in staged.items():
+            if set(teacher) != {"model", "phases"}:
+                raise ValueError(
+                    f"teachers.{role} has {sorted(teacher)}, expected a model id, or model and phases"
+                )
+            if role in table.get("phases", {}):
+                raise ValueError(f"phases.{role} and teachers.{role}.phases are two lists: leave one out")
+        if not staged:
+            return table
+        models = {role: staged[role]["model"] if role in staged else t for role, t in teachers.items()}
+        phases = {role: teacher["phases"] for role, teacher in staged.items()}
+        return {**table, "teachers": models, "phases": {**table.get("phases", {}), **phases}}
+
+    @model_validator(mode="after")
+    def _phases_in_order(self) -> Recipe:
+        for role, phases in self.phases.items():
+            if role not in self.teachers:
+                raise ValueError(f"phases.{role} without teachers.{role}, which teaches after them")
+            ends = [phase.until for phase in phases]
+            if ends != sorted(set(ends)):
+                raise ValueError(f"phases.{role}: until = {ends}, expected rising numbers")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_train(self) -> Recipe:

@@ -23,7 +23,8 @@ def missing(recipe: Recipe, data_root: Path) -> list[InputError]:
         CardError: no such dataset, or names or a resize that it does not take.
     """
     found: list[InputError] = []
-    for name in dict.fromkeys([recipe.student, *recipe.teachers.values()]):
+    staged = [phase.model for phases in recipe.phases.values() for phase in phases]
+    for name in dict.fromkeys([recipe.student, *recipe.teachers.values(), *staged]):
         try:
             _require_model(name)
         except WeightsError as error:

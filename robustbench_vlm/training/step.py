@@ -53,15 +53,16 @@ def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, fl
             those of before the step then.
     """
     recipe, model, defense = setup.recipe, setup.model, setup.defense
+    progress = state.step / recipe.optim.steps
     with frozen(model):
         with torch.no_grad():
-            roles = setup.training_roles(batch)
+            roles = setup.training_roles(batch, progress)
             targets = defense.targets(roles, batch)
         adv = batch.images if recipe.inner is None else attack(setup, roles, state.step, batch, targets)
     model.visual.train()
     with keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
-        given = Step(batch, adv, targets, state.carry, state.step / recipe.optim.steps)
-        terms = defense.outer(setup.training_roles(batch), given)
+        given = Step(batch, adv, targets, state.carry, progress)
+        terms = defense.outer(setup.training_roles(batch, progress), given)
     line = _update(setup, state, terms, batch)
     model.visual.eval()
     state.carry = terms.carry

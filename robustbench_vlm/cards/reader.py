@@ -299,6 +299,20 @@ def toml(path: Path) -> dict[str, Any]:
     return toml_tables.read(path, (path.parent.parent, home()))
 
 
+def class_names(name: str) -> tuple[str, ...]:
+    """The class names of the list `prompts/NAME.txt` below a folder of cards, in label order.
+
+    Raises:
+        CardError: no such list; the message gives the nearest ones.
+    """
+    known: dict[str, Path] = {}
+    for root in (*_beside_data, home(), *reversed(_include)):
+        known |= {path.stem: path for path in sorted((root / "prompts").glob("*-names.txt"))}
+    if name not in known:
+        raise CardError(f"class names {name!r:.80}", "no such list", do=nearest(name, known))
+    return tuple(_lines(known[name].parent / "list", f"prompts/{known[name].name}"))
+
+
 def subset(suite: Suite) -> tuple[str, ...]:
     """The image names of a suite that takes them from a file; the file must have the SHA-256 of the card.
 

@@ -36,6 +36,13 @@ def is_weights(name: str) -> bool:
     return name.lower().endswith(WEIGHTS)
 
 
+def run_of_step(name: str) -> Path | None:
+    """The folder of the run if a model id is one of its saved steps, `RUN/checkpoints/step_N.safetensors`."""
+    path = Path(name)
+    is_step = path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return path.parents[1] if is_step and path.suffix == ".safetensors" else None
+
+
 def is_transformers(folder: Path) -> bool:
     """Whether a folder holds a model of transformers: config.json, and no config of open_clip."""
     return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists()

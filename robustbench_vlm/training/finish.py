@@ -17,12 +17,13 @@ def write_checkpoint_folder(out: Path, setup: Setup) -> None:
     model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
     if recipe.interpolation < 1:
         model = interpolated(zoo.load(recipe.student, setup.device).model, model, recipe.interpolation)
-    models = {"student": setup.student, **setup.teachers}
+    models = [("student", setup.student), *setup.teachers.items()]
+    models += [(role, phase.loaded) for role, phases in setup.phases.items() for phase in phases]
     parents = tuple(
         Parent(
             role=role, model=loaded.card.name, sha256=loaded.card.sha256, trained_on=loaded.card.trained_on
         )
-        for role, loaded in models.items()
+        for role, loaded in models
     )
     seen: tuple[str, ...] | None = None
     if all(parent.trained_on is not None for parent in parents):

@@ -35,15 +35,21 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
     inputs.require(recipe, data_root)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
-    step, threat = saved_step(out), recipe.inner.threat if recipe.inner else "no adversary"
+    step, threat = saved_step(out), recipe.inner.described if recipe.inner else "no adversary"
     begins = f"going on at step {step}" if step else "from step 0"
-    teachers = ", ".join(f"{role} {model}" for role, model in recipe.teachers.items()) or "none"
+    teachers = ", ".join(_teaching(recipe, role) for role in recipe.teachers) or "none"
     return [
         f"{recipe.name}: {recipe.optim.steps} steps of {recipe.optim.batch_size} images, {threat}, {begins}",
         f"student {recipe.student}; teachers: {teachers}",
         f"data: {recipe.data.dataset}, split {recipe.data.split}, below {data_root}",
         f"into {out}",
     ]
+
+
+def _teaching(recipe: Recipe, role: str) -> str:
+    """A role with the models that teach in it, one after the other."""
+    first = [f"{phase.model} until {phase.until:g}, then " for phase in recipe.phases.get(role, ())]
+    return f"{role} {''.join(first)}{recipe.teachers[role]}"
 
 
 def run_recipe(

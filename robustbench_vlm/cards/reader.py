@@ -310,7 +310,8 @@ def class_names(name: str) -> tuple[str, ...]:
         known |= {path.stem: path for path in sorted((root / "prompts").glob("*-names.txt"))}
     if name not in known:
         raise CardError(f"class names {name!r:.80}", "no such list", do=nearest(name, known))
-    return tuple(_lines(known[name].parent / "list", f"prompts/{known[name].name}"))
+    file = known[name]
+    return tuple(toml_tables.lines_of(file, f"prompts/{file.name}", (file.parent.parent,)))
 
 
 def subset(suite: Suite) -> tuple[str, ...]:

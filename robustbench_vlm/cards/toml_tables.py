@@ -48,10 +48,11 @@ def read(path: Path, roots: Sequence[Path]) -> dict[str, Any]:
     for key in ("names", "templates", "wordnet_ids"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
-            table[key] = _lines(path, value.removeprefix("@"), roots)
+            table[key] = lines_of(path, value.removeprefix("@"), roots)
         if isinstance(value, dict):
             files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
-            value.update({name: _lines(path, file.removeprefix("@"), roots) for name, file in files.items()})
+            rows = {name: lines_of(path, file.removeprefix("@"), roots) for name, file in files.items()}
+            value.update(rows)
     require_plain(table, where)
     return table
 
@@ -95,7 +96,17 @@ def _values(table: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
             waiting += [(key, inner, depth + 1) for inner in value]
 
 
-def _lines(card: Path, name: str, roots: Sequence[Path]) -> list[str]:
+def lines_of(card: Path, name: str, roots: Sequence[Path]) -> list[str]:
+    """The lines of the file `name` below the first of `roots` that has it.
+
+    Args:
+        card: which names the file, for messages.
+        name: a path below a folder of cards.
+        roots: folders of cards.
+
+    Raises:
+        CardError: no such file, or no text.
+    """
     for root in roots:
         if path := below(root, name):
             try:

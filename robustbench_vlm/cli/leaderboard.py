@@ -16,12 +16,19 @@ def leaderboard(
     results: Results = Path("results"),
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("leaderboards"),
+    no_bits: Annotated[
+        bool, typer.Option("--no-bits", help="Leave the verdicts of single images out of the page.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Render leaderboards/<suite>.csv and .md from the results."""
+    """Render leaderboards/<suite>.csv, .md and .html from the results.
+
+    The .html file needs no other file and no network. It holds the verdict of every image, from which it
+    computes means, intervals, tests and ranks of the rows and datasets that its reader picks.
+    """
     from robustbench_vlm.results import leaderboard
 
-    rows, files = leaderboard.render(results, reader.suite(suite), out)
+    rows, files = leaderboard.render(results, reader.suite(suite), out, with_bits=not no_bits)
     if as_json:
         print_json(rows)
     else:

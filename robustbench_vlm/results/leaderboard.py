@@ -16,6 +16,7 @@ from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import columns, grids, result_file, rows, verdicts
 from robustbench_vlm.results.contest import Contest
+from robustbench_vlm.results.page import render as page
 from robustbench_vlm.results.result_file import Result
 
 
@@ -91,8 +92,16 @@ def csv(table: pd.DataFrame) -> bytes:
     return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
-def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[Path]]:
-    """Write `<out>/<suite>.csv` and `.md` from the results below a folder; returns the rows and the files.
+def render(
+    results: Path, suite: Suite, out: Path, *, with_bits: bool = True
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Write `<out>/<suite>.csv`, `.md` and `.html` from the results below a folder; returns rows and files.
+
+    Args:
+        results: folder of all results.
+        suite: the table's.
+        out: folder of the files.
+        with_bits: let the HTML page hold the verdict of every image; see `page.render.html`.
 
     Raises:
         DataError: nothing to render, or results that cannot share a table.
@@ -103,7 +112,11 @@ def render(results: Path, suite: Suite, out: Path) -> tuple[pd.DataFrame, list[P
         raise DataError(str(results), f"no results of suite {suite.name}", "at least one", do)
     made = table(found, suite)
     stem = store.file_name(suite.name)
-    files = {out / f"{stem}.csv": csv(made), out / f"{stem}.md": grids.markdown(made, suite)}
+    files = {
+        out / f"{stem}.csv": csv(made),
+        out / f"{stem}.md": grids.markdown(made, suite),
+        out / f"{stem}.html": page.html(found, suite, made, with_bits=with_bits),
+    }
     for path, content in files.items():
         store.write(path, content)
     return made, list(files)

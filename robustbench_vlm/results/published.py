@@ -14,6 +14,7 @@ import pandas as pd
 
 from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.results import stats
+from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.result_file import Result
 
 COLUMNS = ("protocol", "dataset", "eps", "model", "clean", "robust", "95 %", "source")
@@ -69,3 +70,18 @@ def _measured(result: Result) -> list[str]:
     interval = stats.wilson(robust, n)
     shares = [f"{100 * count / n:.1f}" for count in (result.outcome["clean_correct"], robust)]
     return [*shares, f"{100 * interval.low:.1f} to {100 * interval.high:.1f}, n = {n}"]
+
+
+def under(contest: Contest, datasets: Sequence[str]) -> list[list[str]]:
+    """[model, dataset, clean, robust, source] of every copied row under a contest's protocol and radius.
+
+    Args:
+        contest: without a protocol nothing is comparable, and the list is empty.
+        datasets: only rows on these are taken.
+    """
+    if not contest.protocol:
+        return []
+    printed, eps = read(), contest.columns["eps"]
+    same = (printed.protocol == contest.protocol) & (printed.eps == eps) & printed.dataset.isin(datasets)
+    names = ["model_id", "dataset", "clean", "robust", "source"]
+    return [[str(value) for value in line] for line in printed.loc[same, names].to_numpy()]

@@ -1,0 +1,37 @@
+"""The command line that measures the rows of a contest again."""
+
+from __future__ import annotations
+
+import shlex
+
+from robustbench_vlm import safe_text
+from robustbench_vlm.results.contest import Contest
+
+REFERENCE = "native-reference"
+"""Engine of rows that were measured with `--mode reference`."""
+
+
+def parts(contest: Contest, suite: str) -> list[str]:
+    """The words before the name of the model, and those after it.
+
+    Options that a label of engine or precision does not state, such as TF32, are not reconstructed.
+    """
+    if contest.protocol:
+        after = ["--protocol", contest.protocol.partition("/")[0]]
+    else:
+        radii = ",".join(contest.radii)
+        after = ["--attack", contest.attack, "--norm", contest.norm, "--eps", radii]
+        after += ["--n", str(contest.n_requested)]
+    engine = contest.engine.partition("/")[0]
+    if engine == REFERENCE:
+        after += ["--mode", "reference"]
+    elif engine != "native":
+        after += ["--engine", engine]
+    if contest.precision.startswith("bf16"):
+        after += ["--precision", "bf16"]
+    return [quoted(["vlmrob", "eval", "--suite", suite, "--model"]), quoted(after)]
+
+
+def quoted(words: list[str]) -> str:
+    """Words as a shell reads them, on one line."""
+    return safe_text.line(shlex.join(words))

@@ -1,0 +1,174 @@
+"""What the page knows, as plain values: models, contests, and of every result its counts and verdicts.
+
+The page computes every mean, interval, test and rank from these values; none of them is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from robustbench_vlm import store
+from robustbench_vlm.cards.suite import Suite
+from robustbench_vlm.results import flags, published, verdicts
+from robustbench_vlm.results.contest import Contest
+from robustbench_vlm.results.page import checks, command, pack
+from robustbench_vlm.results.result_file import Result
+from robustbench_vlm.threat import parse_eps
+
+SCHEMA = "vlmrob-page/1"
+DIGITS = 16
+"""Hexadecimal digits of a fingerprint in the page; the CSV has all 64."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the page takes from the verdicts of one result.
+
+    Attributes:
+        counts: images that are right when clean, that were still to be attacked, that survived each stage.
+        images: number of the list of images; -1 without verdicts.
+        bits: numbers of the bits that say which images are right when clean, and after the whole chain.
+        iterations: see `pack.iterations`.
+    """
+
+    counts: list[int]
+    images: int = -1
+    bits: list[int] = field(default_factory=list)
+    iterations: list[list[int]] = field(default_factory=list)
+
+
+class Content:
+    """Collects the values of a page, result by result.
+
+    Attributes:
+        suite: the page's.
+        table: rows of the leaderboard; flags and the level of evidence are read from them.
+        with_bits: whether verdicts, names of images, histograms and fingerprints are included.
+    """
+
+    def __init__(self, suite: Suite, table: pd.DataFrame, *, with_bits: bool) -> None:
+        self.suite, self.with_bits = suite, with_bits
+        self.table = {row["cell_sha256"]: row for row in table.to_dict("records") if row["cell_sha256"]}
+        self.bits, self.flags = pack.Pool(), pack.Pool()
+        self.images: dict[tuple[str, ...], int] = {}
+        self.names: list[list[str]] = []
+        self.seen: dict[Path, Seen] = {}
+
+    def of(self, results: Sequence[Result]) -> dict[str, Any]:
+        """All values of the page, ready to be written as JSON.
+
+        Args:
+            results: of the suite; see `result_file.of_suite`.
+        """
+        self.seen = {result.path: self._look(result) for result in results}
+        models = list(dict.fromkeys(sorted(result.model for result in results)))
+        groups: dict[Contest, dict[int, dict[str, Result]]] = {}
+        for result in sorted(results, key=lambda found: (*found.contest.position, found.contest)):
+            rows = groups.setdefault(result.contest, {})
+            rows.setdefault(models.index(result.model), {})[result.dataset] = result
+        first = {result.model: result for result in reversed(results)}
+        contests = [self._contest(contest, rows) for contest, rows in groups.items()]
+        return {
+            "schema": SCHEMA,
+            "suite": {"name": self.suite.name, "title": self.suite.title, "version": self.suite.version},
+            "sets": list(self.suite.datasets),
+            "means": {f"mean:{name}": list(sets) for name, sets in self.suite.means.items()},
+            "models": [_model(first[model]) for model in models],
+            "contests": contests,
+            "flags": [[flag, flags.WORDS.get(flag, "see docs/attacks.md")] for flag in self.flags.values],
+            "images": self.names,
+            "bits": self.bits.values,
+        }
+
+    def _contest(self, contest: Contest, rows: Mapping[int, Mapping[str, Result]]) -> dict[str, Any]:
+        """A contest with its rows, the datasets of each in suite order."""
+        one = {result.dataset: result for row in rows.values() for result in row.values()}
+        sets = [one.get(name) for name in self.suite.datasets]
+        any_result = next(iter(one.values()))
+        return {
+            **{k: str(v) if k in ("norm", "eps") else v for k, v in contest.columns.items()},
+            "id": store.fingerprint({k: str(v) for k, v in contest.columns.items()})[:8],
+            "title": contest.title,
+            "command": command.parts(contest, self.suite.name),
+            "radius": float(contest.eps),
+            "radii": contest.radii,
+            "attack_version": any_result.config["attack_version"],
+            "stages": any_result.stages,
+            "numbers": any_result.content.stages if self.with_bits else [],
+            "n": [0 if result is None else result.outcome["n"] for result in sets],
+            "chance": [0 if result is None else round(result.outcome["majority"], 4) for result in sets],
+            "canvas": [
+                "" if result is None else f"{result.config['canvas']} {result.config['canvas_px']}"
+                for result in sets
+            ],
+            "images": [-1 if result is None else self.seen[result.path].images for result in sets],
+            "printed": published.under(contest, self.suite.datasets),
+            "rows": [self._row(model, rows[model]) for model in sorted(rows)],
+        }
+
+    def _row(self, model: int, row: Mapping[str, Result]) -> dict[str, Any]:
+        """The results of one model: `cells` has, for each dataset, `Seen.counts`, or 0 without a result."""
+        sets = [row.get(name) for name in self.suite.datasets]
+        lines = [None if result is None else self.table[result.content.sha256] for result in sets]
+        marked = {
+            str(i): [self.flags.number(flag) for flag in line["flag"].split(";")]
+            for i, line in enumerate(lines)
+            if line is not None and line["flag"]
+        }
+        levels = [str(line.get("evidence") or "verdicts") for line in lines if line is not None]
+        found = {
+            "model": model,
+            "cells": [0 if result is None else self.seen[result.path].counts for result in sets],
+            "exposure": "".join("-" if r is None else r.outcome["exposure"][:1] for r in sets),
+            "flags": marked,
+            "evidence": levels[0] if len(set(levels)) == 1 else "mixed",
+        }
+        if self.with_bits:
+            found |= {
+                "bits": [0 if result is None else self.seen[result.path].bits for result in sets],
+                "iterations": [0 if r is None else self.seen[r.path].iterations for r in sets],
+                "sha256": ["" if r is None else r.content.sha256[:DIGITS] for r in sets],
+                "checks": checks.worst([result for result in sets if result is not None]),
+            }
+        return found
+
+    def _look(self, result: Result) -> Seen:
+        """Read the verdicts of a result, once."""
+        found, eps, norm = result.verdicts(), result.contest.eps, result.contest.norm
+        robust = verdicts.standing(found)
+        here = [text for text in found.broken_at_eps.unique() if text and parse_eps(text, norm) == eps]
+        start = int((robust | found.broken_at_eps.isin(here)).sum())
+        survivors = [result.outcome["robust"][stage] for stage in result.stages]
+        counts = [result.outcome["clean_correct"], start, *survivors]
+        if not self.with_bits:
+            return Seen(counts)
+        order = found.key.argsort(kind="stable")
+        images = tuple(found.key.iloc[order])
+        if images not in self.images:
+            self.images[images] = len(self.names)
+            self.names.append(pack.names(images))
+        values = [mask.to_numpy()[order] for mask in (found.clean_correct, robust)]
+        bits = [self.bits.number(pack.bits(value)) for value in values]
+        return Seen(counts, self.images[images], bits, pack.iterations(found, result.stages))
+
+
+def _model(result: Result) -> dict[str, Any]:
+    """Facts about a model that the page shows and filters by."""
+    facts = result.content.model
+    trained = f"{facts['train_norm']} {facts['train_eps']}".strip()
+    return {
+        "id": facts["id"],
+        "quoted": command.quoted([facts["id"]]),
+        "sha256": result.model[1],
+        "arch": facts["arch"],
+        "parameters": facts["parameters"],
+        "defense": facts["defense"],
+        "kind": "undefended" if facts["defense"] == "none" else "training-time",
+        "trained": trained,
+        "data": [str(name) for name in facts.get("trained_on") or []],
+    }

@@ -45,6 +45,7 @@ def sha(text):
 def table(dataset, clean, broken, eps="4/255", n=10, labels=None):
     """Verdicts of `n` images: the first `clean` are right; `broken` gives the stage that broke an image."""
     labels = np.array(labels or [0] * n, dtype=np.int64)
+    n = len(labels)
     predictions = np.where(np.arange(n) < clean, labels, 1 - labels)
     keys = [f"{dataset}/test/s{i:07d}" for i in range(n)]
     margins = np.where(predictions == labels, 1, -1).astype(np.float32)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.special import ndtri
 
 from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.results import flags, published, verdicts
+from robustbench_vlm.results import flags, published, stop_rule, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import checks, command, pack
 from robustbench_vlm.results.result_file import Result
@@ -30,7 +32,8 @@ class Seen:
     """What the page takes from the verdicts of one result.
 
     Attributes:
-        counts: images that are right when clean, that were still to be attacked, that survived each stage.
+        counts: images that are right when clean; how many of them were lost before any attack at this radius
+            (broken at a smaller one, or an error); how many each stage broke.
         images: number of the list of images; -1 without verdicts.
         bits: numbers of the bits that say which images are right when clean, and after the whole chain.
         iterations: see `pack.iterations`.
@@ -95,17 +98,14 @@ class Content:
             "id": store.fingerprint({k: str(v) for k, v in contest.columns.items()})[:8],
             "title": contest.title,
             "command": command.parts(contest, self.suite.name),
+            "level": (1 + stop_rule.confidence(contest.stop)) / 2,
+            "z": float(ndtri((1 + stop_rule.confidence(contest.stop)) / 2)),
             "radius": float(contest.eps),
             "radii": contest.radii,
-            "attack_version": any_result.config["attack_version"],
             "stages": any_result.stages,
             "numbers": any_result.content.stages if self.with_bits else [],
             "n": [0 if result is None else result.outcome["n"] for result in sets],
             "chance": [0 if result is None else round(result.outcome["majority"], 4) for result in sets],
-            "canvas": [
-                "" if result is None else f"{result.config['canvas']} {result.config['canvas_px']}"
-                for result in sets
-            ],
             "images": [-1 if result is None else self.seen[result.path].images for result in sets],
             "printed": published.under(contest, self.suite.datasets),
             "rows": [self._row(model, rows[model]) for model in sorted(rows)],
@@ -143,8 +143,9 @@ class Content:
         robust = verdicts.standing(found)
         here = [text for text in found.broken_at_eps.unique() if text and parse_eps(text, norm) == eps]
         start = int((robust | found.broken_at_eps.isin(here)).sum())
-        survivors = [result.outcome["robust"][stage] for stage in result.stages]
-        counts = [result.outcome["clean_correct"], start, *survivors]
+        survivors = [start, *(result.outcome["robust"][stage] for stage in result.stages)]
+        fewer = [more - less for more, less in pairwise([result.outcome["clean_correct"], *survivors])]
+        counts = [result.outcome["clean_correct"], *fewer]
         if not self.with_bits:
             return Seen(counts)
         order = found.key.argsort(kind="stable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,9 @@ SCRIPTS = (
     *("drawing.js", "figures.js", "compare.js", "model.js", "export.js", "start.js"),
 )
 """Files of the script, in the order in which they are joined."""
+
+QUOTING = re.compile(r"[\"'`/]")
+BLANKS = re.compile(r" ?([=*<>?:,;{}()&|!]+) ?")
 
 FIGURES = {
     "clean-robust": "Clean against robust accuracy, with 95 % intervals; dashed: the Pareto front",
@@ -74,9 +78,14 @@ def _page(content: dict[str, Any], suite: Suite, table: pd.DataFrame) -> bytes:
 
 
 def script() -> str:
-    """The whole script of the page, without the indentation and the comment lines of its files."""
+    """The whole script of the page: its files without indentation, comment lines and needless blanks."""
     lines = (line.strip() for name in SCRIPTS for line in _file(name).split("\n"))
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    return "\n".join(_tight(line) for line in lines if line and not line.startswith("//"))
+
+
+def _tight(line: str) -> str:
+    """A line without the blanks beside its signs; one with a text or a pattern in it stays as it is."""
+    return line if QUOTING.search(line) else BLANKS.sub(r"\1", line)
 
 
 @cache

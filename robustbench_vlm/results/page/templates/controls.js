@@ -2,7 +2,7 @@
 
 // Columns of a contest, what they are called, and whether they are named only where the others leave a choice.
 const FACETS = [["protocol", "protocol"], ["attack", "attack"], ["norm", "norm"], ["eps", "radius"],
-  ["n_requested", "images"], ["engine", "engine"], ["precision", "precision"], ["eps_ladder", "radii", 1],
+  ["n_requested", "images"], ["engine", "engine"], ["precision", "precision"], ["stop_rule", "stopped by", 1], ["eps_ladder", "radii", 1],
   ["attack_config_sha256", "chain", 1]];
 
 // The contest with one value changed that agrees with the present one in most of the others.

@@ -19,14 +19,9 @@ const mark = (i, at) => path(MARKS[i % MARKS.length], { stroke: colourOf(i), tra
 
 const middle = { "text-anchor": "middle" }, atEnd = { "text-anchor": "end" };
 
-function label(x, y, text, fill, more = {}) {
-  return shape("text", { x, y, fill, "font-size": 11, "font-family": "system-ui, sans-serif", ...more }, text);
-}
-
-function canvas(width, height, look) {
-  return shape("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}`, role: "img" },
-    shape("rect", { width, height, fill: look.paper }));
-}
+const label = (x, y, text, fill, more) => shape("text", { x, y, fill, ...more }, text);
+const canvas = (width, height, look) => shape("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}`,
+  role: "img", "font-size": 11, "font-family": "system-ui, sans-serif" }, rect(0, 0, width, height, { fill: look.paper }));
 
 const percentAxis = { high: 100, ticks: [0, 20, 40, 60, 80, 100] };
 

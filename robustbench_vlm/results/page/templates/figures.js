@@ -39,7 +39,7 @@ function againstRadius() {
     const points = contests.flatMap((one) => {
       const row = one.rows.find((other) => modelOf(other) === model);
       if (!row || !sets.every((i) => row.cells[i])) return [];
-      return [[one.radius, ...hundred(meanOf(sets.map((i) => [last(row.cells[i]), one.n[i]])))]];
+      return [[one.radius, ...hundred(meanOf(sets.map((i) => [last(row.cells[i]), one.n[i]]), one))]];
     });
     return { name: model.id, key: model.key, points: [[0, ...hundred(clean)], ...points] };
   });
@@ -66,7 +66,7 @@ function byAttack() {
       const width = 760, made = canvas(width, 50 + 30 * rows.length, look), left = 170, room = width - left - 10;
       parts.forEach((part, k) => {
         const x = 10 + k * (width - 20) / parts.length, fill = k === parts.length - 1 ? look.line : colourOf(k);
-        made.append(shape("rect", { x, y: 8, width: 12, height: 12, fill }), label(x + 16, 18, `${k + 1} ${part}`, look.ink));
+        made.append(rect(x, 8, 12, 12, { fill }), label(x + 16, 18, `${k + 1} ${part}`, look.ink));
       });
       rows.forEach((row, i) => {
         const y = 34 + 30 * i;
@@ -74,7 +74,7 @@ function byAttack() {
         made.append(label(left - 6, y + 14, row.model.id.slice(0, 26), look.ink, atEnd));
         counts[i].forEach((count, k) => {
           const wide = room * count / total, fill = k === parts.length - 1 ? look.line : colourOf(k);
-          if (count) made.append(shape("rect", { x, y, width: wide, height: 20, fill, stroke: look.paper }));
+          if (count) made.append(rect(x, y, wide, 20, { fill, stroke: look.paper }));
           if (wide > 26) made.append(label(x + wide / 2, y + 14, `${k + 1}: ${count}`.slice(0, Math.max(1, wide / 7)), "#000000", { ...middle, stroke: "#ffffff", "stroke-width": 2.5, "paint-order": "stroke" }));
           x += wide;
         });

@@ -3,7 +3,7 @@
 function resultsOf(row) {
   const { n, stages, chance } = contest(), sets = data.sets.map((_, i) => i).filter((i) => row.cells[i]);
   const body = sets.map((i) => {
-    const [clean, , ...after] = row.cells[i], robust = last(after), [low, high] = wilson(robust, n[i]);
+    const [clean, , ...after] = row.cells[i], robust = last(after), [low, high] = wilson(robust, n[i], contest().z);
     const exposures = { s: "seen", u: "unseen", "?": "unknown" };
     return [data.sets[i], String(n[i]), percent(clean / n[i], 2), ...after.map((count) => percent(count / n[i], 2)),
       `[${percent(low, 2)}, ${percent(high, 2)}]`, percent(chance[i], 2), exposures[row.exposure[i]],

@@ -1,7 +1,6 @@
 "use strict";
 // Counts, intervals and tests of the page; the package has the same functions in Python.
 
-const Z = 1.959963984540054; // 97.5 % point of the normal distribution
 const LEVEL = 0.05; // family-wise error of all pairs that are shown
 
 // The bits of a base64 text as 32-bit words; image i is bit i % 32 of word i / 32.
@@ -28,26 +27,75 @@ function discordant(a, b) {
   return [onlyA, onlyB];
 }
 
-// 95 % Wilson score interval of hits out of n.
-function wilson(hits, n) {
-  const share = hits / n, size = 2 * (n + Z * Z);
-  const centre = (2 * n * share + Z * Z) / size;
-  const half = (Z / size) * Math.sqrt(4 * n * share * (1 - share) + Z * Z);
+// Wilson score interval of hits out of n; z is the normal quantile of its confidence.
+function wilson(hits, n, z) {
+  const share = hits / n, size = 2 * (n + z * z);
+  const centre = (2 * n * share + z * z) / size;
+  const half = (z / size) * Math.sqrt(4 * n * share * (1 - share) + z * z);
   return [hits ? Math.max(0, centre - half) : 0, hits < n ? Math.min(1, centre + half) : 1];
 }
 
-// Mean of independent proportions [hits, n] with its 95 % interval: MOVER over Wilson limits.
-function meanOf(counts) {
-  let mean = 0, below = 0, above = 0;
-  for (const [hits, n] of counts) {
-    const [low, high] = wilson(hits, n);
-    mean += hits / n;
-    below += (hits / n - low) ** 2;
-    above += (high - hits / n) ** 2;
+// Stirling's series, after the argument is raised to where it is exact.
+function logGamma(x) {
+  let product = 1;
+  for (; x < 16; x++) product *= x;
+  const s = 1 / (x * x);
+  return (x - 0.5) * Math.log(x) - x + Math.log(2 * Math.PI) / 2
+    + (1 / 12 - s * (1 / 360 - s * (1 / 1260 - s / 1680))) / x - Math.log(product);
+}
+
+// Distribution function of the beta distribution, as a continued fraction.
+function beta(x, a, b) {
+  if (x > (a + 1) / (a + b + 2)) return 1 - beta(1 - x, b, a);
+  let c = 1, d = 1 / (1 - (a + b) * x / (a + 1)), value = d;
+  const next = (factor) => {
+    d = 1 / (1 + factor * d);
+    c = 1 + factor / c;
+    value *= c * d;
+  };
+  for (let m = 1; m < 2000 && Math.abs(c * d - 1) > 1e-15; m++) {
+    next(m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)));
+    next(-(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)));
   }
-  mean /= counts.length;
-  return { mean, low: Math.max(0, mean - Math.sqrt(below) / counts.length),
-    high: Math.min(1, mean + Math.sqrt(above) / counts.length) };
+  return value / a * Math.exp(logGamma(a + b) - logGamma(a) - logGamma(b) + a * Math.log(x) + b * Math.log1p(-x));
+}
+
+function betaQuantile(level, a, b) {
+  let low = 0, high = 1;
+  for (let i = 0; i < 55; i++) {
+    const middle = (low + high) / 2;
+    if (beta(middle, a, b) < level) low = middle; else high = middle;
+  }
+  return (low + high) / 2;
+}
+
+// Mean and variance of a beta distribution.
+const moments = (a, b) => [a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))];
+
+// One-sided upper limit of the mean of proportions [hits, n]: see results/mean_interval.py.
+function upperLimit(counts, level, z) {
+  const number = counts.length, before = counts.map(([hits, n]) => moments(hits, n - hits));
+  const [mean, variance] = [0, 1].map((k) => before.reduce((total, one) => total + one[k], 0));
+  let best = { limit: -1 };
+  counts.forEach(([hits, n], i) => {
+    const after = moments(hits + 1, n - hits), m = (mean - before[i][0] + after[0]) / number;
+    const v = (variance - before[i][1] + after[1]) / number ** 2, limit = m + z * Math.sqrt(v);
+    if (limit > best.limit) best = { limit, m, v, hits };
+  });
+  if (best.v <= 0) return 1;
+  const all = (test) => counts.filter(test).length;
+  const floor = all(([hits, n]) => hits === n) / number;
+  const width = 1 - (all(([hits]) => !hits) - !best.hits) / number - floor;
+  const share = (best.m - floor) / width, size = share * (1 - share) / (best.v / width ** 2) - 1;
+  return floor + width * betaQuantile(level, share * size, (1 - share) * size);
+}
+
+// Mean of independent proportions [hits, n] with its interval; one proportion has Wilson's at 95 %.
+function meanOf(counts, { level, z }) {
+  const mean = counts.reduce((total, [hits, n]) => total + hits / n, 0) / counts.length;
+  const [low, high] = counts.length === 1 && Math.abs(level - 0.975) < 1e-9 ? wilson(...counts[0], z)
+    : [1 - upperLimit(counts.map(([hits, n]) => [n - hits, n]), level, z), upperLimit(counts, level, z)];
+  return { mean, low, high };
 }
 
 // C(m, floor(m / 2)) / 2^m: as a product, or for large m by the asymptotic series of C(2h, h) / 4^h.
@@ -95,13 +143,13 @@ function beyond(x) {
 // test for one dataset, otherwise the stratified test with continuity correction.
 function pairedTest(sets) {
   if (sets.length === 1) return mcnemar(sets[0][0], sets[0][1]);
-  let distance = 0, variance = 0, step = 0;
+  const one = 1 / Math.min(...sets.map(([,, n]) => n));
+  let distance = 0, variance = one ** 2;
   for (const [onlyA, onlyB, n] of sets) {
     distance += (onlyA - onlyB) / n;
     variance += (onlyA + onlyB) / n ** 2;
-    if (onlyA + onlyB) step = Math.max(step, 1 / n);
   }
-  return variance ? beyond(Math.max(0, Math.abs(distance) - step) / Math.sqrt(variance)) : 1;
+  return beyond(Math.max(0, Math.abs(distance) - one) / Math.sqrt(variance));
 }
 
 // p-values adjusted by Holm for all of them together.

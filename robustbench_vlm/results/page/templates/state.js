@@ -10,9 +10,14 @@ const SIZES = [["under 50 M", 0, 50], ["50 to 150 M", 50, 150], ["150 to 500 M",
 const state = { ...BASE };
 let written = "";
 
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+// Of each result: images that are right when clean, that were then attacked, that survived each stage.
+for (const row of data.contests.flatMap(({ rows }) => rows)) {
+  row.cells = row.cells.map((cell) => cell && cell.map((_, k) => cell[0] - sum(cell.slice(1, k + 1))));
+}
 data.models.forEach((model) => { model.key = `${model.id}@${model.sha256.slice(0, 8)}`; });
 
-const sum = (values) => values.reduce((total, value) => total + value, 0);
 const millions = ({ parameters }) => parameters / 1e6;
 const wordsOf = (flags) => flags.map(([word]) => word);
 const modelOf = (row) => data.models[row.model];
@@ -72,8 +77,8 @@ function measured(row, sets, n) {
   const found = { row, model, key: model.key, has, complete: has.length > 0 && has.length === sets.length,
     flags: flagsOf(row, has), off: unpack(state.off).includes(model.key) };
   if (found.complete) {
-    found.clean = meanOf(has.map((i) => [row.cells[i][0], n[i]]));
-    found.robust = meanOf(has.map((i) => [last(row.cells[i]), n[i]]));
+    found.clean = meanOf(has.map((i) => [row.cells[i][0], n[i]]), contest());
+    found.robust = meanOf(has.map((i) => [last(row.cells[i]), n[i]]), contest());
   }
   return found;
 }
@@ -98,7 +103,7 @@ function compute() {
   const shown = rows.map((row) => measured(row, sets, n)).filter(passes);
   const ranked = shown.filter((row) => row.complete && !row.off);
   let p = null;
-  if (withBits && ranked.length) {
+  if (withBits && ranked.length > 1 && !contest().stop_rule) {
     const bits = sets.map((i) => ranked.map(({ row }) => verdicts(row, i, 1)));
     p = adjustedPairs(bits, sets.map((i) => n[i]), ranked.length);
     standings(ranked.map((row) => row.robust.mean), p).forEach((standing, i) => {

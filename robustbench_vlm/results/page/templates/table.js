@@ -9,16 +9,12 @@ function shape(tag, attributes, ...children) {
   return made;
 }
 
+const rect = (x, y, width, height, more) => shape("rect", { x, y, width, height, fill: "currentColor", ...more });
+
 // A strip of 0 to 100 %: a line from low to high and a mark at the value.
-function strip(low, high, mark) {
-  const bar = shape("svg", { width: 72, height: 9, viewBox: "0 0 72 9", "aria-hidden": "true" },
-    shape("rect", { x: 0, y: 4, width: 72, height: 1, fill: "currentColor", opacity: .25 }),
-    shape("rect", { x: 72 * low, y: 3, width: Math.max(1, 72 * (high - low)), height: 3, fill: "currentColor", opacity: .6 }));
-  if (mark !== undefined) {
-    bar.append(shape("rect", { x: 72 * mark - 1, y: 0, width: 2, height: 9, fill: "currentColor" }));
-  }
-  return bar;
-}
+const strip = (low, high, value) => shape("svg", { width: 72, height: 9, "aria-hidden": "true" },
+  rect(0, 4, 72, 1, { opacity: .25 }), rect(72 * low, 3, Math.max(1, 72 * (high - low)), 3, { opacity: .6 }),
+  value === undefined ? "" : rect(72 * value - 1, 0, 2, 9));
 
 function rankText({ standing }) {
   if (!standing) return "–";
@@ -66,7 +62,7 @@ function setColumn(i, n) {
     entry: (row) => row.row.cells[i] ? [percent(share(row)), row.row.flags[i] ? el("b", " !") : ""] : "–",
     note: ({ row }) => {
       if (!row.cells[i]) return "not measured";
-      const count = last(row.cells[i]), [low, high] = wilson(count, n);
+      const count = last(row.cells[i]), [low, high] = wilson(count, n, contest().z);
       return [`${data.sets[i]}: clean ${percent(row.cells[i][0] / n)} %, robust ${percent(count / n)} % `
         + `[${percent(low)}, ${percent(high)}], ${count} of ${n}`, ...wordsOf(flagsOf(row, [i]))].join(", ");
     } };
@@ -120,7 +116,7 @@ function tableView() {
   const columns = columnsShown(), rows = ordered(columns), { ranked, sets } = results(), count = ranked.length;
   const test = sets.length === 1 ? "exact McNemar test" : "stratified paired test of the mean";
   fill("summary", `${contest().title}: ${rows.length} of ${contest().rows.length} rows, ${sets.length} datasets. `,
-    withBits ? `Ranks: ${count} rows, ${count * (count - 1) / 2} pairs, ${test}, Holm, 5 %.` : "");
+    results().p ? `Ranks: ${count} rows, ${count * (count - 1) / 2} pairs, ${test}, Holm, 5 %.` : "");
   const scrolled = byId("board").scrollLeft;
   fill("board", el("table", el("thead", el("tr", columns.map(headCell))),
     el("tbody", rows.map((row) => el("tr", { class: row.off ? "off" : "" }, columns.map((column) => bodyCell(column, row)))))));

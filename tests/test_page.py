@@ -1,11 +1,10 @@
-"""The page of a suite: what it holds, how large it is, and that its script computes what the package computes.
+"""The page of a suite: what it holds, how large it is, and that its script computes as the package does.
 
 The arithmetic of the script runs in node; tests/test_page_browser.py looks at the page in a browser.
 """
 
 import base64
 import json
-import math
 import shutil
 import subprocess
 
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 from scipy.special import ndtri
 from scipy.stats import beta, binomtest
-from test_leaderboard import SUITE, cell, rows, two_models
+from test_leaderboard import SUITE, cell, two_models
 
 from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
@@ -24,7 +23,9 @@ from robustbench_vlm.results.page import command, pack, render
 from robustbench_vlm.results.result_file import Content, Result
 
 NODE = shutil.which("node")
-needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed: the script's arithmetic needs it")
+needs_node = pytest.mark.skipif(
+    NODE is None, reason="node is not installed: the script's arithmetic needs it"
+)
 PURE = ("numbers.js", "ranking.js")
 
 
@@ -33,7 +34,9 @@ def compute(expression, given=None):
     code = "\n".join(render._file(name) for name in PURE)
     code += "\nconst given = JSON.parse(require('fs').readFileSync(0, 'utf8'));"
     code += f"\nconsole.log(JSON.stringify({expression}));"
-    done = subprocess.run([NODE, "-e", code], input=json.dumps(given), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [NODE, "-e", code], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -112,7 +115,9 @@ def test_the_beta_distribution_is_that_of_scipy():
 @pytest.mark.parametrize("datasets", [1, 4])
 def test_rank_sets_and_tie_groups_are_those_of_the_package(datasets):
     draw = np.random.default_rng(datasets)
-    bits = [draw.random((30, n)) < np.linspace(0.2, 0.8, 30)[:, None] for n in [200, 37, 500, 1000][:datasets]]
+    bits = [
+        draw.random((30, n)) < np.linspace(0.2, 0.8, 30)[:, None] for n in [200, 37, 500, 1000][:datasets]
+    ]
     packed = [[pack.bits(row) for row in part] for part in bits]
     means = np.mean([part.mean(axis=1) for part in bits], axis=0).tolist()
     given = {"packed": packed, "n": [part.shape[1] for part in bits], "means": means}
@@ -134,7 +139,8 @@ def test_the_suite_of_fifty_models_is_ranked_in_less_than_200_ms():
       for (let i = 0; i < 3; i++) {
         known.clear();
         const began = performance.now();
-        const means = given.packed[0].map((_, row) => meanOf(given.hits.map((h) => [h[row], 1000]), contest).mean);
+        const counts = given.packed[0].map((_, row) => given.hits.map((h) => [h[row], 1000]));
+        const means = counts.map((one) => meanOf(one, contest).mean);
         standings(means, adjustedPairs(bits, n, 50));
         times.push(performance.now() - began);
       }
@@ -224,7 +230,9 @@ def test_checks_stand_with_the_dataset_where_they_were_worst(tmp_path):
         assert row["checks"] == [["saturated", "fail", "0.125", "0.01", "it is", "two"],
                                  ["no-gradient", "pass", "", "0.01", "it is", "one"]]  # fmt: skip
     store.write_json(path, whole | {"checks": {"checks": [{"name": 3}]}})
-    with pytest.raises(DataError, match=f"{path.name}: checks of another kind; expected those of an evaluation"):
+    with pytest.raises(
+        DataError, match=f"{path.name}: checks of another kind; expected those of an evaluation"
+    ):
         page(tmp_path)
 
 
@@ -243,7 +251,13 @@ def test_checks_stand_with_the_dataset_where_they_were_worst(tmp_path):
 )  # fmt: skip
 def test_the_command_to_repeat_a_row(changes, words):
     config = {
-        **{"attack": "aa", "attack_sha256": "c" * 64, "norm": "linf", "eps": "4/255", "eps_ladder": ["4/255"]},
+        **{
+            "attack": "aa",
+            "attack_sha256": "c" * 64,
+            "norm": "linf",
+            "eps": "4/255",
+            "eps_ladder": ["4/255"],
+        },
         **{"n_requested": 10, "seed": 0, "split": "test", "engine": "native/2", "precision": "fp32"},
     }
     before, after = command.parts(result_file.Contest.of(config | changes), "pair")
@@ -304,7 +318,12 @@ class InMemory(Result):
 def synthetic(folder, models, datasets, radii, n):
     """Results of a large suite: four stages, names of images as in shards, twelve checks a result."""
     draw = np.random.default_rng(1)
-    check = {"level": "pass", "value": 0.0123, "bound": 0.0100, "sentence": "logits differ by at most 0.0123 %"}
+    check = {
+        "level": "pass",
+        "value": 0.0123,
+        "bound": 0.0100,
+        "sentence": "logits differ by at most 0.0123 %",
+    }
     shared = folder / "checks.json"
     store.write_json(shared, {"checks": {"checks": [{"name": f"check-{i}", **check} for i in range(12)]}})
     stages = ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -341,7 +360,7 @@ def synthetic(folder, models, datasets, radii, n):
                     **{"robust": verdicts.robust_after(table, stages, eps), "majority": 0.1},
                     **{"exposure": "unseen", "verdicts_sha256": store.fingerprint([model, dataset, eps])},
                 }
-                facts = {"id": config["model"], "arch": "ViT-B-32", "defense": "mmt-ard", "parameters": 87_849_216,
+                facts = {"id": config["model"], "arch": "ViT-B-32", "defense": "mmt-ard", "parameters": 878,
                          "train_norm": "linf", "train_eps": "4/255", "trained_on": ["imagenet"]}  # fmt: skip
                 numbers = [{"name": stage, "attack": "apgd", "steps": 100} for stage in stages]
                 result = InMemory(shared, Content(config, outcome, facts, numbers))
@@ -356,6 +375,5 @@ def test_fifty_models_on_seventeen_datasets_at_three_radii_fit(tmp_path):
     table = leaderboard.table(found, suite)
     whole = render.html(found, suite, table)
     small = render.html(found, suite, table, with_bits=False)
-    print(f"{len(whole)} bytes with verdicts, {len(small)} without")
     assert len(whole) < 1_500_000
     assert len(small) < 150_000

@@ -35,11 +35,16 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     models = {"weak": (75, 78), "middle": (25, 30), "alike": (24, 29), "partial": (10, None)}
     for name, broken in models.items():
-        facts = {"arch": "big" if name == "weak" else "small", "defense": "none" if name == "weak" else "tecoa"}
+        facts = {
+            "arch": "big" if name == "weak" else "small",
+            "defense": "none" if name == "weak" else "tecoa",
+        }
         for dataset, count in zip(("one", "two"), broken, strict=True):
             if count is not None:
                 outcome = {"flags": ["saturated"] if name == "alike" and dataset == "two" else []}
-                cell(folder, name, dataset, 90, some(count), labels=[0] * N, outcome=outcome, model_facts=facts)
+                cell(
+                    folder, name, dataset, 90, some(count), labels=[0] * N, outcome=outcome, model_facts=facts
+                )
     cell(folder, HOSTILE, "one", 90, some(50), labels=[0] * N)
     for dataset in ("one", "two"):
         cell(folder, "weak", dataset, 90, some(80, "pgd20"), labels=[0] * N, attack="pgd20")
@@ -69,7 +74,9 @@ def view(browser, address):
     contexts, faults = [], []
 
     def opened(place="", **options):
-        context = browser.new_context(**{"offline": True, "viewport": {"width": 1280, "height": 900}} | options)
+        context = browser.new_context(
+            **{"offline": True, "viewport": {"width": 1280, "height": 900}} | options
+        )
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: faults.append(message.text))
@@ -93,7 +100,9 @@ def names(page):
 
 def entry(page, model, head):
     heads = [re.sub(r"[ ▲▼]+$", "", text) for text in page.locator("#board thead th").all_inner_texts()]
-    row = page.locator("#board tbody tr").filter(has=page.locator("th", has_text=re.compile(rf"^\s*{model} ")))
+    row = page.locator("#board tbody tr").filter(
+        has=page.locator("th", has_text=re.compile(rf"^\s*{model} "))
+    )
     return row.locator("th, td").nth(heads.index(head)).inner_text().strip()
 
 
@@ -153,7 +162,9 @@ def test_picking_datasets_and_rows_computes_everything_again(view, results):
     standing, intervals = expected(results, models, ["one"])
     for model in models:
         interval = intervals[model]
-        assert entry(page, model, "robust, %").endswith(f"[{text_of(interval.low)}, {text_of(interval.high)}]")
+        assert entry(page, model, "robust, %").endswith(
+            f"[{text_of(interval.low)}, {text_of(interval.high)}]"
+        )
         assert entry(page, model, "rank") == rank_text(standing[model])
     assert names(page)[-1].startswith("</script>")  # a row that is not ranked stands last
     assert "exact McNemar test" in page.inner_text("#summary")
@@ -288,7 +299,7 @@ def test_what_is_on_screen_is_saved(view):
 def test_a_saved_name_is_no_formula(view):
     page = view()
     assert page.evaluate("csv([['=1+1', '-0.5', '@a', 'a,\"b\"', ' +1']])") == (
-        "'=1+1,-0.5,'@a,\"a,\"\"b\"\"\",' +1\n"
+        '\'=1+1,-0.5,\'@a,"a,""b""",\' +1\n'
     )
     assert page.evaluate("latexText('a_b & 50 % {\\\\x} ~')") == (
         "a\\_b \\& 50 \\% \\{\\textbackslash{}x\\} \\textasciitilde{}"
@@ -314,7 +325,9 @@ def test_figures_are_drawn_have_their_numbers_and_are_saved(view, name):
 def test_hostile_names_are_text(view):
     page = view("view=model")
     page.select_option("#model", index=0)
-    assert page.inner_text("#name").startswith("</script><img src=x onerror=alert(1)>|=1+1\\n\\x1b[31m\\u202e")
+    assert page.inner_text("#name").startswith(
+        "</script><img src=x onerror=alert(1)>|=1+1\\n\\x1b[31m\\u202e"
+    )
     assert page.locator("img").count() == 0
     assert page.locator("h1").inner_text() == SUITE.title
     assert page.evaluate("document.title") == SUITE.title
@@ -330,7 +343,10 @@ def test_a_phone_sees_the_page_without_moving_it_sideways(view):
 def test_dark_and_light_differ_and_the_figures_follow(view):
     page = view("view=figures", color_scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"
-    dark, drawn = page.evaluate(paper), page.locator("#drawn-clean-robust svg rect").first.get_attribute("fill")
+    dark, drawn = (
+        page.evaluate(paper),
+        page.locator("#drawn-clean-robust svg rect").first.get_attribute("fill"),
+    )
     page.emulate_media(color_scheme="light")
     assert page.evaluate(paper) != dark
     followed = "(old) => document.querySelector('#drawn-clean-robust svg rect').getAttribute('fill') !== old"

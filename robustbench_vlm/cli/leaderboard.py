@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cli.options import AsJson, Results, print_grids, print_json
+from robustbench_vlm.cli import image
+from robustbench_vlm.cli.options import AsJson, DataRoot, Results, print_grids, print_json
 
 
 def leaderboard(
@@ -19,6 +21,10 @@ def leaderboard(
     no_bits: Annotated[
         bool, typer.Option("--no-bits", help="Leave the verdicts of single images out of the page.")
     ] = False,
+    gallery: Annotated[
+        int, typer.Option(min=0, help="Pictures a row in the page, where eval kept adversarial images.")
+    ] = 0,
+    data_root: DataRoot = Path("data"),
     as_json: AsJson = False,
 ) -> None:
     """Render leaderboards/<suite>.csv, .md and .html from the results.
@@ -27,8 +33,11 @@ def leaderboard(
     computes means, intervals, tests and ranks of the rows and datasets that its reader picks.
     """
     from robustbench_vlm.results import leaderboard
+    from robustbench_vlm.results.page.gallery import Gallery
 
-    rows, files = leaderboard.render(results, reader.suite(suite), out, with_bits=not no_bits)
+    pictures = Gallery(gallery, partial(image.clean_or_none, data_root=data_root)) if gallery else None
+    card = reader.suite(suite)
+    rows, files = leaderboard.render(results, card, out, with_bits=not no_bits, gallery=pictures)
     if as_json:
         print_json(rows)
     else:

@@ -8,18 +8,38 @@ from typing import Annotated
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cli.options import DataRoot
+from robustbench_vlm.cli import image
+from robustbench_vlm.cli.options import DataRoot, Results
+from robustbench_vlm.errors import InputError
 
 
 def show(
     what: Annotated[
         str,
-        typer.Argument(help="defense, attack, suite, dataset, model, recipe, protocol, prompts or study."),
+        typer.Argument(
+            help="defense, attack, suite, dataset, model, recipe, protocol, prompts, study or image."
+        ),
     ],
-    name: Annotated[str, typer.Argument(help="Its name.")],
-    data_root: DataRoot = Path("data"),  # noqa: ARG001 - it is searched for cards when it is read
+    name: Annotated[
+        str, typer.Argument(help="Its name; of an image, the result: its JSON file or digits of cell_sha256.")
+    ],
+    key: Annotated[str, typer.Argument(help="Of an image: its key, or the end of it after a /.")] = "",
+    results: Results = Path("results"),
+    out: Annotated[Path, typer.Option(help="Of an image: folder of the PNG files.")] = Path("images"),
+    data_root: DataRoot = Path("data"),
 ) -> None:
-    """Print all facts about a defense, attack, suite, dataset, model, recipe or study, as JSON."""
+    """Print all facts about a defense, attack, suite, dataset, model, recipe or study, as JSON.
+
+    Of an image that an attack broke, and that vlmrob eval --save-adversarial kept, write PNG files, too: the
+    adversarial image and, where the dataset is on this machine, the clean image and the perturbation.
+    """
+    if (what == "image") != bool(key):
+        found = "no key" if what == "image" else f"{key!r} after the name"
+        do = "type vlmrob show image RESULT KEY, or vlmrob show KIND NAME"
+        raise InputError(f"show {what}", found, "a key after image RESULT, and after nothing else", do)
+    if what == "image":
+        image.show(name, key, results, out, data_root)
+        return
     from robustbench_vlm import catalogue
 
     console.result_json(catalogue.details(what, name))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from robustbench_vlm.store import fingerprint
 from robustbench_vlm.threat import Norm, Threat, eps_text
 
 OTHER_COLUMN = {"attack_sha256": "attack_config_sha256", "ladder": "eps_ladder", "stop": "stop_rule"}
@@ -110,9 +111,19 @@ class Contest:
         return f"{self.attack} {self.threat}{after} n={self.n_requested or 'all'}{protocol}{stop}"
 
     @property
+    def digits(self) -> str:
+        """Eight hexadecimal digits that tell the contests of a table apart."""
+        return digits(self.columns)
+
+    @property
     def without_attack(self) -> Contest:
         """The contest with chain and ladder left open: equal for all chains that met the same images."""
         return dataclasses.replace(self, attack="", attack_sha256="", ladder=())
+
+
+def digits(columns: Mapping[str, Any]) -> str:
+    """As `Contest.digits`, from a row of a leaderboard."""
+    return fingerprint({name: str(columns[name]) for name in COLUMNS})[:8]
 
 
 def column(field: str) -> str:

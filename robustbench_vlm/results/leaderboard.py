@@ -17,6 +17,7 @@ from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import columns, grids, ranking, result_file, rows, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import render as page
+from robustbench_vlm.results.page.gallery import Gallery
 from robustbench_vlm.results.result_file import Result
 
 
@@ -87,6 +88,23 @@ def _images(result: Result) -> tuple[Any, ...]:
     return result.model, result.dataset, result.contest.without_attack
 
 
+def rows_of(results: Path, suite: Suite) -> pd.DataFrame:
+    """The table of the results below a folder.
+
+    Raises:
+        DataError: no results of the suite, or results that cannot share a table.
+    """
+    return table(_of_suite(results, suite), suite)
+
+
+def _of_suite(results: Path, suite: Suite) -> list[Result]:
+    found = result_file.of_suite(result_file.read(results), suite)
+    if not found:
+        do = f"run vlmrob eval --suite {suite.name}"
+        raise DataError(str(results), f"no results of suite {suite.name}", "at least one", do)
+    return found
+
+
 def csv(table: pd.DataFrame) -> bytes:
     """The CSV: fixed columns, two decimals, line ends LF; no text in it can be run as a formula."""
     safe = table.map(lambda value: safe_text.csv(value) if isinstance(value, str) else value)
@@ -95,7 +113,7 @@ def csv(table: pd.DataFrame) -> bytes:
 
 
 def render(
-    results: Path, suite: Suite, out: Path, *, with_bits: bool = True
+    results: Path, suite: Suite, out: Path, *, with_bits: bool = True, gallery: Gallery | None = None
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Write `<out>/<suite>.csv`, `.md` and `.html` from the results below a folder; returns rows and files.
 
@@ -104,20 +122,18 @@ def render(
         suite: the table's.
         out: folder of the files.
         with_bits: let the HTML page hold the verdict of every image; see `page.render.html`.
+        gallery: pictures that the HTML page has; None for none.
 
     Raises:
         DataError: nothing to render, or results that cannot share a table.
     """
-    found = result_file.of_suite(result_file.read(results), suite)
-    if not found:
-        do = f"run vlmrob eval --suite {suite.name}"
-        raise DataError(str(results), f"no results of suite {suite.name}", "at least one", do)
+    found = _of_suite(results, suite)
     made = table(found, suite)
     stem = store.file_name(suite.name)
     files = {
         out / f"{stem}.csv": csv(made),
         out / f"{stem}.md": grids.markdown(made, suite),
-        out / f"{stem}.html": page.html(found, suite, made, with_bits=with_bits),
+        out / f"{stem}.html": page.html(found, suite, made, with_bits=with_bits, gallery=gallery),
     }
     for path, content in files.items():
         store.write(path, content)

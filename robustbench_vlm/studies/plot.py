@@ -13,17 +13,9 @@ from matplotlib.figure import Figure
 
 from robustbench_vlm import safe_text
 from robustbench_vlm.results import stats
+from robustbench_vlm.results.figures.style import COLOURS, DASHES
+from robustbench_vlm.results.figures.style import RC as STYLE
 from robustbench_vlm.studies.findings import Findings
-
-# Okabe and Ito's palette, which people with any kind of colour vision can tell apart; the baseline is black.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES: tuple[object, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-STYLE: Any = {
-    "svg.hashsalt": "vlmrob",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def svg(findings: Findings) -> bytes:

@@ -11,7 +11,6 @@ from robustbench_vlm import store
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results.result_file import Result
 
-
 LEVELS = ("pass", "warn", "fail")
 
 
@@ -42,7 +41,7 @@ def of_result(result: Result) -> list[Check]:
 
 
 def worst(results: Sequence[Result]) -> list[list[str]]:
-    """Of each check [name, level, value, bound, sentence, dataset], on the first dataset with its worst level.
+    """Of each check [name, level, value, bound, sentence, dataset], on the first dataset where it was worst.
 
     Args:
         results: of one model in one contest.

@@ -14,11 +14,11 @@ from typing import Any
 import pandas as pd
 from scipy.special import ndtri
 
-from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.results import flags, published, stop_rule, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import checks, command, pack
+from robustbench_vlm.results.page.gallery import Gallery
 from robustbench_vlm.results.result_file import Result
 from robustbench_vlm.threat import parse_eps
 
@@ -52,10 +52,13 @@ class Content:
         suite: the page's.
         table: rows of the leaderboard; flags and the level of evidence are read from them.
         with_bits: whether verdicts, names of images, histograms and fingerprints are included.
+        gallery: which pictures are included; None for none.
     """
 
-    def __init__(self, suite: Suite, table: pd.DataFrame, *, with_bits: bool) -> None:
-        self.suite, self.with_bits = suite, with_bits
+    def __init__(
+        self, suite: Suite, table: pd.DataFrame, *, with_bits: bool, gallery: Gallery | None
+    ) -> None:
+        self.suite, self.with_bits, self.gallery = suite, with_bits, gallery
         self.table = {row["cell_sha256"]: row for row in table.to_dict("records") if row["cell_sha256"]}
         self.bits, self.flags = pack.Pool(), pack.Pool()
         self.images: dict[tuple[str, ...], int] = {}
@@ -95,7 +98,7 @@ class Content:
         any_result = next(iter(one.values()))
         return {
             **{k: str(v) if k in ("norm", "eps") else v for k, v in contest.columns.items()},
-            "id": store.fingerprint({k: str(v) for k, v in contest.columns.items()})[:8],
+            "id": contest.digits,
             "title": contest.title,
             "command": command.parts(contest, self.suite.name),
             "level": (1 + stop_rule.confidence(contest.stop)) / 2,
@@ -128,6 +131,8 @@ class Content:
             "flags": marked,
             "evidence": levels[0] if len(set(levels)) == 1 else "mixed",
         }
+        if self.gallery is not None:
+            found["pictures"] = self.gallery.of_row([result for result in sets if result is not None])
         if self.with_bits:
             found |= {
                 "bits": [0 if result is None else self.seen[result.path].bits for result in sets],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import os.path
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ def names(keys: Sequence[str]) -> list[str]:
     Characters that are not printable, line ends among them, are written as `safe_text.line` writes them.
     """
     safe = [safe_text.line(key) for key in keys]
-    common = os.path.commonprefix(safe)
+    first, last = min(safe), max(safe)  # what these two share, all share
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    common = "".join(letter for letter, _ in same)
     return [common, "\n".join(key[len(common) :] for key in safe)]
 
 

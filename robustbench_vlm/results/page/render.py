@@ -18,6 +18,7 @@ from robustbench_vlm import safe_text
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.results import grids
 from robustbench_vlm.results.page.content import Content
+from robustbench_vlm.results.page.gallery import Gallery
 from robustbench_vlm.results.result_file import Result
 
 SCRIPTS = (
@@ -41,7 +42,14 @@ MOST_BYTES = 8_000_000
 """A page whose verdicts would make it larger is written without them."""
 
 
-def html(results: Sequence[Result], suite: Suite, table: pd.DataFrame, *, with_bits: bool = True) -> bytes:
+def html(
+    results: Sequence[Result],
+    suite: Suite,
+    table: pd.DataFrame,
+    *,
+    with_bits: bool = True,
+    gallery: Gallery | None = None,
+) -> bytes:
     """The page of a suite; the same results give the same bytes.
 
     Args:
@@ -50,10 +58,11 @@ def html(results: Sequence[Result], suite: Suite, table: pd.DataFrame, *, with_b
         table: the rows of the leaderboard of the same results.
         with_bits: include the verdict of every image, from which the page computes tests and ranks; they are
             left out all the same where they would make the page larger than `MOST_BYTES`.
+        gallery: which pictures of broken images it has; None for none.
     """
-    made = _page(Content(suite, table, with_bits=with_bits).of(results), suite, table)
+    made = _page(Content(suite, table, with_bits=with_bits, gallery=gallery).of(results), suite, table)
     if with_bits and len(made) > MOST_BYTES:
-        return html(results, suite, table, with_bits=False)
+        return html(results, suite, table, with_bits=False, gallery=gallery)
     return made
 
 
@@ -62,17 +71,21 @@ def _page(content: dict[str, Any], suite: Suite, table: pd.DataFrame) -> bytes:
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     complete = bool(content["bits"])
     shown = table if complete else table[table.dataset.map(grids.is_mean)]
-    made = _environment().get_template("page.html.j2").render(
-        title=safe_text.line(suite.title),
-        suite=safe_text.line(suite.name),
-        version=suite.version,
-        complete=complete,
-        figures=list(FIGURES.items())[: None if complete else -1],
-        script=Markup(code),  # noqa: S704 - our own file
-        script_sha256=digest,
-        style=Markup(_file("style.css")),  # noqa: S704 - our own file
-        data=Markup(_json(content)),  # noqa: S704 - JSON in which nothing can end the element
-        grids=[(safe_text.line(title), _plain(grid)) for title, grid in grids.grids(shown, "mean")],
+    made = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=safe_text.line(suite.title),
+            suite=safe_text.line(suite.name),
+            version=suite.version,
+            complete=complete,
+            figures=list(FIGURES.items())[: None if complete else -1],
+            script=Markup(code),  # noqa: S704 - our own file
+            script_sha256=digest,
+            style=Markup(_file("style.css")),  # noqa: S704 - our own file
+            data=Markup(_json(content)),  # noqa: S704 - JSON in which nothing can end the element
+            grids=[(safe_text.line(title), _plain(grid)) for title, grid in grids.grids(shown, "mean")],
+        )
     )
     return (made + "\n").encode()
 

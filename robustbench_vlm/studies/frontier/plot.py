@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from robustbench_vlm.results.figures.style import COLOURS
+from robustbench_vlm.results.figures.style import RC as STYLE
 from robustbench_vlm.studies.frontier import sections
 from robustbench_vlm.studies.frontier.choice import MethodTrials
 from robustbench_vlm.studies.frontier.report import Report
-from robustbench_vlm.studies.plot import COLOURS, STYLE
 
 MARKERS = "osD^vPX*<>hp"
 

@@ -23,6 +23,7 @@ VERBS = (
     "eval",
     "leaderboard",
     "compare",
+    "race",
     "demo",
     "crosscheck",
     "new",

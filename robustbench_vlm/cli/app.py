@@ -26,6 +26,7 @@ from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.plot import plot
+from robustbench_vlm.cli.race import race
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.train import train
@@ -95,6 +96,7 @@ app.command("eval")(eval_)
 app.command()(leaderboard)
 app.command()(compare)
 app.command()(plot)
+app.command()(race)
 app.command()(demo)
 app.command()(study)
 app.command()(crosscheck)

@@ -98,7 +98,7 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[Comparison]:
             a rule have none: a test at a time that the results chose does not hold its level.
     """
     of_a, of_b = _of(results, a), _of(results, b)
-    shared = [entry for entry in of_a if entry in of_b and not entry[0].stop]
+    shared = [entry for entry in of_a if entry in of_b and not entry[0].stop_rule]
     if not shared and any(entry in of_b for entry in of_a):
         found = "only results that were stopped by a rule in common"
         do = f"evaluate both on a fixed number of images, or type vlmrob race {a} {b} --decide"

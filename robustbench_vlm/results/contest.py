@@ -15,7 +15,7 @@ from typing import Any
 from robustbench_vlm.store import fingerprint
 from robustbench_vlm.threat import Norm, Threat, eps_text
 
-OTHER_COLUMN = {"attack_sha256": "attack_config_sha256", "ladder": "eps_ladder", "stop": "stop_rule"}
+OTHER_COLUMN = {"attack_sha256": "attack_config_sha256", "ladder": "eps_ladder"}
 """Fields of a contest whose column in the leaderboard has another name."""
 
 NO_COLUMN = {"subset"}  # every row of a suite has the suite's own
@@ -42,8 +42,8 @@ class Contest:
         precision: of the model as the attack saw it.
         protocol: name and version of the evaluation protocol; empty without one.
         subset: fingerprint of the suite's list of images; empty without one.
-        stop: the rule that ended the evaluation before all images, as `StopRule.text` writes it; empty for
-            a number of images that was fixed before.
+        stop_rule: the rule that ended the evaluation before all images, as `StopRule.text` writes it; empty
+            for a number of images that was fixed before.
     """
 
     attack: str
@@ -58,7 +58,7 @@ class Contest:
     precision: str
     protocol: str = ""
     subset: str = ""
-    stop: str = ""
+    stop_rule: str = ""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Contest:
@@ -76,7 +76,7 @@ class Contest:
             precision=config["precision"],
             protocol=config.get("protocol", ""),
             subset=config.get("subset", ""),
-            stop=config.get("stop_rule", ""),
+            stop_rule=config.get("stop_rule", ""),
         )
 
     @property
@@ -100,14 +100,14 @@ class Contest:
     def position(self) -> tuple[Any, ...]:
         """Sort key: in which order the contests of a leaderboard follow each other."""
         shown = (self.protocol, self.norm, self.attack, self.eps, self.n_requested)
-        return (*shown, self.engine, self.precision, self.stop)
+        return (*shown, self.engine, self.precision, self.stop_rule)
 
     @property
     def title(self) -> str:
         """One line for people: chain, threat, smaller radii of the ladder, number of images, protocol."""
         after = f" after {', '.join(self.radii[:-1])}" if len(self.ladder) > 1 else ""
         protocol = f" protocol={self.protocol}" if self.protocol else ""
-        stop = f" stopped by {self.stop}" if self.stop else ""
+        stop = f" stopped by {self.stop_rule}" if self.stop_rule else ""
         return f"{self.attack} {self.threat}{after} n={self.n_requested or 'all'}{protocol}{stop}"
 
     @property

@@ -41,7 +41,7 @@ def ranked(
     """
     rankings: dict[Ranking, dict[Model, Sequence[Result]]] = {}
     for (contest, model), results in sorted(groups.items(), key=lambda item: item[0]):
-        if contest.stop:
+        if contest.stop_rule:
             continue
         alone = {result.dataset: [result] for result in results}
         means = {part.name: part.results for part in rows.parts(results, suite)}

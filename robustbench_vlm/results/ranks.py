@@ -7,7 +7,7 @@ row lies inside its rank set (the pairwise form of Mogstad, Romano, Shaikh and W
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +48,16 @@ def adjusted(bits: Sequence[np.ndarray]) -> np.ndarray:
         bits: of each dataset (M, n) bool: whether row i is right on an image. Rows and images stand in one
             order for all rows.
     """
-    rows = len(bits[0])
     only = np.stack([only_right(part) for part in bits], axis=-1)
     n = np.array([part.shape[1] for part in bits])
-    p = stats.stratified_p(only, np.swapaxes(only, 0, 1), n)
-    pairs = np.triu_indices(rows, 1)
-    found = np.ones((rows, rows))
-    found[pairs] = stats.holm(p[pairs].tolist())
+    return symmetric(stats.stratified_p(only, np.swapaxes(only, 0, 1), n), stats.holm)
+
+
+def symmetric(p: np.ndarray, adjust: Callable[[list[float]], list[float]]) -> np.ndarray:
+    """(M, M) p-values of pairs, each pair adjusted once; 1 on the diagonal."""
+    pairs = np.triu_indices(len(p), 1)
+    found = np.ones(p.shape)
+    found[pairs] = adjust(p[pairs].tolist())
     found.T[pairs] = found[pairs]
     return found
 
@@ -77,8 +80,17 @@ def standings(bits: Sequence[np.ndarray], level: float = stats.LEVEL) -> list[St
     differ = adjusted(bits) < level
     better = differ & (means[:, None] > means[None, :])
     groups = tie_groups(means, differ)
-    low, high = 1 + better.sum(axis=0), len(means) - better.sum(axis=1)
-    return [Standing(int(a), int(b), group) for a, b, group in zip(low, high, groups, strict=True)]
+    sets = rank_sets(better)
+    return [Standing(low, high, group) for (low, high), group in zip(sets, groups, strict=True)]
+
+
+def rank_sets(better: np.ndarray) -> list[tuple[int, int]]:
+    """Best and worst rank of every row, from (M, M) bool: whether row i is better than row j."""
+    worst = len(better)
+    return [
+        (1 + int(above), worst - int(below))
+        for above, below in zip(better.sum(axis=0), better.sum(axis=1), strict=True)
+    ]
 
 
 def tie_groups(means: np.ndarray, differ: np.ndarray) -> list[str]:

@@ -46,7 +46,7 @@ def of_result(result: Result, suite: Suite, metric: Metric, pgd_only: int | None
     """
     outcome, config = result.outcome, result.config
     n, robust = outcome["n"], outcome["robust"]
-    confidence = stop_rule.confidence(result.contest.stop)
+    confidence = stop_rule.confidence(result.contest.stop_rule)
     flags = set(outcome["flags"])
     if pgd_only and pgd_only > PGD_ONLY_FLAG * n:
         flags.add("pgd-beats-chain")
@@ -81,7 +81,7 @@ def of_means(results: Sequence[Result], suite: Suite) -> Iterator[Row]:
         first, stages = part.results[0], part.results[0].stages
         after = {stage: [(o["robust"][stage], o["n"]) for o in outcomes] for stage in stages}
         clean = [(o["clean_correct"], o["n"]) for o in outcomes]
-        confidence = stop_rule.confidence(first.contest.stop)
+        confidence = stop_rule.confidence(first.contest.stop_rule)
         yield {
             **_shared(first, suite),
             "dataset": part.name,

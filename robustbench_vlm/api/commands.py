@@ -194,7 +194,7 @@ def leaderboard(
     Args:
         results: folder of the results.
         suite: one of `list_suites()`, or a TOML file.
-        out: folder to write `<suite>.csv` and `<suite>.md` into; by default nothing is written.
+        out: folder to write `<suite>.csv`, `.md` and `.html` into; by default nothing is written.
 
     Example:
         >>> rows = leaderboard("results")  # after `evaluate`

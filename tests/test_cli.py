@@ -257,6 +257,19 @@ def test_a_flag_is_told_and_strict_makes_it_exit_3(vlmrob, home, tmp_path):
     assert vlmrob(EVAL + " --dataset pair --strict")[0] == 0
 
 
+def test_a_fact_is_told_and_strict_does_not_count_it(vlmrob, home, tmp_path):
+    twins = toys.dataset_card("twins", (*toys.NAMES[:5], toys.NAMES[0]))
+    toys.write(twins, tmp_path / "data")
+    toys.write_include(tmp_path / "cards", [twins])
+    line = f"--include {tmp_path}/cards " + EVAL.replace("{home}/data", str(tmp_path / "data"))
+    code, out, err = vlmrob(line.replace("--suite toys", "--dataset twins") + " --n 0 --eps 4 --strict")
+    assert code == 0, err
+    assert "note: random0 on twins: tied-classes" in err
+    assert "flag: " not in err
+    assert "!" not in out
+    assert "note: tied-classes (random0 on twins): classes with the same text" in err
+
+
 def test_without_a_model_the_newest_checkpoint_is_taken_and_named(vlmrob, home, tmp_path):
     line = EVAL.replace("--model {home}/models/m0 ", "") + " --dry-run"
     for name, age in (("m0", 100), ("m1", 0)):
@@ -528,7 +541,9 @@ def test_doctor_says_what_is_missing(vlmrob, monkeypatch):
     assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
 
 
-@pytest.mark.parametrize("words", ["list models", "doctor", "eval --model nope", "train --help"])
+@pytest.mark.parametrize(
+    "words", ["list models", "doctor", "show model tiny", "eval --model nope", "train --help"]
+)
 def test_light_commands_do_not_import_torch(words):
     code = f"import sys; sys.argv = ['vlmrob', *{words.split()!r}]\nfrom robustbench_vlm.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)\n"

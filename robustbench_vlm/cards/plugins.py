@@ -30,8 +30,19 @@ _code_allowed = False  # state of the process, set by `allow_code`
 def allow_code(allowed: bool = True) -> None:
     """Let cards that are read from files name code as `module:Name`, for the rest of this process.
 
-    The command line calls it for `--allow-code`. A new process starts without it, so worker processes are
-    handed `code_allowed()` and call this function first.
+    A chain or recipe file that names code runs it as soon as the file is used, so allow it for files that you
+    trust. A checkpoint's card never runs code, allowed or not. A name that is typed as an argument needs no
+    permission. The option `--allow-code` of the command line does the same.
+
+    A new process starts without it, so worker processes are handed `code_allowed()` and call this first.
+
+    Args:
+        allowed: whether files may name code from now on.
+
+    Example:
+        >>> from robustbench_vlm import allow_code
+        >>> allow_code()
+        >>> allow_code(False)  # as at the beginning
     """
     global _code_allowed
     _code_allowed = allowed
@@ -56,7 +67,8 @@ def require_allowed(name: str, where: str) -> None:
         found = (
             f"it names {name!r:.80}, so Python would import {name.partition(':')[0]!r:.60} and run its code"
         )
-        raise CardError(where, found, "a registered name", "type --allow-code if you trust that code")
+        do = "type --allow-code (in Python: robustbench_vlm.allow_code()) if you trust that code"
+        raise CardError(where, found, "a registered name", do)
 
 
 def names(kind: str) -> list[str]:

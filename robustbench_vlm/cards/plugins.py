@@ -14,7 +14,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def require_allowed(name: str, where: str) -> None:
 
 def names(kind: str) -> list[str]:
     """Names of all plug-ins of a kind: files that assign `plugin`, and entry points; nothing is imported."""
-    points = entry_points(group=f"robustbench_vlm.{kind}")
+    points = _points(kind)
     return sorted({*_own(kind), *(point.name for point in points)})
 
 
@@ -81,6 +81,12 @@ def titles(kind: str) -> dict[str, str]:
     """The first line of each plug-in's file by name; only entry points of other packages are imported."""
     own = _own(kind)
     return {name: own[name] if name in own else _title(get(kind, name)) for name in names(kind)}
+
+
+@cache
+def _points(kind: str) -> tuple[EntryPoint, ...]:
+    """Entry points of a kind; finding them reads the metadata of every installed package."""
+    return tuple(entry_points(group=f"robustbench_vlm.{kind}"))
 
 
 @cache
@@ -124,9 +130,10 @@ def get(kind: str, name: str) -> type:
         except (ImportError, AttributeError, ValueError) as error:
             raise CardError(f"{kind} {name!r}", str(error), "module:Name of an importable class") from None
         return found
-    for point in entry_points(group=f"robustbench_vlm.{kind}", name=name):
-        loaded: type = point.load()
-        return loaded
+    for point in _points(kind):
+        if point.name == name:
+            loaded: type = point.load()
+            return loaded
     known = names(kind)
     if name not in known:
         raise CardError(

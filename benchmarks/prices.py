@@ -103,8 +103,8 @@ CASES = (
 )
 
 
-def measure(case: Case, root: Path) -> process.Line:
-    """Price and seconds of one case."""
+def planned(case: Case, root: Path) -> planning.Plan:
+    """The plan of one case, with its data and cards below `root`."""
     os.environ["VLMROB_CACHE"] = str(root / "cache")
     torch.set_num_threads(1)
     store.write(root / "cards" / "attacks" / "short.toml", SHORT.encode())
@@ -127,18 +127,28 @@ def measure(case: Case, root: Path) -> process.Line:
         eps=case.eps,
         n=case.n,
     )
-    plan = planning.plan(request, torch.device("cpu"))
-    began = time.process_time()
+    return planning.plan(request, torch.device("cpu"))
+
+
+def priced(plan: planning.Plan) -> estimate.Price:
+    """The price in processor seconds."""
     with mock.patch.object(estimate, "time", SimpleNamespace(perf_counter=time.process_time)):
-        price, _ = estimate.total(plan)
-    priced = time.process_time()
+        return estimate.total(plan)[0]
+
+
+def measure(case: Case, root: Path) -> process.Line:
+    """Price and seconds of one case."""
+    plan = planned(case, root)
+    began = time.process_time()
+    price = priced(plan)
+    started = time.process_time()
     paths = planning.perform(planning.require_data(plan), lambda *_: None)
-    seconds = time.process_time() - priced
+    seconds = time.process_time() - started
     rows = planning.rows(plan, paths)
     row = rows[rows.cell_sha256 != ""].iloc[0]
     return {
         **{"model": case.model, "dataset": case.dataset, "attack": case.attack, "n": case.n},
-        **{"clean": row.clean, "robust": row.robust, "seconds": seconds, "pricing": priced - began},
+        **{"clean": row.clean, "robust": row.robust, "seconds": seconds, "pricing": started - began},
         **asdict(price),
     }
 

@@ -55,15 +55,20 @@ def names(what: str) -> list[tuple[str, str]]:
     """
     kind = _kind(what)
     if kind in CARDS:
-        read = [(name, reader.read(kind, name, CARDS[kind])) for name in reader.names(kind)]
-        facts = [(name, card.model_dump()) for name, card in read]
-        shadows = {name for name, table in facts if str(table["name"]).endswith(reader.SHADOW)}
-        return [
-            (name + reader.SHADOW if name in shadows else name, str(table["title"])) for name, table in facts
-        ]
+        cards = [(name, _card(kind, name).model_dump()) for name in _shown(kind)]
+        return [(name, str(card["title"])) for name, card in cards]
     if kind == "defenses":
         return sorted(plugins.titles(kind).items())
     return [(row["name"], row["title"]) for row in models()]
+
+
+def _shown(kind: str) -> list[str]:
+    """Names of all cards of a kind, as they are shown."""
+    return [reader.shown(kind, name) for name in reader.names(kind)]
+
+
+def _card(kind: str, name: str) -> Card:
+    return reader.study(name) if kind == "studies" else reader.read(kind, name, CARDS[kind])
 
 
 def models() -> list[dict[str, str]]:
@@ -78,7 +83,7 @@ def models() -> list[dict[str, str]]:
         eps = str((card["recipe"].get("inner") or {}).get("eps", ""))
         facts = (name, title, card["defense"], card["arch"], eps, "packaged", "Apache-2.0", "here")
         rows.append(_row(*facts))
-    for name in reader.names("models"):
+    for name in _shown("models"):
         known = reader.read("models", name, ModelCard)
         state = "here" if public.here(known) else "not published" if known.loader == "none" else "not here"
         facts = (name, known.title, known.defense, known.base, known.eps, known.source, known.licence, state)
@@ -99,7 +104,7 @@ def list_attacks() -> list[str]:
         >>> "autoattack" in list_attacks()
         True
     """
-    return reader.names("attacks")
+    return _shown("attacks")
 
 
 def list_defenses() -> list[str]:
@@ -119,7 +124,7 @@ def list_suites() -> list[str]:
         >>> "tiny" in list_suites()
         True
     """
-    return reader.names("suites")
+    return _shown("suites")
 
 
 def list_datasets() -> list[str]:
@@ -129,7 +134,7 @@ def list_datasets() -> list[str]:
         >>> "tiny-digits" in list_datasets()
         True
     """
-    return reader.names("datasets")
+    return _shown("datasets")
 
 
 def list_models() -> list[str]:
@@ -143,7 +148,7 @@ def list_models() -> list[str]:
     """
     from robustbench_vlm.models import model_ids
 
-    return [*model_ids.packaged(), *reader.names("models")]
+    return [*model_ids.packaged(), *_shown("models")]
 
 
 def list_recipes() -> list[str]:
@@ -153,7 +158,7 @@ def list_recipes() -> list[str]:
         >>> "tiny-mmt-ard" in list_recipes()
         True
     """
-    return reader.names("recipes")
+    return _shown("recipes")
 
 
 def details(what: str, name: str) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def details(what: str, name: str) -> dict[str, Any]:
         table["defense"] = {"name": recipe.defense["name"], **dataclasses.asdict(defense)}
         return {**table, "estimate": estimate(recipe, defense)}
     if kind in CARDS:
-        return reader.read(kind, name, CARDS[kind]).model_dump(mode="json")
+        return _card(kind, name).model_dump(mode="json")
     if kind == "defenses":
         plugin = plugins.get(kind, name)
         fields = {
@@ -184,13 +189,12 @@ def details(what: str, name: str) -> dict[str, Any]:
 
     folder = model_ids.folder_of(name)
     if folder is None:
-        listed = reader.names("models")
-        if name in listed:
+        if reader.has("models", name):
             known = reader.read("models", name, ModelCard)
             where = {"folder": str(public.folder(known)), "here": public.here(known)}
             fetch = {} if known.loader == "none" else {"fetch": public.fetch(known)}
             return {**known.model_dump(mode="json"), **where, **fetch}
-        known_names = [*model_ids.packaged(), *listed]
+        known_names = [*model_ids.packaged(), *_shown("models")]
         found = "no packaged or public checkpoint, and no folder"
         raise InputError(f"model {name!r}", found, do=nearest(name, known_names))
     from robustbench_vlm.models import checkpoint_card
@@ -226,7 +230,7 @@ def _config(model: str) -> dict[str, Any] | None:
     from robustbench_vlm.models import model_ids, openclip, zoo
 
     name = Path(model).name
-    while model_ids.folder_of(model) is None and model != name and name in reader.names("recipes"):
+    while model_ids.folder_of(model) is None and model != name and reader.has("recipes", name):
         model = reader.read("recipes", name, Recipe).student
         name = Path(model).name
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))

@@ -47,6 +47,16 @@ def markdown(text: str) -> str:
     return MARKUP.sub(lambda found: "\\" + found[0], line(text))
 
 
+def code(text: str) -> str:
+    """The text between back-quotes of Markdown, which end at the first back-quote in it.
+
+    Example:
+        >>> code("a`b")
+        "`a'b`"
+    """
+    return f"`{line(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
 def csv(text: str) -> str:
     """A field of a CSV file that no spreadsheet takes for a formula; numbers stay numbers.
 

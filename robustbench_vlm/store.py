@@ -39,27 +39,35 @@ def cache_folder() -> Path:
         return Path(os.devnull) / "vlmrob"
 
 
-def require_writable(folder: Path, flag: str) -> None:
-    """Make a folder, if it is missing, and write a file there, before the work whose results go into it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Codes of errors of a full disk or quota."""
+
+
+def require_writable(folder: Path, flag: str, *, make: bool = True) -> None:
+    """Write a file into a folder, before the work whose results go into it.
 
     Args:
         folder: of results.
         flag: the option that names it.
+        make: whether a missing folder is made; else the file is written into the nearest one that is there.
 
     Raises:
         InputError: it cannot be made or written.
         OSError: with the code of a full disk, if there is hardly any space left.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(1))
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
+            _name_file(error, folder)
             raise
         found, do = error.strerror or str(error), f"choose another folder with {flag}"
         raise InputError(f"{flag} {folder}", found, "a folder that can be written", do) from None
-    if shutil.disk_usage(folder).free < LEAST_FREE:
+    if shutil.disk_usage(place).free < LEAST_FREE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 

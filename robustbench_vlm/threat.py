@@ -6,6 +6,7 @@ Torch is not imported here, so that the command line refuses a mistyped radius a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, get_args
@@ -116,6 +117,21 @@ def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
             where, "a plain fraction above 32/255", "the form N/255 for so large a radius", meant
         )
     return value
+
+
+def require_radii(typed: Sequence[str], norm: str) -> None:
+    """Refuse the radii of a card, where there is none or one that is no radius.
+
+    Raises:
+        ValueError: the message names the radius.
+    """
+    if not typed:
+        raise ValueError("eps is empty, expected one radius at least, such as '4/255'")
+    for text in typed:
+        try:
+            parse_eps(text, norm)
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
 
 def _of_255(where: str, text: str, value: Fraction) -> Fraction:

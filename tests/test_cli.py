@@ -198,7 +198,7 @@ def test_engines_are_held_against_each_other_on_the_same_images(vlmrob, tmp_path
 def test_an_engine_that_cannot_is_left_out_aloud_and_the_tables_are_told(vlmrob):
     code, out, err = vlmrob(CROSS + " --attack pgd5 --eps 2 --n 6 --seed 4 --engine native")
     assert code == 0, err
-    assert "left out: native reference: mode reference: stage pgd5" in err
+    assert "left out: native reference: --mode reference: stage pgd5" in err
     lines = out.splitlines()
     assert lines[0] == "# pgd5 on random0, toy, linf 2/255, seed 4"
     assert lines[1].startswith("a\tb\tboth broken\tonly a\tonly b\tagreement %\tdisagree on")
@@ -342,14 +342,14 @@ def test_a_missing_public_dataset_comes_with_the_command_that_gets_it(vlmrob, tm
         (EVAL + " --engine torchatacks", ["--engine torchatacks", "did you mean 'torchattacks'"]),
         (EVAL + " --mode slow", ["--mode slow", "known: fast, reference"]),
         (EVAL + " --mode reference --engine torchattacks", ["a mode of the native engine", "leave out one"]),
-        (EVAL + " --mode reference --attack pgd5", ["stage pgd5, pgd in linf", "use the mode fast"]),
+        (EVAL + " --mode reference --attack pgd5", ["stage pgd5, pgd in linf", "type --mode fast"]),
         (EVAL + " --mode reference --precision bf16", ["--mode reference", "bf16-find"]),
         (EVAL + " --mode reference --batch-size 3", ["--batch-size 3", "leave it out"]),
         (EVAL + " --engine autoattack --attack pgd5", ["stage pgd5", "the package has no pgd"]),
         (EVAL + " --engine autoattack --compile", ["leave --compile and --cuda-graphs out"]),
         (EVAL + " --precision fp16", ["'fp16'", "fp32 or bf16"]),
-        (EVAL + " --cuda-graphs", ["CUDA graphs: device cpu", "leave it out"]),
-        (EVAL + " --tf32", ["TF32: device cpu"]),
+        (EVAL + " --cuda-graphs", ["--cuda-graphs: device cpu", "leave it out, or type --device cuda"]),
+        (EVAL + " --tf32", ["--tf32: device cpu"]),
         (
             "crosscheck {home}/models/m0 --suite toys --attack pgd5 --device cpu --engine autoattack",
             ["no pgd"],

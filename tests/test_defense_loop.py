@@ -1,6 +1,7 @@
 """Every registered defense in the loop: what a step costs, in which mode, and that a stopped run goes on."""
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ PRICED = [
     ("mmt-ard", {"attack_target": "robust"}),
     ("mmt-ard", {"attack_target": "label", "robust_input": "clean"}),
     ("mmt-ard", {"weighting": "static", "clean_weight": 0, "attack_target": "robust"}),
+    ("multi-teacher", {"inputs": {"robust": "privileged", "clean": "adv"}}),
 ]
 
 
@@ -133,6 +135,42 @@ def test_batch_norms_count_the_attack_in_train_mode_only(toy, tmp_path, mode, up
     assert not setup.model.visual.bn1.training
 
 
+def tracked(setup):
+    """Running means of a first step's two forwards by hand: fresh statistics, then each batch by a tenth."""
+    kept, tower = [], setup.model.visual
+    tower.conv1.register_forward_hook(
+        lambda module, args, out: kept.append(out.detach().mean((0, 2, 3)) if tower.training else None)
+    )
+    return kept
+
+
+@pytest.mark.parametrize("name", ["mmt-ard", "single-teacher", "rslad"])
+def test_batch_norms_see_clean_and_adversarial_images_in_the_order_of_the_release(toy, tmp_path, name):
+    """x and then x' for MMT-ARD and its baseline; x' and then x for RSLAD."""
+    teachers = plugins.get("defenses", name).teachers
+    setup = with_batch_norm(prepare(toy.recipe(name, *teachers), toy.data, CPU))
+    state, seen, adv = resumed(setup, tmp_path), [], []
+    object.__setattr__(setup, "defense", Spy(setup.defense, adv))
+    before = setup.model.visual.bn1.running_mean.clone()
+    means = tracked(setup)
+    note = setup.model.visual.register_forward_pre_hook(
+        lambda module, args: (
+            seen.append((args[0].detach().clone(), torch.is_grad_enabled())) if module.training else None
+        )
+    )
+    batch = first_batch(setup)
+    train_step(setup, state, batch)
+    note.remove()
+    pair = [batch.images, adv[0]] if name != "rslad" else [adv[0], batch.images]
+    assert len(seen) == 2
+    for (images, _), expected in zip(seen, pair, strict=True):
+        torch.testing.assert_close(images, (expected - setup.model.mean) / setup.model.std)
+    assert [graph for _, graph in seen] == [name != "single-teacher", True]
+    first, second = [mean for mean in means if mean is not None]
+    expected = 0.9 * (0.9 * before + 0.1 * first) + 0.1 * second
+    torch.testing.assert_close(setup.model.visual.bn1.running_mean, expected)
+
+
 def attacked_with(toy, mode, dropout):
     """The adversarial images of a first step, with adapters that matter."""
     lora = {"r": 4, "alpha": 400, "dropout": dropout}
@@ -173,7 +211,8 @@ def test_starts_are_where_the_recipe_says(toy):
     names = ["a", "b", "c"]
 
     def start(how):
-        return starting_images(toy.recipe("tecoa", inner={**INNER, "start": how}).inner, images, names)
+        inner = toy.recipe("tecoa", inner={**INNER, "start": how}).inner
+        return starting_images(inner, inner.threat, images, names)
 
     eps = 4 / 255
     inside, outside, near = start("uniform"), start("unclipped"), start("gaussian")
@@ -184,9 +223,34 @@ def test_starts_are_where_the_recipe_says(toy):
     torch.testing.assert_close(outside.clamp(0, 1), inside)
     assert ((outside - images).abs().amax((1, 2, 3)) > 0.9 * eps).all()
     assert (near - images).std().item() == pytest.approx(0.001, rel=0.1)
-    assert torch.equal(near[1:2], starting_images(
-        toy.recipe("tecoa", inner={**INNER, "start": "gaussian"}).inner, images[1:2], names[1:2]
-    ))  # fmt: skip
+    images, names = images[1:2], names[1:2]
+    assert torch.equal(near[1:2], start("gaussian"))
+
+
+def test_the_radius_grows_with_the_steps_and_with_nothing_else(toy, tmp_path):
+    """From 2/255 to 6/255 over half of eight steps: 2, 3, 4, 5, 6, 6, ... and in the box of each step."""
+    growing = {**INNER, "eps": "6/255", "steps": 4, "eps_start": "2/255", "eps_growth": 0.5}
+    recipe = toy.recipe("tecoa", inner=growing, optim={"lr": 1e-3, "steps": 8, "batch_size": 8})
+    radii = [recipe.inner.threat_at(Fraction(step, 8)).eps * 255 for step in range(8)]
+    assert radii == [2, 3, 4, 5, 6, 6, 6, 6]
+    setup, state = prepared(toy, tmp_path, recipe)
+    adv, batch = [], first_batch(setup)
+    object.__setattr__(setup, "defense", Spy(setup.defense, adv))
+    for _ in range(8):
+        train_step(setup, state, batch)
+    found = [255 * (images - batch.images).abs().max().item() for images in adv]
+    assert found == pytest.approx([float(radius) for radius in radii], abs=1e-3)
+    assert recipe.inner.described == "linf 6/255, grown from 2/255"
+    assert str(recipe.inner.threat) == toy.recipe("tecoa", inner={**INNER, "eps": "6"}).inner.described
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"eps_growth": 0.5}, "eps_growth = 0.5 goes with eps_start"),
+    ({"eps_start": "1/255", "eps_growth": 0}, "inner.eps_growth = 0; expected greater than 0"),
+])  # fmt: skip
+def test_a_growth_of_the_radius_that_makes_no_sense_is_refused(toy, more, message):
+    with pytest.raises(InputError, match=message):
+        toy.recipe("tecoa", inner={**INNER, **more})
 
 
 def test_sgd_is_the_rule_with_momentum(toy, tmp_path):
@@ -218,6 +282,10 @@ def stop_after(step):
 
 CARRIES = [name for name in NAMES if name in ("mtard", "b-mtard", "apd")]
 RESUMED = [*((name, {}) for name in CARRIES), ("mmt-ard", {"weighting": "full"}), ("ard", {})]
+RESUMED += [
+    ("multi-teacher", {}),
+    ("mmt-ard", {"weighting": "paper", "gap": "robust", "clean_weight_end": 50.0}),
+]
 
 
 @pytest.mark.parametrize(("name", "fields"), RESUMED, ids=str)

@@ -329,6 +329,55 @@ def test_the_adversary_of_adaad_climbs_through_the_teacher_too():
 # Several teachers
 
 
+def test_multi_teacher_gates_each_image_by_a_softmax_over_standardised_confidences():
+    """Three teachers, one of them on x while the student sees x', over two steps with equal weight."""
+    s, carry = Scene(17), {}
+    inputs = {"robust": "adv", "clean": "clean", "anchor": "privileged"}
+    weights = {"robust": 3.0, "clean": 1.0, "anchor": 2.0}
+    defense = build("multi-teacher", inputs=inputs, weights=weights, kappa=0.5)
+    moments = dict.fromkeys(inputs, np.zeros(2))
+    for step in range(2):
+        s.adv = s.adv.flip(0) if step else s.adv
+        terms, scores = [], []
+        for role, how in inputs.items():
+            teacher_sees, student_sees = s.adv if how == "adv" else s.x, s.x if how == "clean" else s.adv
+            terms.append(kl(s.p(role, teacher_sees), s.p("student", student_sees)))
+            c = s.cosines(role, teacher_sees)[I, Y]
+            moments[role] = moments[role] + np.array([c.mean(), (c**2).mean()])
+            mean, square = moments[role] / (step + 1)
+            scores.append(math.log(weights[role]) + 0.5 * (c - mean) / math.sqrt(square - mean**2))
+        gate = softmax(np.array(scores).T).T
+        found = s.outer(defense, carry)
+        carry = found.carry
+        assert found.total.item() == close((gate * np.array(terms)).sum(0).mean())
+        assert found.parts["gate_anchor"].item() == close(gate[2].mean())
+    np.testing.assert_allclose(s.inner(defense), kl(s.p("clean", s.x), s.p("student", s.adv)), atol=1e-12)
+    label = build("multi-teacher", inputs=inputs, weights=weights, attack_target="label")
+    np.testing.assert_allclose(s.inner(label), -np.log(s.p("student", s.adv)[I, Y]), atol=1e-12)
+
+
+def test_two_teachers_at_ten_to_one_are_the_gate_of_mmt_ard():
+    s, carries = Scene(18), ({}, {})
+    pair = build("multi-teacher"), build("mmt-ard", weighting="paper")
+    for _ in range(3):
+        found = [s.outer(defense, carry) for defense, carry in zip(pair, carries, strict=True)]
+        carries = tuple(terms.carry for terms in found)
+        assert found[0].total.item() == close(found[1].total.item())
+        assert found[0].parts["gate_robust"].item() == close(found[1].parts["gate"].item())
+        s.adv = s.adv.flip(0)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"weights": {"robust": 1.0, "other": 1.0}}, "expected the same two or more roles"),
+    ({"attack_target": "anchor"}, r"'anchor', expected 'label' or one of \['clean', 'robust'\]"),
+    ({"inputs": {"robust": "full-resolution", "clean": "clean"}}, "expected 'clean', 'adv' or 'privileged'"),
+    ({"inputs": {"label": "adv", "clean": "clean"}, "weights": {"label": 1.0, "clean": 1.0}}, "may be"),
+])  # fmt: skip
+def test_teachers_that_do_not_fit_each_other_are_refused(fields, message):
+    with pytest.raises(CardError, match=message):
+        build("multi-teacher", **fields)
+
+
 def test_mmt_ard_attacks_the_clean_teachers_prediction_without_labels():
     s = Scene(4)
     np.testing.assert_allclose(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from worlds import Linear, cosines_by_hand, kl_by_hand, softmax, unit_rows
 
 from robustbench_vlm.cards import plugins
+from robustbench_vlm.defenses import losses
 from robustbench_vlm.defenses.interface import Roles, Step
 from robustbench_vlm.defenses.mmt_ard import MmtArd
 from robustbench_vlm.errors import CardError
@@ -27,9 +28,9 @@ class Scene:
     batch: Batch
     adv: torch.Tensor
 
-    def loss(self, defense, carry=None):
+    def loss(self, defense, carry=None, progress=0.0):
         targets = defense.targets(self.roles, self.batch)
-        return defense.outer(self.roles, Step(self.batch, self.adv, targets, carry or {}))
+        return defense.outer(self.roles, Step(self.batch, self.adv, targets, carry or {}, progress))
 
     def part(self, i):
         """The batch of image i alone."""
@@ -142,14 +143,14 @@ def test_the_identity_between_released_weights_and_a_sigmoid_gate(rows):
     assert not carry
 
 
-def by_hand(numbers, running):
-    """The default `paper` loss, and the running (mean, deviation) of both teachers after this batch."""
+def by_hand(numbers, running, rate):
+    """The default `paper` loss, and the running E[c], E[c^2] of both teachers after this batch."""
     a, b, c_r, c_k, q = numbers
     after, scores = {}, {}
     for role, c in (("robust", c_r), ("clean", c_k)):
-        now = np.array([c.mean(), math.sqrt(((c - c.mean()) ** 2).mean())])
-        after[role] = now if running is None else 0.99 * running[role] + 0.01 * now
-        scores[role] = (c - after[role][0]) / after[role][1]
+        now = np.array([c.mean(), (c**2).mean()])
+        after[role] = now if running is None else (1 - rate) * running[role] + rate * now
+        scores[role] = (c - after[role][0]) / math.sqrt(after[role][1] - after[role][0] ** 2)
     w = 1 / (1 + np.exp(-(math.log(10) + scores["robust"] - scores["clean"])))
     h = (1 - q) / (1 - q).mean()
     return (h * (w * a.sum(1) + (1 - w) * b.sum(1))).mean(), after
@@ -161,41 +162,91 @@ def test_paper_by_default_over_three_steps_with_its_running_statistics():
         here = scene(10)
         here.batch = scene(20 + step).batch
         here.adv = scene(20 + step).adv
-        terms = here.loss(MmtArd("paper", focus="hard"), carry)
-        expected, running = by_hand(here.numbers(), running)
+        terms = here.loss(MmtArd("paper", focus="hard", momentum=0.6), carry)
+        expected, running = by_hand(here.numbers(), running, [1, 1 / 2, 0.4][step])  # 1/3 is below 1 - 0.6
         carry = terms.carry
         assert terms.total.item() == pytest.approx(expected, rel=1e-9)
         assert set(carry) == {"robust", "clean"}
         for role in carry:
-            np.testing.assert_allclose(carry[role], running[role], rtol=1e-12)
+            mean, square = running[role]
+            np.testing.assert_allclose(carry[role], [mean, square - mean**2, step + 1], rtol=1e-10)
             assert not carry[role].requires_grad
         seen.append(expected)
     assert len(set(seen)) == 3
-    fresh = here.loss(MmtArd("paper", focus="hard"), {}).total.item()
+    fresh = here.loss(MmtArd("paper", focus="hard", momentum=0.6), {}).total.item()
     assert fresh != pytest.approx(seen[-1], rel=1e-6)  # the carry matters
 
 
-def t2i_by_hand(here, role, images, q_images):
+def stream(batch_size, images=4096, correlation=0.5):
+    """Gates and carries of `paper` on one stream of confidences, cut into batches."""
+    make = np.random.default_rng(0)
+    noise = make.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], images)
+    c_r, c_k = torch.tensor(0.3 + 0.02 * noise[:, 0]), torch.tensor(0.2 + 0.05 * noise[:, 1])
+    defense, carry, gates = MmtArd("paper"), {}, []
+    for begin in range(0, images, batch_size):
+        gap, carry = defense._gap(c_r[begin : begin + batch_size], c_k[begin : begin + batch_size], carry)
+        gates.append(torch.sigmoid(math.log(10) + gap))
+    return torch.cat(gates), carry
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 32, 128])
+def test_the_mean_gate_of_paper_does_not_depend_on_the_batch_size(batch_size):
+    """Near 10/11, and nearer to its mean over a normal gap of variance 2 - 2 * 0.5 = 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    exact = (weights / (1 + np.exp(-(math.log(10) + nodes)))).sum() / weights.sum()
+    assert exact == pytest.approx(10 / 11, abs=0.04)
+    gates, carry = stream(batch_size)
+    assert gates.mean().item() == pytest.approx(exact, abs=0.01)
+    assert 0.05 < gates.std().item() < 0.15
+    assert ((gates < 0.001) | (gates > 0.9999)).float().mean() < 0.01
+    mean, variance, count = carry["robust"].tolist()
+    assert (mean, variance**0.5) == (pytest.approx(0.3, abs=0.006), pytest.approx(0.02, rel=0.15))
+    assert count == 4096 / batch_size
+
+
+def test_the_gate_of_single_images_by_hand():
+    """1, then 3, then 2 at equal weights: means 1, 2, 2 and variances 0, 1, 2/3."""
+    carry, seen = None, []
+    for value in (1.0, 3.0, 2.0):
+        carry = losses.pooled(torch.tensor([value], dtype=torch.float64), carry, 0.5)
+        seen.append(carry.tolist())
+    carry = losses.pooled(torch.tensor([4.0, 6.0], dtype=torch.float64), torch.tensor([2.0, 1.0, 9.0]), 0.75)
+    assert seen[:2] == [[1, 0, 1], [2, 1, 2]]
+    assert seen[2] == pytest.approx([2, 0.5, 3])  # 1/3 is below 1 - 0.5: variance 0.5 * 1 + 0 + 0
+    assert carry.tolist() == pytest.approx([2 + 0.25 * 3, 0.75 * 1 + 0.25 * 1 + 0.25 * 0.75 * 9, 10])
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=3, max_size=3), min_size=1, max_size=9))
+def test_the_pooled_moments_of_the_first_batches_are_those_of_all_their_values(rows):
+    carry = None
+    for row in rows:
+        carry = losses.pooled(torch.tensor(row, dtype=torch.float64), carry, 0.9)
+    values = np.array(rows).ravel()
+    np.testing.assert_allclose(carry, [values.mean(), values.var(), len(rows)], rtol=1e-9, atol=1e-12)
+
+
+def t2i_by_hand(here, role, images, q_images, scale=None):
     """Mean over the classes present of KL(teacher || student), softmaxes over the images of the batch."""
     columns = []
     for name, x in ((role, images), ("student", q_images)):
         encoder = here.roles.encoder(name)
-        scores = 100 * cosines_by_hand(encoder, here.roles.text[name], x)
+        scores = (scale or encoder.logit_scale) * cosines_by_hand(encoder, here.roles.text[name], x)
         columns.append(softmax(scores.T[sorted(set(here.batch.labels.tolist()))]))
     return kl_by_hand(*columns).sum(1).mean()
 
 
-def test_full_over_three_steps_weighs_the_direction_that_has_learned_less():
+@pytest.mark.parametrize("scale", [None, 100.0])
+def test_full_over_three_steps_weighs_the_direction_that_has_learned_less(scale):
     carry, first, mean, betas = {}, None, None, []
-    defense = MmtArd("full", consistency=0.5, momentum=0.9)
+    defense = MmtArd("full", consistency=0.5, momentum=0.9, text_scale=scale)
     for step in range(3):
         here = scene(10)
         here.batch, here.adv = scene(20 + step).batch, scene(20 + step).adv
         terms = here.loss(defense, carry)
         w = np.array([terms.parts["gate"].item()])  # of the gate itself speaks the test of `paper` above
         images = here.batch.images
-        back = w * t2i_by_hand(here, "robust", here.adv, here.adv)
-        back = (back + (1 - w) * t2i_by_hand(here, "clean", images, images)).item()
+        back = w * t2i_by_hand(here, "robust", here.adv, here.adv, scale)
+        back = (back + (1 - w) * t2i_by_hand(here, "clean", images, images, scale)).item()
         paper = here.loss(MmtArd("paper", momentum=0.9), {k: carry[k] for k in ("robust", "clean") if carry})
         now = np.array([paper.total.item(), back])
         first = now if first is None else first
@@ -240,7 +291,7 @@ def test_the_consistency_of_full_has_no_gradient_at_the_clean_prediction():
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("focus", ["hard", "student", "confident", "none"])
+@pytest.mark.parametrize("focus", ["hard", "linear", "student", "confident", "none"])
 @given(
     data=st.lists(st.tuples(*[st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1)]), min_size=1, max_size=9)
 )
@@ -257,6 +308,65 @@ def test_the_hard_focus_favours_images_of_which_the_robust_teacher_is_unsure():
     assert h.tolist() == pytest.approx([0.1 / 0.5, 0.5 / 0.5, 0.9 / 0.5], rel=1e-6)
 
 
+def test_the_linear_focus_keeps_the_weight_of_easy_images():
+    """1 + 2 (1 - q) of 0.9, 0.5, 0.1 is 1.2, 2, 2.8, of mean 2."""
+    c = torch.full((3,), 0.3)
+    h = MmtArd(focus="linear", focus_weight=2.0)._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
+    assert h.tolist() == pytest.approx([0.6, 1.0, 1.4], rel=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["static", "paper"])
+@pytest.mark.parametrize("target", ["label", "clean"])
+def test_hard_images_get_another_target_by_the_doubt_of_the_robust_teacher(weighting, target):
+    here = scene(44)
+    a, b, c_r, c_k, q = here.numbers()
+    student, i, y = student_says(here, here.adv), np.arange(B), here.batch.labels.numpy()
+    clean = here.roles.teachers["clean"]
+    p_k = softmax(clean.logit_scale * cosines_by_hand(clean, here.roles.text["clean"], here.batch.images))
+    other = -np.log(student[i, y]) if target == "label" else kl_by_hand(p_k, student).sum(1)
+    doubt = (1 - q) ** 2
+    adv = (1 - doubt) * a.sum(1) + doubt * other
+    score = [(c - c.mean()) / c.std() for c in (c_r, c_k)]
+    gate = 1 / (1 + np.exp(-(math.log(10) + score[0] - score[1])))
+    w = gate if weighting == "paper" else 10 / 11
+    found = here.loss(MmtArd(weighting, hard_target=target, gamma=2.0)).total.item()
+    assert found == pytest.approx((w * adv + (1 - w) * b.sum(1)).mean(), rel=1e-9)
+
+
+def test_a_gate_that_follows_the_robust_teacher_on_x_prime_alone():
+    here = scene(45)
+    a, b, c_r, _, _ = here.numbers()
+    w = 1 / (1 + np.exp(-(math.log(10) + (c_r - c_r.mean()) / c_r.std())))
+    terms = here.loss(MmtArd("paper", gap="robust"))
+    assert terms.total.item() == pytest.approx((w * a.sum(1) + (1 - w) * b.sum(1)).mean(), rel=1e-9)
+    assert set(terms.carry) == {"robust"}
+    assert w[c_r.argmin()] == w.min()  # the clean teacher counts most where the robust one is fooled
+
+
+def test_the_clean_weight_goes_geometrically_from_its_start_to_its_end():
+    """From 5 to 80: 5, 10, 20, 40 at a quarter each, in every weighting."""
+    here = scene(46, positive=True)
+    for weighting in ("released", "static", "paper", "full"):
+        moving = MmtArd(weighting, clean_weight_end=80.0)
+        for progress, weight in ((0.0, 5), (0.25, 10), (0.5, 20), (0.75, 40)):
+            found = here.loss(moving, progress=progress)
+            fixed = here.loss(MmtArd(weighting, clean_weight=float(weight)))
+            assert found.total.item() == pytest.approx(fixed.total.item(), rel=1e-9)
+            assert found.parts["clean_weight"].item() == pytest.approx(weight)
+            assert found.carry.keys() == fixed.carry.keys()
+    fields = {"weighting": "static", "clean_weight": 0, "clean_weight_end": 3}
+    with pytest.raises(CardError, match="clean_weight_end = 3 needs a clean_weight above 0"):
+        plugins.build("defenses", "mmt-ard", fields, "a test")
+
+
+@pytest.mark.parametrize("fields", [
+    {"weighting": "released"}, {"weighting": "full"}, {"weighting": "static", "clean_weight": 0},
+])  # fmt: skip
+def test_a_target_of_hard_images_that_would_go_unread_is_refused(fields):
+    with pytest.raises(CardError, match="hard_target = 'label' goes with weighting 'static' or 'paper'"):
+        plugins.build("defenses", "mmt-ard", {"hard_target": "label", **fields}, "a test")
+
+
 def test_the_gate_turns_to_the_teacher_that_is_surer_than_usual():
     gap, _ = MmtArd()._gap(torch.tensor([0.3, 0.1]), torch.tensor([0.2, 0.2001]), {})
     assert gap[0] > 0 > gap[1]
@@ -268,7 +378,7 @@ def test_equal_confidences_leave_a_finite_gate():
     same = torch.full((4,), 0.25)
     gap, carry = MmtArd()._gap(same, same, {})
     assert gap.tolist() == [0, 0, 0, 0]
-    assert carry["robust"].tolist() == pytest.approx([0.25, 0.0])
+    assert carry["robust"].tolist() == pytest.approx([0.25, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("weighting", ["paper", "released", "static"])

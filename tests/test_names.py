@@ -15,14 +15,16 @@ import robustbench_vlm
 from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.data import export
-from robustbench_vlm.errors import CardError
+from robustbench_vlm.data import export, layout
+from robustbench_vlm.errors import CardError, DataError
 from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.models import public
 from robustbench_vlm.results import leaderboard, result_file
-from robustbench_vlm.studies import runner
+from robustbench_vlm.studies import render, runner
 from robustbench_vlm.training import resolve
 from robustbench_vlm.training.run import folder_of
 
@@ -113,6 +115,42 @@ def test_no_writer_makes_a_path_of_a_name(name, tmp_path):
     for path in folder.rglob("*.toml"):
         require_inside(path, tmp_path / "data")
     assert [p for p in tmp_path.parent.iterdir() if p.name == "x" or "passwd" in p.name] == []
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_no_further_writer_makes_a_path_of_a_name(name, tmp_path, monkeypatch, capsys):
+    """Tables of studies, folders of weights, splits, and what `new` and `data export` are told to write."""
+    for part in ("svg", "markdown", "curve", "summary", "seconds"):
+        module = {"svg": render.plot, "markdown": render.page}.get(part, render.tables)
+        monkeypatch.setattr(module, part, lambda _: b"")
+    monkeypatch.setattr(render.tables, "csv", lambda _: b"")
+    study = SimpleNamespace(study=SimpleNamespace(name=name, curves=True))
+    for path in render.write(study, tmp_path / "tables"):
+        assert path.parent == tmp_path / "tables"
+        assert path.is_file()
+        require_inside(path.with_suffix(".other"), tmp_path)
+    card = ModelCard.model_construct(name=name, file="x.pt", loader="weights")
+    monkeypatch.setenv("VLMROB_MODELS", str(tmp_path / "models"))
+    require_inside(public.folder(card), tmp_path / "models")
+
+    before = set(tmp_path.parent.rglob("*"))
+    if store.file_name(name) == name:
+        layout.write_split(tmp_path / "wds", name, [("s0", b"x", "png", 0)], 1)
+        require_inside(tmp_path / "wds" / name / "0.other", tmp_path)
+    else:
+        with pytest.raises(DataError, match="not the name of a folder"):
+            layout.write_split(tmp_path / "wds", name, [("s0", b"x", "png", 0)], 1)
+        assert not (tmp_path / "wds").exists()
+    printable = name.encode("utf-8", "replace").decode()
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for words in (["new", "suite"], ["new", "attack"], ["data", "export", str(tmp_path / "in"), "--name"]):
+        if not printable.startswith("-"):  # an option, which the command line refuses itself
+            out = ["--to" if words[0] == "data" else "--out", str(tmp_path / "cards")]
+            assert command_line.run_command(monkeypatch, *words, printable, *out) in (0, 2)
+            assert "Traceback" not in capsys.readouterr().err
+    for path in {*tmp_path.parent.rglob("*")} - before:
+        if path.is_file():
+            require_inside(path.with_name(f"{path.name}.other"), tmp_path)
 
 
 def test_a_table_is_written_where_it_was_asked_for(tmp_path, monkeypatch):

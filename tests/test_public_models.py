@@ -195,7 +195,7 @@ def exposures(answer):
 
 def test_a_weights_file_is_evaluated_on_the_model_that_it_was_made_from(vlmrob, here):
     answer = vlmrob(f"eval --model t.pth.tar --arch vlmrob-tiny:random {here}")
-    assert exposures(answer) == {"imagenet": "unknown", "pair": "unknown"}
+    assert exposures(answer) == {"imagenet@include": "unknown", "pair": "unknown"}
     rows = [row for row in json.loads(answer[1]) if row["cell_sha256"]]
     assert {row["model_id"] for row in rows} == {"t"}
     assert {float(row["clean"]) for row in rows} == {100.0}  # labelled by these very weights
@@ -211,7 +211,7 @@ def test_converted_weights_keep_what_is_known_of_their_training(vlmrob, here, tm
     code, out, err = vlmrob(line)
     assert (code, out) == (0, "mine\n"), err
     assert "image tower, vlmrob-tiny, fingerprint" in err
-    assert exposures(vlmrob(f"eval --model mine {here}")) == {"imagenet": "seen", "pair": "unknown"}
+    assert exposures(vlmrob(f"eval --model mine {here}")) == {"imagenet@include": "seen", "pair": "unknown"}
     code, _, err = vlmrob("convert t.pth.tar --card toy-fare --out listed")
     assert code == 0, err
     made = json.loads((tmp_path / "listed" / "card.json").read_text())

@@ -85,6 +85,7 @@ def test_a_papers_recipe_names_what_it_needs(name):
 SETTING = {  # student, adapters, batch; all others as the released README: 5000 steps, eps 2/255, K = 10
     "paper-mmt-ard": ("ViT-B-32:openai", True, 32),
     "paper-mmt-ard-512": ("ViT-B-32:openai", True, 512),
+    "paper-mmt-ard-eps3": ("ViT-B-32:openai", True, 32),
     "paper-mmt-ard-full": ("ViT-B-32:openai", False, 32),
     "paper-mmt-ard-rn50": ("RN50:openai", False, 32),
     "paper-mmt-ard-rn101": ("RN101:openai", False, 32),
@@ -103,7 +104,8 @@ def test_the_setting_of_mmt_ard(name):
     made, (student, adapters, batch) = recipe(name), SETTING[name]
     assert (made.student, made.lora is not None, made.optim.batch_size) == (student, adapters, batch)
     assert (made.optim.steps, made.optim.warmup, made.optim.lr) == (5000, 350, 2e-5)
-    assert (made.inner.eps, made.inner.steps, made.inner.step_size) == ("2/255", 10, "1/255")
+    eps = "3/255" if name == "paper-mmt-ard-eps3" else "2/255"
+    assert (made.inner.eps, made.inner.steps, made.inner.step_size) == (eps, 10, "1/255")
     if made.lora is not None:
         assert (made.lora.r, made.lora.alpha, made.lora.dropout, made.lora.targets) == (
             16,

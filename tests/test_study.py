@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import command_line
+import numpy as np
 import pandas as pd
 import pytest
 from test_leaderboard import cell
@@ -20,7 +21,7 @@ from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cli.app import app
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.results import stats
-from robustbench_vlm.studies import findings, page, render, runner, tables
+from robustbench_vlm.studies import findings, levels, page, plot, render, runner, tables
 from robustbench_vlm.studies.findings import Curve, Findings, FinishedRun
 
 STUDY = """
@@ -129,6 +130,22 @@ def two_seeds(second=(0.0, 20.0, 30.0, 50.0)):
     return Findings(made(), found, (0, 1))
 
 
+def test_texts_of_a_study_are_text_on_its_page_and_in_its_plot():
+    """A formula that matplotlib cannot set, a link, a table border and a turned direction of writing."""
+    odd = r"$\frac{$ [x](http://evil) <b> a|b `c` \u202e"
+    claim = {"measure": "robust", "value": 1.0, "words": odd, "source": odd}
+    study = made(title=odd, notes=[odd], claim=[claim], probe={"every": 1, "split": odd})
+    found = replace(two_seeds(), study=study)
+    text = page.markdown(found).decode()
+    assert "[x](" not in text.replace("\\[x", "")
+    assert "\u202e" not in text
+    assert r"- $\\frac{$ \[x\](http://evil) \<b\> a\|b \`c\` \\u202e" in text
+    picture = plot.svg(found).decode()
+    ET.fromstring(picture)
+    assert r"$\frac{$" in picture
+    assert "\u202e" not in picture
+
+
 def test_differences_are_of_runs_with_the_same_seed():
     """Robust at the end: 60 - 40 and 50 - 30, so 20 without spread; unpaired intervals would be wide."""
     found = two_seeds()
@@ -181,6 +198,71 @@ def test_a_target_never_reached_is_counted_and_not_dropped():
     assert tables.seconds(found).seconds_to_target.tolist() == ["30.0", "20.0", "30.0", "never"]
 
 
+def test_speedups_at_fixed_accuracies_count_from_the_lowest_probe():
+    """The baseline is at 20 after 20 and 13.3 steps, `paper` after 10 each; both start at 0."""
+    found = two_seeds()
+    assert levels.levels(found, "robust") == [10, 15, 20, 25, 30]  # one of the baseline's runs ends at 30
+    assert levels.levels(found, "clean") == []  # it falls to the end
+    assert levels.speedups(found, "paper", "robust", 20, timed=False) == pytest.approx([2, 4 / 3])
+    assert levels.speedups(found, "paper", "robust", 20, timed=True) == pytest.approx([1, 2 / 3])
+    slow = two_seeds(second=(0.0, 5.0, 10.0, 14.0))
+    assert levels.speedups(slow, "paper", "robust", 15, timed=False) == [pytest.approx(2), None]
+    text = page.markdown(found).decode()
+    assert "| arm | robust 10 % | robust 15 % | robust 20 % | robust 25 % | robust 30 % |" in text
+    assert "| single-teacher | 1.00x [1.00, 1.00]; time 1.00x [1.00, 1.00] |" in text
+
+
+def test_clean_accuracy_that_falls_first_is_counted_after_its_fall():
+    """90, 50, 70, 80 rises to 60 half way between steps 10 and 20, and not at step 0."""
+    found = two_seeds()
+    dip = Curve((0, 10, 20, 30), (90.0, 50.0, 70.0, 80.0), (0.0, 1.0, 2.0, 3.0))
+    quick = Curve((0, 10, 20, 30), (90.0, 70.0, 80.0, 80.0), (0.0, 1.0, 2.0, 3.0))
+    runs = {
+        key: replace(run, curve=quick if key[0] == "paper" else dip) for key, run in found.finished.items()
+    }
+    found = replace(found, finished=runs)
+    assert levels.levels(found, "clean") == [60, 65, 70, 75, 80]
+    assert levels.speedups(found, "paper", "clean", 60, timed=False) == [1.5, 1.5]
+    assert levels.speedups(found, "paper", "clean", 75, timed=False) == pytest.approx([25 / 15] * 2)
+
+
+def test_intervals_over_seeds_and_images_hold_both_kinds_of_spread():
+    """Of two seeds and three images: 0, +1, +1 and 0, 0, -1, so +1/6."""
+    found = two_seeds()
+    both = levels.over_images(found, "paper", "unseen", "robust")
+    assert both.value == pytest.approx(100 / 6)
+    assert both.low < 0 < both.value < both.high
+    assert levels.over_images(found, "paper", "unseen", "robust") == both  # the same bytes again
+    run = found.finished["paper", 1]
+    other = replace(run, verdicts={"far": run.verdicts["far"].assign(key=["a", "b", "c"])})
+    with pytest.raises(DataError, match="other images"):
+        levels.over_images(
+            replace(found, finished=found.finished | {("paper", 1): other}), "paper", "unseen", "clean"
+        )
+
+
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.0, 1.0), (1.0, 0.0), (0.5, 1.0)])
+def test_the_crossed_interval_covers_by_hand(of_seeds, of_images):
+    """Normal effects of 40 seeds and 400 images: half the width is near 1.96 standard errors of the mean."""
+    make = np.random.default_rng(0)
+    seeds, images = of_seeds * make.standard_normal((40, 1)), of_images * make.standard_normal((1, 400))
+    table = seeds + images
+    found = stats.crossed_mean([table], "a test")
+    error = math.sqrt(seeds.var(ddof=1) / 40 + images.var(ddof=1) / 400)
+    assert found.value == pytest.approx(table.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    twice = stats.crossed_mean([table, table + 1], "a test")
+    assert twice.value == pytest.approx(table.mean() + 0.5)
+
+
+def test_the_crossed_interval_of_one_seed_is_unknown():
+    found = stats.crossed_mean([np.array([[1.0, 0.0]])], "a test")
+    assert found.value == 0.5
+    assert math.isnan(found.low)
+    with pytest.raises(ValueError, match="1, 2"):
+        stats.crossed_mean([np.ones((1, 2)), np.ones((2, 2))], "a test")
+
+
 def test_what_was_reached_at_the_start_counts_as_one_step():
     found = two_seeds(second=(35.0, 10.0, 20.0, 30.0))
     assert found.reach("paper") == [15, 1]
@@ -206,7 +288,10 @@ def test_results_of_two_radii_are_not_one_finding(tmp_path):
 # --- cards -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", reader.names("studies"))
+ARMS = [name for name in reader.names("studies") if isinstance(reader.study(name), Study)]
+
+
+@pytest.mark.parametrize("name", ARMS)
 def test_every_study_names_recipes_chains_and_a_suite_that_exist(name, tmp_path):
     study = reader.read("studies", name, Study)
     runs = runner.runs(study, tmp_path)

@@ -467,7 +467,7 @@ REFUSED = {
     "eps": (("tecoa",), {"inner": {**INNER, "eps": "1.5"}}, "eps '1.5'"),
     "infinity": (
         ("tecoa",), {"optim": {"lr": 1.0, "steps": 1, "batch_size": 1, "grad_clip": math.inf}},
-        "optim.grad_clip = 'inf'; expected a finite number",
+        "optim.grad_clip: inf; expected a finite number",
     ),
     "nan": (("tecoa",), {"optim": {"lr": "nan", "steps": 1, "batch_size": 1}}, "finite number"),
     "unknown dataset": (("tecoa",), {"data": {"dataset": "toys"}}, "did you mean 'toy'"),
@@ -497,9 +497,10 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_infinity_in_a_defense_leaves_the_recipe_a_fingerprint(toy, tmp_path):
+def test_infinity_in_a_defense_is_refused_before_a_fingerprint_is_taken(toy, tmp_path):
     path = write_recipe(tmp_path, toy.table("tecoa", defense={"name": "tecoa", "x": math.inf}))
-    assert len(reader.read("recipes", str(path), Recipe).fingerprint) == 64
+    with pytest.raises(InputError, match=r"defense\.x: inf; expected a finite number"):
+        reader.read("recipes", str(path), Recipe)
 
 
 def test_an_unknown_defense_on_the_command_line_is_given_its_near_name(toy, tmp_path, monkeypatch, capsys):

@@ -74,16 +74,18 @@ def require(job: Job) -> None:
     Raises:
         InputError: an attack, a loss, a norm or a stopping rule that the reference does not have.
     """
-    do = "use the mode fast"
+    do = "type --mode fast"
     for name, attack in job.stages:
         # Subclasses are refused too: APGD with EOT draws from a random model, which cannot be repeated.
         if type(attack) not in ATTACKS or job.threat.norm not in NORMS:
             found = f"stage {name}, {type(attack).__name__.lower()} in {job.threat.norm}"
-            raise InputError("mode reference", found, "apgd, fab or square in linf or l2", do)
+            raise InputError("--mode reference", found, "apgd, fab or square in linf or l2", do)
         if isinstance(attack, Apgd) and attack.loss not in LOSSES:
-            raise InputError("mode reference", f"stage {name}, loss {attack.loss!r}", " or ".join(LOSSES), do)
+            raise InputError(
+                "--mode reference", f"stage {name}, loss {attack.loss!r}", " or ".join(LOSSES), do
+            )
     if job.stop == "best":
-        raise InputError("mode reference", "stop = 'best'", "'first' or 'last'", do)
+        raise InputError("--mode reference", "stop = 'best'", "'first' or 'last'", do)
 
 
 def run(model: Model, job: Job, block: ImageBlock, on_finding: OnFinding) -> Cost:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from robustbench_vlm.cards.card import Card as Card
 
+MOST_ROWS = 8192
+"""Images of one model call, whatever device it is: 8192 images of 224 pixels are 5 GB before any layer."""
+
 
 class Stage(BaseModel):
     """One attack of a chain: a plug-in and its fields, every number written out.
@@ -44,7 +47,7 @@ class AttackCard(Card):
     name: str
     title: str
     version: int = 1
-    rows: int = Field(default=32, ge=1)
+    rows: int = Field(default=32, ge=1, le=MOST_ROWS)
     stop: Literal["first", "last", "best"] = "first"
     plain_pgd: bool = False
     stage: tuple[Stage, ...]

@@ -31,6 +31,7 @@ class Grown(Card):
         table: dict[str, Any] = write(self)
         if (info.context or {}).get("all"):
             return table
-        usual = {name: type(self).model_fields[name].default for name in self.later}
+        known = type(self).model_fields
+        usual = {name: known[name].get_default(call_default_factory=True) for name in self.later}
         usual = {n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in usual.items()}
         return {key: value for key, value in table.items() if key not in usual or value != usual[key]}

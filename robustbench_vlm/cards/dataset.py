@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
@@ -61,7 +61,7 @@ class DatasetCard(Card):
     title: str
     version: int = 1
     folder: str
-    n_classes: int
+    n_classes: int = Field(ge=1)
     size: dict[str, int]
     canvas: Literal["native", "model"]
     native_px: int = 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from robustbench_vlm.cards.card import Card as Card
+from robustbench_vlm.store import file_name
 from robustbench_vlm.threat import Norm
 
 
@@ -38,3 +41,9 @@ class ModelCard(Card):
     licence: str
     trained_on: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _file_in_its_folder(self) -> ModelCard:
+        if self.file and file_name(self.file) != self.file:  # it is looked for in the folder of the model
+            raise ValueError(f"file must be the name of a file, without a folder (found {self.file!r:.60})")
+        return self

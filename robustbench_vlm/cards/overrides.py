@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from typing import Any
 
 from robustbench_vlm.errors import CardError
 
 
-def number(text: str) -> float | str:
-    """A TOML float; `inf` and `nan` stay text, since JSON has no spelling for them and results are JSON."""
-    return text if text.lstrip("+-") in ("inf", "nan") else float(text)
+def number(text: str) -> float:
+    """A TOML float.
+
+    Raises:
+        ValueError: it is not finite: JSON has no spelling for such a number, and results are JSON.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -25,7 +33,10 @@ def override(table: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             raise CardError(f"--set {setting}", "no '='", "key=value, for example optim.steps=100")
         try:
             value = tomllib.loads(f"v = {text}", parse_float=number)["v"]
-        except tomllib.TOMLDecodeError:
+        except (
+            ValueError,
+            RecursionError,
+        ):  # not TOML: text, which the record refuses where it wants another kind
             value = text
         *parents, last = key.split(".")
         inner = table

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from robustbench_vlm.cards.reader import wrong_value
+from robustbench_vlm.cards.strict import wrong_value
 from robustbench_vlm.errors import CardError, InputError, nearest
 from robustbench_vlm.store import file_sha256
 

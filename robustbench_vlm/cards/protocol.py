@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from robustbench_vlm.cards.card import Card
-from robustbench_vlm.threat import Norm
+from robustbench_vlm.threat import Norm, require_radii
 
 PLAIN = str.maketrans("_-/", "   ")
 
@@ -134,3 +134,8 @@ class Protocol(Card):
     input_px: int = Field(default=0, ge=0)
     differs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _radii(self) -> Protocol:
+        require_radii(self.eps, self.norm)
+        return self

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from robustbench_vlm import text_files
+from robustbench_vlm.cards import toml_tables
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.cards.fields import fields, nested_record
+from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.cards.model import ModelCard
-from robustbench_vlm.cards.overrides import number
 from robustbench_vlm.cards.overrides import override as override
 from robustbench_vlm.cards.protocol import PromptPack as PromptPack
 from robustbench_vlm.cards.protocol import Protocol as Protocol
 from robustbench_vlm.cards.recipe import Recipe as Recipe
+from robustbench_vlm.cards.strict import parse as parse
 from robustbench_vlm.cards.study import Study as Study
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError, InputError, nearest
@@ -57,9 +55,20 @@ FOLDERS: Mapping[str, tuple[str, type[Card]]] = {
 SAME: Mapping[tuple[str, str], str] = {("attacks", "standard"): "autoattack"}
 """Other names of cards: `standard` is what the literature calls AutoAttack's usual chain."""
 
-SHADOWS = ("attacks", "protocols", "suites")
-"""Kinds whose packaged names mean one thing everywhere: a card of another content has another name."""
 SHADOW = "@include"
+"""What is put after the name of a card that has the name of a packaged one, and another content."""
+
+REFERENCES: Mapping[str, Sequence[tuple[tuple[str, ...], str]]] = {
+    "suites": ((("datasets",), "datasets"), (("means",), "datasets")),
+    "protocols": ((("suite",), "suites"), (("attack",), "attacks"), (("prompts",), "prompts")),
+    "recipes": ((("student",), "models"), (("teachers",), "models"), (("data", "dataset"), "datasets")),
+    "studies": (
+        (("arm", "recipe"), "recipes"),
+        (("final", "attack"), "attacks"),
+        (("final", "suite"), "suites"),
+    ),
+}
+"""Keys at which a card names other cards, and of which kind those are."""
 
 _include: list[Path] = []  # folders of `include`: state of the process, see there
 _beside_data: list[Path] = []  # folder of `use_cards_of`: the same
@@ -130,29 +139,93 @@ def names(kind: str) -> list[str]:
 def read(kind: str, name: str, record: type[C]) -> C:
     """The card of `kind` called `name`, or the TOML file at the path `name`.
 
-    A chain, protocol or suite that is called like a packaged one and is another one gets `@include` after its
-    name, so that nothing measured with it is taken for the packaged one.
+    A card that is called like a packaged one and is another one gets `@include` after its name, and so does
+    one that names such a card, so that nothing measured with it is taken for the packaged one.
 
     Raises:
         CardError: no such card, or the file breaks the schema; the message names file and key.
     """
     where = path(kind, name)
-    card = parse(toml(where), record, str(where))
+    card = parse(table(kind, where), record, str(where))
     require_plain_name(card, str(where))
-    if not _shadows(kind, card, where):
+    found = shown_card(kind, card, where)
+    if name.endswith(SHADOW) and found is card:
+        known = f"no folder of --include has a {singular(kind)} of that name with another content"
+        raise CardError(f"{singular(kind)} {name!r:.80}", known, do="name its folder with --include")
+    return found
+
+
+def table(kind: str, file: Path) -> dict[str, Any]:
+    """The table of a card's file, in which other cards are called as they are shown."""
+    found: Any = toml(file)
+    for keys, other in REFERENCES.get(kind, ()) if card_folders() else ():
+        found = _renamed(found, keys, other)
+    return dict(found)
+
+
+def _renamed(value: Any, keys: Sequence[str], kind: str) -> Any:  # noqa: ANN401 - any TOML value
+    """The value, in which every text at `keys` that names a card of `kind` is the name that is shown."""
+    if isinstance(value, str) and not keys:
+        return shown(kind, value)
+    if isinstance(value, list):
+        return [_renamed(entry, keys, kind) for entry in value]
+    if isinstance(value, dict) and not keys:
+        return {name: _renamed(entry, keys, kind) for name, entry in value.items()}
+    if isinstance(value, dict) and keys[0] in value:
+        return value | {keys[0]: _renamed(value[keys[0]], keys[1:], kind)}
+    return value
+
+
+def shown(kind: str, name: str) -> str:
+    """The name under which the card of `kind` called `name` is shown; what names no card stays as it is."""
+    stem = plain_name(SAME.get((kind, name), name))
+    found = _paths(kind).get(stem)
+    if found is None:
+        return name
+    return stem + SHADOW if is_shadow(kind, found) else stem
+
+
+def plain_name(shown_name: str) -> str:
+    """The name without `@include`: of the card's file, and of what the card was written for."""
+    return shown_name.removesuffix(SHADOW)
+
+
+def has(kind: str, name: str) -> bool:
+    """Whether a card of `kind` is called `name`, with or without `@include`."""
+    return plain_name(SAME.get((kind, name), name)) in _paths(kind)
+
+
+def shown_card(kind: str, card: C, file: Path) -> C:
+    """The card that was read from a file, under the name under which it is shown."""
+    if not is_shadow(kind, file):
         return card
     return card.model_copy(update={"name": f"{getattr(card, 'name', '')}{SHADOW}"})
 
 
-def _shadows(kind: str, card: Card, file: Path) -> bool:
-    """Whether a card has the name of a packaged one, and another content."""
-    own = getattr(card, "name", "")
-    if kind not in SHADOWS or file.is_relative_to(home()):
+def is_shadow(kind: str, file: Path) -> bool:
+    """Whether the card in a file has the name of a packaged one and another content.
+
+    A packaged card that names such a card is one, too. Settings of `--set` do not count.
+
+    Raises:
+        CardError: the file is not TOML.
+    """
+    inside = file.is_relative_to(home())
+    if inside and not card_folders():
         return False
-    packaged = home() / FOLDERS[kind][0] / f"{own}.toml"
+    folder, record = FOLDERS[kind]
+    found, own = table(kind, file), toml(file).get("name")
+    if inside:
+        return found != toml(file)
+    if not isinstance(own, str) or not PLAIN.fullmatch(own):
+        return False
+    packaged = home() / folder / f"{own}.toml"
     if not packaged.is_file():
         return (kind, own) in SAME
-    return card != parse(toml(packaged), type(card), str(packaged))
+    try:
+        return parse(found, record, str(file)) != parse(toml(packaged), record, str(packaged))
+    except CardError:  # it is no whole card without the settings that were typed, so not the packaged one
+        return True
 
 
 def require_plain_name(card: Card, where: str) -> None:
@@ -174,9 +247,22 @@ def suite(name: str) -> Suite:
     Raises:
         CardError: neither a suite nor a dataset is called `name`.
     """
-    if name.endswith(".toml") or name in names("suites") or name not in names("datasets"):
+    if name.endswith(".toml") or has("suites", name) or not has("datasets", name):
         return read("suites", name, Suite)
-    return Suite(name=name, title=f"{name} alone", datasets=(name,), eps=("4/255",))
+    alone = shown("datasets", name)
+    return Suite(name=alone, title=f"{alone} alone", datasets=(alone,), eps=("4/255",))
+
+
+def study(name: str) -> Study | Frontier:
+    """The study called `name`, or the TOML file at the path `name`; its `kind` says which record it is.
+
+    Raises:
+        CardError: see `read`; or a kind of study that there is not.
+    """
+    kind = toml(path("studies", name)).get("kind", "arms")
+    if kind == "frontier":
+        return read("studies", name, Frontier)
+    return read("studies", name, Study)
 
 
 def suites_with(dataset: str) -> list[str]:
@@ -185,7 +271,7 @@ def suites_with(dataset: str) -> list[str]:
     for name in names("suites"):
         file = path("suites", name)
         members = toml(file).get("datasets")
-        if isinstance(members, list) and dataset in members:
+        if isinstance(members, list) and plain_name(dataset) in members:
             found.append((file.parent == home(), len(members), name))
     return [name for _, _, name in sorted(found)]
 
@@ -196,7 +282,7 @@ def path(kind: str, name: str) -> Path:
     Raises:
         CardError: no such card; the message gives the nearest and all known names.
     """
-    file = SAME.get((kind, name), name).removesuffix(SHADOW)
+    file = plain_name(SAME.get((kind, name), name))
     found = Path(name) if name.endswith(".toml") else _paths(kind).get(file)
     do = f"vlmrob list {kind} shows them"
     if found is None:
@@ -209,37 +295,22 @@ def path(kind: str, name: str) -> Path:
 
 
 def toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file, with `@file` strings replaced by that file's lines.
+    """The table of a TOML file as it stands there, with the lines of `@file` strings in their place."""
+    return toml_tables.read(path, (path.parent.parent, home()))
 
-    A value `"@prompts/x.txt"` of `names` or `templates` means the lines of `x.txt` below the card home, so a
-    list of a thousand names is written once and shared.
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The class names of the list `prompts/NAME.txt` below a folder of cards, in label order.
+
+    Raises:
+        CardError: no such list; the message gives the nearest ones.
     """
-    try:
-        table = tomllib.loads(text_files.read_text(path), parse_float=number)
-    except FileNotFoundError:
-        raise CardError(str(path), "no such file", "a TOML card") from None
-    except OSError as error:
-        raise CardError(str(path), f"cannot be read ({error.strerror})", "a TOML card") from None
-    except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
-        raise CardError(str(path), f"not TOML ({error!s:.120})", "a TOML card") from None
-    for key in ("names", "templates", "wordnet_ids"):
-        value = table.get(key)
-        if isinstance(value, str) and value.startswith("@"):
-            table[key] = _lines(path, value.removeprefix("@"))
-        if isinstance(value, dict):
-            files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
-            value.update({name: _lines(path, file.removeprefix("@")) for name, file in files.items()})
-    return table
-
-
-def _lines(card: Path, name: str) -> list[str]:
-    for root in (card.parent.parent, home()):
-        if path := below(root, name):
-            try:
-                return text_files.read_text(path).removesuffix("\n").split("\n")
-            except (OSError, UnicodeDecodeError):
-                raise CardError(str(path), "unreadable", "UTF-8 text") from None
-    raise CardError(str(card), f"names the file {name!r}, which does not exist", f"it below {home()}")
+    known: dict[str, Path] = {}
+    for root in (*_beside_data, home(), *reversed(_include)):
+        known |= {path.stem: path for path in sorted((root / "prompts").glob("*-names.txt"))}
+    if name not in known:
+        raise CardError(f"class names {name!r:.80}", "no such list", do=nearest(name, known))
+    return tuple(_lines(known[name].parent / "list", f"prompts/{known[name].name}"))
 
 
 def subset(suite: Suite) -> tuple[str, ...]:
@@ -249,7 +320,9 @@ def subset(suite: Suite) -> tuple[str, ...]:
         CardError: no such file below a folder of cards, no text, or another SHA-256.
     """
     name, where = suite.subset.removeprefix("file:"), f"suite {suite.name}"
-    found = next((file for root in (*card_folders(), home(), Path()) if (file := below(root, name))), None)
+    found = next(
+        (file for root in (*card_folders(), home(), Path()) if (file := toml_tables.below(root, name))), None
+    )
     if found is None:
         raise CardError(where, f"no file {name!r:.80}", "a path below a folder of cards, without ..")
     try:
@@ -261,62 +334,3 @@ def subset(suite: Suite) -> tuple[str, ...]:
     if suite.subset_sha256 and sha != suite.subset_sha256:
         raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
     return tuple(line for line in text.split("\n") if line.strip())
-
-
-def below(root: Path, name: str) -> Path | None:
-    """The file called `name` below a folder; None if there is none, or if it lies elsewhere."""
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        return None
-    path = root / name
-    return path if path.is_file() and path.resolve().is_relative_to(root.resolve()) else None
-
-
-def parse(table: Mapping[str, Any], record: type[C], where: str) -> C:
-    """A strict record from a table.
-
-    Raises:
-        CardError: an unknown or missing key or a value of the wrong kind; the message names `where`, the key,
-            what was found and what is expected.
-    """
-    try:
-        return record.model_validate(table)
-    except ValidationError as error:
-        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
-        first = (unknown or error.errors())[0]  # a mistyped key is missing under its right name, too
-        missing = [e for e in error.errors() if e["type"] == first["type"] == "missing"]
-        keys = [_one_line(".".join(str(part) for part in e["loc"])) for e in missing or [first]]
-        key, inner = ", ".join(keys), _record_at(record, first["loc"][:-1])
-        if unknown:
-            do = nearest(str(first["loc"][-1]), inner.model_fields)
-            raise CardError(where, f"unknown key {key!r}", do=do) from None
-        if missing:
-            last, alone = first["loc"][-1], len(missing) == 1
-            facts = next((one for one in fields(inner) if alone and one.key == last), None)
-            expected = f"{facts.type_text}: {facts.meaning}".rstrip(".") if facts else "all of them"
-            do = "vlmrob new KIND NAME writes a card with every key"
-            raise CardError(where, f"no key {key}", expected, do) from None
-        raise wrong_value(error, where) from None
-
-
-def wrong_value(error: ValidationError, where: str) -> CardError:
-    """The first finding of pydantic about a value, as `where: key = value; expected ...`."""
-    first = error.errors()[0]
-    key = _one_line(".".join(str(part) for part in first["loc"]))
-    message = _one_line(first["msg"]).removeprefix("Value error, ")
-    if not key or not message.startswith("Input should be "):
-        return CardError(where, f"{key}: {message}" if key else message)
-    return CardError(where, f"{key} = {first['input']!r:.80}", message.removeprefix("Input should be "))
-
-
-def _one_line(text: str) -> str:
-    """The text as it is when it can be printed in a line, else quoted."""
-    return text if text.isprintable() else f"{text!r:.200}"
-
-
-def _record_at(record: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The record of the table at `path` inside `record`."""
-    for part in path:
-        field = record.model_fields.get(str(part))
-        if field is not None:  # otherwise an index into a list of tables
-            record = nested_record(field.annotation) or record
-    return record

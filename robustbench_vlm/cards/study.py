@@ -64,6 +64,7 @@ class Study(Card):
     """Arms trained from the same start over the same seeds, with the same probe and the same final attack.
 
     Attributes:
+        kind: `arms`, this kind; the other one is `frontier`.
         baseline: name of the arm that all others are paired with, seed by seed.
         seeds: seeds of data order and noise; each becomes the `seed` of every arm's recipe.
         set: changes to every arm's recipe, before the arm's own.
@@ -74,6 +75,7 @@ class Study(Card):
         claim: numbers of the paper that the study is about.
     """
 
+    kind: Literal["arms"] = "arms"
     name: str
     title: str
     baseline: str

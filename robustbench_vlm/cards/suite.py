@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from robustbench_vlm.cards.card import Card as Card
-from robustbench_vlm.threat import Norm
+from robustbench_vlm.threat import Norm, require_radii
 
 
 class Suite(Card):
@@ -41,6 +41,13 @@ class Suite(Card):
     subset: str = ""
     subset_sha256: str = ""
     means: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _datasets_and_radii(self) -> Suite:
+        if not self.datasets or len(set(self.datasets)) != len(self.datasets):
+            raise ValueError("datasets must name one dataset at least, and none twice")
+        require_radii(self.eps, self.norm)
+        return self
 
     @model_validator(mode="after")
     def _means(self) -> Suite:

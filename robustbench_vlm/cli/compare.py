@@ -14,7 +14,9 @@ from robustbench_vlm.errors import InputError
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="Model name, or the first digits of its fingerprint.")],
+    a: Annotated[
+        str, typer.Argument(help="Model name, the first digits of its fingerprint, or its checkpoint folder.")
+    ],
     b: Annotated[str, typer.Argument(help="The other model; left out with --published.")] = "",
     results: Results = Path("results"),
     suite: Annotated[str, typer.Option(help="Suite name or TOML file.")] = "tiny",
@@ -35,9 +37,9 @@ def compare(
         )
     cells = result_file.of_suite(result_file.read(results), reader.suite(suite))
     if published:
-        _beside(cells, a, as_json=as_json)
+        _beside(cells, _key(a), as_json=as_json)
         return
-    lines = compare.compare(cells, a, b)
+    lines = compare.compare(cells, _key(a), _key(b))
     if as_json:
         console.result_json([line.record for line in lines])
     else:
@@ -45,6 +47,13 @@ def compare(
         console.show(title, [*compare.COLUMNS], [line.texts for line in lines])
         for line in compare.conclusion(lines, a, b):
             console.remark(line)
+
+
+def _key(model: str) -> str:
+    """What results know a model by: the fingerprint of a checkpoint folder, or the name as typed."""
+    from robustbench_vlm.models import checkpoint_card
+
+    return checkpoint_card.read_card(Path(model)).sha256 if (Path(model) / "card.json").is_file() else model
 
 
 def _beside(cells: Any, model: str, *, as_json: bool) -> None:  # noqa: ANN401 - cells, not imported here

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustbench_vlm import console
+from robustbench_vlm import console, store
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.cli.images import lines_of
+from robustbench_vlm.cli.images import columns_of, lines_of
 from robustbench_vlm.cli.options import AsJson, use_cards_of
 from robustbench_vlm.errors import CardError, DataError, nearest
 from robustbench_vlm.types import TEMPLATES
@@ -42,7 +42,7 @@ def chosen(name: str) -> tuple[list[DatasetCard], str]:
     if name.endswith(".toml"):
         known = "suites" if "datasets" in reader.toml(Path(name)) else "datasets"
     else:
-        known = next((kind for kind in ("suites", "datasets") if name in reader.names(kind)), "")
+        known = next((kind for kind in ("suites", "datasets") if reader.has(kind, name)), "")
     if known == "suites":
         suite = reader.read("suites", name, Suite)
         return [reader.read("datasets", member, DatasetCard) for member in suite.datasets], suite.split
@@ -185,6 +185,9 @@ def export(
         str, typer.Option(help="Which split to read and write; default: the one for testing.")
     ] = "",
     names: Annotated[Path | None, typer.Option(help="Text file with the class names, one a line.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Of a table: image=NAME,label=NAME; default: the usual names.")
+    ] = "",
     source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the torchvision class, e.g. split=test.")
@@ -196,9 +199,9 @@ def export(
     from robustbench_vlm.data import export, sources
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name) or store.file_name(name) != name:
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
-    known = reader.read("datasets", name, DatasetCard) if name in reader.names("datasets") else None
+    known = reader.read("datasets", name, DatasetCard) if reader.has("datasets", name) else None
     given = lines_of("--names", names) if names else known.names if known else ()
     ids = known.wordnet_ids if known and not names else ()
     if source.startswith("torchvision:"):
@@ -206,7 +209,7 @@ def export(
         found = sources.from_torchvision(source.partition(":")[2], source_root, arguments, given, ids)
         split = split or found.split
     else:
-        found = sources.open_images(Path(source), given, split, wordnet_ids=ids)
+        found = sources.open_images(Path(source), given, split, *columns_of(columns), wordnet_ids=ids)
         split = split or found.split
     classes = given or found.names
     if not classes:

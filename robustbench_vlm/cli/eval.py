@@ -34,7 +34,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, folder, weights file, ARCH:TAG or local-dir:DIR; default: the newest under runs/."
+            help="Name, folder, weights file, ARCH:TAG, local-dir:DIR; a,b; default: the newest under runs/."
         ),
     ] = None,
     arch: Annotated[
@@ -65,7 +65,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         Path | None, typer.Option(help="With --data: sentences with {c} for the class name, one a line.")
     ] = None,
     columns: Annotated[
-        str, typer.Option(help="With --data and a table: IMAGE,LABEL; default: the usual names.")
+        str, typer.Option(help="With --data and a table: image=NAME,label=NAME; default: the usual names.")
     ] = "",
     split: Annotated[
         str, typer.Option(help="With --data: which of its splits; default: the one for testing.")
@@ -109,7 +109,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     images = Images(data, names, templates, columns, split)
     images.require_consistent(suite=suite, dataset=dataset, protocol=protocol)
     datasets, chains = comma_separated(dataset), comma_separated(attack)
-    models = tuple(model or [_newest_checkpoint()])
+    models = comma_separated(model) or (_newest_checkpoint(),)
     _require_models(models, chains)
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
@@ -168,7 +168,7 @@ def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
 
     Errors in the user's own chain are reported before errors in the name of a model.
     """
-    known = reader.names("attacks")
+    known = [name for name in chains if reader.has("attacks", name)]
     if all(name in known and reader.path("attacks", name).is_relative_to(reader.home()) for name in chains):
         for name in models:
             model_ids.require(name)
@@ -181,8 +181,8 @@ def _default_suite(datasets: tuple[str, ...]) -> str:
         InputError: several datasets that no default suite has together.
     """
     known = reader.suite(DEFAULT).datasets
-    unknown = [name for name in datasets if name not in (*known, *reader.names("datasets"))]
-    outside = [name for name in datasets if name not in known]
+    unknown = [name for name in datasets if not reader.has("datasets", name)]
+    outside = [name for name in datasets if reader.shown("datasets", name) not in known]
     if not outside or unknown:
         return DEFAULT
     suites = reader.suites_with(outside[0])

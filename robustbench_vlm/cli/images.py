@@ -9,6 +9,8 @@ from robustbench_vlm import console, text_files
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import InputError
 
+COLUMNS = ("image", "label")
+
 
 @dataclass(frozen=True)
 class Images:
@@ -56,7 +58,6 @@ class Images:
         from robustbench_vlm.data.image_cards import card_of_images
         from robustbench_vlm.types import TEMPLATES
 
-        image_column, _, label_column = self.columns.partition(",")
         with console.meter() as meter:
             made = card_of_images(
                 self.source,
@@ -65,12 +66,30 @@ class Images:
                 names=lines_of("--names", self.names),
                 templates=lines_of("--templates", self.templates) or TEMPLATES,
                 split=self.split,
-                columns=(image_column.strip(), label_column.strip()),
+                columns=columns_of(self.columns),
             )
         for note in made.notes:
             console.remark(f"note: {self.source}: {note}")
         reader.include([*reader.included(), made.include])
         return made.name
+
+
+def columns_of(typed: str) -> tuple[str, str]:
+    """The columns of images and of labels that `--columns` names, empty where it names none.
+
+    It is `image=NAME,label=NAME` in any order, one of the two, or both names alone with a comma between them.
+
+    Raises:
+        InputError: neither.
+    """
+    parts = [part.partition("=") for part in typed.split(",")] if typed else []
+    named = {key.strip(): name.strip() for key, equals, name in parts if equals}
+    if parts and not named and len(parts) == len(COLUMNS):
+        named = dict(zip(COLUMNS, (key.strip() for key, *_ in parts), strict=True))
+        parts = []
+    if not named.keys() <= {*COLUMNS} or len(named) != len(parts or named) or not all(named.values()):
+        raise InputError(f"--columns {typed}", "not two columns", "image=NAME,label=NAME", "name the columns")
+    return named.get("image", ""), named.get("label", "")
 
 
 def lines_of(flag: str, file: Path | None) -> tuple[str, ...]:

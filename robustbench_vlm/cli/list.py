@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from robustbench_vlm import console
-from robustbench_vlm.cli.options import AsJson
+from robustbench_vlm.cli.options import AsJson, DataRoot
 
 
 def list_(
@@ -18,6 +19,7 @@ def list_(
         ),
     ],
     as_json: AsJson = False,
+    data_root: DataRoot = Path("data"),  # noqa: ARG001 - it is searched for cards when it is read
 ) -> None:
     """List what can be named on the command line."""
     from robustbench_vlm import catalogue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import shlex
 import sys
@@ -18,9 +17,6 @@ from robustbench_vlm import interruption
 
 INTERRUPTED = 75
 """Exit code of a command that was stopped; that of `errors.Incomplete`."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Codes of errors of a full disk or quota."""
 
 SAVES_NOTHING = ("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show")
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
@@ -59,7 +55,7 @@ def _run(words: list[str]) -> int:
 
 def _end(error: BaseException, words: Sequence[str], stopped: Callable[[], bool]) -> int:
     """Print what ended a command, as one line; returns the exit code."""
-    from robustbench_vlm import errors
+    from robustbench_vlm import errors, store
 
     if isinstance(error, SystemExit):
         raise error
@@ -72,7 +68,7 @@ def _end(error: BaseException, words: Sequence[str], stopped: Callable[[], bool]
         return INTERRUPTED
     if isinstance(error, errors.VlmrobError):
         return _print(error)
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in store.FULL:
         return _print(errors.Incomplete(_disk_full(error)))
     if isinstance(error, OSError) and error.filename and error.errno:
         return _print(errors.VlmrobError(f"{error.filename}: {error.strerror}"))

@@ -98,7 +98,7 @@ def new(
 def _require_free(kind: str, name: str) -> None:
     """Refuse a name that cannot name files, or that the project or an included folder uses already."""
     where = f"new {kind} {name!r:.80}"
-    if not PLAIN.fullmatch(name):
+    if not PLAIN.fullmatch(name) or store.file_name(name) != name:  # a card is found by the name of its file
         raise InputError(where, "not a name", "letters, digits and . _ -, beginning with a letter or digit")
     folder = f"{kind}s"
     taken = reader.names(folder) if folder in reader.FOLDERS else []

@@ -31,8 +31,12 @@ Results = Annotated[Path, typer.Option("--results", help="Folder of the results.
 
 
 def comma_separated(typed: list[str] | None) -> tuple[str, ...]:
-    """The names of a repeatable option that also takes several names with commas between them."""
-    return tuple(name.strip() for text in typed or () for name in text.split(",") if name.strip())
+    """The names of a repeatable option that also takes several names with commas between them.
+
+    What is the name of a file or folder is one name, whatever is in it.
+    """
+    parts = ([text] if Path(text).exists() else text.split(",") for text in typed or ())
+    return tuple(name.strip() for names in parts for name in names if name.strip())
 
 
 def device_of(name: str) -> Any:  # noqa: ANN401 - torch.device, not imported here

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from robustbench_vlm import console
+from robustbench_vlm.cli.options import DataRoot
 
 
 def show(
@@ -15,6 +17,7 @@ def show(
         typer.Argument(help="defense, attack, suite, dataset, model, recipe, protocol, prompts or study."),
     ],
     name: Annotated[str, typer.Argument(help="Its name.")],
+    data_root: DataRoot = Path("data"),  # noqa: ARG001 - it is searched for cards when it is read
 ) -> None:
     """Print all facts about a defense, attack, suite, dataset, model, recipe or study, as JSON."""
     from robustbench_vlm import catalogue

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.options import DataRoot, Device, device_of, require_tiny
+from robustbench_vlm.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from robustbench_vlm.studies import pool
+    from robustbench_vlm.studies.frontier.perform import Places
 
 
-def study(
-    name: Annotated[str, typer.Argument(help="efficiency, ablation, or a TOML file.")],
+def study(  # noqa: PLR0913 - options of a command
+    name: Annotated[str, typer.Argument(help="efficiency, ablation, frontier, or a TOML file.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs; studies share it.")] = Path("runs/study"),
-    tables: Annotated[Path, typer.Option(help="Folder of the tables and the plot.")] = Path("leaderboards"),
+    tables: Annotated[
+        Path, typer.Option(help="Folder of tables, pages and plots, and of a frontier study's outcomes.")
+    ] = Path("leaderboards"),
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Of a frontier study, train only this method; repeatable.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and stop.")] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Of a frontier study, write the pages from outcomes alone.")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
@@ -28,10 +42,31 @@ def study(
 
     An interrupted study continues when the command is repeated.
     """
-    card = reader.read("studies", name, Study)
+    card = reader.study(name)
+    given = [("--method", bool(method)), ("--render", render)]
+    if isinstance(card, Frontier):
+        if seeds is not None:
+            raise InputError("--seeds", f"{card.name} is a frontier study", "seeds as its card says")
+    elif refused := [flag for flag, there in given if there]:
+        raise InputError(refused[0], f"{card.name} is no frontier study", 'a card with kind = "frontier"')
+    from robustbench_vlm.studies import pool
+    from robustbench_vlm.studies.frontier.perform import Places
+
+    where = pool.Resources(data_root, "cpu" if dry_run or render else str(device_of(device)), jobs)
+    places = Places(out, tables)
+    if not isinstance(card, Frontier):
+        _arms(card, places, where, seeds, dry_run=dry_run)
+    elif dry_run:
+        _frontier_state(card, places, method or [])
+    else:
+        _frontier(card, places, where, method or [], render=render)
+
+
+def _arms(card: Study, places: Places, where: pool.Resources, seeds: int | None, *, dry_run: bool) -> None:
+    """A study of arms: train, attack, write."""
     from robustbench_vlm.studies import findings, render, runner
 
-    todo = runner.runs(card, out, seeds)
+    todo = runner.runs(card, places.out, seeds)
     if dry_run:
         rows = [
             [
@@ -46,10 +81,39 @@ def study(
         ]
         console.show(f"study {card.name}", ["arm", "seed", "steps", "state", "folder"], rows)
         return
-    where = runner.Resources(data_root, str(device_of(device)), jobs)
     datasets = {run.recipe.data.dataset for run in todo}
     datasets |= set(reader.read("suites", card.final.suite, Suite).datasets)
-    require_tiny(sorted(datasets), data_root)
+    require_tiny(sorted(datasets), where.data_root)
     runner.perform(card, todo, where, console.remark)
-    for path in render.write(findings.read(card, todo), tables):
+    for path in render.write(findings.read(card, todo), places.tables):
         console.result(str(path))
+
+
+def _frontier_state(card: Frontier, places: Places, methods: list[str]) -> None:
+    """List the trainings of a frontier study."""
+    from robustbench_vlm.studies.frontier import perform
+
+    _require_methods(card, methods)
+    rows = perform.state(card, places, methods)
+    console.show(f"study {card.name}", ["method", "seed", "trial", "dials", "state"], rows)
+
+
+def _frontier(
+    card: Frontier, places: Places, where: pool.Resources, methods: list[str], *, render: bool
+) -> None:
+    """A frontier study: train and judge, unless the pages alone are asked for; write."""
+    from robustbench_vlm.studies.frontier import files, perform
+
+    _require_methods(card, methods)
+    if not render:
+        require_tiny(perform.datasets(card, places), where.data_root)
+        perform.perform(card, places, where, console.remark, methods)
+    for path in files.write(card, places):
+        console.result(str(path))
+
+
+def _require_methods(card: Frontier, methods: list[str]) -> None:
+    known = [method.name for method in card.method]
+    for name in methods:
+        if name not in known:
+            raise InputError(f"--method {name}", f"no method of study {card.name}", do=nearest(name, known))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from robustbench_vlm import rng
+from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import manifest, miniature, pixels, remarks, shards, texts
 from robustbench_vlm.data.parallel import in_order
@@ -146,7 +147,7 @@ class Split:
         Raises:
             DataError: an image of the list is not there.
         """
-        prefix = f"{self.card.name}/{self.split}/"
+        prefix = f"{reader.plain_name(self.card.name)}/{self.split}/"
         by_name = {}
         for entry in self.entries:
             key = entry.key.removeprefix(prefix)
@@ -282,7 +283,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
     count = len(index.samples)
     if count != card.size.get(split, count):
         notes.append(f"{count} images, where the card says {card.size[split]}")
-    prefix = f"{card.name}/{split}/"
+    prefix = f"{reader.plain_name(card.name)}/{split}/"
     entries = tuple(Entry(prefix + sample.name, sample.label, sample) for sample in index.samples)
     return Split(card, split, folder, entries, tuple(notes), flags)
 
@@ -298,7 +299,9 @@ def how_to_get(card: DatasetCard, root: Path) -> str:
     if card.source.hub:
         return f"get it with: vlmrob data fetch {card.name} --root {shlex.quote(str(root))}"
     if card.source.url:
-        export = f"vlmrob data export FOLDER --to {shlex.quote(str(root))} --name {card.name}"
+        export = (
+            f"vlmrob data export FOLDER --to {shlex.quote(str(root))} --name {reader.plain_name(card.name)}"
+        )
         return f"get it from {card.source.url}, then type: {export}"
     if card.made_by == "tiny":
         return "make it with: vlmrob data make tiny"

@@ -25,7 +25,7 @@ name = {name}
 title = {name}
 folder = {folder}
 n_classes = {n_classes}
-size = {{ {split} = {count} }}
+size = {{ {key} = {count} }}
 canvas = "model"
 names = {names}
 templates = {templates}
@@ -101,7 +101,8 @@ def write_cards(
     facts = {"folder": json.dumps(f"wds_{name}"), "n_classes": len(names), "count": count}
     texts = {
         to / "cards" / "datasets" / f"{store.file_name(name)}.toml": CARD.format(
-            **{**quoted, "split": split},
+            **quoted,
+            key=json.dumps(split),
             **lists,
             **facts,
             templates=json.dumps(list(templates), ensure_ascii=False),

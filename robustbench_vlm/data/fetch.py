@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustbench_vlm import store
+from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import hub, manifest, miniature
 from robustbench_vlm.errors import DataError
@@ -175,5 +176,5 @@ def _same(path: Path, file: hub.File, at: hub.Commit) -> str:
 
 def _by_hand(card: DatasetCard, root: Path) -> str:
     where = f"get it from {card.source.url}, then type: " if card.source.url else "type: "
-    to = shlex.quote(str(root))
-    return f"{where}vlmrob data export FOLDER --to {to} --name {card.name} (licence: {card.licence})"
+    to, name = shlex.quote(str(root)), reader.plain_name(card.name)
+    return f"{where}vlmrob data export FOLDER --to {to} --name {name} (licence: {card.licence})"

@@ -67,6 +67,8 @@ def write_split(folder: Path, split: str, samples: Iterable[Sample], per_shard: 
         DataError: a key that occurs twice or is no plain member name, an unknown extension, a negative label,
             no samples at all, or a folder in the way that has no `nshards.txt`.
     """
+    if store.file_name(split) != split:
+        raise DataError(f"split {split!r:.80}", "not the name of a folder", "letters, digits and . _ -")
     final = folder / split
     if (final / NSHARDS).is_file():
         return int((final / NSHARDS).read_text(encoding="ascii"))

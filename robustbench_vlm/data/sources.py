@@ -22,6 +22,11 @@ from typing import Any
 from robustbench_vlm.data import class_names, image_files, shards, tables
 from robustbench_vlm.errors import DataError, InputError, nearest, some
 
+MOST_CLASSES = 100_000
+"""Classes of one dataset; a larger class index in a table is a mistake, such as a time or an identifier."""
+
+LONGEST_LABEL = 1000  # characters of a class name
+
 SPLITS = ("test", "val", "validation", "valid", "train")
 MAGIC = {
     **{b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"},
@@ -182,12 +187,22 @@ def from_table(
 
 def _label(where: str, value: object) -> str | int:
     """A label as it stands in a table: a class index, or a class name."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    expected = f"a class name, or a class index from 0 to {MOST_CLASSES - 1}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < MOST_CLASSES:
+            raise DataError(where, f"label {_shown(value)}", expected)
         return value
     text = value.strip() if isinstance(value, str) else ""
-    if not text or not text.isprintable():
-        raise DataError(where, f"label {value!r:.40}", "a class name, or a class index from 0")
+    if not text or not text.isprintable() or len(text) > LONGEST_LABEL:
+        raise DataError(where, f"label {_shown(value)}", expected)
     return text
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value as Python writes it; Python writes no integer of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "of more than 64 bits"
+    return f"{value!r:.40}"
 
 
 def _indexed(
@@ -201,6 +216,8 @@ def _indexed(
     if _integers(values) and not spelt_as_names:
         indices = [int(value) for value in values]
         largest = max(indices)
+        if largest >= MOST_CLASSES:
+            raise DataError(where, f"label {largest}", f"a class index from 0 to {MOST_CLASSES - 1}")
         if not names:
             notes.append(f"labels are integers without names: the classes are called 0 to {largest}")
         elif largest >= len(names):
@@ -226,15 +243,24 @@ def _paths(file: Path, rows: Sequence[tuple[str, object]]) -> list[tuple[str, Pa
     present: set[Path] = set()
     for where, name in rows:
         if not isinstance(name, str) or not name.isprintable():
-            raise DataError(where, f"image {name!r:.80}", "a path beside the table")
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
+            raise DataError(where, f"image {_shown(name)}", "a path beside the table")
+        path = _file_below(root, name)
+        if path is None:
             raise DataError(where, f"no image {name!r:.80} below {root}", "a path relative to that folder")
         if path in present:
             raise DataError(where, f"image {name!r:.80} occurs twice", "one row an image")
         present.add(path)
         found[name] = path
     return list(found.items())
+
+
+def _file_below(root: Path, name: str) -> Path | None:
+    """The file called `name` below a resolved folder; None where there is none."""
+    path = (root / name).resolve()
+    try:
+        return path if path.is_relative_to(root) and path.is_file() else None
+    except OSError:  # a name that is too long for the file system
+        return None
 
 
 def _encoded(where: str, value: object) -> tuple[bytes, str]:

@@ -68,11 +68,14 @@ def column(table: Table, wanted: str, known: Sequence[str]) -> str:
             raise DataError(str(table.file), f"no column {wanted!r}", do=nearest(wanted, table.columns))
         return wanted
     by_lower = {name.lower(): name for name in table.columns}
+    kind = "image" if known is IMAGE_COLUMNS else "label"
     found = next((by_lower[name] for name in known if name in by_lower), None)
     if found is None:
         columns = ", ".join(map(repr, table.columns[:12])) or "none"
         expected = f"one called {', '.join(known[:-1])} or {known[-1]}"
-        raise DataError(str(table.file), f"columns {columns:.200}", expected, "rename the column, or name it")
+        raise DataError(
+            str(table.file), f"columns {columns:.200}", expected, f"name it: --columns {kind}=NAME"
+        )
     return found
 
 

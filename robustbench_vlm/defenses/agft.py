@@ -2,7 +2,9 @@
 
 Source   arXiv:2603.29410 and its released code, YuboCui/AGFT (train.py).
 Threat   any norm that `engine.geometry` knows; the released attack is 2 steps, student in eval mode.
-Departs  nothing.
+Departs  nothing in the loss. In the setting, the recipe `paper-agft` has the code's sentence with its full
+         stop, its class names (the TeCoA list) and its bilinear resize. The cosine schedule of the code is
+         timm's; here it is that of all recipes.
 Symbols  x clean image, x' adversarial image; S student, 0 frozen original (`anchor`); s_t `scale`, which
          replaces the models' own logit scale in training only.
 """

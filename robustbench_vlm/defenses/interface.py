@@ -104,6 +104,8 @@ class Passes:
         attacked: teachers that every attack step runs and differentiates too.
         learners: teachers whose forward in `outer` is followed by a full backward.
         student_no_grad: student forwards without gradient, such as the clean prediction that TRADES attacks.
+        student_batch_norm: student forwards without gradient that only a student with batch norms takes, for
+            its running statistics.
     """
 
     student: int
@@ -111,6 +113,7 @@ class Passes:
     attacked: tuple[str, ...] = ()
     learners: tuple[str, ...] = ()
     student_no_grad: int = 0
+    student_batch_norm: int = 0
 
 
 @dataclass(frozen=True)

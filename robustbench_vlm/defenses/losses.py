@@ -113,6 +113,30 @@ def balanced(weight: Tensor, now: Tensor, first: Tensor, rate: float, exponent: 
     return weight - rate * (weight - share)
 
 
+def pooled(values: Tensor, before: Tensor | None, momentum: float) -> Tensor:
+    """Running mean and variance of values (B,), with their batch pooled in.
+
+    The variance counts how far the mean of the batch is from the running mean, so that it is that of the
+    values and not that within a batch: it does not depend on the batch size, and one value has one too.
+
+    Args:
+        values: (B,), B >= 1.
+        before: what this function returned for the batch before; None for the first batch.
+        momentum: decay m of both. Batch t counts by max(1 - m, 1 / t), so that the first ones weigh equally.
+
+    Returns:
+        (3,): mean, variance, number of batches.
+    """
+    mean, variance = values.mean(), values.var(correction=0)
+    if before is None:
+        return torch.stack([mean, variance, torch.ones_like(mean)])
+    count = before[2] + 1
+    rate = (1 / count).clamp(min=1 - momentum)
+    apart = mean - before[0]
+    spread = (1 - rate) * before[1] + rate * variance + rate * (1 - rate) * apart.square()
+    return torch.stack([before[0] + rate * apart, spread, count])
+
+
 def rate_at(rate: float, progress: float, drops: tuple[float, ...]) -> float:
     """`rate`, divided by ten at each share of the run in `drops` that is reached."""
     return rate * 0.1 ** sum(progress >= drop for drop in drops)

@@ -14,7 +14,10 @@ Source   Li, Dong, Yang, Wen, Koniusz, Huang, Tian, Ong 2025, arXiv:2511.17448. 
                      All of it is our derivation; no source states its equations.
          `static`    the fixed 10:1 mix, about which the released weights vary.
 Threat   any norm that `engine.geometry` knows.
-Departs  the released code runs a third teacher that does not enter its loss; it is left out.
+Departs  the released code runs a third teacher that does not enter its loss; it is left out. It fixes s = 100
+         for every model, and here each model has its own logit scale; OpenAI's weights have 100. The student
+         runs on x and x' in one forward, or, where batch norms make rows depend on each other, on x and then
+         on x', as released.
 Symbols  x clean image, x' adversarial image, y label; S student, R robust teacher, K clean teacher (C counts
          classes); c_R = cos(e_R(x'), W_R[y]), c_K = cos(e_K(x), W_K[y]);
          q_R = P_R(x')[y], the softmax confidence.
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -32,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
-from robustbench_vlm.defenses.losses import ce, kl, kl_terms, of_label, student_logits
+from robustbench_vlm.defenses.losses import ce, kl, kl_terms, of_label, pooled, student_logits
 
 if TYPE_CHECKING:
     from robustbench_vlm.types import Batch, Objective
@@ -79,19 +82,29 @@ class MmtArd(Defense):
             removes
             the term: the clean teacher is then run for the attack only, or not at all with another
             `attack_target`.
+        clean_weight_end: `clean_weight` at the end of the training, to which it goes geometrically, step by
+            step; without it, the weight is constant.
         gap: what the gate of `paper` compares. `standardised`: the cosine confidence of each teacher minus
             its running mean, divided by its running deviation, which removes a constant bias of a teacher.
             `softmax`: the same with softmax confidences. `log`: the difference of log-cosines, which is
-            exactly the released gate.
+            exactly the released gate. `robust`: the standardised cosine confidence of the robust teacher
+            alone, on x' unless `robust_input` says otherwise: the gate turns to the clean teacher where the
+            attack misleads the robust one.
         kappa: slope of the gate; 0 gives the constant mix robust_weight : clean_weight.
-        focus: factor of each sample in `paper`, of mean 1. `none`: 1. `hard`: (1 - q_R)^gamma, the "focus on
-            harder samples" of the abstract; on the tiny world it costs most of the robustness, since samples
-            that the robust teacher gets wrong then weigh most. `student`: (1 - q_S)^gamma with the
-            confidence of the student on x'. `confident`: growing with confidence, as released.
-        gamma: exponent of the `hard` and `student` focus.
-        momentum: decay of the running means: of confidences and their deviations, and of the losses of
-            `full`.
-        text_scale: for `full`: logit scale in the direction text to image, one class over the batch's images.
+        focus: factor of each sample in `paper`, of mean 1. `none`: 1. `hard`: (1 - q_R)^gamma, one form of
+            the abstract's "focus on harder samples"; on the tiny world it costs most of the robustness, since
+            samples that the robust teacher gets wrong then weigh most. `linear`: 1 + focus_weight (1 - q_R),
+            a form in which easy samples keep their weight. `student`: (1 - q_S)^gamma with the confidence of
+            the student on x'. `confident`: growing with confidence, as released.
+        gamma: exponent of the `hard` and `student` focus, and of the share of `hard_target`.
+        focus_weight: slope of the `linear` focus.
+        hard_target: what replaces the target P_R(x') by the share (1 - q_R)^gamma, large where the robust
+            teacher is fooled; for `static` and `paper`. `none`: nothing. `label`: the label y. `clean`:
+            P_K(x).
+        momentum: decay of the running means: of confidences and their variances, and of the losses of
+            `full`. The first 1 / (1 - momentum) batches weigh equally in the confidences.
+        text_scale: for `full`: logit scale in the direction text to image, one class over the batch's images;
+            without it, each model's own.
         kappa_modality: for `full`: slope of the gate between the directions; 0 gives each one half.
         consistency: for `full`: weight of KL(sg P_S(x) || P_S(x')).
         attack_target: the prediction that the attack drives the student away from: `clean`, P_K(x), as
@@ -104,12 +117,15 @@ class MmtArd(Defense):
     weighting: Literal["paper", "full", "released", "static"] = "released"
     robust_weight: Annotated[float, Field(gt=0)] = 50.0
     clean_weight: Annotated[float, Field(ge=0)] = 5.0
-    gap: Literal["standardised", "softmax", "log"] = "standardised"
+    clean_weight_end: Annotated[float, Field(gt=0)] | None = None
+    gap: Literal["standardised", "softmax", "log", "robust"] = "standardised"
     kappa: float = 1.0
-    focus: Literal["hard", "student", "confident", "none"] = "none"
+    focus: Literal["hard", "linear", "student", "confident", "none"] = "none"
     gamma: Annotated[float, Field(ge=0)] = 1.0
+    focus_weight: Annotated[float, Field(ge=0)] = 1.0
+    hard_target: Literal["none", "label", "clean"] = "none"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    text_scale: Annotated[float, Field(gt=0)] = 100.0
+    text_scale: Annotated[float, Field(gt=0)] | None = None
     kappa_modality: Annotated[float, Field(ge=0)] = 5.0
     consistency: Annotated[float, Field(ge=0)] = 0.0
     attack_target: Literal["clean", "robust", "label"] = "clean"
@@ -120,6 +136,14 @@ class MmtArd(Defense):
     def __post_init__(self) -> None:
         if self.clean_weight == 0 and self.weighting != "static":
             raise ValueError(f"clean_weight = 0 goes with weighting 'static' alone, not {self.weighting!r}")
+        if self.clean_weight == 0 and self.clean_weight_end is not None:
+            raise ValueError(f"clean_weight_end = {self.clean_weight_end:g} needs a clean_weight above 0")
+        if self.hard_target != "none" and (self.weighting in ("released", "full") or not self.clean_weight):
+            found = f"weighting {self.weighting!r} and clean_weight = {self.clean_weight:g}"
+            raise ValueError(
+                f"hard_target = {self.hard_target!r} goes with weighting 'static' or 'paper' and a "
+                f"clean_weight above 0, not {found}"
+            )
         if self.clean_weight == 0 and self.attack_target != "clean":  # the clean teacher has no use
             object.__setattr__(self, "teachers", ("robust",))
 
@@ -149,11 +173,15 @@ class MmtArd(Defense):
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """The weighted sum of KL(P_R(x') || P_S(x')) and KL(P_K(x) || P_S(x)), by `weighting`."""
+        if self.clean_weight_end is not None:
+            weight = self.clean_weight * (self.clean_weight_end / self.clean_weight) ** step.progress
+            terms = replace(self, clean_weight=weight, clean_weight_end=None).outer(roles, step)
+            return replace(terms, parts={**terms.parts, "clean_weight": terms.total.new_tensor(weight)})
         robust, c_robust = self._robust(roles, step)
         if self.clean_weight == 0:
             loss = kl(robust, roles.logits("student", step.adv)).mean()
             return Terms(loss, {"kl_adv": loss.detach(), "c_robust": c_robust.mean()})
-        adv, clean = student_logits(roles, step.adv, step.batch.images)
+        adv, clean = self._student(roles, step)
         found = _Outputs(
             step.batch.labels, robust, c_robust, step.targets["clean"], step.targets["c_clean"], adv, clean
         )
@@ -163,13 +191,41 @@ class MmtArd(Defense):
             total, more = self._released(found)
         elif self.weighting == "static":
             w = self.robust_weight / (self.robust_weight + self.clean_weight)
-            total, more = (w * found.kl_adv + (1 - w) * found.kl_clean).mean(), {}
+            total, more = (w * self._adversarial(found) + (1 - w) * found.kl_clean).mean(), {}
         else:
             total, more, carry = self._gated(found, step.carry)
             if self.weighting == "full":
                 total, both, losses = self._full(roles, found, total, more["gate"], step.carry)
                 more, carry = more | both, {**carry, **losses}
         return Terms(total, {name: value.detach() for name, value in (parts | more).items()}, carry)
+
+    def _student(self, roles: Roles, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) of the student on x' and on x; batch norms in train mode see x first."""
+        if roles.student.rows_apart:
+            adv, clean = student_logits(roles, step.adv, step.batch.images)
+        else:
+            clean, adv = student_logits(roles, step.batch.images, step.adv)
+        return adv, clean
+
+    def _adversarial(self, found: _Outputs) -> Tensor:
+        """(B,) the term on x': KL(P_R(x') || P_S(x')), or a mixture with the term of `hard_target`."""
+        if self.hard_target == "none":
+            return found.kl_adv
+        doubt = (1 - of_label(found.robust.softmax(dim=-1), found.labels)).clamp(min=0).pow(self.gamma)
+        to_label = self.hard_target == "label"
+        other = ce(found.student_adv, found.labels) if to_label else kl(found.clean, found.student_adv)
+        return (1 - doubt) * found.kl_adv + doubt * other
+
+    def loss_at_agreement(self, roles: Roles, batch: Batch) -> Tensor | float:
+        """0, or with the target `label` its share of the cross-entropy."""
+        if self.hard_target != "label":
+            return 0.0
+        logits = roles.logits("student", batch.images)
+        q = of_label(logits.softmax(dim=-1), batch.labels)
+        cosines = of_label(logits, batch.labels) / roles.student.logit_scale
+        h_i = self._focus(cosines, cosines, q) if self.weighting == "paper" else torch.ones_like(q)
+        w = self.robust_weight / (self.robust_weight + self.clean_weight)
+        return (h_i * w * (1 - q).pow(self.gamma) * ce(logits, batch.labels)).mean()
 
     def _released(self, found: _Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the released code, and the share of samples with a negative cosine."""
@@ -194,7 +250,7 @@ class MmtArd(Defense):
         w_i = torch.sigmoid(math.log(self.robust_weight / self.clean_weight) + self.kappa * gap)
         focused = q_student if self.focus == "student" else q_robust
         h_i = self._focus(found.c_robust, found.c_clean, focused)
-        loss = (h_i * (w_i * found.kl_adv + (1 - w_i) * found.kl_clean)).mean()
+        loss = (h_i * (w_i * self._adversarial(found) + (1 - w_i) * found.kl_clean)).mean()
         return loss, {"gate": w_i.mean()}, running
 
     def _full(
@@ -222,13 +278,14 @@ class MmtArd(Defense):
     ) -> Tensor:
         """KL between softmaxes over the images of the batch, a scalar: the mean over the batch's classes.
 
-        Logits (B, C) of `role` and of the student are rescaled from their own logit scale to `text_scale`.
+        Logits (B, C) of `role` and of the student are rescaled from their own logit scale to `text_scale`,
+        if there is one.
         """
         present = torch.unique(labels)
-        scores = [
-            self.text_scale / roles.encoder(name).logit_scale * logits[:, present].T
-            for name, logits in ((role, teacher), ("student", student))
-        ]
+        scores = []
+        for name, logits in ((role, teacher), ("student", student)):
+            own = roles.encoder(name).logit_scale
+            scores.append((self.text_scale or own) / own * logits[:, present].T)
         return kl(scores[0], scores[1]).mean()
 
     def _modality(
@@ -253,19 +310,21 @@ class MmtArd(Defense):
             return c_robust.clamp(min=FLOOR).log() - c_clean.clamp(min=FLOOR).log(), {}
         running = {}
         scores = {}
-        for role, confidence in (("robust", c_robust), ("clean", c_clean)):
-            now = torch.stack([confidence.mean(), confidence.std(correction=0)])
-            before = carry.get(role, now)  # the first batch starts the average
-            running[role] = self.momentum * before + (1 - self.momentum) * now
-            scores[role] = (confidence - running[role][0]) / running[role][1].clamp(min=TINY)
-        return scores["robust"] - scores["clean"], running
+        compared = {"robust": c_robust} if self.gap == "robust" else {"robust": c_robust, "clean": c_clean}
+        for role, confidence in compared.items():
+            running[role] = pooled(confidence, carry.get(role), self.momentum)
+            mean, variance, _ = running[role]
+            scores[role] = (confidence - mean) / variance.sqrt().clamp(min=TINY)
+        return scores["robust"] - scores.get("clean", torch.zeros_like(c_clean)), running
 
     def _focus(self, c_robust: Tensor, c_clean: Tensor, confidence: Tensor) -> Tensor:
-        """h_i, (B,), of mean 1 over the batch; `hard` and `student` use `confidence`, (B,) in [0, 1]."""
+        """h_i, (B,), of mean 1 over the batch; all but `confident` use `confidence`, (B,) in [0, 1]."""
         if self.focus == "none":
             return torch.ones_like(confidence)
         if self.focus in ("hard", "student"):
             raw = (1 - confidence).clamp(min=TINY).pow(self.gamma)
+        elif self.focus == "linear":
+            raw = 1 + self.focus_weight * (1 - confidence)
         else:
             ratio = self.clean_weight / self.robust_weight
             raw = c_robust.clamp(min=FLOOR) + ratio * c_clean.clamp(min=FLOOR)

@@ -3,7 +3,9 @@
 Source   MTARD (ECCV 2022) in its released code, zhaoshiji123/MTARD.
 Threat   any norm that `engine.geometry` knows; the released attack is cross-entropy, 10 steps, from
          x + 0.001 N(0, 1), student in eval mode (`[inner] start = "gaussian"`); both terms use one attack.
-Departs  made for CIFAR logits; here zero-shot logits replace them. Epochs become shares of the run.
+Departs  made for CIFAR logits; here zero-shot logits replace them. Epochs become shares of the run. The
+         released divergences have log(p + 1e-5) in the entropy of the teacher, which shifts them by a
+         constant without a gradient; it enters the balance of the losses there, and is left out here.
 Symbols  x clean image, x' adversarial image; S student, R robust teacher, K clean teacher (C counts classes).
 """
 

@@ -3,7 +3,10 @@
 Source   the released code of Li et al. 2025, arXiv:2511.17448: its `_origin` trainer, which runs one robust
          teacher on the clean images only.
 Threat   any norm that `engine.geometry` knows.
-Departs  the released code also runs the student on x, for its log; that forward is left out.
+Departs  the released code also runs the student on x before x', for its log, in train mode. That forward
+         changes nothing but the running statistics of batch norms, so only a student that has them takes it.
+         The code refuses all students but ViT-B-32 and ViT-L-14, and fixes s = 100, where each model has its
+         own logit scale here.
 Symbols  x clean image, x' adversarial image; S student, R robust teacher.
 """
 
@@ -12,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+import torch
 
 from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import kl
@@ -29,8 +34,8 @@ class SingleTeacher(Defense):
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
 
     def passes(self) -> Passes:
-        """The student on x', the teacher on x."""
-        return Passes(1, {"robust": 1})
+        """The student on x', the teacher on x; a student with batch norms runs on x too."""
+        return Passes(1, {"robust": 1}, student_batch_norm=1)
 
     def targets(self, roles: Roles, batch: Batch) -> Mapping[str, Tensor]:
         """Logits (B, C) of the robust teacher on the clean images, under `robust`."""
@@ -43,6 +48,9 @@ class SingleTeacher(Defense):
 
     def outer(self, roles: Roles, step: Step) -> Terms:
         """L = (1/B) sum_i KL(P_R(x_i) || P_S(x'_i))."""
+        if not roles.student.rows_apart:  # batch norms in train mode
+            with torch.no_grad():
+                roles.student(step.batch.images)
         loss = kl(step.targets["robust"], roles.logits("student", step.adv)).mean()
         return Terms(total=loss, parts={"kl_adv": loss.detach()})
 

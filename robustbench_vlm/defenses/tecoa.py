@@ -6,7 +6,9 @@ Source   Mao et al. 2023, arXiv:2212.07016, and the edition of Schlarmann et al.
          steps, eps 1/255, clipped start, student attacked in train mode) and `paper-tecoa` (ViT-L-14, AdamW,
          10 steps, eps 2/255, start outside the box, eval mode).
 Threat   any norm that `engine.geometry` knows.
-Departs  text is encoded once, not in every forward (the same numbers, several times faster).
+Departs  text is encoded once, not in every forward (the same numbers, several times faster). In the original
+         code, gradients that the attack leaves in the weights stay there for the update, unscaled, while the
+         loss is scaled by 65536 for fp16; here the attack leaves none.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Precision:
 
     def __post_init__(self) -> None:
         if self.format not in get_args(Format):
-            raise InputError("precision", repr(self.format), " or ".join(get_args(Format)))
+            expected = " or ".join(get_args(Format))
+            raise InputError("--precision", repr(self.format), expected, "type --precision fp32")
 
     def require(self, device: torch.device) -> None:
         """Refuse what this device does not have.
@@ -50,9 +51,11 @@ class Precision:
         Raises:
             InputError: CUDA graphs or TF32 without a CUDA device.
         """
-        for what, wanted in (("CUDA graphs", self.graphs), ("TF32", self.tf32)):
+        for what, wanted in (("--cuda-graphs", self.graphs), ("--tf32", self.tf32)):
             if wanted and device.type != "cuda":
-                raise InputError(what, f"device {device}", "a CUDA device", "leave it out")
+                raise InputError(
+                    what, f"device {device}", "a CUDA device", "leave it out, or type --device cuda"
+                )
 
     @property
     def label(self) -> str:

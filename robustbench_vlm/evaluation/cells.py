@@ -143,7 +143,7 @@ class Subject:
 
     @cached_property
     def untrained(self) -> list[str]:
-        """Class names with a word that the text tower never met in training."""
+        """The template and the class names that have a word which the text tower never met in training."""
         return untrained(self.loaded.model, self.card.names, self.card.templates[0])
 
     @cached_property

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from scipy.special import bdtr
 
+from robustbench_vlm.cards import reader
 from robustbench_vlm.data import miniature
 from robustbench_vlm.evaluation.cells import Cell, Subject
 from robustbench_vlm.results import verdicts
@@ -65,7 +66,7 @@ def below_chance(correct: int, n: int, n_classes: int) -> bool:
 def exposure(subject: Subject) -> str:
     """Whether the model or one of its parents was trained on the dataset: `seen`, `unseen` or `unknown`."""
     trained_on = subject.loaded.card.trained_on
-    if subject.card.name in (trained_on or ()):
+    if reader.plain_name(subject.card.name) in map(reader.plain_name, trained_on or ()):
         return "seen"
     complete = trained_on is not None and "unknown" not in trained_on  # for every parent
     return "unseen" if complete else "unknown"

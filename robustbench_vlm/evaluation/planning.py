@@ -98,10 +98,11 @@ def plan(request: EvalRequest, device: torch.device) -> Plan:
     protocol = reader.read("protocols", request.protocol, Protocol) if request.protocol else None
     request = under_protocol(request, protocol) if protocol else request
     suite = reader.suite(request.suite)
-    for name in request.datasets:
+    wanted = [reader.shown("datasets", name) for name in request.datasets]
+    for name in wanted:
         _require_member(suite, name)
     settings = _settings(request, suite, protocol, device)
-    chosen = [name for name in suite.datasets if not request.datasets or name in request.datasets]
+    chosen = [name for name in suite.datasets if not wanted or name in wanted]
     cards = (reader.read("datasets", name, DatasetCard) for name in chosen)
     datasets = tuple(protocols.with_protocol_canvas(card, protocol) for card in cards)
     require_supported(settings, datasets)
@@ -141,7 +142,7 @@ def _require_member(suite: Suite, name: str) -> None:
     if name in suite.datasets:
         return
     found = f"not in suite {suite.name}"
-    if name not in reader.names("datasets"):
+    if not reader.has("datasets", name):
         known = {*suite.datasets, *reader.names("datasets")}
         raise InputError(f"--dataset {name}", found, "a known dataset", nearest(name, known))
     others = reader.suites_with(name)
@@ -156,7 +157,7 @@ def under_protocol(request: EvalRequest, protocol: Protocol) -> EvalRequest:
     Raises:
         InputError: another attack, norm, radius or number of images was typed than the protocol's.
     """
-    attacks = tuple(reader.SAME.get(("attacks", name), name) for name in request.attacks)
+    attacks = tuple(reader.shown("attacks", name) for name in request.attacks)
     radii = {parse_eps(text, protocol.norm) for text in request.eps.split(",")} if request.eps else set()
     fixed = {parse_eps(text, protocol.norm) for text in protocol.eps}
     typed = {
@@ -262,7 +263,7 @@ def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _
             for line in subject.split.bad:
                 remark(f"note: {split.card.name}: left out: {line}")
             if subject.untrained:
-                words = f"class names with words that {loaded.card.name} was never trained on"
+                words = f"a template or class names with words that {loaded.card.name} was never trained on"
                 remark(f"note: {split.card.name}: {words}: {some(subject.untrained)}")
             for line in text_notes(subject):
                 remark(f"note: {split.card.name}: {line}")

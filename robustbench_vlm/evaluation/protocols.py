@@ -58,7 +58,7 @@ def with_protocol_sentences(split: Split, protocol: Protocol | None) -> Split:
         return split
     pack, card = reader.read("prompts", protocol.prompts, PromptPack), split.card
     try:
-        names, templates = pack.words(card.name, card.names, card.templates)
+        names, templates = pack.words(reader.plain_name(card.name), card.names, card.templates)
     except ValueError as error:
         raise CardError(f"prompts {pack.name}", str(error), do="raise the pack's version") from None
     if len(names) != card.n_classes:

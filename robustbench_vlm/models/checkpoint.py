@@ -145,7 +145,11 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """
     own = module.state_dict()
     for name in sorted(own.keys() - state.keys()):
-        raise WeightsError(where, f"tensor {name!r} is missing", "the architecture that its card names")
+        expected, do = (
+            "the architecture that its card names",
+            "copy the checkpoint again, or convert it again",
+        )
+        raise WeightsError(where, f"tensor {name!r} is missing", expected, do)
     for name in sorted(state.keys() - own.keys()):
         raise WeightsError(
             where, f"tensor {name!r} is not of this architecture", "the one that its card names"
@@ -220,9 +224,11 @@ def check(model: Clip, card: CheckpointCard, where: str) -> None:
         prints["model"] = _earlier_fingerprint(model, prints)
     for part, stated in (("image", card.image_sha256), ("text", card.text_sha256), ("model", card.sha256)):
         if prints[part] != stated:
-            raise WeightsError(
-                where, f"{part} fingerprint is {prints[part][:12]}", f"{stated[:12]} as in card.json"
+            found, do = (
+                f"{part} fingerprint is {prints[part][:12]}",
+                "copy the folder again, or train it again",
             )
+            raise WeightsError(where, found, f"{stated[:12]} as in card.json", do)
     if card.canary is not None:
         check_canary(model, card.canary, where)
 

@@ -36,6 +36,13 @@ def is_weights(name: str) -> bool:
     return name.lower().endswith(WEIGHTS)
 
 
+def run_of_step(name: str) -> Path | None:
+    """The folder of the run if a model id is one of its saved steps, `RUN/checkpoints/step_N.safetensors`."""
+    path = Path(name)
+    is_step = path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return path.parents[1] if is_step and path.suffix == ".safetensors" else None
+
+
 def is_transformers(folder: Path) -> bool:
     """Whether a folder holds a model of transformers: config.json, and no config of open_clip."""
     return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").exists()
@@ -63,7 +70,7 @@ def require(name: str) -> None:
     """
     listed, path = reader.names("models"), Path(name)
     is_folder = folder_of(name) is not None or is_transformers(path) or is_open_clip(path)
-    if is_folder or name in listed or is_weights(name) or ":" in name or name in architectures():
+    if is_folder or reader.has("models", name) or is_weights(name) or ":" in name or name in architectures():
         return
     see = "see vlmrob list models, or train a model: vlmrob train mmt-ard"
     if path.exists():

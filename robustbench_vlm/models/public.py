@@ -15,7 +15,7 @@ from robustbench_vlm.store import cache_folder
 def folder(card: ModelCard) -> Path:
     """Folder of the weights of a public checkpoint, below `$VLMROB_MODELS` or `models` of the cache."""
     root = os.environ.get("VLMROB_MODELS")
-    return (Path(root) if root else cache_folder() / "models") / card.name
+    return (Path(root) if root else cache_folder() / "models") / store.file_name(card.name)
 
 
 def here(card: ModelCard) -> bool:

@@ -68,10 +68,10 @@ def require_sentences(names: Sequence[str], templates: Sequence[str]) -> None:
 
 
 def untrained(model: TextEncoder, names: Sequence[str], template: str) -> list[str]:
-    """Class names whose sentence has a word that the text tower never met in training."""
-    sentences = [template.replace("{c}", name) for name in names]
-    found = set(model.untrained_words(sentences))
-    return [name for name, sentence in zip(names, sentences, strict=True) if sentence in found]
+    """What has a word that the text tower never met in training: the template as it stands, class names."""
+    found = set(model.untrained_words(names))
+    around = [template] if model.untrained_words([template.replace("{c}", "")]) else []
+    return [*around, *(name for name in names if name in found)]
 
 
 def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from robustbench_vlm import tensor_files
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
@@ -49,7 +50,10 @@ def arch_of(name: str) -> str:
     folder = model_ids.folder_of(name)
     if folder is not None:
         return checkpoint_card.read_card(folder).arch
-    if name in reader.names("models"):
+    run = model_ids.run_of_step(name)
+    if run is not None and model_ids.folder_of(str(run)) is not None:
+        return arch_of(str(run))
+    if reader.has("models", name):
         return arch_of(reader.read("models", name, ModelCard).base)
     if name.startswith(openclip.SCHEMAS):  # its config must be downloaded, unless a card names it
         known = (reader.read("models", card, ModelCard) for card in reader.names("models"))
@@ -62,8 +66,9 @@ def load(name: str, device: torch.device | str = "cpu", arch: str = "") -> Loade
 
     Args:
         name: a packaged name, a checkpoint folder, `ARCH:TAG`, `hf-hub:`, `local-dir:`, the name of a public
-            checkpoint, a weights file (`.pt`, `.pth.tar`, `.safetensors`), a folder of transformers or one in
-            the layout of open_clip.
+            checkpoint, a saved step of a finished run (`RUN/checkpoints/step_0000200.safetensors`), a weights
+            file (`.pt`, `.pth.tar`, `.safetensors`), a folder of transformers or one in the layout of
+            open_clip.
         device: where it is put after it was compared with its card.
         arch: of a weights file, the model that it was made from: `ARCH:TAG`, `local-dir:DIR` or another model
             id. A file with both towers needs no other weights, so `ARCH` is enough for it.
@@ -86,7 +91,10 @@ def _load(name: str, arch: str, readers: tuple[Path, ...]) -> Loaded:
     folder = model_ids.folder_of(name)
     if folder is not None:
         return _of_folder(name, folder, readers)
-    if name in reader.names("models"):
+    run = model_ids.run_of_step(name)
+    if run is not None:
+        return _of_step(name, run, readers)
+    if reader.has("models", name):
         return _public(reader.read("models", name, ModelCard), readers)
     if model_ids.is_weights(name):
         return _from_file(name, arch)
@@ -110,6 +118,35 @@ def _of_folder(name: str, folder: Path, readers: tuple[Path, ...]) -> Loaded:
     card = checkpoint_card.read_card(folder)
     model = open_folder(name, folder, card, readers)
     return Loaded(name, model, checkpoint.of_today(card, model))
+
+
+def _of_step(name: str, run: Path, readers: tuple[Path, ...]) -> Loaded:
+    """The student of a finished run as it was at a saved step: that image tower, and all else of the run.
+
+    Raises:
+        WeightsError: the run is not finished, so there is no card to read the step with, or the step is of
+            another run or of adapters that were not merged yet.
+    """
+    if not (run / "card.json").is_file():
+        found = f"a saved step of {run}, which is no finished run"
+        raise WeightsError(f"model {name}", found, "one of a finished run", "finish it first")
+    last = _of_folder(str(run), run, readers)
+    step = tensor_files.read(Path(name), "train the run again")
+    if step.facts.get("recipe") != last.card.training.get("recipe_sha256"):
+        raise WeightsError(f"model {name}", "a step of another recipe", f"one of {run}")
+    tower = {k.removeprefix("student."): v for k, v in step.tensors.items() if k.startswith("student.")}
+    checkpoint.fill(last.model.visual, tower, name)
+    card = checkpoint.describe(
+        last.model,
+        f"{last.card.name}-{Path(name).stem}",
+        defense=last.card.defense,
+        trained_on=last.card.trained_on,
+        text_from=last.card.text_from or address(str(run)),
+        parents=last.card.parents,
+        recipe=last.card.recipe,
+        training={**last.card.training, "step": int(step.facts["step"])},
+    )
+    return Loaded(name, last.model, card)
 
 
 def _plain(name: str) -> str:

@@ -113,8 +113,10 @@ def _of(results: Sequence[Result], name: str) -> ByContest:
         hint = nearest(name, {result.model[0] for result in results})
         raise InputError(f"model {name!r}", "no results of it", do=f"{hint}; or run vlmrob eval first")
     if len(shas) > 1:
-        prints = ", ".join(sorted(sha[:8] for sha in shas))
-        raise InputError(f"model {name!r}", f"{len(shas)} models of that name", f"one of: {prints}")
+        folders = {result.model[1][:8]: str(result.path.parents[1]) for result in own}
+        prints = ", ".join(f"{sha} ({folder})" for sha, folder in sorted(folders.items()))
+        do = "type the digits in place of the name, or the folder of the checkpoint"
+        raise InputError(f"model {name!r}", f"{len(shas)} models of that name", f"one of: {prints}", do)
     return {(result.contest, result.dataset): result for result in own}
 
 

@@ -40,7 +40,7 @@ WORDS: Mapping[str, str] = {
     "state-changed": "a call changes weights or buffers",
     "tied-classes": "classes with the same text, which are attacked as one",
     "training-mode": "dropout or batch norm is in training mode",
-    "untrained-words": "class names with a word that the text tower never met",
+    "untrained-words": "a template or class names with a word that the text tower never met",
     "zero-gradient": "over 1 % of the images met gradients of exactly zero",
 }
 

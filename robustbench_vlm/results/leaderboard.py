@@ -48,19 +48,18 @@ def table(results: Sequence[Result], suite: Suite) -> pd.DataFrame:
 
 def _metric(dataset: str) -> Metric:
     """What the makers of a dataset report; top-1 of one whose card is not at hand."""
-    known = dataset in reader.names("datasets")
+    known = reader.has("datasets", dataset)
     return reader.read("datasets", dataset, DatasetCard).metric if known else "top1"
 
 
 def _plain_pgd(attack: str) -> bool:
     """Whether a chain is plain PGD, as its card says; a chain whose card is not at hand is not."""
-    if attack.removesuffix(reader.SHADOW) not in reader.names("attacks"):
+    if not reader.has("attacks", attack):
         return False
-    card = reader.read("attacks", attack, AttackCard)
-    if attack.endswith(reader.SHADOW) or not card.name.endswith(reader.SHADOW):
-        return card.plain_pgd
-    packaged = str(reader.home() / "attacks" / f"{attack}.toml")  # not the included card of its name
-    return reader.read("attacks", packaged, AttackCard).plain_pgd
+    if reader.shown("attacks", attack) == attack:
+        return reader.read("attacks", attack, AttackCard).plain_pgd
+    packaged = reader.home() / "attacks" / f"{attack}.toml"  # not the included card of its name
+    return packaged.is_file() and reader.read("attacks", str(packaged), AttackCard).plain_pgd
 
 
 def _pgd_only(results: Sequence[Result]) -> dict[Path, int]:

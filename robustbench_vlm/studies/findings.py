@@ -24,6 +24,7 @@ from robustbench_vlm.errors import DataError, InputError
 from robustbench_vlm.results import result_file, stats, verdicts
 from robustbench_vlm.results.result_file import Result
 from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.studies import clock
 from robustbench_vlm.studies.runner import StudyRun
 
 SEEN, UNSEEN, VAL = "seen", "unseen", "val"
@@ -232,9 +233,9 @@ def _curve(run: StudyRun, lines: Sequence[Mapping[str, object]]) -> Curve:
 
 def _clock(run: StudyRun, lines: Sequence[Mapping[str, object]]) -> tuple[float, int, str]:
     """(mean seconds of a step, steps timed, kind of clock)."""
-    known = {line["step"]: float(line["cpu"]) for line in store.records(run.folder / "clock.jsonl")}
-    if known:  # a dict, since a step that was repeated after a stop counts once
-        return math.fsum(known.values()) / len(known), len(known), "processor"
+    timed = clock.step_seconds(run.folder)
+    if timed is not None:
+        return *timed, "processor"
     rates = [float(str(line["images_per_second"])) for line in lines if "images_per_second" in line]
     batch = run.recipe.optim.batch_size
     return math.fsum(batch / rate for rate in rates) / len(rates), len(rates), "wall"

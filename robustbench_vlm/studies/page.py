@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
-from robustbench_vlm import safe_text
+from robustbench_vlm import safe_text, store
 from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.safe_text import code
+from robustbench_vlm.studies import levels
 from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN, VAL, Findings, geometric, median
 
 PART_TITLES = {VAL: "val probe", SEEN: "seen test", UNSEEN: "unseen test"}
@@ -20,9 +23,10 @@ OURS = {
 
 def markdown(findings: Findings) -> bytes:
     """The page; numbers are those of the CSV files beside it."""
-    parts = [_head(findings), _accuracies(findings), _differences(findings)]
+    parts = [_head(findings), _accuracies(findings), _differences(findings), _over_images(findings)]
     if findings.study.curves:
-        parts += [_speed(findings), [f"![curves]({findings.study.name}.svg)"]]
+        picture = f"![curves]({quote(store.file_name(findings.study.name))}.svg)"
+        parts += [_speed(findings), _levels(findings), [picture]]
     if findings.study.claim:
         parts.append(_claims(findings))
     parts.append(_notes(findings))
@@ -32,18 +36,20 @@ def markdown(findings: Findings) -> bytes:
 def _head(findings: Findings) -> list[str]:
     study, first = findings.study, findings.of(findings.study.baseline)[0]
     optim, probe = first.run.recipe.optim, study.probe
-    inner = first.run.recipe.inner
+    inner, student = first.run.recipe.inner, code(first.run.recipe.student)
+    split = safe_text.markdown(probe.split)
     ball = f" at {inner.threat}" if inner else ""
     fewer = f" --seeds {len(findings.seeds)}" if len(findings.seeds) < len(study.seeds) else ""
-    files = [f"`{study.name}.csv`", *([f"`{study.name}-summary.csv`"] if study.curves else [])]
+    stem = store.file_name(study.name)
+    files = [code(f"{stem}.csv"), *([code(f"{stem}-summary.csv")] if study.curves else [])]
     return [
         f"# {safe_text.markdown(study.title)}",
         "",
-        f"Made by `vlmrob study {study.name}{fewer}`; the numbers are in {' and '.join(files)}.",
+        f"Made by {code(f'vlmrob study {study.name}{fewer}')}; the numbers are in {' and '.join(files)}.",
         f"{len(study.arm)} arms, {_count(len(findings.seeds), 'seed')} each: {optim.steps} steps of batch "
-        f"{optim.batch_size}, all from `{first.run.recipe.student}`; runs of one seed see the same images in",
-        f"the same order. Probe: PGD-{probe.steps}{ball} on {probe.n} images of {probe.split}, every "
-        f"{probe.every} steps. Final attack: `{study.final.attack}` on suite `{study.final.suite}`,",
+        f"{optim.batch_size}, all from {student}; runs of one seed see the same images in",
+        f"the same order. Probe: PGD-{probe.steps}{ball} on {probe.n} images of {split}, every "
+        f"{probe.every} steps. Final attack: {code(study.final.attack)} on suite {code(study.final.suite)},",
         f"{study.final.n} images a set; unseen is the mean over {_count(len(first.datasets(UNSEEN)), 'set')} "
         "that no model met in training, a teacher or the start included. Brackets are 95 % t",
         "intervals over seeds.",
@@ -86,6 +92,29 @@ def _differences(findings: Findings) -> list[str]:
     ]
 
 
+def _over_images(findings: Findings) -> list[str]:
+    """Differences from the baseline with intervals over seeds and images together."""
+    study = findings.study
+    tested = [(part, kind) for part in findings.parts if part != VAL for kind in KINDS]
+    rows = [
+        [
+            safe_text.markdown(arm.name),
+            *(_mean(levels.over_images(findings, arm.name, *test), "+") for test in tested),
+        ]
+        for arm in study.arm
+        if arm.name != study.baseline
+    ]
+    return [
+        f"## Points above `{study.baseline}`, intervals over seeds and images",
+        "",
+        "The t intervals above hold for these very images. Here seeds and images are drawn anew together",
+        "(pigeonhole bootstrap, 2.5 % to 97.5 % of its draws), so these hold for other images of the same",
+        "sets too.",
+        "",
+        *_table(["arm", *(f"{PART_TITLES[p]}, {kind}" for p, kind in tested)], rows),
+    ]
+
+
 def _speed(findings: Findings) -> list[str]:
     """How soon each arm has the baseline's last robust accuracy, in steps and in time."""
     study, baseline = findings.study, findings.study.baseline
@@ -125,6 +154,34 @@ def _speed(findings: Findings) -> list[str]:
     ]
 
 
+def _levels(findings: Findings) -> list[str]:
+    """Speed-ups at fixed accuracies of the validation probe."""
+    at = [(kind, level) for kind in KINDS for level in levels.levels(findings, kind)]
+    rows = []
+    for arm in findings.study.arm:
+        row = [safe_text.markdown(arm.name)]
+        for kind, level in at:
+            steps, timed = (
+                _ratio(levels.speedups(findings, arm.name, kind, level, timed=timed))
+                for timed in (False, True)
+            )
+            row.append(f"{steps}; time {timed}")
+        rows.append(row)
+    title = "## Speed-ups at fixed accuracies of the val probe"
+    if not at:
+        return [title, "", f"No multiple of {levels.STEP} points is reached by every run of the baseline."]
+    return [
+        title,
+        "",
+        f"The steps of `{findings.study.baseline}` to an accuracy over those of the arm, and the same in",
+        "time, by the rules of the table above. Every curve counts from its lowest probe on, since clean",
+        "accuracy falls before it rises. The levels are the highest multiples of 5 that every run of the",
+        "baseline reaches.",
+        "",
+        *_table(["arm", *(f"{kind} {level} %" for kind, level in at)], rows),
+    ]
+
+
 def _ratio(ratios: Sequence[float | None]) -> str:
     """`1.20x [1.05, 1.37]`; where a seed never reached the target, the median, marked as such."""
     mean = geometric(ratios)
@@ -155,7 +212,7 @@ def _claims(findings: Findings) -> list[str]:
                 ours.append(f"{steps} ({timed})")
             else:
                 ours.append(_mean(findings.difference(name, part, kind), "+"))
-        rows.append([claim.words, claim.source, OURS[claim.measure], *ours])
+        rows.append([*map(safe_text.markdown, (claim.words, claim.source)), OURS[claim.measure], *ours])
     return [
         "## What the paper claims, and what was found here",
         "",
@@ -177,15 +234,16 @@ def _notes(findings: Findings) -> list[str]:
         f"- Highest mean robust accuracy on val, the only split that may choose an arm: `{best.name}`.",
         f"- {_count(compared, 'arm')} are compared with one baseline; no interval is corrected for that.",
     ]
+    seconds = code(f"{store.file_name(study.name)}-seconds.csv")
     if study.curves:
         lines += [
             f"- Time is {' and '.join(clocks)} time of training steps without probes, as a ratio to the",
             "  baseline of the same seed; seconds on the machine that was used are in",
-            f"  `{study.name}-seconds.csv`. That file, the ratios of time here and the right half of the",
+            f"  {seconds}. That file, the ratios of time here and the right half of the",
             "  plot are measurements, which no second run repeats to the byte. Everything else is a function",
             "  of recipes and verdicts.",
         ]
-    return [*lines, *(f"- {note}" for note in study.notes)]
+    return [*lines, *(f"- {safe_text.markdown(note)}" for note in study.notes)]
 
 
 def _mean(mean: Mean, sign: str = "") -> str:

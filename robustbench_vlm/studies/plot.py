@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from robustbench_vlm import safe_text
 from robustbench_vlm.results import stats
 from robustbench_vlm.studies.findings import Findings
 
@@ -41,7 +42,8 @@ def figure(findings: Findings) -> Figure:
     for row, kind in enumerate(("robust", "clean")):
         for column, timed in enumerate((False, True)):
             _curves(grid[row][column], findings, kind, timed=timed)
-        grid[row][0].set_ylabel(f"{kind} accuracy on {findings.study.probe.split}, %")
+        where = safe_text.line(findings.study.probe.split)
+        grid[row][0].set_ylabel(f"{kind} accuracy on {where}, %", parse_math=False)
     batch = findings.of(findings.study.baseline)[0].run.recipe.optim.batch_size
     images = grid[0][0].secondary_xaxis("top", functions=(lambda s: s * batch, lambda i: i / batch))
     images.set_xlabel("training images")
@@ -50,7 +52,7 @@ def figure(findings: Findings) -> Figure:
     handles, labels = grid[0][0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     words = f"mean over {len(findings.seeds)} seeds; bands: 95 % t interval"
-    made.suptitle(f"{findings.study.title}\n{words}", fontsize=10)
+    made.suptitle(f"{safe_text.line(findings.study.title)}\n{words}", fontsize=10, parse_math=False)
     return made
 
 

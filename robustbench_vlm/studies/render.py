@@ -15,7 +15,7 @@ def write(findings: Findings, out: Path) -> list[Path]:
     Without curves, `<study>.csv` has a row an arm. With curves it has a row a probe, and beside it stand
     `<study>-summary.csv` with a row an arm, `<study>-seconds.csv`, and the plot `<study>.svg`.
     """
-    name, summary = findings.study.name, tables.csv(tables.summary(findings))
+    name, summary = store.file_name(findings.study.name), tables.csv(tables.summary(findings))
     files = {f"{name}.csv": summary}
     if findings.study.curves:
         files = {

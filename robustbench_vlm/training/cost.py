@@ -149,7 +149,7 @@ def estimate(
                 "also_through": list(passes.attacked),
             },
             "student": passes.student,
-            "student_without_gradient": passes.student_no_grad,
+            "student_without_gradient": _without_gradient(passes, student),
             "teachers": dict(passes.teachers),
         },
         "gflop_per_image": round(flops / 1e9, 4),
@@ -159,11 +159,17 @@ def estimate(
     }
 
 
+def _without_gradient(passes: Passes, student: Tower) -> int:
+    """Student forwards without gradient; of the towers known here, residual networks have batch norms."""
+    return passes.student_no_grad + (0 if student.layers else passes.student_batch_norm)
+
+
 def _flops(recipe: Recipe, passes: Passes, student: Tower, teachers: Mapping[str, Tower]) -> float:
     """Operations of one step per image."""
     attack_steps = recipe.inner.steps if recipe.inner else 0
     backward = 2 if recipe.lora is None and recipe.prompts is None else 1
-    flops = student.flops * (2 * attack_steps + passes.student * (1 + backward) + passes.student_no_grad)
+    without = _without_gradient(passes, student)
+    flops = student.flops * (2 * attack_steps + passes.student * (1 + backward) + without)
     for role, count in passes.teachers.items():
         more = 2 * attack_steps * (role in passes.attacked) + backward * (role in passes.learners)
         flops += teachers[role].flops * (count + more)

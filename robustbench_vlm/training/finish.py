@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.models.checkpoint_card import Parent
+from robustbench_vlm.models.interpolation import interpolated
 from robustbench_vlm.training.setup import Setup
 
 
 def write_checkpoint_folder(out: Path, setup: Setup) -> None:
-    """Write the checkpoint folder: merged weights first, the card last."""
+    """Write the checkpoint folder: merged and interpolated weights first, the card last."""
     recipe = setup.recipe
     model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
-    models = {"student": setup.student, **setup.teachers}
+    if recipe.interpolation < 1:
+        model = interpolated(zoo.load(recipe.student, setup.device).model, model, recipe.interpolation)
+    models = [("student", setup.student), *setup.teachers.items()]
+    models += [(role, phase.loaded) for role, phases in setup.phases.items() for phase in phases]
     parents = tuple(
         Parent(
             role=role, model=loaded.card.name, sha256=loaded.card.sha256, trained_on=loaded.card.trained_on
         )
-        for role, loaded in models.items()
+        for role, loaded in models
     )
     seen: tuple[str, ...] | None = None
     if all(parent.trained_on is not None for parent in parents):
@@ -37,5 +42,30 @@ def write_checkpoint_folder(out: Path, setup: Setup) -> None:
             "data_sha256": setup.split.sha256,
             "images": len(setup.split),
         },
+    )
+    checkpoint.save_folder(out, model, card)
+
+
+def interpolate_folder(finished: Path, recipe: Recipe, share: float, out: Path) -> None:
+    """Write the checkpoint folder that `recipe` would leave with another `interpolation`, without training.
+
+    Args:
+        finished: checkpoint folder of `recipe`, whose interpolation is 1.
+        recipe: of that folder.
+        share: of the trained weights.
+        out: the new checkpoint folder.
+    """
+    trained = zoo.load(str(finished))
+    model = interpolated(zoo.load(recipe.student).model, trained.model, share)
+    other = recipe.model_copy(update={"interpolation": share})
+    card = checkpoint.describe(
+        model,
+        recipe.name,
+        defense=trained.card.defense,
+        trained_on=trained.card.trained_on,
+        text_from=trained.card.text_from,
+        parents=trained.card.parents,
+        recipe=other.model_dump(mode="json"),
+        training={**trained.card.training, "recipe_sha256": other.fingerprint},
     )
     checkpoint.save_folder(out, model, card)

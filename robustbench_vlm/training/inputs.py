@@ -9,7 +9,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import dataset
-from robustbench_vlm.errors import DataError, InputError, WeightsError
+from robustbench_vlm.errors import CardError, DataError, InputError, WeightsError
 from robustbench_vlm.models import model_ids, public
 
 
@@ -20,15 +20,17 @@ def missing(recipe: Recipe, data_root: Path) -> list[InputError]:
     missing. A dataset of the tiny world is rendered, so it is not missing either.
 
     Raises:
-        CardError: no such dataset.
+        CardError: no such dataset, or names or a resize that it does not take.
     """
     found: list[InputError] = []
-    for name in dict.fromkeys([recipe.student, *recipe.teachers.values()]):
+    staged = [phase.model for phases in recipe.phases.values() for phase in phases]
+    for name in dict.fromkeys([recipe.student, *recipe.teachers.values(), *staged]):
         try:
             _require_model(name)
         except WeightsError as error:
             found.append(error)
     card = reader.read("datasets", recipe.data.dataset, DatasetCard)
+    require_data(recipe, card)
     if card.made_by != "tiny" and not (data_root / card.folder).is_dir():
         do = dataset.how_to_get(card, data_root)
         found.append(DataError(f"dataset {card.name}", f"not below {data_root}", str(card.folder), do))
@@ -51,9 +53,26 @@ def require(recipe: Recipe, data_root: Path) -> None:
         )
 
 
+def require_data(recipe: Recipe, card: DatasetCard) -> None:
+    """Refuse class names or a resize of a recipe that do not fit its dataset.
+
+    Raises:
+        CardError: no such list of names, one for another number of classes, or a resize on a native canvas.
+    """
+    where = f"recipe {recipe.name}, data"
+    if recipe.data.names:
+        count = len(reader.class_names(recipe.data.names))
+        if count != card.n_classes:
+            found = f"names = {recipe.data.names!r} with {count} names"
+            raise CardError(where, found, f"the {card.n_classes} of {card.name}", "leave it out")
+    if recipe.data.resize != "model" and card.canvas == "native":
+        found = f"resize = {recipe.data.resize!r}, and {card.name} has a native canvas"
+        raise CardError(where, found, "'model', since its images are not resized", "leave it out")
+
+
 def _require_model(name: str) -> None:
     model_ids.require(name)
-    if name in reader.names("models") and model_ids.folder_of(name) is None:
+    if reader.has("models", name) and model_ids.folder_of(name) is None:
         card = reader.read("models", name, ModelCard)
         if card.loader == "none" or (card.loader != "open_clip" and not public.here(card)):
             public.require(card)  # says what to download, or that the weights were never published

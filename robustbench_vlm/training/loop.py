@@ -69,7 +69,7 @@ def run(
     if (out / "card.json").exists():
         remark(f"{out} is finished already, by this very recipe: nothing is trained again")
         return out
-    threat = str(recipe.inner.threat) if recipe.inner else "no adversary"  # refuses a radius that is none
+    threat = recipe.inner.described if recipe.inner else "no adversary"  # refuses a radius that is none
     setup = prepare(recipe, data_root, device, cache)  # before the first file: a bad recipe claims no folder
     for note in setup.notes:
         remark(f"note: {recipe.data.dataset}: {note}")

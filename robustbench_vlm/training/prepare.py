@@ -22,9 +22,9 @@ from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank
-from robustbench_vlm.training import teacher_cache
+from robustbench_vlm.training import inputs, teacher_cache
 from robustbench_vlm.training.resolve import defense_class
-from robustbench_vlm.training.setup import Setup
+from robustbench_vlm.training.setup import Setup, TeacherPhase
 from robustbench_vlm.training.teacher_cache import TeacherCache
 from robustbench_vlm.types import Batch
 
@@ -45,9 +45,13 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     defense = build_defense(recipe)
     models = _load_models(recipe, defense, device)
     card = reader.read("datasets", recipe.data.dataset, DatasetCard)
+    inputs.require_data(recipe, card)
     split = open_split(card, data_root, recipe.data.split).subset(recipe.data.n, recipe.seed)
-    split = resized_as(split, models.student.model.preprocess.canvas_resize)
+    stated = models.student.model.preprocess.canvas_resize
+    split = resized_as(split, stated if recipe.data.resize == "model" else recipe.data.resize)
     dataset = split.card  # with the class names of the folder, where the card takes them from there
+    if recipe.data.names:
+        dataset = dataset.model_copy(update={"names": reader.class_names(recipe.data.names)})
     models, adapters = _make_trainable(recipe, defense, models)
     sentences = render(dataset.names, [recipe.data.template])
     text: dict[str, Tensor] = {}
@@ -61,6 +65,11 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     teachers = {role: loaded.model for role, loaded in models.teachers.items()}
     roles = Roles(models.student.model, teachers, text)
     defense.require(roles)
+    phases = _load_phases(recipe, defense, sentences, device)
+    for role, found in phases.items():
+        for phase in found:
+            texts = text if phase.text is None else {**text, role: phase.text}
+            defense.require(Roles(models.student.model, {**teachers, role: phase.loaded.model}, texts))
     setup = Setup(
         recipe,
         defense,
@@ -70,12 +79,13 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         adapters,
         dataset,
         split,
-        _probe_batch(recipe, dataset, data_root, models.student.model, device),
+        _probe_batch(recipe, split.card, data_root, models.student.model, device),
         device,
         prompt_tokens,
+        phases=phases,
     )
     if cache is not None:
-        setup = replace(setup, caches=_open_caches(setup, cache))
+        setup = _with_caches(setup, cache)
     _apply_compute(setup)
     return setup
 
@@ -99,6 +109,8 @@ def build_defense(recipe: Recipe) -> Defense:
     if defense.adversarial != (recipe.inner is not None):
         found = "no [inner] table" if defense.adversarial else "an [inner] table that would go unread"
         raise CardError(where, found, f"{'one' if defense.adversarial else 'none'}, for {name}")
+    if staged := set(recipe.phases) & set(defense.learners):
+        raise CardError(where, f"phases for {sorted(staged)}", f"none: {name} trains that teacher's prompts")
     if defense.learners and recipe.prompts is None:
         raise CardError(where, "no [prompts] table", f"one, for {name}: it trains nothing else")
     if recipe.prompts and recipe.prompts.text and not defense.needs_text:
@@ -137,19 +149,37 @@ def _load_models(recipe: Recipe, defense: Defense, device: torch.device) -> _Mod
     return _Models(student, teachers)
 
 
+def _load_phases(
+    recipe: Recipe, defense: Defense, sentences: list[list[str]], device: torch.device
+) -> dict[str, tuple[TeacherPhase, ...]]:
+    """The models that teach first, by role, frozen, each with its text bank."""
+    found: dict[str, list[TeacherPhase]] = {role: [] for role in recipe.phases}
+    for role, phases in recipe.phases.items():
+        for phase in phases:
+            loaded = zoo.load(phase.model, device)
+            loaded.model.requires_grad_(False)
+            if defense.needs_text:
+                _require_same_sentences(role, loaded, recipe)
+            text = text_bank(loaded.model, sentences) if defense.needs_text or recipe.probe else None
+            found[role].append(TeacherPhase(phase.until, loaded, text))
+    return {role: tuple(phases) for role, phases in found.items()}
+
+
 def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> None:
-    """Refuse a teacher that was trained on this dataset with another template, and so with other classes."""
+    """Refuse a teacher that was trained on this dataset with another template or other class names."""
     made = teacher.card.recipe
     data = made.get("data", {})
-    if data.get("dataset") != recipe.data.dataset or data.get("template") == recipe.data.template:
+    if data.get("dataset") != recipe.data.dataset:
         return
-    if defense_class(str(made["defense"]["name"])).needs_text:
-        raise CardError(
-            f"recipe {recipe.name}",
-            f"teacher {role} was trained with the sentences {data.get('template')!r}",
-            f"{recipe.data.template!r}, as in data.template",
-            "set data.template to the teacher's, or take another teacher",
-        )
+    for key, words in (("template", "the sentences"), ("names", "the class names")):
+        theirs, ours = data.get(key, ""), getattr(recipe.data, key)
+        if theirs != ours and defense_class(str(made["defense"]["name"])).needs_text:
+            raise CardError(
+                f"recipe {recipe.name}",
+                f"teacher {role} was trained with {words} {theirs or 'of the dataset card'!r}",
+                f"{ours or 'of the dataset card'!r}, as in data.{key}",
+                f"set data.{key} to the teacher's, or take another teacher",
+            )
 
 
 def _make_trainable(recipe: Recipe, defense: Defense, models: _Models) -> tuple[_Models, Adapters | None]:
@@ -182,27 +212,34 @@ def _probe_batch(
     return Batch(loader.as_float(images.pixels), torch.from_numpy(images.labels), images.keys).to(device)
 
 
-def _open_caches(setup: Setup, folder: Path) -> dict[str, TeacherCache]:
-    """A cache for every teacher without learned prompts; none where the folder cannot be written."""
+def _with_caches(setup: Setup, folder: Path) -> Setup:
+    """The setup with a cache for every teacher without learned prompts, and for every phase of one."""
+    fixed = {role: loaded for role, loaded in setup.teachers.items() if role not in setup.defense.learners}
+    opened = {role: _open_cache(setup, loaded, folder) for role, loaded in fixed.items()}
+    phases = {
+        role: tuple(replace(phase, cache=_open_cache(setup, phase.loaded, folder)) for phase in found)
+        for role, found in setup.phases.items()
+    }
+    return replace(setup, caches={role: cache for role, cache in opened.items() if cache}, phases=phases)
+
+
+def _open_cache(setup: Setup, teacher: zoo.Loaded, folder: Path) -> TeacherCache | None:
+    """The cache of a teacher; `None` where the folder cannot be written."""
     recipe, size = setup.recipe, setup.model.image_size
-    caches = {}
-    for role, loaded in setup.teachers.items():
-        if role in setup.defense.learners:
-            continue
-        source = teacher_cache.source_of(
-            loaded.card.sha256,
-            setup.split,
-            setup.split.side(size),
-            recipe.optim.batch_size,
-            recipe.compute.model_dump(mode="json"),
-            setup.device,
-        )
-        with torch.no_grad():
-            grey = torch.full((1, 3, size, size), 0.5, device=setup.device)
-            width = loaded.model(grey).shape[-1]
-        with suppress(OSError):  # without a cache the run takes longer and ends with the same bits
-            caches[role] = teacher_cache.open_cache(folder, source, setup.split, width)
-    return caches
+    source = teacher_cache.source_of(
+        teacher.card.sha256,
+        setup.split,
+        setup.split.side(size),
+        recipe.optim.batch_size,
+        recipe.compute.model_dump(mode="json"),
+        setup.device,
+    )
+    with torch.no_grad():
+        grey = torch.full((1, 3, size, size), 0.5, device=setup.device)
+        width = teacher.model(grey).shape[-1]
+    with suppress(OSError):  # without a cache the run takes longer and ends with the same bits
+        return teacher_cache.open_cache(folder, source, setup.split, width)
+    return None
 
 
 def _apply_compute(setup: Setup) -> None:
@@ -211,5 +248,6 @@ def _apply_compute(setup: Setup) -> None:
     if wanted.channels_last:
         setup.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if wanted.compile:
-        for model in (setup.model, *(loaded.model for loaded in setup.teachers.values())):
+        staged = [phase.loaded for phases in setup.phases.values() for phase in phases]
+        for model in (setup.model, *(loaded.model for loaded in (*setup.teachers.values(), *staged))):
             model.visual.compile(dynamic=False)

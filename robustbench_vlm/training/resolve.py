@@ -5,7 +5,9 @@ Torch is imported only where a defense is combined with the recipe of another on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from robustbench_vlm.cards import overrides, plugins, reader
@@ -34,16 +36,16 @@ def resolve(
         CardError: no such recipe or defense, a defense without a recipe, or a recipe that does not fit it.
     """
     known = reader.names("recipes")
-    if not recipe and (name.endswith(".toml") or name in known):
+    if not recipe and (name.endswith(".toml") or reader.has("recipes", name)):
         return _read(name, settings)
     _require_defense(name, known)
     if recipe:
         path = reader.path("recipes", recipe)
-        table = reader.toml(path)
+        table = reader.table("recipes", path)
         if _defense_of(table) == name:
-            return _parsed(table, settings, str(path))
+            return _parsed(table, settings, str(path), path)
         remark(f"{recipe} is a recipe of {_defense_of(table)}: its defense is replaced by {name}")
-        made = _parsed(_with_defense(table, name), settings, f"--recipe {recipe}")
+        made = _parsed(_with_defense(table, name), settings, f"--recipe {recipe}", path)
         _require_fit(made, name, f"--recipe {recipe}")
         return made
     if f"tiny-{name}" not in known:
@@ -74,16 +76,32 @@ def defense_class(name: str) -> type[Defense]:
 
 def _read(name: str, settings: Sequence[str]) -> Recipe:
     path = reader.path("recipes", name)
-    table = reader.toml(path)
+    table = reader.table("recipes", path)
     if not any(setting.startswith(("defense=", "defense.name=")) for setting in settings):  # typed
         plugins.require_allowed(_defense_of(table), f"{path}, defense.name")
-    return _parsed(table, settings, str(path))
+    return _parsed(table, settings, str(path), path)
 
 
-def _parsed(table: dict[str, Any], settings: Sequence[str], where: str) -> Recipe:
-    recipe = reader.parse(overrides.override(table, list(settings)), Recipe, where)
+def _parsed(table: dict[str, Any], settings: Sequence[str], where: str, file: Path) -> Recipe:
+    """The recipe of a table with settings; `file` is where the table was read from."""
+    plain = copy.deepcopy(table)
+    try:
+        recipe = reader.parse(overrides.override(table, list(settings)), Recipe, where)
+    except CardError as error:
+        if settings and _is_recipe(plain):  # so it is the settings that are wrong
+            typed = " ".join(f"--set {setting}" for setting in settings)
+            raise CardError(typed, str(error).removeprefix(f"{where}: ")) from None
+        raise
     reader.require_plain_name(recipe, where)
-    return recipe
+    return reader.shown_card("recipes", recipe, file)
+
+
+def _is_recipe(table: dict[str, Any]) -> bool:
+    try:
+        reader.parse(table, Recipe, "")
+    except CardError:
+        return False
+    return True
 
 
 def _require_defense(name: str, recipes: Sequence[str]) -> None:

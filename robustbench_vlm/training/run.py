@@ -35,15 +35,21 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
     inputs.require(recipe, data_root)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
-    step, threat = saved_step(out), recipe.inner.threat if recipe.inner else "no adversary"
+    step, threat = saved_step(out), recipe.inner.described if recipe.inner else "no adversary"
     begins = f"going on at step {step}" if step else "from step 0"
-    teachers = ", ".join(f"{role} {model}" for role, model in recipe.teachers.items()) or "none"
+    teachers = ", ".join(_teaching(recipe, role) for role in recipe.teachers) or "none"
     return [
         f"{recipe.name}: {recipe.optim.steps} steps of {recipe.optim.batch_size} images, {threat}, {begins}",
         f"student {recipe.student}; teachers: {teachers}",
         f"data: {recipe.data.dataset}, split {recipe.data.split}, below {data_root}",
         f"into {out}",
     ]
+
+
+def _teaching(recipe: Recipe, role: str) -> str:
+    """A role with the models that teach in it, one after the other."""
+    first = [f"{phase.model} until {phase.until:g}, then " for phase in recipe.phases.get(role, ())]
+    return f"{role} {''.join(first)}{recipe.teachers[role]}"
 
 
 def run_recipe(
@@ -75,12 +81,15 @@ def run_recipe(
         InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
         TrainingError: a loss or gradient is not finite.
         Incomplete: a signal stopped the run; see `loop.run`.
+        OSError: with the code of a full disk, if there is hardly any space left for `out`.
     """
     if not resume and out.exists() and any(out.iterdir()):
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     loop.refuse_other_runs(out, recipe)  # before anything is rendered
     inputs.require(recipe, data_root)
+    if not (out / "card.json").exists():
+        store.require_writable(out, "--out", make=False)
     where = choose_device(device)
     if write.make_missing(data_root, meter, [recipe.data.dataset]):
         remark(f"rendered the tiny world into {data_root}")

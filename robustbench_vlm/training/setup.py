@@ -22,6 +22,23 @@ from robustbench_vlm.types import Batch, Encoder
 
 
 @dataclass(frozen=True)
+class TeacherPhase:
+    """A model that teaches in place of the teacher of a role while less than `until` of the run is done.
+
+    Attributes:
+        until: share of the run's steps, in (0, 1).
+        loaded: the model, frozen.
+        text: its text bank (C, D); `None` where the defense uses no text.
+        cache: stored outputs on clean images, or `None`.
+    """
+
+    until: float
+    loaded: zoo.Loaded
+    text: Tensor | None
+    cache: TeacherCache | None = None
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything a run needs, loaded and checked by `prepare` before the first step.
 
@@ -38,6 +55,7 @@ class Setup:
         device: where all of it is.
         prompt_tokens: token ids (C, L) of the class sentences, for every role whose prompts are trained.
         caches: stored outputs on clean images, by role of the teacher.
+        phases: the models that teach first, by role, in the order of their ends.
     """
 
     recipe: Recipe
@@ -52,6 +70,7 @@ class Setup:
     device: torch.device
     prompt_tokens: Mapping[str, Tensor] = field(default_factory=dict)
     caches: Mapping[str, TeacherCache] = field(default_factory=dict)
+    phases: Mapping[str, tuple[TeacherPhase, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> Clip:
@@ -63,7 +82,8 @@ class Setup:
         """Properties of the images and class names that a reader of the results should know; no errors."""
         template = self.recipe.data.template
         names = untrained(self.model, self.dataset.names, template) if self.roles.text else []
-        words = f"class names with words that {self.student.card.name} was never trained on: {some(names)}"
+        what = f"a template or class names with words that {self.student.card.name} was never trained on"
+        words = f"{what}: {some(names)}"
         return [*self.split.notes, *([words] if names else [])]
 
     def parameters(self) -> dict[str, Tensor]:
@@ -84,14 +104,25 @@ class Setup:
             banks[role] = prompts.bank(model, tokens)
         return replace(self.roles, text={**self.roles.text, **banks}) if banks else self.roles
 
-    def training_roles(self, batch: Batch) -> Roles:
-        """The current roles in the recipe's precision; teachers with a cache use it for `batch`."""
+    def training_roles(self, batch: Batch, progress: float = 0.0) -> Roles:
+        """The current roles in the recipe's precision; teachers with a cache use it for `batch`.
+
+        Args:
+            batch: the clean images of the step.
+            progress: share of the run's steps that are done; it decides which phase of a teacher teaches.
+        """
         now = self.current_roles()
+        text = dict(now.text)
         bf16 = self.recipe.compute.precision == "bf16"
         student: Encoder = InBf16(self.model) if bf16 else now.student
         teachers: dict[str, Encoder] = {}
-        for role, loaded in self.teachers.items():
-            teachers[role] = InBf16(loaded.model) if bf16 else now.teachers[role]
-            if role in self.caches:
-                teachers[role] = CachedTeacher(teachers[role], self.caches[role], batch)
-        return replace(now, student=student, teachers=teachers)
+        for role in self.teachers:
+            teacher, cache = now.teachers[role], self.caches.get(role)
+            phase = next((phase for phase in self.phases.get(role, ()) if progress < phase.until), None)
+            if phase is not None:
+                teacher, cache = phase.loaded.model, phase.cache
+                text |= {role: phase.text} if phase.text is not None else {}
+            teachers[role] = InBf16(teacher) if bf16 else teacher
+            if cache is not None:
+                teachers[role] = CachedTeacher(teachers[role], cache, batch)
+        return replace(now, student=student, teachers=teachers, text=text)

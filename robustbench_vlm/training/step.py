@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from robustbench_vlm.engine.geometry import uniform_start
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import AttackError, TrainingError
 from robustbench_vlm.models.clip import frozen
+from robustbench_vlm.threat import Threat
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.setup import Setup
 from robustbench_vlm.training.state import TrainingState
@@ -51,15 +53,16 @@ def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, fl
             those of before the step then.
     """
     recipe, model, defense = setup.recipe, setup.model, setup.defense
+    progress = state.step / recipe.optim.steps
     with frozen(model):
         with torch.no_grad():
-            roles = setup.training_roles(batch)
+            roles = setup.training_roles(batch, progress)
             targets = defense.targets(roles, batch)
         adv = batch.images if recipe.inner is None else attack(setup, roles, state.step, batch, targets)
     model.visual.train()
     with keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
-        given = Step(batch, adv, targets, state.carry, state.step / recipe.optim.steps)
-        terms = defense.outer(setup.training_roles(batch), given)
+        given = Step(batch, adv, targets, state.carry, progress)
+        terms = defense.outer(setup.training_roles(batch, progress), given)
     line = _update(setup, state, terms, batch)
     model.visual.eval()
     state.carry = terms.carry
@@ -86,7 +89,9 @@ def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping
     """The adversarial images (B, 3, H, W) of one step; the student is in the mode that the recipe states."""
     recipe, inner = setup.recipe, setup.recipe.inner
     assert inner is not None
-    start = starting_images(inner, batch.images, [f"{recipe.seed}/train/{step}/{key}" for key in batch.keys])
+    threat = inner.threat_at(Fraction(step, recipe.optim.steps))
+    names = [f"{recipe.seed}/train/{step}/{key}" for key in batch.keys]
+    start = starting_images(inner, threat, batch.images, names)
     objective = setup.defense.inner(roles, batch, targets)
     setup.model.visual.train(inner.mode == "train")
     try:
@@ -94,7 +99,7 @@ def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping
             return ascend(
                 objective,
                 batch.images,
-                inner.threat,
+                threat,
                 steps=inner.steps,
                 step_size=float(inner.step),
                 start=start,
@@ -103,12 +108,15 @@ def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping
         raise TrainingError(f"step {step}: {error}; first image {batch.keys[0]}") from error
 
 
-def starting_images(inner: Inner, images: Tensor, names: list[str]) -> Tensor:
-    """The first iterate of every image, (B, 3, H, W), by `inner.start`; each name keys the noise of one."""
+def starting_images(inner: Inner, threat: Threat, images: Tensor, names: list[str]) -> Tensor:
+    """The first iterate of every image, (B, 3, H, W), by `inner.start` in the ball `threat`.
+
+    Each name keys the noise of one image.
+    """
     noise = Keyed(tuple(names))
     if inner.start == "gaussian":
         return images + GAUSSIAN * noise.normal(tuple(images.shape[1:])).to(images.device)
-    return uniform_start(images, inner.threat, noise, box=inner.start == "uniform")
+    return uniform_start(images, threat, noise, box=inner.start == "uniform")
 
 
 @contextmanager

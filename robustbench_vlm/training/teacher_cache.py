@@ -24,7 +24,7 @@ from torch import Tensor
 
 from robustbench_vlm import store
 from robustbench_vlm.data.dataset import Split
-from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.errors import Incomplete, WeightsError
 from robustbench_vlm.store import cache_folder
 from robustbench_vlm.types import Batch, Encoder, Wrapped
 
@@ -76,21 +76,31 @@ class TeacherCache:
     Attributes:
         path: the file.
         keys: image keys of the split, sorted; row i of the file belongs to `keys[i]`.
-        rows: (N, 16 + 4 D) uint8, mapped from the file.
+        width: D.
+
+    Rows are read and written by system calls, and no part of the file is mapped: on a full disk, touching a
+    mapped row that was never written would end the process by a signal.
     """
 
     path: Path
     keys: Sequence[str]
-    rows: np.ndarray
+    width: int
+
+    @property
+    def _row_bytes(self) -> int:
+        return CHECKSUM + 4 * self.width
 
     def embeddings(self, batch: Batch, teacher: Encoder) -> Tensor:
         """Embeddings (B, D) float32 of `batch.images`; runs `teacher` on all of them if one is missing.
 
         A row is found by the image's key and valid for the image's SHA-256, so `batch.images` must be the
         pixels that the loader decoded.
+
+        Raises:
+            Incomplete: the disk of the file is full.
         """
         positions = [bisect_left(self.keys, key) for key in batch.keys]
-        found = self.rows[positions]
+        found = self._read(positions)
         missing = [
             i
             for i, row in enumerate(found)
@@ -104,12 +114,28 @@ class TeacherCache:
         self._write([(positions[i], batch.sha256[i], values[i].view(np.uint8)) for i in missing])
         return embeddings
 
+    def _read(self, positions: Sequence[int]) -> np.ndarray:
+        """(B, 16 + 4 D) uint8, the rows at these positions; zeros where the file ends before."""
+        size = self._row_bytes
+        with self.path.open("rb", buffering=0) as file:
+            rows = [
+                os.pread(file.fileno(), size, position * size).ljust(size, b"\0") for position in positions
+            ]
+        return np.frombuffer(b"".join(rows), np.uint8).reshape(len(positions), size)
+
     def _write(self, lines: Sequence[tuple[int, str, np.ndarray]]) -> None:
-        """Write rows by system calls; on a full disk, a write through the map would kill the process."""
-        with self.path.open("r+b", buffering=0) as file:
-            for position, sha256, embedding in lines:
-                file.seek(position * self.rows.shape[1])
-                file.write(self._checksum(sha256, embedding) + embedding.tobytes())
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                for position, sha256, embedding in lines:
+                    row = self._checksum(sha256, embedding) + embedding.tobytes()
+                    done = 0
+                    while done < len(row):  # near the end of the disk a call writes a part
+                        done += os.pwrite(file.fileno(), row[done:], position * len(row) + done)
+        except OSError as error:
+            if error.errno not in store.FULL:
+                raise
+            do = "make room or type --no-cache, and the same command goes on from the last checkpoint"
+            raise Incomplete(f"{self.path}: {error.strerror}; {do}") from None
 
     def _checksum(self, image_sha256: str, embedding: np.ndarray) -> bytes:
         """Of a row: it holds for one image in one file, so a row from another teacher's file fails it."""
@@ -143,8 +169,7 @@ def open_cache(folder: Path, source: store.Facts, split: Split, width: int) -> T
             os.ftruncate(descriptor, size)  # rows that are there stay: another process may be writing them
     finally:
         os.close(descriptor)
-    rows = np.memmap(path, np.uint8, "r", shape=(len(split), CHECKSUM + 4 * width))
-    return TeacherCache(path, split.keys, rows)
+    return TeacherCache(path, split.keys, width)
 
 
 def _require_same(beside: Path, whole: dict[str, Any]) -> None:

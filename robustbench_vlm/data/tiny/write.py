@@ -67,7 +67,7 @@ def make_missing(root: Path, progress: Progress, only: Sequence[str] | None = No
     for name in reader.names("datasets") if only is None else only:
         card = reader.read("datasets", name, DatasetCard)
         if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
-            made += make(root, [name], progress)
+            made += make(root, [reader.plain_name(name)], progress)
     return made
 
 

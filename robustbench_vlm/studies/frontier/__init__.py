@@ -1,0 +1,1 @@
+"""Frontier studies: methods ranked by what clean accuracy costs them in robust accuracy."""

@@ -1,0 +1,85 @@
+"""How soon one method's training has the accuracy of another, in steps and in processor time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from robustbench_vlm.results import stats
+from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.studies.findings import geometric
+from robustbench_vlm.studies.frontier.outcomes import Outcome
+
+LEVELS = (0.8, 0.9, 0.95, 1.0)
+"""Shares of the other method's last accuracy."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How soon a level is reached for good.
+
+    Attributes:
+        kind: `clean` or `robust`.
+        level: accuracy on the probe images, in points.
+        reached: number of seeds in which the method reaches it.
+        steps, time: the other method's steps, or processor time, over this one's; the geometric mean over
+            seeds. None where one of the two never reaches the level in some seed.
+    """
+
+    kind: str
+    level: float
+    reached: int
+    steps: Mean | None
+    time: Mean | None
+
+
+def settled_at(steps: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """The step from which a curve, linear between its points, stays at or above a level.
+
+    Clean accuracy is high before training, falls, and rises again: only the last rise counts. None if the
+    curve ends below the level; the first step if it is never below.
+    """
+    if values[-1] < level:
+        return None
+    last = max((i for i, value in enumerate(values) if value < level), default=None)
+    if last is None:
+        return float(steps[0])
+    share = (level - values[last]) / (values[last + 1] - values[last])
+    return steps[last] + share * (steps[last + 1] - steps[last])
+
+
+def speeds(own: Sequence[Outcome], other: Sequence[Outcome]) -> list[Speed]:
+    """How soon a method is where another one ends, at each of `LEVELS`; runs are paired by seed."""
+    found = []
+    for kind, column in (("robust", 2), ("clean", 1)):
+        ends = [100 * run.curve[-1][column] for run in other]
+        for share in LEVELS:
+            level = share * sum(ends) / len(ends)
+            at = [_settled(run, column, level) for run in own]
+            theirs = [_settled(run, column, level) for run in other]
+            ratios = [
+                None if a is None or b is None else max(b, 1.0) / max(a, 1.0)
+                for a, b in zip(at, theirs, strict=True)
+            ]
+            costs = [_cost(a, b) for a, b in zip(own, other, strict=True)]
+            timed = [None if r is None or c is None else r * c for r, c in zip(ratios, costs, strict=True)]
+            reached = sum(a is not None for a in at)
+            found.append(Speed(kind, level, reached, geometric(ratios), geometric(timed)))
+    return found
+
+
+def _settled(run: Outcome, column: int, level: float) -> float | None:
+    return settled_at([p[0] for p in run.curve], [100 * p[column] for p in run.curve], level)
+
+
+def _cost(own: Outcome, other: Outcome) -> float | None:
+    """Time of the other's step over that of the own one."""
+    if own.step_seconds is None or other.step_seconds is None:
+        return None
+    return other.step_seconds / own.step_seconds
+
+
+def cost(own: Sequence[Outcome], other: Sequence[Outcome]) -> Mean | None:
+    """Processor time of a step over that of the other method, mean over seeds; None where it is unknown."""
+    ratios = [_cost(b, a) for a, b in zip(own, other, strict=True)]
+    return None if None in ratios else stats.t_mean([ratio for ratio in ratios if ratio is not None])

@@ -1,0 +1,88 @@
+"""Pareto fronts of clean and robust accuracy: who lies on them, how high they are, and what they enclose.
+
+A front is an array (K, 2) of points (clean, robust), by rising clean accuracy and so by falling robust
+accuracy. Between neighbours it is taken as linear. Outside its points it has no value: nothing is
+extrapolated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+CLEAN, ROBUST = 0, 1
+
+
+def on_front(points: np.ndarray) -> np.ndarray:
+    """(K,) int64: the points that no other one dominates, by rising clean accuracy.
+
+    A point dominates another that it equals or exceeds in both accuracies, and exceeds in one. Of equal
+    points the first is on the front.
+
+    Args:
+        points: (P, 2) clean and robust accuracies.
+    """
+    order = np.lexsort((np.arange(len(points)), -points[:, ROBUST], -points[:, CLEAN]))
+    found, best = [], -math.inf
+    for index in order:  # by falling clean accuracy: on the front is who is more robust than all before
+        if points[index, ROBUST] > best:
+            best = points[index, ROBUST]
+            found.append(index)
+    return np.array(found[::-1], dtype=np.int64)
+
+
+def front(points: np.ndarray) -> np.ndarray:
+    """(K, 2) the Pareto front of points (P, 2)."""
+    chosen: np.ndarray = points[on_front(points)]
+    return chosen
+
+
+def at_equal(own: np.ndarray, kind: int, level: float) -> float:
+    """The other accuracy of a front where one accuracy is `level`; NaN outside the front.
+
+    Args:
+        own: (K, 2) a front.
+        kind: `CLEAN` to read robust accuracy at equal clean accuracy, `ROBUST` for the reverse.
+        level: accuracy of that kind.
+    """
+    x, y = (own[:, kind], own[:, 1 - kind])
+    if not x.min() <= level <= x.max():
+        return math.nan
+    order = np.argsort(x)
+    return float(np.interp(level, x[order], y[order]))
+
+
+def common_range(a: np.ndarray, b: np.ndarray) -> tuple[float, float] | None:
+    """The clean accuracies that two fronts share; None if there are none."""
+    low = max(a[:, CLEAN].min(), b[:, CLEAN].min())
+    high = min(a[:, CLEAN].max(), b[:, CLEAN].max())
+    return (float(low), float(high)) if low <= high else None
+
+
+def height(own: np.ndarray, low: float, high: float) -> float:
+    """Mean robust accuracy of a front over the clean accuracies from `low` to `high`; NaN outside it."""
+    if low == high:
+        return at_equal(own, CLEAN, low)
+    ends = at_equal(own, CLEAN, low), at_equal(own, CLEAN, high)
+    if any(map(math.isnan, ends)):
+        return math.nan
+    inside = own[(own[:, CLEAN] > low) & (own[:, CLEAN] < high)]
+    x = np.concatenate([[low], inside[:, CLEAN], [high]])
+    y = np.concatenate([[ends[0]], inside[:, ROBUST], [ends[1]]])
+    return float(np.trapezoid(y, x) / (high - low))
+
+
+def hypervolume(points: np.ndarray, reference: tuple[float, float]) -> float:
+    """The area of what is dominated by some point and dominates the reference, in squared points.
+
+    Points that do not exceed the reference in both accuracies add nothing.
+    """
+    inside = points[(points[:, CLEAN] > reference[CLEAN]) & (points[:, ROBUST] > reference[ROBUST])]
+    if not len(inside):
+        return 0.0
+    total, left = 0.0, reference[CLEAN]
+    for clean, robust in front(inside):
+        total += (clean - left) * (robust - reference[ROBUST])
+        left = clean
+    return float(total)

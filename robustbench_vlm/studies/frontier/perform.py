@@ -1,0 +1,135 @@
+"""Work off a frontier study: all trials, then what the rule chose; the same command goes on if stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustbench_vlm import devices
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.frontier import Frontier
+from robustbench_vlm.evaluation import planning
+from robustbench_vlm.studies import pool
+from robustbench_vlm.studies.frontier import choice, outcomes
+from robustbench_vlm.studies.frontier.trials import Judging, TrialTask, request
+from robustbench_vlm.studies.pool import Resources
+from robustbench_vlm.training import prepare
+
+Remark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study keeps things.
+
+    Attributes:
+        out: folder of the trainings; may be deleted once all is done.
+        tables: folder of outcomes and pages.
+    """
+
+    out: Path
+    tables: Path
+
+
+def perform(
+    study: Frontier, places: Places, resources: Resources, remark: Remark, methods: Sequence[str] = ()
+) -> None:
+    """Train and judge what has no outcome yet.
+
+    Args:
+        study: the card.
+        places: where.
+        resources: what it is run with.
+        remark: called with a line of log.
+        methods: only these; empty: all.
+
+    Raises:
+        InputError: a recipe, model or dataset that cannot be used; found before the first training.
+        VlmrobError: a trial failed; those beside it are stopped, and the same command goes on.
+        Incomplete: a worker was killed.
+    """
+    for wanted in (_trials, _of_chosen):
+        judgings = [one for one in wanted(study, places) if not methods or one.trial.method in methods]
+        known = outcomes.read(outcomes.ledger(places.tables, study.name))
+        tasks = _tasks([one for one in judgings if one.id not in known])
+        check(tasks, resources)
+        _work_off(study, tasks, places, resources, remark)
+
+
+def _trials(study: Frontier, places: Places) -> list[Judging]:
+    """Every trial at every interpolation, on validation images."""
+    return [
+        Judging(trial, share, study.validation)
+        for one in choice.tried(study, places.out, {})
+        for trial in one.trials
+        for share in study.interpolation
+    ]
+
+
+def _of_chosen(study: Frontier, places: Places) -> list[Judging]:
+    known = outcomes.read(outcomes.ledger(places.tables, study.name))
+    made = choice.choices(study, choice.tried(study, places.out, known))
+    return choice.judgings_of_chosen(study, places.out, made)
+
+
+def _tasks(judgings: Sequence[Judging]) -> list[TrialTask]:
+    """One task for each trial."""
+    found: dict[Path, list[Judging]] = {}
+    for judging in judgings:
+        found.setdefault(judging.trial.folder, []).append(judging)
+    return [TrialTask(own[0].trial, tuple(own)) for own in found.values()]
+
+
+def check(tasks: Sequence[TrialTask], resources: Resources) -> None:
+    """Load once what every method needs, so that what cannot be used is found before the first training.
+
+    Raises:
+        InputError: see `perform`.
+    """
+    device = devices.choose_device(resources.device)
+    firsts = {task.trial.method: task.trial for task in reversed(tasks)}
+    for trial in firsts.values():
+        prepare.prepare(trial.recipe, resources.data_root, device)
+    for measurement in {judging.measurement for task in tasks for judging in task.judgings}:
+        student = tasks[0].trial.recipe.student
+        planning.require_data(planning.plan(request(measurement, student, Path(), resources), device))
+
+
+def _work_off(
+    study: Frontier, tasks: Sequence[TrialTask], places: Places, resources: Resources, remark: Remark
+) -> None:
+    path = outcomes.ledger(places.tables, study.name)
+    remark(f"study {study.name}: {len(tasks)} trainings to do or to judge")
+    begun = time.perf_counter()
+    for done, (task, found, seconds) in enumerate(pool.perform(tasks, resources), 1):
+        outcomes.append(path, found)
+        left = (time.perf_counter() - begun) / done * (len(tasks) - done)
+        last = f"about {left / 60:.0f} min left" if done < len(tasks) else "that was the last"
+        remark(f"{task.name}: done in {seconds:.0f} s; {done} of {len(tasks)}, {last}")
+
+
+def state(study: Frontier, places: Places, methods: Sequence[str] = ()) -> list[list[str]]:
+    """A row for each training that is known to be needed: method, seed, trial, dials, and what is left."""
+    known = outcomes.read(outcomes.ledger(places.tables, study.name))
+    judgings: dict[Path, list[Judging]] = {}
+    for judging in [*_trials(study, places), *_of_chosen(study, places)]:
+        if not methods or judging.trial.method in methods:
+            judgings.setdefault(judging.trial.folder, []).append(judging)
+    rows = []
+    for own in judgings.values():
+        trial, ids = own[0].trial, {judging.id for judging in own}
+        left = len(ids - known.keys())
+        words = "done" if not left else f"{left} of {len(ids)} measurements to do"
+        rows.append(
+            [trial.method, str(trial.seed), str(trial.number), " ".join(trial.settings) or "none", words]
+        )
+    return rows
+
+
+def datasets(study: Frontier, places: Places) -> list[str]:
+    """Names of all datasets that a study trains or measures on."""
+    trained = {judging.trial.recipe.data.dataset for judging in _trials(study, places)}
+    measured = {name for one in (study.validation, *study.test) for name in reader.suite(one.suite).datasets}
+    return sorted(trained | measured)

@@ -1,0 +1,129 @@
+"""Intervals and tests by resampling training seeds and images together.
+
+Images are drawn with replacement within their dataset, and the same images for all models (Efron 1979).
+Seeds are drawn with replacement too, one fewer than there are: so the variance of a mean over few seeds is
+estimated without bias (Rao and Wu, JASA 1988). Both draws are shared by the models that are compared, whose
+runs of one seed saw the same training images in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 4000
+LOST = 0.025  # share of draws in which a statistic may be without a value
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models of one method under one measurement, on the datasets of one group.
+
+    Attributes:
+        verdicts: by dataset, (S, P, 2, N) bool: seeds, interpolations, clean and robust, images.
+    """
+
+    verdicts: Mapping[str, np.ndarray]
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return int(next(iter(self.verdicts.values())).shape[0])
+
+    @property
+    def images(self) -> int:
+        """Number of images, over all datasets."""
+        return sum(bits.shape[-1] for bits in self.verdicts.values())
+
+    def points(self) -> np.ndarray:
+        """(P, 2) clean and robust accuracy in points: mean over datasets and seeds."""
+        found: np.ndarray = self.of_seeds().mean(axis=0)
+        return found
+
+    def of_seeds(self) -> np.ndarray:
+        """(S, P, 2) the same for each seed."""
+        shares: np.ndarray = np.mean([bits.mean(axis=3) for bits in self.verdicts.values()], axis=0)
+        return 100 * shares
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % interval, and the p-value of the hypothesis that it is zero.
+
+    Attributes:
+        value: of the models as they are; NaN where it has none.
+        low, high: percentiles of the draws; NaN where more than `LOST` of the draws have no value.
+        p: two-sided; at least 2 / (draws + 1).
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+Statistic = Callable[[Sequence[np.ndarray]], float]
+"""From the (P, 2) points of each group of models to a number."""
+
+
+def estimate(models: Sequence[Models], statistic: Statistic, *, draws: int = DRAWS) -> Estimate:
+    """A statistic of models with its interval.
+
+    Args:
+        models: each on the same datasets and images; with the same seeds, or a single one.
+        statistic: NaN where it has no value.
+        draws: of seeds and images.
+
+    Raises:
+        ValueError: models on other images or with other numbers of seeds.
+    """
+    shapes = {
+        (name, one.verdicts[name].shape[0], one.verdicts[name].shape[-1])
+        for one in models
+        for name in one.verdicts
+    }
+    if len(shapes) != len(models[0].verdicts):
+        raise ValueError("models with other seeds or images cannot be paired")
+    value = statistic([one.points() for one in models])
+    drawn = _draws(models, draws)
+    found = np.array([statistic([points[draw] for points in drawn]) for draw in range(draws)])
+    known = found[~np.isnan(found)]
+    if math.isnan(value) or len(known) < (1 - LOST) * draws:
+        return Estimate(value, math.nan, math.nan, math.nan)
+    low, high = np.percentile(known, [2.5, 97.5])
+    tail = 1 + min((known <= 0).sum(), (known >= 0).sum())
+    return Estimate(value, float(low), float(high), min(1.0, 2 * float(tail) / (len(known) + 1)))
+
+
+def _draws(models: Sequence[Models], draws: int) -> list[np.ndarray]:
+    """(draws, P, 2) points of every group of models, from the same seeds and images."""
+    rng = np.random.default_rng(0)
+    count = models[0].seeds
+    drawn = max(count - 1, 1)
+    of_seeds = rng.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
+    found = [np.zeros((draws, *one.points().shape)) for one in models]
+    for name in sorted(models[0].verdicts):
+        n = models[0].verdicts[name].shape[-1]
+        of_images = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32) / n
+        for one, total in zip(models, found, strict=True):
+            bits = one.verdicts[name].astype(np.float32)
+            shares = np.einsum("spkn,rn->rspk", bits, of_images, optimize=True)
+            total += np.einsum("rspk,rs->rpk", shares, of_seeds, optimize=True)
+    return [100 * total / len(models[0].verdicts) for total in found]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of Holm (1979): each may be compared with the level of the whole family.
+
+    NaN stays NaN and does not count.
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted = [math.nan] * len(p_values)
+    running = 0.0
+    for rank, (p, i) in enumerate(known):
+        running = max(running, min(1.0, (len(known) - rank) * p))
+        adjusted[i] = running
+    return adjusted

@@ -1,0 +1,316 @@
+"""What the pages of a frontier study say, section by section; `pages` writes it as Markdown and as HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from robustbench_vlm.cards.frontier import Rule
+from robustbench_vlm.results import stats
+from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.studies.frontier import choice, curves, fronts, resampling
+from robustbench_vlm.studies.frontier.choice import Candidate, MethodTrials
+from robustbench_vlm.studies.frontier.outcomes import KINDS
+from robustbench_vlm.studies.frontier.parts import (
+    COMMAND,
+    Cell,
+    Section,
+    interval,
+    mean_interval,
+    p_value,
+    ratio,
+)
+from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Compared, Report, compared
+from robustbench_vlm.studies.frontier.trials import Judging
+
+CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
+"""Clean accuracies, in points, at which the table of fronts reads robust accuracy."""
+
+MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
+
+
+def sections(report: Report) -> Iterator[Section]:
+    """All sections, in their order."""
+    pairs = [compared(report, comparison) for comparison in report.study.comparison]
+    known = [pair for pair in pairs if pair is not None]
+    yield _rule(report)
+    yield from _comparisons(known)
+    if known and report.study.claim:
+        yield _claims(report, known[0])
+    yield _chosen(report)
+    yield _fronts(report)
+    yield from _speeds(report, known)
+    yield from _finals(report)
+    yield _trials(report)
+
+
+def words_of(rule: Rule) -> str:
+    """The rule in a sentence."""
+    if rule.highest == "mean":
+        what = "the highest mean of clean and robust accuracy"
+    else:
+        other = "clean" if rule.highest == "robust" else "robust"
+        what = f"the highest {rule.highest} accuracy among those with at least {rule.floor:g} % {other}"
+    return f"{what} on the validation images, with the first seed; of equals the first in the order of trials"
+
+
+def _rule(report: Report) -> Section:
+    study = report.study
+    done = sum(one.complete(len(study.interpolation)) for one in report.tried)
+    judged = sum(len({c.trial.number for c in one.candidates}) for one in report.tried)
+    numbers = ", ".join(f"{one.method.name} {len(one.trials)}" for one in report.tried)
+    shares = ", ".join(f"{share:g}" for share in study.interpolation)
+    recipe = report.tried[0].trials[0].recipe
+    lines = [
+        f"Operating point of a method: {words_of(study.rule)}. The rule was written down on "
+        f"{study.rule.fixed}, before a test image was looked at; test images are attacked for the chosen "
+        "trials alone.",
+        f"Trials a method: {numbers}. {judged} of {sum(len(one.trials) for one in report.tried)} are done, "
+        f"and {done} of {len(report.tried)} methods are complete. Every training has {recipe.optim.steps} "
+        f"steps of {recipe.optim.batch_size} images from {recipe.student}, and gives a model for each "
+        f"interpolation of trained and initial weights ({shares}; WiSE-FT, arXiv:2109.01903).",
+        f"Validation: {study.validation.attack} on suite {study.validation.suite}. Processor time so far: "
+        f"{report.hours():.1f} hours of one core.",
+    ]
+    if report.hidden:
+        lines.append(f"{report.hidden} test outcomes of trials that the rule does not choose are not shown.")
+    return Section("The rule", tuple(lines))
+
+
+def _comparisons(pairs: Sequence[Compared]) -> Iterator[Section]:
+    for pair in pairs:
+        images = " and ".join(f"{n} images of the {part} sets" for part, n in pair.images.items())
+        lines = (
+            f"A is {pair.a}, B is {pair.b}; {pair.seeds} seeds, {images}. Intervals (95 %) and p-values come "
+            f"from {resampling.DRAWS} draws of seeds and images together. At equal clean accuracy each "
+            "method's front over the interpolations of its chosen trial is read, linear between neighbours "
+            "and never beyond its ends. p is adjusted for this table (Holm).",
+        )
+        adjusted = resampling.holm([statement.estimate.p for statement in pair.statements])
+        rows = tuple(
+            (
+                Cell(statement.what),
+                Cell(statement.part),
+                Cell(interval(statement.estimate)),
+                Cell(p_value(statement.estimate.p)),
+                Cell(p_value(p)),
+            )
+            for statement, p in zip(pair.statements, adjusted, strict=True)
+        )
+        columns = ("A minus B, points", "sets", "difference", "p", "p, Holm")
+        yield Section(pair.comparison.title, lines, columns, rows)
+
+
+def _claims(report: Report, pair: Compared) -> Section:
+    """The paper's numbers beside the differences at the operating points."""
+    rows, p_values = [], []
+    for claim in report.study.claim:
+        if claim.measure == "speed":
+            found = _speed(report, pair)
+            rows.append([claim.words, claim.source, f"steps to B's last robust accuracy: {found}"])
+            p_values.append(math.nan)
+            continue
+        part, kind = MEASURES[claim.measure]
+        estimates = [
+            one.estimate
+            for one in pair.statements
+            if (one.part, one.kind) == (part, kind) and one.what.endswith("at the operating points")
+        ]
+        text = interval(estimates[0]) if estimates else "not measured"
+        rows.append([claim.words, claim.source, f"{kind} accuracy on {part} sets: {text}"])
+        p_values.append(estimates[0].p if estimates else math.nan)
+    cells = tuple(
+        (*map(Cell, row), Cell(p_value(p))) for row, p in zip(rows, resampling.holm(p_values), strict=True)
+    )
+    lines = (
+        f"{pair.a} against {pair.b}, each at its operating point. The paper has other models, other data and "
+        "another budget: these runs neither confirm nor refute its numbers.",
+    )
+    columns = ("the paper says", "where", "found here", "p, Holm")
+    return Section("What the paper claims", lines, columns, cells)
+
+
+def _speed(report: Report, pair: Compared) -> str:
+    for speed in _pair_speeds(report, pair):
+        if (speed.kind, speed is _last(report, pair, speed.kind)) == ("robust", True):
+            return ratio(speed.steps)
+    return "not measured"
+
+
+def _last(report: Report, pair: Compared, kind: str) -> curves.Speed | None:
+    own = [speed for speed in _pair_speeds(report, pair) if speed.kind == kind]
+    return own[-1] if own else None
+
+
+def _pair_speeds(report: Report, pair: Compared) -> list[curves.Speed]:
+    validation = report.study.validation
+    runs = [{run.seed: run for run in report.runs(name)} for name in (pair.a, pair.b)]
+    seeds = [seed for seed in report.study.seeds if all(seed in one for one in runs)]
+    own, other = ([report.known[Judging(one[seed], 1.0, validation).id] for seed in seeds] for one in runs)
+    return curves.speeds(own, other)
+
+
+def _chosen(report: Report) -> Section:
+    """Operating points: dials, validation and test accuracies, and the gap between the two."""
+    study, line = report.study, report.line
+    columns = ["method", "dials", "interpolation", "seeds", "val clean", "val robust"]
+    columns += ["seen clean", "seen robust", "unseen clean", "unseen robust", "seen minus val, robust"]
+    rows = []
+    for one in report.tried:
+        name = one.method.name
+        if name not in report.made:
+            left = len(one.trials) - len({c.trial.number for c in one.candidates})
+            words = f"{left} of {len(one.trials)} trials to do"
+            rows.append((Cell(name), Cell(words), *[Cell("")] * (len(columns) - 2)))
+            continue
+        best = report.made[name]
+        means = _means(report, name, study.validation, "")
+        cells = [Cell(name), Cell(" ".join(best.trial.settings), f"#{anchor(best)}"), Cell(f"{best.share:g}")]
+        cells.append(Cell(str(len(report.measured_runs(name, study.validation)))))
+        cells += [Cell(mean_interval(mean)) for mean in means]
+        gap = ""
+        for part in (SEEN, UNSEEN):
+            tested = _means(report, name, line, part) if line else None
+            cells += [Cell("" if tested is None else mean_interval(mean)) for mean in tested or (None, None)]
+            if part == SEEN and tested is not None and means[1] is not None and tested[1] is not None:
+                gap = f"{tested[1].value - means[1].value:+.1f}"
+        rows.append((*cells, Cell(gap)))
+    words = f"Test: {line.attack} on suite {line.suite}, {_n(line.n)}. " if line else ""
+    lines = (f"{words}Brackets are 95 % t intervals over seeds, where there are two.",)
+    return Section("Operating points, %", lines, tuple(columns), tuple(rows))
+
+
+def _n(n: int) -> str:
+    return f"{n} images a set" if n else "all images"
+
+
+def _means(report: Report, name: str, measurement: object, part: str) -> list[Mean | None]:
+    """Clean and robust accuracy of the chosen models, over seeds."""
+    models = report.of_chosen(name, measurement, part)  # type: ignore[arg-type]
+    if models is None:
+        return [None, None]
+    values = models.of_seeds()[:, 0]
+    return [stats.t_mean([float(value) for value in values[:, kind]]) for kind in range(2)]
+
+
+def _fronts(report: Report) -> Section:
+    """The validation fronts of all methods: hypervolume, robust accuracy at equal clean accuracy, dials."""
+    study = report.study
+    columns = ("method", "trials", "hypervolume", *(f"at {level:g} % clean" for level in CLEAN_LEVELS))
+    columns = (*columns, "dials on the front")
+    rows = []
+    for one in report.tried:
+        if not one.candidates:
+            continue
+        models = candidates_models(report, one)
+        volume = resampling.estimate([models], lambda p: fronts.hypervolume(p[0], study.reference))
+        at = [
+            resampling.estimate([models], lambda p, v=level: _read(p[0], v))  # type: ignore[misc]
+            for level in CLEAN_LEVELS
+        ]
+        own = [
+            one.candidates[i] for i in sorted(on_front(report, one), key=lambda i: one.candidates[i].clean)
+        ]
+        dials = "; ".join(f"{' '.join(c.trial.settings)} x{c.share:g}" for c in own)
+        trials = len({c.trial.number for c in one.candidates})
+        cells = [one.method.name, f"{trials} of {len(one.trials)}", interval(volume, "")]
+        rows.append(tuple(map(Cell, (*cells, *(interval(e, "") for e in at), dials))))
+    x, y = study.reference
+    lines = (
+        "The Pareto front of a method is over all of its trials and interpolations, on validation images, "
+        "with one seed: the intervals are over images alone, and a front of many points is somewhat too "
+        "high, since the best of noisy points are on it. Robust accuracy is read at equal clean accuracy, "
+        f"linear between neighbours and never beyond the ends. The hypervolume is measured from {x:g} % "
+        f"clean and {y:g} % robust accuracy, in squared points.",
+    )
+    return Section("Fronts on validation images", lines, columns, tuple(rows), f"{study.name}.svg")
+
+
+def candidates_models(report: Report, one: MethodTrials) -> resampling.Models:
+    """All candidates of a method as models of one seed."""
+    parts = [report.models([c.trial], [c.share], report.study.validation) for c in one.candidates]
+    names = list(parts[0].verdicts) if parts[0] else []
+    joined = {
+        name: np.concatenate([part.verdicts[name] for part in parts if part is not None], axis=1)
+        for name in names
+    }
+    return resampling.Models(joined)
+
+
+def on_front(report: Report, one: MethodTrials) -> list[int]:
+    """The numbers of the candidates that lie on a method's front, by rising clean accuracy."""
+    if not one.candidates:
+        return []
+    return [int(i) for i in fronts.on_front(candidates_models(report, one).points())]
+
+
+def _read(points: np.ndarray, level: float) -> float:
+    return fronts.at_equal(fronts.front(points), fronts.CLEAN, level)
+
+
+def _speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
+    for pair in pairs:
+        rows = []
+        for speed in _pair_speeds(report, pair):
+            cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), ratio(speed.steps))
+            rows.append(tuple(map(Cell, (*cells, ratio(speed.time)))))
+        lines = (
+            f"B's steps to an accuracy on the probe images over A's, from runs of one seed; A is {pair.a}, B "
+            f"is {pair.b}, each with its chosen dials and all of its trained weights. The levels are shares "
+            "of B's last accuracy. A level counts as reached from where the curve stays above it. Time is "
+            "processor time of training steps.",
+        )
+        columns = ("accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
+        yield Section(f"How soon: {pair.comparison.title}", lines, columns, tuple(rows))
+
+
+def _finals(report: Report) -> Iterator[Section]:
+    """Further tests of the chosen models, one section each."""
+    for test in report.study.test:
+        if test.of == "line":
+            continue
+        rows = []
+        for name in report.made:
+            runs = report.measured_runs(name, test)
+            if not runs:
+                continue
+            cells = [name, str(len(runs))]
+            for part in (SEEN, UNSEEN):
+                cells += [mean_interval(mean) for mean in _means(report, name, test, part)]
+            rows.append(tuple(map(Cell, cells)))
+        where = f" of {', '.join(test.datasets)}" if test.datasets else f" of suite {test.suite}"
+        columns = ("method", "seeds", *(f"{part} {kind}" for part in (SEEN, UNSEEN) for kind in KINDS))
+        if rows:
+            yield Section(f"{test.attack}, {_n(test.n)}{where}, %", (), columns, tuple(rows))
+
+
+def _trials(report: Report) -> Section:
+    """Every trial at every interpolation, with the command that makes it."""
+    rows = []
+    for one in report.tried:
+        if not one.candidates:
+            continue
+        own = on_front(report, one)
+        for index, candidate in enumerate(one.candidates):
+            picked = report.made.get(one.method.name) == candidate
+            marks = [*(["front"] if index in own else []), *(["chosen"] if picked else [])]
+            cells = [
+                Cell(f"{one.method.name} {candidate.trial.number}", anchor=anchor(candidate)),
+                Cell(" ".join(candidate.trial.settings)),
+                Cell(f"{candidate.share:g}"),
+                Cell(f"{candidate.clean:.1f}"),
+                Cell(f"{candidate.robust:.1f}"),
+                Cell(f"{choice.value(report.study.rule, candidate):.2f}"),
+                Cell(", ".join(marks)),
+                Cell(candidate.trial.command(candidate.share, report.study), code=True),
+            ]
+            rows.append(tuple(cells))
+    columns = ("trial", "dials", "interpolation", "val clean", "val robust", "rule", "", COMMAND)
+    return Section("All trials", (), columns, tuple(rows))
+
+
+def anchor(candidate: Candidate) -> str:
+    """The name of a candidate's row in the page."""
+    return f"{candidate.trial.method}-{candidate.trial.number}-{candidate.share:g}".replace(".", "_")

@@ -1,0 +1,555 @@
+"""Frontier studies: fronts and intervals by hand, the rule, the ledger of outcomes, and a small one run."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_study import world_of_study  # noqa: F401 - a fixture
+
+from robustbench_vlm import store
+from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.frontier import Frontier, Rule
+from robustbench_vlm.errors import CardError, DataError, InputError
+from robustbench_vlm.studies.frontier import choice, curves, files, fronts, outcomes, perform, resampling
+from robustbench_vlm.studies.frontier.choice import Candidate
+from robustbench_vlm.studies.frontier.outcomes import OnDataset, Outcome
+from robustbench_vlm.studies.frontier.report import Report, compared
+from robustbench_vlm.studies.frontier.resampling import Models
+from robustbench_vlm.studies.frontier.sections import sections
+from robustbench_vlm.studies.frontier.trials import Judging, trials
+
+POINTS = np.array([[90.0, 30.0], [80.0, 40.0], [85.0, 30.0], [80.0, 35.0], [70.0, 42.0], [90.0, 30.0]])
+
+
+# --- fronts, by hand ---------------------------------------------------------------------------------------
+
+
+def test_a_point_that_another_one_dominates_is_not_on_the_front():
+    """(85, 30) and (80, 35) are dominated; of the two equal points the first counts."""
+    assert fronts.on_front(POINTS).tolist() == [4, 1, 0]
+    assert fronts.front(POINTS).tolist() == [[70, 42], [80, 40], [90, 30]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "expected"),
+    [
+        (fronts.CLEAN, 85, 35),
+        (fronts.CLEAN, 75, 41),
+        (fronts.CLEAN, 90, 30),
+        (fronts.CLEAN, 69.9, math.nan),
+        (fronts.CLEAN, 90.1, math.nan),
+        (fronts.ROBUST, 35, 85),
+        (fronts.ROBUST, 41, 75),
+        (fronts.ROBUST, 29, math.nan),
+    ],
+)
+def test_accuracy_at_equal_accuracy_is_linear_between_neighbours_and_never_beyond(kind, level, expected):
+    assert fronts.at_equal(fronts.front(POINTS), kind, level) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_height_of_a_front_is_its_mean_over_clean_accuracies():
+    """From 75 to 85: trapezoids (41 + 40) / 2 * 5 and (40 + 35) / 2 * 5, over 10."""
+    own = fronts.front(POINTS)
+    assert fronts.height(own, 75, 85) == pytest.approx((40.5 * 5 + 37.5 * 5) / 10)
+    assert fronts.height(own, 80, 80) == 40
+    assert math.isnan(fronts.height(own, 60, 80))
+    assert fronts.common_range(own, np.array([[75.0, 50.0], [95.0, 10.0]])) == (75, 90)
+    assert fronts.common_range(own, np.array([[95.0, 10.0]])) is None
+
+
+def test_the_hypervolume_is_the_area_between_front_and_reference():
+    """(70-60)(42-20) + (80-70)(40-20) + (90-80)(30-20) = 220 + 200 + 100."""
+    assert fronts.hypervolume(POINTS, (60, 20)) == pytest.approx(520)
+    assert fronts.hypervolume(POINTS, (85, 20)) == pytest.approx(50)
+    assert fronts.hypervolume(POINTS, (95, 20)) == 0
+
+
+coordinates = st.lists(
+    st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda p: (float(p[0]), float(p[1]))),
+    min_size=1,
+    max_size=12,
+).map(np.array)
+
+
+@given(coordinates)
+def test_every_point_is_dominated_by_the_front_and_no_front_point_by_another(points):
+    own = fronts.front(points)
+    assert (np.diff(own[:, 0]) > 0).all()
+    assert (np.diff(own[:, 1]) < 0).all()
+    for point in points:
+        assert (own >= point).all(axis=1).any()
+
+
+@given(coordinates)
+def test_the_hypervolume_is_the_number_of_dominated_unit_squares(points):
+    """Points on a grid: unit squares between (0, 0) and the points can be counted one by one."""
+    count = sum(any(x + 1 <= p[0] and y + 1 <= p[1] for p in points) for x in range(20) for y in range(20))
+    assert fronts.hypervolume(points, (0, 0)) == count
+
+
+# --- intervals ---------------------------------------------------------------------------------------------
+
+
+def models(seeds, images, rng, chance=0.5, effect=0.0):
+    """Verdicts of one interpolation; every seed and image has its own chance, `effect` moves all of them."""
+    own = (
+        chance
+        + effect
+        + rng.normal(0, 0.03, size=(seeds, 1, 1, 1))
+        + rng.normal(0, 0.1, size=(1, 1, 1, images))
+    )
+    return Models({"a": rng.random((seeds, 1, 2, images)) < own})
+
+
+def gap(points):
+    return float(points[0][0, 1] - points[1][0, 1])
+
+
+def test_a_difference_of_equal_models_is_zero_and_has_no_width():
+    one = models(3, 200, np.random.default_rng(0))
+    found = resampling.estimate([one, one], gap, draws=200)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_with_one_seed_the_interval_is_that_of_the_images():
+    """A proportion of n images has standard error sqrt(q (1 - q) / n): 100 * 1.96 * 0.0158 = 3.1 points."""
+    bits = np.arange(1000) % 2 == 0
+    one = Models({"a": np.stack([bits, bits])[None, None]})
+    found = resampling.estimate([one], lambda p: float(p[0][0, 0]))
+    assert found.value == 50
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.25 / 1000), rel=0.06)
+
+
+def test_models_on_other_images_are_not_paired():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        resampling.estimate([models(2, 50, rng), models(2, 60, rng)], gap)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        resampling.estimate([models(2, 50, rng), models(3, 50, rng)], gap)
+
+
+def test_a_statistic_that_is_often_without_value_has_no_interval():
+    one = models(2, 50, np.random.default_rng(0))
+    found = resampling.estimate([one], lambda p: math.nan if p[0][0, 0] > 50 else 1.0, draws=200)
+    assert math.isnan(found.low)
+    assert math.isnan(found.p)
+
+
+@pytest.mark.slow
+def test_the_interval_over_seeds_and_images_covers_the_truth():
+    """400 pairs of methods with a true difference of 5 points, five seeds: some 95 % of intervals have it."""
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(400):
+        pair = [models(5, 300, rng, effect=0.05), models(5, 300, rng)]
+        found = resampling.estimate(pair, gap, draws=400)
+        hits += found.low <= 5 <= found.high
+    assert 0.90 <= hits / 400 <= 0.99
+
+
+def test_holm_is_that_of_statsmodels():
+    from statsmodels.stats import multitest
+
+    p = [0.01, 0.04, 0.03, 0.005, 0.5]
+    assert resampling.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    with_gap = resampling.holm([0.01, math.nan, 0.04])
+    assert with_gap[0] == pytest.approx(0.02)
+    assert math.isnan(with_gap[1])
+
+
+def test_holm_by_hand():
+    """0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04, which may not be below 0.06."""
+    assert resampling.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+# --- curves ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "at"), [(30, 0), (50, 30), (70, 40), (70.5, None), (60, 35), (40, 25), (20, 0)]
+)
+def test_a_level_is_reached_where_the_curve_stays_above_it(level, at):
+    """A clean accuracy: 90 before training, down to 30, up to 70."""
+    assert curves.settled_at([0, 10, 20, 30, 40], [90, 40, 30, 50, 70], level) == at
+
+
+def run_of(curve, seconds=1.0):
+    return Outcome({}, tuple(curve), seconds, (0.0, 0.0))
+
+
+def test_a_speed_up_is_the_others_steps_over_the_own_ones():
+    """The other ends at 40 % robust after 20 steps; the own curve is there at step 10, in steps twice as
+    long."""
+    other = run_of([(0, 0.9, 0.0), (10, 0.6, 0.2), (20, 0.8, 0.4)])
+    own = run_of([(0, 0.9, 0.0), (10, 0.7, 0.4), (20, 0.9, 0.6)], 2.0)
+    found = {(s.kind, round(s.level, 6)): s for s in curves.speeds([own], [other])}
+    assert found["robust", 40].steps.value == pytest.approx(2)
+    assert found["robust", 40].time.value == pytest.approx(1)
+    assert found["robust", 32].steps.value == pytest.approx((10 + 10 * 12 / 20) / 8)
+    assert found["clean", 80].steps.value == pytest.approx(20 / 15)
+    assert curves.speeds([other], [own])[3].steps is None  # 40 of 60 %: it never gets there
+
+
+# --- the card ----------------------------------------------------------------------------------------------
+
+
+def card(**changes):
+    table = reader.toml(reader.path("studies", "frontier"))
+    wanted = ("single-teacher", "mmt-ard-static", "mmt-ard-released")
+    methods = [method for method in table["method"] if method["name"] in wanted]
+    small = [method | {"grid": {"inner.eps": ["4/255", "6/255"]}} for method in methods]
+    pair = {"title": "two above one", "a": list(wanted[1:]), "b": ["single-teacher"]}
+    usual = {"method": small, "comparison": [pair], "seeds": [0, 1, 2], "interpolation": [1.0, 0.5]}
+    return reader.parse(table | usual | changes, Frontier, "a test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": []}, "seeds must differ, and there must be one"),
+        ({"repeats": 9}, "repeats = 9, and there are 3 seeds"),
+        ({"interpolation": [0.5]}, "interpolation must have 1.0"),
+        ({"interpolation": [1.0, 0.0]}, "interpolation.1"),
+        ({"comparison": [{"title": "x", "a": ["nobody"], "b": ["tecoa"]}]}, "which is no method"),
+        ({"comparison": []}, "claims stand beside the first comparison"),
+        ({"rule": {"highest": "robust", "fixed": "2026-01-01"}}, "floor goes with"),
+        ({"rule": {"highest": "mean", "floor": 80, "fixed": "2026-01-01"}}, "floor goes with"),
+        ({"method": [{"name": "a/b", "title": "", "recipe": "x"}]}, "letters, digits"),
+        ({"method": [{"name": "a", "title": "", "recipe": "x", "grid": {"optim.lr": []}}]}, "grid.optim.lr"),
+        ({"kindd": "x"}, "unknown key 'kindd'"),
+    ],
+)
+def test_a_frontier_study_that_cannot_be_is_one_line(changes, words):
+    with pytest.raises(CardError, match=re.escape(words)) as error:
+        card(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_every_frontier_study_has_trials_that_differ_and_as_many_for_each_compared_method(tmp_path):
+    known = [reader.study(name) for name in reader.names("studies")]
+    for study in (one for one in known if isinstance(one, Frontier)):
+        found = choice.tried(study, tmp_path, {})
+        folders = [trial.folder for one in found for trial in one.trials]
+        assert len(set(folders)) == len(folders)
+        numbers = {one.method.name: len(one.trials) for one in found}
+        assert len({numbers[name] for name in study.compared}) == 1
+        for measurement in (study.validation, *study.test):
+            assert set(measurement.datasets) <= set(reader.suite(measurement.suite).datasets)
+        assert reader.suite(study.validation.suite).split != "test"
+
+
+def test_trials_that_are_one_recipe_are_refused(tmp_path):
+    study = card()
+    twice = study.method[0].model_copy(update={"grid": {"optim.lr": ("1e-3", "0.001")}})
+    with pytest.raises(CardError, match="trials 1 and 2 are one recipe"):
+        trials(study, twice, tmp_path, 0)
+    with pytest.raises(CardError, match="the study's own list"):
+        trials(study, study.method[0].model_copy(update={"set": ("interpolation=0.5",)}), tmp_path, 0)
+
+
+def test_another_title_of_a_recipe_is_the_same_trial(tmp_path):
+    first = trials(card(), card().method[0], tmp_path, 0)[0]
+    other = replace(first, recipe=first.recipe.model_copy(update={"title": "x", "checkpoint_every": 7}))
+    assert other.sha256 == first.sha256
+    assert replace(first, recipe=first.recipe.model_copy(update={"seed": 5})).sha256 != first.sha256
+
+
+# --- the rule ----------------------------------------------------------------------------------------------
+
+
+def candidate(clean, robust):
+    return Candidate(None, 1.0, clean, robust)
+
+
+def test_the_rule_by_hand():
+    a, b, c = candidate(90, 30), candidate(80, 41), candidate(85, 36)
+    mean = Rule(highest="mean", fixed="2026-01-01")
+    assert choice.chosen(mean, [a, b, c]) == c or choice.value(mean, b) == choice.value(mean, c) == 60.5
+    assert choice.chosen(mean, [a, b, c]) == b  # 60.5 twice: the first in order
+    floored = Rule(highest="robust", floor=84, fixed="2026-01-01")
+    assert choice.chosen(floored, [a, b, c]) == c
+    assert choice.chosen(Rule(highest="clean", floor=40, fixed="2026-01-01"), [a, b, c]) == b
+    assert choice.chosen(Rule(highest="clean", floor=50, fixed="2026-01-01"), [a, b, c]) is None
+
+
+# --- a ledger made by hand ---------------------------------------------------------------------------------
+
+
+def bits(share, n, seed):
+    """Verdicts with exactly that share right; other seeds have other images right."""
+    order = np.random.default_rng(seed).permutation(n)
+    found = np.zeros(n, dtype=bool)
+    found[order[: round(share * n)]] = True
+    return found
+
+
+def on(share_clean, share_robust, seed, exposure="seen", n=200):
+    return OnDataset("keys", exposure, bits(share_clean, n, seed), bits(share_robust, n, seed))
+
+
+ACCURACIES = {  # method -> trial -> interpolation -> clean, robust
+    "single-teacher": {1: {1.0: (0.80, 0.40), 0.5: (0.90, 0.25)}, 2: {1.0: (0.70, 0.42), 0.5: (0.85, 0.30)}},
+    "mmt-ard-static": {1: {1.0: (0.82, 0.44), 0.5: (0.92, 0.30)}, 2: {1.0: (0.75, 0.46), 0.5: (0.88, 0.36)}},
+    "mmt-ard-released": {1: {1.0: (0.81, 0.40), 0.5: (0.9, 0.26)}, 2: {1.0: (0.71, 0.41), 0.5: (0.8, 0.3)}},
+}
+
+
+def ledger(study, tmp_path, *, tested=True):
+    """Outcomes of every trial, and of the chosen ones with all seeds."""
+    known = {}
+    for method in study.method:
+        for seed in study.seeds:
+            for trial in trials(study, method, tmp_path, seed):
+                for share in study.interpolation:
+                    clean, robust = ACCURACIES[method.name][trial.number][share]
+                    curve = ((0, 0.94, 0.01), (100, clean - 0.1, robust - 0.1), (200, clean, robust))
+                    if seed == 0 or tested:
+                        one = Outcome({"v": on(clean, robust, 7)}, curve, 0.3, (0.1, 0.1))
+                        known[Judging(trial, share, study.validation).id] = one
+                    if tested:
+                        sets = {
+                            "s": on(clean, robust, seed),
+                            "u": on(clean - 0.2, robust - 0.1, seed, "unseen"),
+                        }
+                        one = Outcome(sets, curve, 0.3, (0.1, 0.1))
+                        for test in study.test:
+                            known[Judging(trial, share, test).id] = one
+    return known
+
+
+def test_the_contender_of_a_family_is_the_one_that_the_rule_prefers(tmp_path):
+    study = card()
+    report = Report(study, tmp_path, ledger(study, tmp_path))
+    assert {name: (best.trial.number, best.share) for name, best in report.made.items()} == {
+        "single-teacher": (1, 1.0),
+        "mmt-ard-static": (1, 1.0),
+        "mmt-ard-released": (1, 1.0),
+    }
+    assert choice.contenders(study, report.made) == {"single-teacher", "mmt-ard-static"}
+
+
+def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path):
+    """Points: 82 / 44 against 80 / 40. Fronts: A (82, 44) to (92, 30), B (80, 40) to (90, 25).
+
+    From 82 to 90 % clean A falls from 44 to 32.8, and B from 37 to 25: A is above by 7.4 on average. B's
+    operating point, 80 % clean, lies outside A's front, so no difference is stated there.
+    """
+    study = card()
+    pair = compared(Report(study, tmp_path, ledger(study, tmp_path)), study.comparison[0])
+    assert (pair.a, pair.b, pair.seeds, pair.images) == (
+        "mmt-ard-static",
+        "single-teacher",
+        3,
+        {"seen": 200, "unseen": 200},
+    )
+    found = {(s.part, s.what): s.estimate.value for s in pair.statements}
+    assert found["seen", "clean accuracy at the operating points"] == pytest.approx(2)
+    assert found["seen", "robust accuracy at the operating points"] == pytest.approx(4)
+    assert found["seen", "robust accuracy, mean over clean accuracies from 82.0 to 90.0 %"] == pytest.approx(
+        7.4
+    )
+    assert not [what for _, what in found if "B's operating point" in what]
+    assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
+
+
+def test_tests_of_trials_that_were_not_chosen_are_counted_and_not_shown(tmp_path):
+    study = card()
+    report = Report(study, tmp_path, ledger(study, tmp_path))
+    assert report.hidden > 0
+    text = files.markdown(study, list(sections(report))).decode()
+    assert f"{report.hidden} test outcomes of trials that the rule does not choose are not shown" in text
+    table = files.points(report)
+    assert (table.chosen == "yes").sum() == 3
+    assert (table[table.chosen == "no"].seen_robust == "").all()
+    chosen = {j.id for j in choice.judgings_of_chosen(study, tmp_path, report.made)}
+    alone = Report(
+        study, tmp_path, {i: o for i, o in report.known.items() if i in chosen or i[2] == judged(study)}
+    )
+    assert alone.hidden < report.hidden
+    assert files.points(alone).equals(table)
+
+
+def judged(study):
+    from robustbench_vlm.studies.frontier.trials import fingerprint
+
+    return fingerprint(study.validation)
+
+
+def test_a_method_with_a_trial_to_do_has_no_choice_and_no_test(tmp_path):
+    study = card()
+    known = ledger(study, tmp_path)
+    last = trials(study, study.method[0], tmp_path, 0)[-1]
+    del known[Judging(last, 0.5, study.validation).id]
+    report = Report(study, tmp_path, known)
+    assert "single-teacher" not in report.made
+    assert compared(report, study.comparison[0]) is None
+    text = files.markdown(study, list(sections(report))).decode()
+    assert "| single-teacher | 0 of 2 trials to do |" in text
+
+
+def test_the_paper_stands_beside_what_was_found_and_p_values_are_adjusted(tmp_path):
+    study = card()
+    told = {one.title: one for one in sections(Report(study, tmp_path, ledger(study, tmp_path)))}
+    rows = [[cell.text for cell in row] for row in told["What the paper claims"].rows]
+    assert rows[0][0] == "+4.32 % robust accuracy"
+    assert rows[0][2].startswith("robust accuracy on seen sets: +4.0 [")
+    assert rows[1][2].startswith("clean accuracy on unseen sets: +2.0 [")
+    assert rows[2][2].startswith("steps to B's last robust accuracy: ")
+
+
+# --- the ledger's file -------------------------------------------------------------------------------------
+
+
+def record(recipe="r", share=1.0, keys="k", n=3):
+    one = {
+        "n": n,
+        "keys_sha256": keys,
+        "exposure": "seen",
+        "clean": "4A==",
+        "robust": "gA==",
+        "table_sha256": "t",
+    }
+    return {
+        "study_run": {"recipe": recipe, "interpolation": share, "measurement": "m"},
+        "datasets": {"d": one},
+        "curve": [[0, 0.9, 0.1]],
+        "step_seconds": 0.5,
+        "run": {"seconds": 36.0},
+    }
+
+
+def test_outcomes_come_back_as_they_were_written(tmp_path):
+    """0xE0 is 111 and 0x80 is 100, of three images."""
+    path = tmp_path / "x-outcomes.jsonl"
+    outcomes.append(path, [record(), record(share=0.5), record()])
+    found = outcomes.read(path)
+    assert list(found) == [("r", 1.0, "m"), ("r", 0.5, "m")]
+    one = found["r", 1.0, "m"]
+    assert one.mean("clean") == 100
+    assert one.mean("robust") == pytest.approx(100 / 3)
+    assert one.hours == (0.0, 0.01)
+
+
+def test_a_changed_line_and_other_images_are_refused(tmp_path):
+    path = tmp_path / "x-outcomes.jsonl"
+    outcomes.append(path, [record(), record(share=0.5)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = json.loads(lines[0])
+    changed["datasets"]["d"]["robust"] = "4A=="
+    path.write_bytes(store.canonical(changed) + b"\n" + lines[1])
+    with pytest.raises(InputError, match=r"line 1.*checksum"):
+        outcomes.read(path)
+    path.unlink()
+    outcomes.append(path, [record(), record(share=0.5, keys="other")])
+    with pytest.raises(DataError, match="line 2: other images of d"):
+        outcomes.read(path)
+    path.unlink()
+    outcomes.append(path, [{"study_run": {}}])
+    with pytest.raises(DataError, match="line 1: no outcome of a study"):
+        outcomes.read(path)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_packed_verdicts_are_unpacked(values):
+    told = np.array(values)
+    assert (outcomes._unpacked(outcomes._bits(told), len(told)) == told).all()
+
+
+# --- the whole ---------------------------------------------------------------------------------------------
+
+STUDY = """
+kind = "frontier"
+name = "small"
+title = "One teacher <and> two"
+seeds = [0, 1]
+repeats = 1
+interpolation = [1.0, 0.5]
+set = ["optim.steps=2"]
+
+[probe]
+every = 2
+n = 8
+steps = 1
+
+[validation]
+attack = "step"
+suite = "heldout"
+n = 6
+
+[rule]
+highest = "mean"
+fixed = "2026-01-01"
+
+[[test]]
+attack = "step"
+suite = "short"
+n = 6
+
+[[method]]
+name = "one"
+title = "one teacher"
+recipe = "one"
+[method.grid]
+"optim.lr" = ["1e-3", "2e-3"]
+
+[[method]]
+name = "two"
+title = "two teachers"
+recipe = "two"
+set = ["defense.weighting=static"]
+
+[[comparison]]
+title = "two above one"
+a = ["two"]
+b = ["one"]
+"""
+
+
+def command(root, data, out, *options):
+    typed = f"--include {root / 'cards'} study small --data-root {data} --device cpu"
+    typed += f" --out {out}/runs --tables {out}/t"
+    return [sys.executable, "-m", "robustbench_vlm", *typed.split(), *options]
+
+
+def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_same_bytes(
+    world_of_study,  # noqa: F811
+    tmp_path,
+):
+    root, data = world_of_study
+    (root / "cards" / "studies" / "small.toml").write_text(STUDY)
+    (root / "cards" / "heldout.toml").write_text(
+        'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'
+    )
+    ran = subprocess.run(
+        command(root, data, tmp_path, "--jobs", "2"), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "3 trainings to do or to judge" in ran.stderr
+    names = ["small.csv", "small-comparisons.csv", "small.svg", "small.md", "small.html"]
+    assert [line.rsplit("/", 1)[1] for line in ran.stdout.split()] == names
+    first = {name: (tmp_path / "t" / name).read_bytes() for name in names}
+    page = first["small.html"].decode()
+    assert "One teacher &lt;and&gt; two" in page
+    assert 'xlink:href="#one-1-1"' in page
+    assert 'id="one-1-1"' in page
+    assert first["small.csv"].decode().count("\n") == 1 + 2 * 3
+    assert b"two,one,2,6,seen,clean accuracy at the operating points" in first["small-comparisons.csv"]
+
+    ledger_file = tmp_path / "t" / "small-outcomes.jsonl"
+    lines = ledger_file.read_bytes().splitlines(keepends=True)
+    ledger_file.write_bytes(b"".join(reversed(lines)))  # their order means nothing
+    reader.include([root / "cards"])
+    try:
+        files.write(reader.study("small"), perform.Places(tmp_path / "nowhere", tmp_path / "t"))
+        state = perform.state(reader.study("small"), perform.Places(tmp_path / "nowhere", tmp_path / "t"))
+    finally:
+        reader.include([])
+    assert {name: (tmp_path / "t" / name).read_bytes() for name in names} == first
+    assert {row[-1] for row in state} == {"done"}

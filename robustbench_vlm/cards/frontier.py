@@ -120,6 +120,7 @@ class Frontier(Card):
     """Methods ranked by what clean accuracy costs them in robust accuracy, each at its best dials.
 
     Attributes:
+        kind: `frontier`; the other kind of study is `arms`.
         seeds: seeds of data order and noise. Every trial has the first one. The chosen trial of a method has
             the first `repeats`, and that of a compared method all of them.
         repeats: seeds of the chosen trial of a method.

@@ -18,7 +18,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch
-from robustbench_vlm.engine.isolation import isolated
+from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import Cost, Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.errors import InputError
@@ -57,7 +57,8 @@ def evaluate(
                 remark(f"note: {fault}; this result is made again")
             if fault or not cell.finished:
                 tf32 = settings.backend.precision.tf32
-                with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                kept = restored_buffers(subject.loaded.model)  # what calls change is no part of later cells
+                with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     clean = canonical.Record(file)
                     _measure(cell, smaller, report, examine, partial(_begin, clean=clean, remark=remark))
             smaller = cell
@@ -77,7 +78,8 @@ def tables(
     found: list[pd.DataFrame] = []
     for rung in range(len(settings.ladder)):
         cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
-        with isolated(tf32=settings.backend.precision.tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+        tf32, kept = settings.backend.precision.tf32, restored_buffers(subject.loaded.model)
+        with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
             run = _begin(cell, found[-1] if found else None, canonical.Record(file), remark)
             _attack(run, report)
         found.append(run.table)

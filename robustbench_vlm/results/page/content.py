@@ -86,7 +86,7 @@ class Content:
             "means": {f"mean:{name}": list(sets) for name, sets in self.suite.means.items()},
             "models": [_model(first[model]) for model in models],
             "contests": contests,
-            "flags": [[flag, flags.WORDS.get(flag, "see docs/attacks.md")] for flag in self.flags.values],
+            "flags": [_flag(flag) for flag in self.flags.values],
             "images": self.names,
             "bits": self.bits.values,
         }
@@ -161,6 +161,11 @@ class Content:
         values = [mask.to_numpy()[order] for mask in (found.clean_correct, robust)]
         bits = [self.bits.number(pack.bits(value)) for value in values]
         return Seen(counts, self.images[images], bits, pack.iterations(found, result.stages))
+
+
+def _flag(flag: str) -> list[str | bool]:
+    """The flag, its sentence, and whether it is a failed check; the others are facts."""
+    return [flag, flags.WORDS.get(flag, "see docs/attacks.md"), flags.severity(flag) == "failed"]
 
 
 def _model(result: Result) -> dict[str, Any]:

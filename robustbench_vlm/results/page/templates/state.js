@@ -19,6 +19,7 @@ for (const row of data.contests.flatMap(({ rows }) => rows)) {
 data.models.forEach((model) => { model.key = `${model.id}@${model.sha256.slice(0, 8)}`; });
 
 const millions = ({ parameters }) => parameters / 1e6;
+const failed = (flags) => flags.some(([,, check]) => check);
 const wordsOf = (flags) => flags.map(([word]) => word);
 const modelOf = (row) => data.models[row.model];
 const setOf = (name) => data.sets.indexOf(name);
@@ -89,7 +90,7 @@ function passes({ model, flags, complete }) {
   return ["arch", "kind", "defense"].every((name) => !state[name] || model[name] === state[name])
     && (!state.trained || model.data.includes(state.trained))
     && (!size || (millions(model) >= size[1] && millions(model) < size[2]))
-    && (!state.unflagged || !flags.length) && (!state.complete || complete)
+    && (!state.unflagged || !failed(flags)) && (!state.complete || complete)
     && (!state.search || text.includes(state.search.toLowerCase()));
 }
 

@@ -59,7 +59,7 @@ function setColumn(i, n) {
   const share = ({ row }) => row.cells[i] ? last(row.cells[i]) / n : undefined;
   return { key: `set:${data.sets[i]}`, head: data.sets[i], set: i, value: share,
     text: (row) => row.row.cells[i] ? percent(share(row), 2) : "",
-    entry: (row) => row.row.cells[i] ? [percent(share(row)), row.row.flags[i] ? el("b", " !") : ""] : "–",
+    entry: (row) => row.row.cells[i] ? [percent(share(row)), failed(flagsOf(row.row, [i])) ? el("b", " !") : ""] : "–",
     note: ({ row }) => {
       if (!row.cells[i]) return "not measured";
       const count = last(row.cells[i]), [low, high] = wilson(count, n, contest().z);
@@ -121,5 +121,5 @@ function tableView() {
   fill("board", el("table", el("thead", el("tr", columns.map(headCell))),
     el("tbody", rows.map((row) => el("tr", { class: row.off ? "off" : "" }, columns.map((column) => bodyCell(column, row)))))));
   byId("board").scrollLeft = scrolled;
-  fill("legend", definitions([...new Map(rows.flatMap((row) => row.flags))].sort()));
+  fill("legend", definitions([...new Map(rows.flatMap(({ flags }) => flags))].sort()));
 }

@@ -173,7 +173,7 @@ def test_the_csv_has_the_golden_bytes_and_has_them_twice(tmp_path):
     two_models(tmp_path / "results")
     _, files = leaderboard.render(tmp_path / "results", SUITE, tmp_path / "a")
     _, again = leaderboard.render(tmp_path / "results", SUITE, tmp_path / "b")
-    assert [path.name for path in files] == ["pair.csv", "pair.md"]
+    assert [path.name for path in files] == ["pair.csv", "pair.md", "pair.html"]
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
     assert files[0].read_bytes() == GOLDEN.read_bytes()
 

@@ -46,6 +46,7 @@ class EvalOptions(TypedDict, total=False):
         engine: as for `attack`.
         mode: as for `attack`.
         save_images: whether adversarial images are stored, too.
+        save_evidence: whether a bundle a result is stored, too, which `vlmrob verify` can check.
         skip_missing: whether datasets that are not on disk are left out.
     """
 
@@ -57,6 +58,7 @@ class EvalOptions(TypedDict, total=False):
     engine: str
     mode: str
     save_images: bool
+    save_evidence: bool
     skip_missing: bool
 
 
@@ -133,6 +135,7 @@ def evaluate(
         norm=options.get("norm", ""),
         n=n,
         save_images=options.get("save_images", False),
+        save_evidence=options.get("save_evidence", False),
         skip_missing=options.get("skip_missing", False),
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         arch=options.get("arch", ""),

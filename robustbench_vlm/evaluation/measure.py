@@ -47,7 +47,7 @@ def evaluate(
         AttackError: an attack left the ball or the box.
     """
     for chain in settings.chains:
-        examine: Examine = cache(partial(_examine, subject, chain, settings))
+        examined: Examine = cache(partial(examine, subject, chain, settings))
         smaller: Cell | None = None
         for rung in range(len(settings.ladder)):
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
@@ -58,12 +58,12 @@ def evaluate(
                 tf32 = settings.backend.precision.tf32
                 with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     clean = canonical.Record(file)
-                    _measure(cell, smaller, report, examine, partial(_begin, clean=clean, remark=remark))
+                    _measure(cell, smaller, report, examined, partial(_begin, clean=clean, remark=remark))
             smaller = cell
             yield cell.path
 
 
-def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
+def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
     """Check on some images of the subset what the chain takes for granted about the model."""
     device, keys = settings.device, subject.split.keys
     positions = model_checks.chosen(keys, chain.rows, settings.seed)
@@ -98,10 +98,8 @@ def _fault(cell: Cell) -> str:
     if images != (list(subject.split.keys), subject.split.labels.tolist(), list(subject.image_shas)):
         return f"{path.with_suffix('.parquet')}: verdicts of other images"
     broken = table[table.broken_by != ""]
-    if bundle and (bundle.result.get("sha256"), bundle.images.keys()) != (
-        result.content.sha256,
-        {*broken.key},
-    ):
+    proved = None if bundle is None else (bundle.result.get("sha256"), {*bundle.images})
+    if proved not in (None, (result.content.sha256, {*broken.key})):
         return f"{evidence.path_of(path)}: evidence of another result"
     for key, sha256 in zip(broken.key, broken.adv_sha256, strict=True):
         if saved is not None and (key not in saved or verdicts.image_sha256(saved[key]) != sha256):

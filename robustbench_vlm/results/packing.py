@@ -1,8 +1,8 @@
 """Adversarial images packed into few bytes, given the clean image that they were made from.
 
-`corners` has one bit a value: the image lies in a corner of the ball, `clip(x +- eps)` everywhere. `steps` has
-the image on the grid of 8-bit pixels, as its difference from the clean one. `exact` has every bit of it. The
-last two are coded by the entropy coder of zlib.
+`corners` has one bit a value: the image lies in a corner of the ball, `clip(x +- eps)` everywhere. `steps`
+has the image on the grid of 8-bit pixels, as its difference from the clean one. `exact` has every bit of it.
+The last two are coded by the entropy coder of zlib.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _words(image: np.ndarray) -> np.ndarray:
 
 
 def _coded(content: bytes) -> bytes:
-    """The shorter of Huffman codes alone, which suit noise, and of whole deflate, which suits runs of zeros."""
+    """The shorter of Huffman codes alone, which suit noise, and of deflate, which suits runs of zeros."""
     found = []
     for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
         coder = zlib.compressobj(6, zlib.DEFLATED, RAW_DEFLATE, zlib.DEF_MEM_LEVEL, strategy)

@@ -66,7 +66,7 @@ def rewrite(path, parts, *, files=True):
     path.write_bytes(evidence.encoded(bundle))
     if files:
         json_path = evidence.result_of(path)
-        json_path.write_text(json.dumps(blocks | {"evidence": {"root": bundle.root()}}))
+        json_path.write_text(json.dumps(blocks | {"evidence": {"root": bundle.root}}))
         json_path.with_suffix(".parquet").write_bytes(parquet)
     return path
 

@@ -118,7 +118,7 @@ def test_every_broken_image_is_there_and_a_smaller_radius_counts(what, tmp_path)
     for path, (content, bundle) in found.items():
         table = result_file.read_one(path).verdicts()
         assert set(bundle.images) == set(table.key[table.broken_by != ""])
-        assert content["evidence"] == {"root": bundle.root(), "images": bundle.kinds()}
+        assert content["evidence"] == {"root": bundle.root, "images": bundle.kinds()}
         assert bundle.suite["name"] == "toys"
     assert inner.images
     assert len(outer.images) > len(inner.images)
@@ -197,4 +197,4 @@ def test_a_bundle_that_is_none_is_refused(what, tmp_path):
     with pytest.raises(DataError, match="compressed"):
         evidence.read(path)
     written(path, good)
-    assert evidence.read(path).root() == manifest["root"]
+    assert evidence.read(path).root == manifest["root"]

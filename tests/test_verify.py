@@ -15,7 +15,7 @@ from forgeries import bundle_of, forge, relabel_model, survive, unpacked
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import reattack
-from robustbench_vlm.evaluation.verify import Verifier
+from robustbench_vlm.evaluation.verify import AtHand, Verifier
 from robustbench_vlm.evaluation.verify_folder import Target, verify
 from robustbench_vlm.results import evidence, leaderboard, packing, result_file, row_check, submission
 
@@ -49,7 +49,7 @@ def results(honest, tmp_path):
 @pytest.fixture(scope="module")
 def at_hand():
     """Models and datasets that were read once, for all tests."""
-    return {}, {}
+    return AtHand()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def check(home, tmp_path, at_hand):
         scratch = tmp_path / "scratch"
         scratch.mkdir(exist_ok=True)
         models = (f"{home}/models/m0", f"{home}/models/m1")
-        verifier = Verifier(home / "data", scratch, torch.device("cpu"), models, lambda *_: None, *at_hand)
+        verifier = Verifier(home / "data", scratch, torch.device("cpu"), models, lambda *_: None, at_hand)
         return verify(Target.of(path, results or path), verifier, share, 5, lambda *_: None)
 
     yield run

@@ -146,7 +146,7 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     if settings.suite is not None:
         bundle = bundling.bundle(cell, smaller, content, table, images)
         store.write(evidence.path_of(path), evidence.encoded(bundle))
-        beside["evidence"] = {"root": bundle.root(), "images": bundle.kinds()}
+        beside["evidence"] = {"root": bundle.root, "images": bundle.kinds()}
     result_file.write(path, content, beside)
 
 

@@ -97,8 +97,25 @@ class CellReport:
 
 
 @dataclass(frozen=True)
+class AtHand:
+    """What was read or computed once, and serves several results.
+
+    Attributes:
+        models: by the name that was loaded.
+        plans: by what an evaluation is asked for.
+        subjects: models on datasets, by what decides them.
+        flags: names of the failed checks of a model on a dataset before a chain.
+    """
+
+    models: dict[str, Loaded] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    flags: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Verifier:
-    """What results are checked with; models and datasets are read once.
+    """What results are checked with.
 
     Attributes:
         data_root: folder of the datasets.
@@ -106,6 +123,7 @@ class Verifier:
         device: of the forward passes.
         models: names or folders of the models; those of the results where none fits.
         report: called as images are rendered.
+        at_hand: what is known already.
     """
 
     data_root: Path
@@ -113,8 +131,7 @@ class Verifier:
     device: torch.device
     models: tuple[str, ...] = ()
     report: Report = lambda *_: None
-    _loaded: dict[str, Loaded] = field(default_factory=dict)
-    _subjects: dict[str, Subject] = field(default_factory=dict)
+    at_hand: AtHand = field(default_factory=AtHand)
 
     def verify(self, path: Path) -> CellReport:
         """Check one bundle.
@@ -126,7 +143,7 @@ class Verifier:
             bundle = evidence.read(path)
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
             result = evidence.unpack(bundle, folder, "result")
-            table, _ = result.verdicts(), result.outcome
+            table = result.verdicts()
         except DataError as error:
             return CellReport(path, (Claim("bundle", str(error)),))
         claims = [Claim("bundle"), Claim("result beside", _beside(path, bundle, result))]
@@ -136,7 +153,7 @@ class Verifier:
         cell = self._cell(result, plan)
         claims += [*_configuration(cell, result, bundle, plan), *verify_images.same_images(cell, table)]
         forward = verify_images.forward(cell, table, bundle.images)
-        claims += [*forward.claims, Claim("flags", _flags(cell, result, table))]
+        claims += [*forward.claims, Claim("flags", self._flags(cell, result, table))]
         return CellReport(path, tuple(claims), result, table, bundle.kinds(), forward.near, cell=cell)
 
     def _plan(self, result: Result, bundle: Bundle) -> Plan | Claim:
@@ -161,21 +178,25 @@ class Verifier:
             n=int(config["n_requested"]),
             protocol=protocol,
         )
-        try:
-            plan = planning.plan(request, self.device)
-        except InputError as error:
-            return Claim("configuration", str(error))
-        write.make_missing(self.data_root, self.report, [card.name for card in plan.datasets])
-        return planning.require_data(replace(plan, settings=replace(plan.settings, ladder=contest.ladder)))
+        asked = repr(request)
+        if asked not in self.at_hand.plans:
+            try:
+                plan = planning.plan(request, self.device)
+            except InputError as error:
+                return Claim("configuration", str(error))
+            write.make_missing(self.data_root, self.report, [card.name for card in plan.datasets])
+            self.at_hand.plans[asked] = planning.require_data(plan)
+        plan = self.at_hand.plans[asked]
+        return replace(plan, settings=replace(plan.settings, ladder=contest.ladder))
 
     def _cell(self, result: Result, plan: Plan) -> Cell:
         loaded = protocols.with_protocol_resize(self._model(result), plan.protocol)
-        settings, key = plan.settings, [result.dataset, settings_key(plan), loaded.id, loaded.card.sha256]
-        known = store.fingerprint(key)
-        if known not in self._subjects:
+        settings, key = plan.settings, [result.dataset, _settings_key(plan), loaded.id, loaded.card.sha256]
+        known, subjects = store.fingerprint(key), self.at_hand.subjects
+        if known not in subjects:
             (split,) = planning.open_data(plan)
-            self._subjects[known] = Subject.of(loaded, split.card, split)
-        return Cell(self._subjects[known], settings.chains[0], settings, result.contest.ladder)
+            subjects[known] = Subject.of(loaded, split.card, split)
+        return Cell(subjects[known], settings.chains[0], settings, result.contest.ladder)
 
     def _model(self, result: Result) -> Loaded:
         """The model of that fingerprint among those at hand, else the one of that name, to be compared."""
@@ -187,12 +208,40 @@ class Verifier:
         return self._load((*named, name)[0])
 
     def _load(self, name: str) -> Loaded:
-        if name not in self._loaded:
-            self._loaded[name] = zoo.load(name, self.device)
-        return self._loaded[name]
+        if name not in self.at_hand.models:
+            self.at_hand.models[name] = zoo.load(name, self.device)
+        return self.at_hand.models[name]
+
+    def _flags(self, cell: Cell, result: Result, table: pd.DataFrame) -> str:
+        """Flags that are raised here and not in the result, or other facts of its outcome; empty if none.
+
+        Flags that only an attack can raise may stand in a result beside those that are found here.
+        """
+        if {*table.key} != {*cell.subject.split.keys}:
+            return ""  # of other images: `published subset` says so
+        eps = eps_text(cell.settings.norm, cell.threat.eps)
+        seen = attack_checks(table, cell.chain, cell.subject.card.n_classes, eps)
+        failed = [check.name for check in seen if check.level == "fail"]
+        made, stated = tally(cell, table, [*failed, *self._failed(cell)]), result.content.outcome
+        lacking = sorted({*made["flags"]} - {*stated["flags"]})
+        if lacking:
+            return f"{some(lacking)} is raised here and not in the result"
+        for key in COUNTED_AGAIN:
+            if key in stated and stated[key] != made[key]:
+                return f"{key} is {_short(stated[key])}, here {_short(made[key])}"
+        return ""
+
+    def _failed(self, cell: Cell) -> list[str]:
+        """Names of the checks of the model that fail; they do not depend on the radius."""
+        facts = [cell.subject.facts, cell.subject.split.sha256, *cell.subject.image_shas]
+        known = store.fingerprint([*facts, cell.chain.record, cell.settings.seed])
+        if known not in self.at_hand.flags:
+            examined = measure.examine(cell.subject, cell.chain, cell.settings)
+            self.at_hand.flags[known] = examined.failed
+        return self.at_hand.flags[known]
 
 
-def settings_key(plan: Plan) -> list[Any]:
+def _settings_key(plan: Plan) -> list[Any]:
     """What decides which images of a dataset are drawn, and how they are shown to a model."""
     protocol = None if plan.protocol is None else plan.protocol.model_dump(mode="json")
     return [plan.suite.model_dump(mode="json"), plan.settings.n, protocol]
@@ -205,13 +254,14 @@ def _beside(path: Path, bundle: Bundle, result: Result) -> str:
         return ""
     try:
         other = result_file.read_one(beside)
-        _ = other.outcome
+        if beside.with_suffix(".parquet").read_bytes() != bundle.verdicts:
+            other.verdicts()  # raises an error unless they are the same in another form
         stated = store.read_json(beside).get("evidence")
-    except InputError as error:
+    except (InputError, OSError) as error:
         return str(error)
     if other.content.sha256 != result.content.sha256:
         return f"{beside.name} is another result than the one in the bundle"
-    if isinstance(stated, dict) and stated.get("root") != bundle.root():
+    if isinstance(stated, dict) and stated.get("root") != bundle.root:
         return f"{beside.name} names another root of evidence"
     return ""
 
@@ -244,24 +294,3 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 def _short(value: object) -> str:
     return f"{value!s:.40}" if value is not None else "missing"
-
-
-def _flags(cell: Cell, result: Result, table: pd.DataFrame) -> str:
-    """Flags that are raised here and not in the result, or other facts of its outcome; empty if none.
-
-    Flags that only an attack can raise may stand in a result beside those that are found here.
-    """
-    if {*table.key} != {*cell.subject.split.keys}:
-        return ""  # of other images: `subset` says so
-    eps = eps_text(cell.settings.norm, cell.threat.eps)
-    seen = attack_checks(table, cell.chain, cell.subject.card.n_classes, eps)
-    failed = [check.name for check in seen if check.level == "fail"]
-    examined = measure.examine(cell.subject, cell.chain, cell.settings)
-    made, stated = tally(cell, table, [*failed, *examined.failed]), result.content.outcome
-    lacking = sorted({*made["flags"]} - {*stated["flags"]})
-    if lacking:
-        return f"{some(lacking)} is raised here and not in the result"
-    for key in COUNTED_AGAIN:
-        if key in stated and stated[key] != made[key]:
-            return f"{key} is {_short(stated[key])}, here {_short(made[key])}"
-    return ""

@@ -18,6 +18,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +64,7 @@ class Bundle:
     suite: Mapping[str, Any]
     chain: Mapping[str, Any]
 
+    @cached_property
     def root(self) -> str:
         """The root of the hash tree."""
         table = pd.read_parquet(io.BytesIO(self.verdicts))
@@ -105,7 +107,7 @@ def encoded(bundle: Bundle) -> bytes:
     }
     manifest = {
         "schema": SCHEMA,
-        "root": bundle.root(),
+        "root": bundle.root,
         "suite": dict(bundle.suite),
         "chain": dict(bundle.chain),
         "members": {name: hashlib.sha256(content).hexdigest() for name, content in members.items()},
@@ -142,7 +144,7 @@ def read(path: Path) -> Bundle:
         manifest["chain"],
     )
     try:
-        root = bundle.root()
+        root = bundle.root
     except (ValueError, OSError, KeyError) as error:
         found = f"unreadable ({str(error).splitlines()[0]:.120})"
         raise DataError(f"{path}, {VERDICTS}", found, "verdicts", DO) from None

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
+from robustbench_vlm.evaluation import bundling, verify_images
+from robustbench_vlm.evaluation.cells import Cell
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.results import evidence, hash_tree, packing, result_file, verdicts
 from robustbench_vlm.results.packing import Packed
 from robustbench_vlm.threat import Threat
 
 SUITE = Suite(name="toys", title="Toys", datasets=("toy",), eps=("4/255",), n=12)
+LADDER = (Fraction(4, 255),)
 LINF = Threat("linf", "4/255")
 
 
@@ -198,3 +203,53 @@ def test_a_bundle_that_is_none_is_refused(what, tmp_path):
         evidence.read(path)
     written(path, good)
     assert evidence.read(path).root == manifest["root"]
+
+
+# --- which packing is chosen -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tried", "kinds"), [(("steps",), {"steps", "exact"}), ((), {"exact"})])
+def test_the_next_kind_is_taken_where_one_is_not_tried(tried, kinds, what, tmp_path, monkeypatch):
+    monkeypatch.setitem(bundling.ENCODED, "linf", tried)
+    ((_, (_, bundle)),) = measured(what, tmp_path).items()
+    assert bundle.images
+    assert {packed.kind for packed in bundle.images.values()} <= kinds
+
+
+def test_a_corner_that_does_not_break_the_model_is_not_stored(what, tmp_path, monkeypatch):
+    """With every bit inverted a corner is the opposite one; what is stored still breaks the model."""
+    inverted = {}
+
+    def pack(kind, adv, clean, own=packing.pack):
+        packed = own(kind, adv, clean)
+        if kind != "corners":
+            return packed
+        bits = np.packbits(1 - np.unpackbits(np.frombuffer(packed.content, np.uint8))).tobytes()
+        return inverted.setdefault(bits, Packed(kind, bits))
+
+    monkeypatch.setattr(bundling.packing, "pack", pack)
+    ((path, (_, bundle)),) = measured(what, tmp_path).items()
+    assert len(inverted) == len(bundle.images)
+    assert {packed.kind for packed in bundle.images.values()} - {"corners"}
+    cell = Cell(what, Chain.of(toys.chain("aa", "ce", "square")), toys.request(tmp_path), LADDER)
+    table = result_file.read_one(path).verdicts()
+    assert [claim.fault for claim in verify_images.forward(cell, table, bundle.images).claims] == [""] * 5
+
+
+def test_an_image_within_rounding_of_the_boundary_is_accepted_and_counted(what, tmp_path, monkeypatch):
+    ((path, (_, bundle)),) = measured(what, tmp_path).items()
+    cell = Cell(what, Chain.of(toys.chain("aa", "ce", "square")), toys.request(tmp_path), LADDER)
+    table = result_file.read_one(path).verdicts()
+    own = bundling.CanonicalPass.__call__
+
+    def shifted(self, images, labels, by):
+        predictions, margins = own(self, images, labels)
+        return predictions, np.where(margins < 0, by, margins).astype(np.float32)
+
+    for by, near, faults in ((5e-4, len(bundle.images), 0), (5e-3, 0, 1), (np.nan, 0, 1)):
+        monkeypatch.setattr(
+            bundling.CanonicalPass, "__call__", lambda self, x, y, by=by: shifted(self, x, y, by)
+        )
+        found = verify_images.forward(cell, table, bundle.images)
+        assert found.near == near
+        assert sum(bool(claim.fault) for claim in found.claims) == faults

@@ -1,6 +1,7 @@
 # What a fresh clone needs is make and Python 3.11 or newer; everything else goes into .venv, once.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 READY := .venv/.ready
 PARITY := .venv/.parity
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -32,7 +33,7 @@ demo: $(READY) ## the whole loop on the built-in tiny world: train, attack, comp
 	@$(BIN)/vlmrob demo
 
 test: lint ## lint, type check and tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY) ## ruff, ruff format and mypy
 	@$(BIN)/ruff check

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustbench_vlm.api.attack import Attacked, attack
     from robustbench_vlm.api.commands import compare, evaluate, leaderboard, load_model, train
+    from robustbench_vlm.cards.plugins import allow_code
     from robustbench_vlm.catalogue import (
         list_attacks,
         list_datasets,
@@ -37,6 +38,7 @@ __all__ = [
     "Encoder",
     "Threat",
     "__version__",
+    "allow_code",
     "attack",
     "compare",
     "evaluate",
@@ -53,6 +55,7 @@ __all__ = [
 
 _MODULES = {
     "Attacked": "api.attack",
+    "allow_code": "cards.plugins",
     "attack": "api.attack",
     "Classifier": "models.clip",
     "Encoder": "types",

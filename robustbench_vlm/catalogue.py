@@ -179,8 +179,7 @@ def details(what: str, name: str) -> dict[str, Any]:
     if kind == "defenses":
         plugin = plugins.get(kind, name)
         fields = {
-            field.name: {"default": field.default, "type": str(field.type)}
-            for field in dataclasses.fields(plugin)
+            field.name: {**_default(field), "type": str(field.type)} for field in dataclasses.fields(plugin)
         }
         module = inspect.getmodule(plugin)
         teachers = list(getattr(plugin, "teachers", ()))
@@ -200,6 +199,13 @@ def details(what: str, name: str) -> dict[str, Any]:
     from robustbench_vlm.models import checkpoint_card
 
     return checkpoint_card.read_card(folder).model_dump(mode="json")
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """The default of a field under the key `default`; nothing if a value has to be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return {"default": field.default_factory()}
+    return {} if field.default is dataclasses.MISSING else {"default": field.default}
 
 
 def _defense(recipe: Recipe) -> Any:  # noqa: ANN401 - the plug-in's type

@@ -359,7 +359,7 @@ def test_the_public_names_are_listed_and_cost_no_torch():
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".api.attack", ".api.commands", ".catalogue", ".threat", ".models.clip"]
+    "module", ["", ".api.attack", ".api.commands", ".cards.plugins", ".catalogue", ".threat", ".models.clip"]
 )
 def test_the_examples_of_the_docstrings_run(module, tmp_path, monkeypatch):
     """Every public function has one; `tiny-seen` has few images here, so that nothing long is rendered."""

@@ -102,7 +102,8 @@ def test_a_new_attack_is_discovered_without_a_chain(tmp_path, monkeypatch):
     (tmp_path / "shorter_fgsm.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("shorter-fgsm", "shorter_fgsm:Shorter", "robustbench_vlm.attacks")
-    monkeypatch.setattr(plugins, "entry_points", EntryPoints([point]).select)
+    points = EntryPoints([point]).select
+    monkeypatch.setattr(plugins, "_points", lambda kind: points(group=f"robustbench_vlm.{kind}"))
     found = discovered()
     assert set(found) == set(plugins.names("attacks"))
     assert found["shorter-fgsm"].loss == "margin"

@@ -13,7 +13,7 @@ from worlds import describe, tilted, twin, with_mean_rows
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import canary, checkpoint, convert, model_ids, openclip, zoo
+from robustbench_vlm.models import canary, checkpoint, checkpoint_card, convert, model_ids, openclip, zoo
 from robustbench_vlm.models.clip import Clip
 
 
@@ -142,7 +142,7 @@ def test_a_canary_of_other_hardware_still_passes(model):
             canary.distance(stated, canary.take(own), p)
             for p in ("tower", "pixels", "resized", "text", "logits")
         )
-        assert far > 3 * canary.TOLERANCE, mutate.__name__
+        assert far > 3 * checkpoint_card.CANARY_TOLERANCE, mutate.__name__
 
 
 def test_the_fixed_images_are_fixed_and_in_range():
@@ -175,7 +175,7 @@ def test_packaged_checkpoints_have_their_canary():
     for name in model_ids.packaged():
         card = zoo.load(name).card  # and it was checked
         assert card.canary is not None
-        assert card.canary.tolerance == canary.TOLERANCE
+        assert card.canary.tolerance == checkpoint_card.CANARY_TOLERANCE
 
 
 def test_a_card_from_before_canaries_loads_and_gets_one(world, tmp_path):

@@ -1,13 +1,12 @@
 """A dataset is what its card and its manifest say, or every difference is told, one line each."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+from command_line import run_command as vlmrob
 from folders import NAMES, TEMPLATES, card, encode, noise, one_shard, samples, tar_bytes, write_toy
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
@@ -131,17 +130,6 @@ def test_a_broken_manifest_is_a_problem(tmp_path, content):
     place = write_toy(tmp_path)
     (place.parent / manifest.FILE).write_text(content)
     assert len(checked(tmp_path).problems) == 1
-
-
-def vlmrob(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        reader.include([])
-    return 0
 
 
 def test_the_command_prints_a_table_and_exits_1_when_broken(tmp_path, monkeypatch, capsys):

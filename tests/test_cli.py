@@ -214,10 +214,10 @@ def test_a_measured_cell_is_said_to_be_there_and_costs_nothing(vlmrob):
     assert "measured already" not in err
     _, out, _ = vlmrob(line + " --eps 2,4 --dry-run")
     assert "2 of 2 cells measured already, in results" in out
-    assert "at most" not in out
+    assert "checks included" not in out
     _, out, _ = vlmrob(line + " --eps 2,4 --attack pgd5 --dry-run")
     assert "2 of 4 cells measured already" in out
-    assert "at most" in out
+    assert "checks included" in out
     assert "measured already" not in vlmrob(line + " --eps 2,4 --n 5 --dry-run")[1]
 
 
@@ -237,7 +237,7 @@ def test_a_dry_run_writes_nothing(vlmrob, tmp_path):
     code, out, _ = vlmrob(EVAL + " --dry-run")
     assert code == 0
     assert "2 cells" in out
-    assert "at most" in out
+    assert "checks included" in out
     code, out, _ = vlmrob("eval --model {home}/models/m0 --dry-run")  # suite tiny, which is not there yet
     assert code == 0
     assert "not below data yet: tiny-seen" in out
@@ -255,6 +255,19 @@ def test_a_flag_is_told_and_strict_makes_it_exit_3(vlmrob, home, tmp_path):
     code, again, _ = vlmrob(line + " --strict")
     assert (code, again) == (3, out)
     assert vlmrob(EVAL + " --dataset pair --strict")[0] == 0
+
+
+def test_a_fact_is_told_and_strict_does_not_count_it(vlmrob, home, tmp_path):
+    twins = toys.dataset_card("twins", (*toys.NAMES[:5], toys.NAMES[0]))
+    toys.write(twins, tmp_path / "data")
+    toys.write_include(tmp_path / "cards", [twins])
+    line = f"--include {tmp_path}/cards " + EVAL.replace("{home}/data", str(tmp_path / "data"))
+    code, out, err = vlmrob(line.replace("--suite toys", "--dataset twins") + " --n 0 --eps 4 --strict")
+    assert code == 0, err
+    assert "note: random0 on twins: tied-classes" in err
+    assert "flag: " not in err
+    assert "!" not in out
+    assert "note: tied-classes (random0 on twins): classes with the same text" in err
 
 
 def test_without_a_model_the_newest_checkpoint_is_taken_and_named(vlmrob, home, tmp_path):
@@ -528,7 +541,9 @@ def test_doctor_says_what_is_missing(vlmrob, monkeypatch):
     assert vlmrob("doctor")[1].startswith("# doctor\nwhat\tfound\twhat to do\n")
 
 
-@pytest.mark.parametrize("words", ["list models", "doctor", "eval --model nope", "train --help"])
+@pytest.mark.parametrize(
+    "words", ["list models", "doctor", "show model tiny", "eval --model nope", "train --help"]
+)
 def test_light_commands_do_not_import_torch(words):
     code = f"import sys; sys.argv = ['vlmrob', *{words.split()!r}]\nfrom robustbench_vlm.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)\n"

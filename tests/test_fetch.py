@@ -2,14 +2,14 @@
 
 import hashlib
 import re
-import sys
 import time
+import tomllib
 
 import pytest
+from command_line import run_command as vlmrob
 from folders import NAMES, TEMPLATES, samples
 from hub_server import SHA, Hub, serving
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import fetch, hub, layout, manifest, web
@@ -53,7 +53,7 @@ def origin(tmp_path, monkeypatch):
 
 
 def card():
-    return reader.read("datasets", "toy", DatasetCard)
+    return DatasetCard.model_validate(tomllib.loads(CARD.replace("REV", SHA)))
 
 
 def parcel(origin, root):
@@ -71,15 +71,6 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file() and path.name != manifest.FILE
     }
-
-
-def vlmrob(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def test_the_split_and_the_texts_come_and_nothing_else(origin, tmp_path):

@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from robustbench_vlm.studies.frontier.outcomes import OnDataset, Outcome
 from robustbench_vlm.studies.frontier.report import Report, compared
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.sections import sections
-from robustbench_vlm.studies.frontier.trials import Judging, trials
+from robustbench_vlm.studies.frontier.trials import Judging, trained, trials
 
 POINTS = np.array([[90.0, 30.0], [80.0, 40.0], [85.0, 30.0], [80.0, 35.0], [70.0, 42.0], [90.0, 30.0]])
 
@@ -108,13 +107,17 @@ def models(seeds, images, rng, chance=0.5, effect=0.0):
     return Models({"a": rng.random((seeds, 1, 2, images)) < own})
 
 
+def estimate(models, statistic, draws=resampling.DRAWS):
+    return resampling.estimates(models, lambda points: [statistic(points)], draws=draws)[0]
+
+
 def gap(points):
     return float(points[0][0, 1] - points[1][0, 1])
 
 
 def test_a_difference_of_equal_models_is_zero_and_has_no_width():
     one = models(3, 200, np.random.default_rng(0))
-    found = resampling.estimate([one, one], gap, draws=200)
+    found = estimate([one, one], gap, draws=200)
     assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
@@ -122,7 +125,7 @@ def test_with_one_seed_the_interval_is_that_of_the_images():
     """A proportion of n images has standard error sqrt(q (1 - q) / n): 100 * 1.96 * 0.0158 = 3.1 points."""
     bits = np.arange(1000) % 2 == 0
     one = Models({"a": np.stack([bits, bits])[None, None]})
-    found = resampling.estimate([one], lambda p: float(p[0][0, 0]))
+    found = estimate([one], lambda p: float(p[0][0, 0]))
     assert found.value == 50
     assert found.high - found.low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.25 / 1000), rel=0.06)
 
@@ -130,14 +133,14 @@ def test_with_one_seed_the_interval_is_that_of_the_images():
 def test_models_on_other_images_are_not_paired():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="cannot be paired"):
-        resampling.estimate([models(2, 50, rng), models(2, 60, rng)], gap)
+        estimate([models(2, 50, rng), models(2, 60, rng)], gap)
     with pytest.raises(ValueError, match="cannot be paired"):
-        resampling.estimate([models(2, 50, rng), models(3, 50, rng)], gap)
+        estimate([models(2, 50, rng), models(3, 50, rng)], gap)
 
 
 def test_a_statistic_that_is_often_without_value_has_no_interval():
     one = models(2, 50, np.random.default_rng(0))
-    found = resampling.estimate([one], lambda p: math.nan if p[0][0, 0] > 50 else 1.0, draws=200)
+    found = estimate([one], lambda p: math.nan if p[0][0, 0] > 50 else 1.0, draws=200)
     assert math.isnan(found.low)
     assert math.isnan(found.p)
 
@@ -148,7 +151,7 @@ def test_the_interval_over_seeds_and_images_covers_the_truth():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(400):
         pair = [models(5, 300, rng, effect=0.05), models(5, 300, rng)]
-        found = resampling.estimate(pair, gap, draws=400)
+        found = estimate(pair, gap, draws=400)
         hits += found.low <= 5 <= found.high
     assert 0.90 <= hits / 400 <= 0.99
 
@@ -254,10 +257,24 @@ def test_trials_that_are_one_recipe_are_refused(tmp_path):
 
 
 def test_another_title_of_a_recipe_is_the_same_trial(tmp_path):
-    first = trials(card(), card().method[0], tmp_path, 0)[0]
-    other = replace(first, recipe=first.recipe.model_copy(update={"title": "x", "checkpoint_every": 7}))
-    assert other.sha256 == first.sha256
-    assert replace(first, recipe=first.recipe.model_copy(update={"seed": 5})).sha256 != first.sha256
+    recipe = trials(card(), card().method[0], tmp_path, 0)[0].recipe
+    assert trained(recipe.model_copy(update={"title": "x", "checkpoint_every": 7})) == trained(recipe)
+    assert trained(recipe.model_copy(update={"seed": 5})) != trained(recipe)
+
+
+def test_a_teacher_of_the_study_is_known_by_its_recipe_and_not_by_its_folder(tmp_path):
+    teacher = {"name": "weak", "recipe": "tiny-tecoa", "set": ["optim.steps=50"]}
+    method = card().method[0].model_copy(update={"set": ("teachers.robust=@weak",)})
+    study = card(teacher=[teacher])
+    here, there = (trials(study, method, tmp_path / name, 0)[0] for name in ("here", "there"))
+    assert here.sha256 == there.sha256
+    assert [one.name for one in here.needs] == ["weak"]
+    assert here.recipe.teachers["robust"] == str(here.needs[0].model)
+    assert here.needs[0].recipe.optim.steps == 50
+    longer = card(teacher=[teacher | {"set": ["optim.steps=60"]}])
+    assert trials(longer, method, tmp_path, 0)[0].sha256 != here.sha256
+    with pytest.raises(CardError, match=r"no teacher 'weak' of the study"):
+        trials(card(), method, tmp_path, 0)
 
 
 # --- the rule ----------------------------------------------------------------------------------------------
@@ -351,9 +368,9 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     found = {(s.part, s.what): s.estimate.value for s in pair.statements}
     assert found["seen", "clean accuracy at the operating points"] == pytest.approx(2)
     assert found["seen", "robust accuracy at the operating points"] == pytest.approx(4)
-    assert found["seen", "robust accuracy, mean over clean accuracies from 82.0 to 90.0 %"] == pytest.approx(
-        7.4
-    )
+    assert found[
+        "seen", "robust accuracy, mean over the shared clean accuracies, 82.0 to 90.0 %"
+    ] == pytest.approx(7.4)
     assert not [what for _, what in found if "B's operating point" in what]
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
 
@@ -499,11 +516,16 @@ recipe = "one"
 [method.grid]
 "optim.lr" = ["1e-3", "2e-3"]
 
+[[teacher]]
+name = "first"
+recipe = "one"
+set = ["optim.steps=1"]
+
 [[method]]
 name = "two"
 title = "two teachers"
 recipe = "two"
-set = ["defense.weighting=static"]
+set = ["defense.weighting=static", "teachers.robust=@first"]
 
 [[comparison]]
 title = "two above one"
@@ -531,6 +553,7 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
         command(root, data, tmp_path, "--jobs", "2"), capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+    assert "1 trainings to do or to judge" in ran.stderr  # the teacher
     assert "3 trainings to do or to judge" in ran.stderr
     names = ["small.csv", "small-comparisons.csv", "small.svg", "small.md", "small.html"]
     assert [line.rsplit("/", 1)[1] for line in ran.stdout.split()] == names

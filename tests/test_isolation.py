@@ -9,7 +9,7 @@ from attack_models import blobs, classifier
 from torch import nn
 
 import robustbench_vlm
-from robustbench_vlm.engine.isolation import isolated
+from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.errors import InputError, UntrustedResultWarning
 from robustbench_vlm.threat import Threat
 
@@ -166,3 +166,40 @@ def test_the_flags_of_the_verdicts_are_in_the_result_of_the_call(chain, data):
     honest = robustbench_vlm.attack(classifier(), *data, EPS, chain=chain)
     assert {check.name for check in honest.checks.checks} >= failed | {"outputs-changed"}
     assert honest.checks.failed == []
+
+
+class Counts(nn.Module):
+    """A linear classifier behind batch norm in training mode, which also puts new tensors into a buffer."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(images[0].numel(), 10)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.hidden.fill_(7)
+        return self.head(self.norm(x).flatten(1))
+
+
+def test_buffers_that_calls_change_get_their_values_back_and_the_flag_stays(data, chain):
+    images, labels = data
+    model = Counts(images).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ids = {name: id(buffer) for name, buffer in model.named_buffers()}
+    with pytest.warns(UntrustedResultWarning):
+        found = robustbench_vlm.attack(model, images, labels, EPS, chain)
+    assert {"training-mode", "state-changed"} <= set(found.checks.failed)
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == ids
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.training
+    model(images)  # and without an attack they do change
+    assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
+
+
+def test_buffers_come_back_after_an_error_too(data):
+    model = Counts(data[0]).train()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), restored_buffers(model):
+        model(data[0][..., 1:])  # batch norm counts it, and the linear layer fails
+    assert int(model.calls) == int(model.norm.num_batches_tracked) == 0

@@ -209,6 +209,38 @@ def test_models_stand_in_one_order_and_n_is_as_drawn(tmp_path):
     assert any("n = 10 (of 50 asked for)" in title for title in found)
 
 
+def test_two_tables_of_one_radius_are_explained_in_one_sentence(tmp_path):
+    two_models(tmp_path)
+    assert list(grids.ladder_notes(rows(tmp_path))) == []
+    for model in ("clean", "defended"):  # the same radius, after 2/255
+        for dataset in SUITE.datasets:
+            cell(tmp_path, model, dataset, 9, {0: "apgd-ce"}, eps_ladder=["2/255", "4/255"])
+    (note,) = grids.ladder_notes(rows(tmp_path))
+    assert note.startswith("aa at linf 4/255 has 2 tables, for the radii (2/255, 4/255) and (4/255): an ")
+    lines = grids.markdown(rows(tmp_path), SUITE).decode().split("\n")
+    assert [line for line in lines if "2 tables" in line] == [f"{note}."]
+    cell(tmp_path, "clean", "one", 9, {}, attack_sha256="a" * 64, eps_ladder=["1/255", "4/255"])
+    assert len(list(grids.ladder_notes(rows(tmp_path)))) == 1  # another chain is another reason
+
+
+def test_facts_are_told_apart_from_failed_checks(tmp_path):
+    two_models(tmp_path)
+    table = rows(tmp_path)
+    table.loc[(table.dataset == "one") & (table.model_id == "clean"), "flag"] = "tied-classes"
+    table.loc[(table.dataset == "two") & (table.model_id == "clean"), "flag"] = "random-output;tied-classes"
+    found = grids.markdown(table, SUITE).decode()
+    _, failed, facts = found.split("\n\n- ")
+    assert failed.startswith("random-output (clean on two): ")
+    assert failed.endswith("Facts about what was measured:")
+    assert facts.startswith("tied-classes (clean on one, clean on two): ")
+    (line,) = [line for line in found.split("\n") if line.startswith("| clean")]
+    one, two = line.split(" | ")[-2:]
+    assert "!" not in one
+    assert two.endswith("! |")
+    assert set(flags.FACTS) <= set(flags.WORDS)
+    assert flags.failed("tied-classes;unheard-of") == ["unheard-of"]
+
+
 def test_json_has_numbers_as_numbers(tmp_path):
     two_models(tmp_path)
     typed = columns.typed(row(rows(tmp_path), "defended", "one").to_dict())

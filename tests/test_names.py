@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import command_line
 import pytest
+import torch
 import toys
 from test_fingerprints import subject
 
+import robustbench_vlm
 from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
@@ -225,6 +227,27 @@ def test_code_runs_when_it_was_allowed_or_typed(spy):
     with pytest.raises(CardError, match="a frozen dataclass"):  # imported, and found to be no attack
         Chain.named("evil")
     assert trace.exists()
+
+
+def test_python_allows_the_code_of_a_chain_file_and_takes_it_back(spy):
+    folder, trace = spy
+    images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    files = {"chain": str(folder / "attacks" / "evil.toml")}
+
+    def attacked():
+        return robustbench_vlm.attack(lambda x: x.flatten(1), images, labels, "4/255", **files)
+
+    with pytest.raises(CardError, match=r"robustbench_vlm.allow_code\(\)"):
+        attacked()
+    assert not trace.exists()
+    robustbench_vlm.allow_code()
+    with pytest.raises(CardError, match="a frozen dataclass"):  # imported, and found to be no attack
+        attacked()
+    assert trace.exists()
+    robustbench_vlm.allow_code(False)
+    with pytest.raises(CardError, match="would import 'evil_module'"):
+        attacked()
+    assert "allow_code" in dir(robustbench_vlm)
 
 
 @pytest.mark.parametrize("options", [[], ["--allow-code"]])

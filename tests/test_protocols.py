@@ -3,18 +3,17 @@
 import csv
 import io
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toys
+from command_line import run_command as vlmrob
 from folders import card, encode, noise, write_toy
 from PIL import Image
 from torchvision import transforms
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard, lines_sha256
@@ -35,17 +34,6 @@ FACTS = {
     "mmt-ard": ("fare", (3,), 1000, "clip", "card", "fare-13"),
     "robustbench-imagenet": ("autoattack", (4,), 5000, "clip", "card", "imagenet-robustbench"),
 }
-
-
-def vlmrob(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        reader.include([])
-    return 0
 
 
 def dataset(name):

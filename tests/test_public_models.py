@@ -1,15 +1,14 @@
 """Public checkpoints: their cards, what to download when they are missing, how they load when there."""
 
 import json
-import sys
 
+import command_line
 import pytest
 import torch
 import toys
 from open_clip import pretrained
 from worlds import tilted
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.errors import WeightsError
@@ -158,14 +157,8 @@ def vlmrob(listed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(line):
-        monkeypatch.setattr(sys, "argv", ["vlmrob", "--include", str(tmp_path / "cards"), *line.split()])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
+        code = command_line.run_command(monkeypatch, "--include", tmp_path / "cards", *line.split())
+        return code, *capsys.readouterr()
 
     return run
 

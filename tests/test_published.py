@@ -1,12 +1,11 @@
 """Copied rows keep their source, recompute where they should, and never mix with measured ones."""
 
 import json
-import sys
 
 import pytest
+from command_line import run_command as vlmrob
 from test_leaderboard import cell
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.suite import Suite
@@ -89,20 +88,12 @@ def test_without_a_protocol_nothing_is_put_beside_anything(tmp_path):
 def test_the_command(tmp_path, monkeypatch, capsys):
     measured(tmp_path / "results")
 
-    def vlmrob(*argv):
-        monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
-
     line = ["compare", "mine", "--results", tmp_path / "results", "--suite", "zeroshot"]
-    assert vlmrob(*line, "--published", "--json") == 0
+    assert vlmrob(monkeypatch, *line, "--published", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found[0]["source"] == "measured here"
     assert {row["protocol"] for row in found} == {"fare/1"}
-    assert vlmrob(*line) == 2
+    assert vlmrob(monkeypatch, *line) == 2
     assert "neither a second model nor --published" in capsys.readouterr().err
     rows, _ = leaderboard.render(
         tmp_path / "results", reader.read("suites", "zeroshot", Suite), tmp_path / "out"

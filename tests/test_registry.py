@@ -71,10 +71,10 @@ def test_entry_points_of_other_packages(monkeypatch):
         def load(self):
             return Mine
 
-    def entry_points(group, name=None):
-        return [Point()] if group == "robustbench_vlm.attacks" and name in (None, "mine") else []
+    def points(kind):
+        return (Point(),) if kind == "attacks" else ()
 
-    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "_points", points)
     assert "mine" in plugins.names("attacks")
     assert plugins.get("attacks", "mine") is Mine
     assert "mine" not in plugins.names("defenses")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from robustbench_vlm import store
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.defenses.interface import Defense
@@ -91,6 +92,22 @@ def test_a_defense_without_a_recipe_is_told_a_line_that_works():
     assert found.defense == {"name": "test_resolve:Own", "strength": 2.5}
     assert set(found.teachers) == {"robust"}
     assert found.name == f"own-with-{typed[2]}"
+
+
+def test_a_hint_prefers_images_that_this_package_renders_then_the_first_name(tmp_path):
+    text = reader.path("recipes", "tiny-tecoa").read_text()
+    for name, dataset in (("aaa", "cifar10"), ("aab", "tiny-seen"), ("aac", "tiny-seen")):
+        changed = text.replace('"tiny-tecoa"', f'"{name}"').replace('"tiny-seen"', f'"{dataset}"')
+        store.write(tmp_path / "recipes" / f"{name}.toml", changed.encode())
+    reader.include([tmp_path])
+    try:
+        with pytest.raises(CardError, match=r"for example --recipe aab$"):
+            resolve("tecoa", "tiny-clean")
+        (tmp_path / "recipes" / "aab.toml").write_text("data = 3")
+        with pytest.raises(CardError, match=r"for example --recipe aac$"):
+            resolve("tecoa", "tiny-clean")
+    finally:
+        reader.include([])
 
 
 def test_a_mistyped_name_is_answered_without_torch():

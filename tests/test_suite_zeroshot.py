@@ -2,13 +2,12 @@
 
 import csv
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import toys
+from command_line import run_command as vlmrob
 
-from robustbench_vlm import cli
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
@@ -18,18 +17,6 @@ N = 8
 EPS = "1,4"  # radii at which the random model loses some images of every dataset, and keeps some
 LONG = ("imagenet-r", "imagenet-sketch", "imagenet")  # 176,000 of the suites' 184,680 sentences
 STAGES = ("ce", "t", "fab", "square")
-
-
-def vlmrob(monkeypatch, *argv):
-    """Type a command line; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["vlmrob", *map(str, argv)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        reader.include([])
-    return 0
 
 
 def write_cards(folder, *, whole):

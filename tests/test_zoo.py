@@ -4,16 +4,22 @@ A broken model is found out if a check of it fails, if the attack refuses it wit
 of robust images is not above the true one.
 """
 
+import copy
+import dataclasses
+import json
 import warnings
 from fractions import Fraction
+from functools import cache
 
 import model_zoo
 import pytest
 import torch
 import toys
+from command_line import run_command
 
 import robustbench_vlm
 from robustbench_vlm.errors import AttackError
+from robustbench_vlm.models import zoo
 from robustbench_vlm.threat import Threat
 
 TOLERANCE = 1  # image of 40 by which two attacks of about equal strength may differ
@@ -46,6 +52,12 @@ def short(tmp_path_factory):
     return str(path)
 
 
+@cache
+def truth_of(name):
+    """The true robust count of a model, which several chains are compared with."""
+    return (model_zoo.HONEST | model_zoo.BROKEN)[name].truth()
+
+
 def attacked(case, chain):
     images, labels = case.data
     ball = Threat("linf", Fraction(case.eps).limit_denominator(255))
@@ -66,7 +78,7 @@ def cases(zoo, chain):
 )
 def test_an_honest_model_is_not_suspected_and_gets_its_true_count(name, chain, short):
     case = model_zoo.HONEST[name]
-    truth = case.truth()
+    truth = truth_of(name)
     assert 0.2 * model_zoo.N <= truth <= 0.8 * model_zoo.N
     found = attacked(case, short if chain == "short" else chain)
     assert found.checks.failed == []
@@ -84,7 +96,7 @@ def test_an_honest_model_is_not_suspected_and_gets_its_true_count(name, chain, s
 )
 def test_a_broken_model_is_found_out(name, chain, short):
     case = model_zoo.BROKEN[name]
-    truth = case.truth()
+    truth = truth_of(name)
     refusal = None
     try:
         found = attacked(case, short if chain == "short" else chain)
@@ -121,19 +133,46 @@ BEFORE = {
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+def home(tmp_path_factory):
+    """Data of a random model's own labels, and cards of a suite and of a short AutoAttack."""
+    root = tmp_path_factory.mktemp("home")
     card = toys.dataset_card()
-    return toys.subject(card, toys.write(card, tmp_path_factory.mktemp("data")))
+    toys.write(card, root / "data")
+    toys.write_include(root / "cards", [card], [toys.chain("aa", "ce", "t", "fab", "square")])
+    return root
+
+
+def with_change(change):
+    """The random model of `toys`, as it is loaded, with something done to its images first."""
+    model = copy.copy(toys.model())
+    model.forward = lambda images: toys.model()(change(images))
+    return dataclasses.replace(toys.loaded(), model=model)
 
 
 @pytest.mark.parametrize("name", BEFORE)
-def test_an_evaluation_flags_the_broken_and_not_the_honest(name, subject, tmp_path):
+def test_the_command_flags_the_broken_and_not_the_honest(name, home, tmp_path, monkeypatch, capsys):
+    """`vlmrob eval --strict` as it is typed; only what a model's name loads is put in its place."""
     change, expected = BEFORE[name]
-    order = toys.request(tmp_path, toys.chain("aa", "ce", "t", "fab", "square"), eps=("8/255",))
-    ((_, content),) = toys.run(toys.changed(subject, change), order)
-    flags = content["outcome"]["flags"]
-    assert set(expected) <= set(flags)
+    monkeypatch.setattr(zoo, "load", lambda *_: with_change(change))
+    monkeypatch.chdir(tmp_path)
+    line = f"--include {home}/cards eval --model tiny --attack aa --suite toys --data-root {home}/data"
+    code = run_command(
+        monkeypatch, *line.split(), *["--eps", "8", "--n", "0", "--device", "cpu", "--strict", "--json"]
+    )
+    out, err = capsys.readouterr()
+    flags = {flag for row in json.loads(out) for flag in row["flag"].split(";") if flag}
+    assert set(expected) <= flags
     assert bool(flags) == bool(expected)
+    assert code == (3 if expected else 0), err
+    told = {line for line in err.splitlines() if line.startswith("flag: ")}
+    assert told == ({f"flag: random0 on toy: {';'.join(sorted(flags))}"} if flags else set())
+    (path,) = tmp_path.rglob("results/cells/**/*.json")
+    content = json.loads(path.read_text())
     failed = {check["name"] for check in content["checks"]["checks"] if check["level"] == "fail"}
-    assert failed == set(flags)
+    assert failed == flags
     assert content["outcome"]["clean_correct"] > 0
+
+
+def test_the_zoo_is_as_large_as_it_is_said_to_be():
+    assert len(model_zoo.HONEST) >= 20
+    assert len(model_zoo.BROKEN) >= 30

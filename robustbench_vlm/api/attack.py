@@ -13,7 +13,7 @@ from torch import Tensor
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks, tied_classes
 from robustbench_vlm.engine.attack_watch import AttackWatch
-from robustbench_vlm.engine.isolation import isolated
+from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import tensors
@@ -83,7 +83,8 @@ def attack(
         model: (B, 3, H, W) float32 in [0, 1] -> logits (B, C), in eval mode, with normalisation and resizing
             inside. Any callable, which gets copies of images; that of an encoder is
             `encoder.classifier(class_names)`. Classes with the same logits for every image are attacked as
-            one (`engine.tied_classes`).
+            one (`engine.tied_classes`). Buffers that calls change, such as the statistics of batch norm in
+            training mode, get their values back if it is a torch module.
         images: (N, 3, H, W) float32 in [0, 1], on the model's device.
         labels: (N,) int64.
         threat: a `Threat`, or an Linf radius such as `"4/255"` or `4 / 255`.
@@ -114,7 +115,7 @@ def attack(
     job = _job(built, ball, options)
     tensors.require_classifier(model)
     tensors.require_tensors(model, images, labels)
-    with isolated():
+    with isolated(), restored_buffers(model):
         block = _block(images.detach().clone(), labels.clone(), options.get("keys"))
         found = _attacked(model, built, backend, job, block)
     for check in found.checks.checks:

@@ -20,7 +20,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import UntrustedResultWarning
 from robustbench_vlm.evaluation import planning
-from robustbench_vlm.evaluation.run import flags, run_plan
+from robustbench_vlm.evaluation.run import flagged, run_plan
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.results import compare as paired_tests
@@ -115,7 +115,7 @@ def evaluate(
         InputError: an unknown name, a radius or a model that cannot be used, or missing datasets.
 
     Warns:
-        UntrustedResultWarning: a result carries a flag, so that its number does not mean what it says.
+        UntrustedResultWarning: a check of a result failed, so that its number does not mean what it says.
 
     Example:
         >>> rows = evaluate("tiny", "fgsm", datasets=["tiny-digits"], eps="4/255", n=4)
@@ -134,16 +134,14 @@ def evaluate(
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         norm=options.get("norm", ""),
         n=n,
-        save_images=options.get("save_images", False),
-        save_evidence=options.get("save_evidence", False),
-        skip_missing=options.get("skip_missing", False),
+        **{name: bool(options.get(name)) for name in ("save_images", "save_evidence", "skip_missing")},
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         arch=options.get("arch", ""),
         protocol=protocol,
     )
-    plan = planning.plan(request, choose_device(options.get("device", "auto")))
-    rows = run_plan(plan, _no_progress, LOG.info)
-    for line in flags(rows):
+    device = options.get("device", "auto")
+    rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)
+    for line in flagged(rows, "failed"):
         warnings.warn(line, UntrustedResultWarning, stacklevel=2)
     return rows
 

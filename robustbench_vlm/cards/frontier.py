@@ -49,6 +49,20 @@ class Method(Card):
         return self
 
 
+class Teacher(Card):
+    """A model that the study trains first, with the first seed, for methods to start from or to learn from.
+
+    Attributes:
+        name: a recipe of the study names it as `@name`, where a model id may stand: as a teacher or a start.
+        recipe: name of the recipe card, or a TOML file.
+        set: changes to the recipe, each as `--set` takes them.
+    """
+
+    name: str
+    recipe: str
+    set: tuple[str, ...] = ()
+
+
 class Measurement(Card):
     """An attack on images that a trained model is judged by.
 
@@ -106,6 +120,7 @@ class Frontier(Card):
     """Methods ranked by what clean accuracy costs them in robust accuracy, each at its best dials.
 
     Attributes:
+        kind: `frontier`; the other kind of study is `arms`.
         seeds: seeds of data order and noise. Every trial has the first one. The chosen trial of a method has
             the first `repeats`, and that of a compared method all of them.
         repeats: seeds of the chosen trial of a method.
@@ -114,6 +129,7 @@ class Frontier(Card):
         reference: clean and robust accuracy, in points, that the hypervolume is measured from.
         set: changes to every method's recipe, before the method's own.
         probe: replaces the recipes' own, so that all training curves have the same points.
+        teacher: models that are trained first.
         validation: of every trial; the only measurement that the rule sees.
         rule: how trials are chosen.
         test: of the chosen trials alone.
@@ -134,6 +150,7 @@ class Frontier(Card):
     validation: Measurement
     rule: Rule
     test: tuple[Measurement, ...] = ()
+    teacher: tuple[Teacher, ...] = ()
     method: tuple[Method, ...]
     comparison: tuple[Comparison, ...] = ()
     claim: tuple[Claim, ...] = ()
@@ -150,6 +167,9 @@ class Frontier(Card):
         for name in names:
             if not ARM.fullmatch(name):  # they stand in tables and error lines
                 raise ValueError(f"method {name!r:.60} must be letters, digits and . _ -")
+        teachers = [teacher.name for teacher in self.teacher]
+        if len(set(teachers)) != len(teachers) or not all(map(ARM.fullmatch, teachers)):
+            raise ValueError("teacher names must differ, and be letters, digits and . _ -")
         if not names or len(set(names)) != len(names):
             raise ValueError("method names must differ, and there must be one")
         if unknown := sorted(self.compared - set(names)):

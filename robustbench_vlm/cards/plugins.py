@@ -14,7 +14,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,19 @@ _code_allowed = False  # state of the process, set by `allow_code`
 def allow_code(allowed: bool = True) -> None:
     """Let cards that are read from files name code as `module:Name`, for the rest of this process.
 
-    The command line calls it for `--allow-code`. A new process starts without it, so worker processes are
-    handed `code_allowed()` and call this function first.
+    A chain or recipe file that names code runs it as soon as the file is used, so allow it for files that you
+    trust. A checkpoint's card never runs code, allowed or not. A name that is typed as an argument needs no
+    permission. The option `--allow-code` of the command line does the same.
+
+    A new process starts without it, so worker processes are handed `code_allowed()` and call this first.
+
+    Args:
+        allowed: whether files may name code from now on.
+
+    Example:
+        >>> from robustbench_vlm import allow_code
+        >>> allow_code()
+        >>> allow_code(False)  # as at the beginning
     """
     global _code_allowed
     _code_allowed = allowed
@@ -56,12 +67,13 @@ def require_allowed(name: str, where: str) -> None:
         found = (
             f"it names {name!r:.80}, so Python would import {name.partition(':')[0]!r:.60} and run its code"
         )
-        raise CardError(where, found, "a registered name", "type --allow-code if you trust that code")
+        do = "type --allow-code (in Python: robustbench_vlm.allow_code()) if you trust that code"
+        raise CardError(where, found, "a registered name", do)
 
 
 def names(kind: str) -> list[str]:
     """Names of all plug-ins of a kind: files that assign `plugin`, and entry points; nothing is imported."""
-    points = entry_points(group=f"robustbench_vlm.{kind}")
+    points = _points(kind)
     return sorted({*_own(kind), *(point.name for point in points)})
 
 
@@ -69,6 +81,12 @@ def titles(kind: str) -> dict[str, str]:
     """The first line of each plug-in's file by name; only entry points of other packages are imported."""
     own = _own(kind)
     return {name: own[name] if name in own else _title(get(kind, name)) for name in names(kind)}
+
+
+@cache
+def _points(kind: str) -> tuple[EntryPoint, ...]:
+    """Entry points of a kind; finding them reads the metadata of every installed package."""
+    return tuple(entry_points(group=f"robustbench_vlm.{kind}"))
 
 
 @cache
@@ -112,9 +130,10 @@ def get(kind: str, name: str) -> type:
         except (ImportError, AttributeError, ValueError) as error:
             raise CardError(f"{kind} {name!r}", str(error), "module:Name of an importable class") from None
         return found
-    for point in entry_points(group=f"robustbench_vlm.{kind}", name=name):
-        loaded: type = point.load()
-        return loaded
+    for point in _points(kind):
+        if point.name == name:
+            loaded: type = point.load()
+            return loaded
     known = names(kind)
     if name not in known:
         raise CardError(

@@ -13,6 +13,10 @@ from robustbench_vlm.threat import Norm, require_radii
 
 PLAIN = str.maketrans("_-/", "   ")
 
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+"""Both as open_clip names them; the names of `Resize` are made of one of each."""
+
 Resize = Literal[
     "bicubic",
     "bicubic-squash",

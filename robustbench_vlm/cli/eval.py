@@ -100,7 +100,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     compiled: Annotated[bool, typer.Option("--compile", help="Attack through torch.compile.")] = False,
     graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Attack by replayed CUDA graphs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when a result carries a flag.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when a check of a result failed.")] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     as_json: AsJson = False,
@@ -117,7 +117,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
     from robustbench_vlm.evaluation import estimate, planning
-    from robustbench_vlm.evaluation.run import flags, run_plan
+    from robustbench_vlm.evaluation.run import flagged, run_plan
 
     attacked_in = Precision(cast("Any", precision), tf32=tf32, compiled=compiled, graphs=graphs)
     request = planning.EvalRequest(
@@ -158,10 +158,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         line = shlex.join(["vlmrob", "leaderboard", "--results", str(out), "--suite", plan.request.suite])
         line += reader.as_typed()
         console.remark(f"results in {out}; next: {line}")
-    flagged = flags(rows)
-    for line in flagged:
+    for line in flagged(rows, "fact"):
+        console.remark(f"note: {line}")
+    failed = flagged(rows, "failed")
+    for line in failed:
         console.warning(f"flag: {line}")
-    if strict and flagged:
+    if strict and failed:
         raise typer.Exit(CHECK_FLAG)
 
 

@@ -57,15 +57,19 @@ def require_tiny(names: list[str], root: Path) -> None:
 
 
 def print_grids(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here
-    """The tables of some leaderboard rows, and what their flags say."""
+    """The tables of some leaderboard rows, why two of them are apart, and what their flags say."""
     from robustbench_vlm.results import flags, grids
 
     for title, grid in grids.grids(rows):  # datasets go down: there are many of them, and few models
         body = [[str(name), *[str(entry) for entry in grid[name]]] for name in grid.columns]
         columns = ["dataset", *map(str, grid.index)]
         console.show(f"{title}: clean / robust [95 % interval of robust], %", columns, body)
-    for line in flags.legend(rows):
+    for line in grids.ladder_notes(rows):
+        console.remark(f"note: {line}")
+    for line in flags.legend(rows, "failed"):
         console.remark(f"! {line}")
+    for line in flags.legend(rows, "fact"):
+        console.remark(f"note: {line}")
 
 
 def print_json(rows: Any) -> None:  # noqa: ANN401 - a DataFrame, not imported here

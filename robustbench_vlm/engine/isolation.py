@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from robustbench_vlm.engine.attacked_view import numerics
+from robustbench_vlm.types import Classify
 
 AUTOCAST = ("cpu", "cuda", "mps")
 
@@ -37,3 +39,27 @@ def isolated(*, tf32: bool = False) -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def restored_buffers(classify: Classify) -> Iterator[None]:
+    """Give the buffers of a module their values back at the end, such as the statistics of batch norm.
+
+    A model in training mode changes them in every call. Of a callable that is not a torch module the buffers
+    are not known, and nothing is restored.
+    """
+    modules = list(classify.modules()) if isinstance(classify, nn.Module) else []
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                if getattr(module, name) is not buffer:  # the module put another tensor in its place
+                    setattr(module, name, buffer)

@@ -1,4 +1,4 @@
-"""What an evaluation costs at most, from one small timed call of each model."""
+"""What an evaluation costs: its model calls (`calls`), each of them timed on a few rows."""
 
 from __future__ import annotations
 
@@ -13,40 +13,93 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset
+from robustbench_vlm.engine.attacked_view import PLAIN
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluation import calls
+from robustbench_vlm.evaluation.calls import Calls
+from robustbench_vlm.evaluation.cells import EvalSettings
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.planning import Plan
-from robustbench_vlm.models import zoo
+from robustbench_vlm.models import text_bank, zoo
 from robustbench_vlm.results import result_file
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.threat import Threat
 
 LONG = 3600.0  # seconds of worst case from which a smaller command is printed too
-TIMED = 2  # repetitions of the timed call
+REPEATS = 2  # of each timed call, of which the faster one counts
 TIMING = 0.5  # seconds that one timed call may take; it gets as many rows as that allows
+MOST_ROWS = 64  # of a timed call
 
-# Each of these is above what was measured over ten evaluations, from the tiny model to ViT-B-32.
-CHECKS = (96, 24)  # forward passes and image gradients of the checks of one model with one chain
+# Chosen by benchmarks/prices.md: eight evaluations of tiny models, none of a large one yet.
 PER_CALL = 0.004  # seconds beside the model in every call: bookkeeping of the attack
-PER_CELL = 2.0  # seconds of a cell beside its calls: reading images, text bank, files
-MARGIN = 1.5  # calls of the attack are slower than the timed one, which repeats the same images
+PER_IMAGE = 0.005  # seconds of an image beside its calls: it is read, hashed, and written to ledgers
+PER_CELL = 0.3  # seconds of a cell beside its calls: opening data, verdicts, files
+WORST = 1.2  # calls of an attack may be slower than the timed ones, which repeat one image
+SURVIVE = 0.5  # share of the images that meet every stage in the typical case
 
 
 @dataclass(frozen=True)
-class _Speed:
-    """Seconds of one image of a model: in a forward pass, and in a forward pass with an image gradient."""
+class Line:
+    """Seconds of a call by its rows: a fixed part, and a part for each row."""
 
-    forward: float
-    gradient: float
+    fixed: float
+    row: float
 
-    def of(self, calls: float, gradients: float, rows: int) -> float:
-        """Seconds of some calls of `rows` rows, of which some are followed by the gradient."""
-        backward = max(self.gradient - self.forward, 0.0)
-        return rows * (calls * self.forward + gradients * backward) + calls * PER_CALL
+    @classmethod
+    def through(cls, one: float, many: float, rows: int) -> Line:
+        """The line through the seconds of a call of one row and of one of `rows` rows."""
+        if rows < 2:
+            return cls(0.0, one)
+        slope = max(many - one, 0.0) / (rows - 1)
+        return cls(max(one - slope, 0.0), slope)
+
+    def at(self, rows: int) -> float:
+        """Seconds of a call of so many rows."""
+        return self.fixed + rows * self.row
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of the calls of a model.
+
+    Attributes:
+        forward: without gradient.
+        gradient: with an image gradient, the forward pass included.
+        text: of one call of the text tower; 0 where no text bank is to be made.
+    """
+
+    forward: Line
+    gradient: Line
+    text: float = 0.0
+
+    def of(self, made: Calls) -> float:
+        """Seconds of some calls."""
+        forward = self.forward.at(made.rows)
+        backward = max(self.gradient.at(made.rows) - forward, 0.0)
+        return made.forwards * (forward + PER_CALL) + made.gradients * backward
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds of an evaluation from the moment at which its models are loaded.
+
+    Attributes:
+        least: if every image is broken at once.
+        typical: if half of the images survive every attack.
+        worst: if all do, and some checks of the model are made with finer parts.
+    """
+
+    least: float = 0.0
+    typical: float = 0.0
+    worst: float = 0.0
+
+    def __add__(self, other: Price) -> Price:
+        """Of one evaluation after the other."""
+        return Price(self.least + other.least, self.typical + other.typical, self.worst + other.worst)
 
 
 def price(plan: Plan) -> list[str]:
-    """Lines that say what an evaluation costs at most, checks of the models included."""
+    """Lines that say what an evaluation costs, checks of the models included."""
     settings, sizes = plan.settings, [_size(plan, card) for card in plan.datasets]
     threats = [str(Threat(settings.norm, eps)) for eps in settings.ladder]
     count = len(plan.models) * len(plan.datasets) * len(settings.chains) * len(settings.ladder)
@@ -55,20 +108,11 @@ def price(plan: Plan) -> list[str]:
         f"{_count(len(plan.datasets), 'dataset')} ({_count(sum(sizes), 'image')}) x "
         f"{_count(len(settings.chains), 'attack')} x {', '.join(threats)}"
     ]
-    seconds, measured = 0.0, 0
-    for loaded in plan.models:
-        todo = [part for part in _parts(plan, loaded) if part.missing]
-        measured += count // len(plan.models) - sum(part.missing for part in todo)
-        if todo:
-            speed = _time(loaded, todo[0].card, settings.device)
-            seconds += sum(worst_case(part, speed) for part in todo)
+    cost, measured = total(plan)
     if measured:
         lines.append(f"{measured} of {_count(count, 'cell')} measured already, in {settings.results}")
     if measured < count:
-        lines.append(
-            f"at most {_duration(seconds)} on {settings.device} at its present speed, checks included, "
-            "if every image survived every attack"
-        )
+        lines.append(_sentence(cost, settings))
     for name, chain in zip(plan.request.attacks, settings.chains, strict=True):
         if (known := reader.SAME.get(("attacks", name), name)) != name:
             lines.append(f"attack {name} is {known} here: {chain.card.title}")
@@ -76,13 +120,41 @@ def price(plan: Plan) -> list[str]:
     lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
     if lacking:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
-    if seconds > LONG:
+    if cost.worst > LONG:
         words = [word for loaded in plan.models for word in ("--model", loaded.id)]
         words += ["--arch", plan.request.arch] if plan.request.arch else []
         words += ["--suite", plan.request.suite, "--data-root", str(plan.request.data_root)]
         look = f"{shlex.join(words)}{reader.as_typed()} --attack aa2 --n 100"
         lines.append(f"for a first look: vlmrob eval {look}")
     return lines
+
+
+def total(plan: Plan) -> tuple[Price, int]:
+    """The price of what is not measured yet, and how many cells are."""
+    price, measured = Price(), 0
+    for loaded in plan.models:
+        parts = list(_parts(plan, loaded))
+        measured += sum(len(plan.settings.ladder) - part.missing for part in parts)
+        todo = [part for part in parts if part.missing]
+        banks = {part.card.name: text_bank.calls(loaded.model, _sentences(part.card)) for part in todo}
+        if todo:
+            speed = _time(loaded, todo[0].card, plan.settings.device, text=any(banks.values()))
+            price = sum((_price_of(part, speed, plan.settings) for part in todo), price)
+            seconds = speed.text * sum(banks.values())
+            price += Price(seconds, seconds, seconds)
+    return price, measured
+
+
+def _sentence(price: Price, settings: EvalSettings) -> str:
+    """The price in words."""
+    where = f"on {settings.device} at its present speed, checks included and start-up not"
+    least, typical, worst = map(_duration, (price.least, price.typical, price.worst))
+    if all(chain.stop != "first" for chain in settings.chains):
+        return f"about {typical if typical == worst else f'{typical} to {worst}'} {where}"
+    return (
+        f"about {typical} {where}, if half of the images survive every attack; {least} if every image is "
+        f"broken at once, {worst} if none is"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,32 +217,56 @@ def _size(plan: Plan, card: DatasetCard) -> int:
     return min(n, there) if n and there else n or there
 
 
-def worst_case(part: _Part, speed: _Speed) -> float:
-    """Seconds of the missing cells of a part if every image survived every stage.
-
-    A call always has `rows` rows. Images that are attacked together take turns in them, so the calls are at
-    most those of all images divided by the rows, and those of one image, which is last.
-    """
-    rows, (forwards, gradients) = part.chain.rows, part.chain.cost(part.card.n_classes)
-    turns = part.n / rows + 1
-    clean = math.ceil(part.n / rows)
-    attack = speed.of(turns * forwards + 2 * clean, turns * gradients, rows)
-    checks = speed.of(*CHECKS, rows)
-    return MARGIN * (checks + part.missing * attack) + part.missing * PER_CELL
+def _price_of(part: _Part, speed: Speed, settings: EvalSettings) -> Price:
+    """Of the missing cells of a part."""
+    shares = (0.0, SURVIVE, 1.0) if part.chain.stop == "first" else (1.0, 1.0, 1.0)
+    least, typical = (_seconds_of(part, speed, settings, share, worst=False) for share in shares[:2])
+    return Price(least, typical, WORST * _seconds_of(part, speed, settings, shares[2], worst=True))
 
 
-def _time(loaded: zoo.Loaded, card: DatasetCard, device: torch.device) -> _Speed:
-    """Time one small call of a model, without and with the image gradient."""
+def _seconds_of(part: _Part, speed: Speed, settings: EvalSettings, share: float, *, worst: bool) -> float:
+    """Seconds of the missing cells of a part if a share of the images meets every stage in full."""
+    chain, n_classes, rows = part.chain, part.card.n_classes, part.chain.rows
+    plain = settings.backend.keyed and settings.backend.precision == PLAIN
+    schedule = calls.Schedule(
+        settings.backend,
+        rows,
+        min(settings.active_rows or rows, rows),
+        shrinks=plain and settings.device.type == "cpu",
+    )
+    cell = calls.of_cell(chain, n_classes, schedule, part.n, math.ceil(share * part.n), worst=worst)
+    gradients = sum(made.gradients for made in cell)
+    cell.append(calls.after(rows, gradients, worst=worst))
+    white_box = chain.needs(n_classes)["white_box"]
+    before = calls.before(rows, part.n, white_box=white_box, worst=worst)
+    seconds = sum(map(speed.of, cell)) + PER_CELL + PER_IMAGE * part.n
+    return speed.of(before) + part.missing * seconds
+
+
+def _sentences(card: DatasetCard) -> list[list[str]]:
+    return text_bank.render(card.names, card.templates)
+
+
+def _time(loaded: zoo.Loaded, card: DatasetCard, device: torch.device, *, text: bool) -> Speed:
+    """Time calls of a model of one row and of a few rows, without and with the image gradient."""
     side = card.native_px if card.canvas == "native" else loaded.model.image_size
-    once = _seconds(loaded, 1, side, device)  # the first call of all also loads kernels
-    rows = int(min(64, max(1, TIMING / max(once.gradient, 1e-6))))
-    timed = [_seconds(loaded, rows, side, device) for _ in range(TIMED)]
-    return _Speed(min(t.forward for t in timed), min(t.gradient for t in timed))
+    _seconds(loaded, 1, side, device)  # the first call of all also loads kernels
+    one = _fastest(loaded, 1, side, device)
+    rows = int(min(MOST_ROWS, max(1, TIMING / max(one[1], 1e-6))))
+    many = _fastest(loaded, rows, side, device) if rows > 1 else one
+    forward, gradient = (Line.through(a, b, rows) for a, b in zip(one, many, strict=True))
+    return Speed(forward, gradient, _seconds_of_text(loaded) if text else 0.0)
 
 
-def _seconds(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> _Speed:
-    """Seconds of an image in one call of so many rows; reading a number waits for the device."""
-    batch = torch.zeros(rows, 3, side, side, device=device)
+def _fastest(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> tuple[float, float]:
+    """Least seconds of several calls, without and with the image gradient."""
+    timed = [_seconds(loaded, rows, side, device) for _ in range(REPEATS)]
+    return min(forward for forward, _ in timed), min(gradient for _, gradient in timed)
+
+
+def _seconds(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one call without and one with the image gradient; reading a number waits for the device."""
+    batch = torch.full((rows, 3, side, side), 0.5, device=device)
     started = time.perf_counter()
     with torch.no_grad():
         float(loaded.model(batch).sum())
@@ -179,7 +275,14 @@ def _seconds(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> 
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loaded.model(wanted).sum(), wanted)
     float(gradient.sum())
-    return _Speed((forward - started) / rows, (time.perf_counter() - forward) / rows)
+    return forward - started, time.perf_counter() - forward
+
+
+def _seconds_of_text(loaded: zoo.Loaded) -> float:
+    """Seconds of one call of the text tower."""
+    started = time.perf_counter()
+    float(loaded.model.text([""]).sum())
+    return time.perf_counter() - started
 
 
 def _duration(seconds: float) -> str:

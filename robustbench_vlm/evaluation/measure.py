@@ -17,7 +17,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch
-from robustbench_vlm.engine.isolation import isolated
+from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.errors import InputError
@@ -56,7 +56,8 @@ def evaluate(
                 remark(f"note: {fault}; this result is made again")
             if fault or not cell.finished:
                 tf32 = settings.backend.precision.tf32
-                with isolated(tf32=tf32), tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                kept = restored_buffers(subject.loaded.model)  # what calls change is no part of later cells
+                with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     clean = canonical.Record(file)
                     _measure(cell, smaller, report, examined, partial(_begin, clean=clean, remark=remark))
             smaller = cell

@@ -11,6 +11,7 @@ from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import estimate, planning
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
+from robustbench_vlm.results import flags
 
 
 def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.DataFrame:
@@ -41,7 +42,11 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     return planning.rows(present, planning.perform(present, report, remark))
 
 
-def flags(rows: pd.DataFrame) -> list[str]:
-    """`MODEL on DATASET: FLAG` of every result whose number cannot be trusted as it stands; sorted."""
-    marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
-    return sorted(set(marked.model_id + " on " + marked.dataset + ": " + marked.flag))
+def flagged(rows: pd.DataFrame, kind: flags.Severity) -> list[str]:
+    """`MODEL on DATASET: FLAG;FLAG` of every result with flags of one severity (`results.flags`); sorted."""
+    found: dict[str, list[str]] = {}
+    for flag, place in flags.places(rows, kind):
+        names = found.setdefault(place, [])
+        if flag not in names:
+            names.append(flag)
+    return sorted(f"{place}: {';'.join(names)}" for place, names in found.items())

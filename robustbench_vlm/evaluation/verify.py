@@ -18,6 +18,7 @@ import torch
 from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.data.tiny import write
+from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.errors import DataError, InputError, some
 from robustbench_vlm.evaluation import measure, planning, protocols, provenance, verify_images
 from robustbench_vlm.evaluation.attack_checks import attack_checks
@@ -150,10 +151,12 @@ class Verifier:
         plan = self._plan(result, bundle)
         if isinstance(plan, Claim):
             return CellReport(path, (*claims, plan), result, table, bundle.kinds())
-        cell = self._cell(result, plan)
-        claims += [*_configuration(cell, result, bundle, plan), *verify_images.same_images(cell, table)]
-        forward = verify_images.forward(cell, table, bundle.images)
-        claims += [*forward.claims, Claim("flags", self._flags(cell, result, table))]
+        with isolated():
+            cell = self._cell(result, plan)
+            claims += [*_configuration(cell, result, bundle, plan), *verify_images.same_images(cell, table)]
+            with restored_buffers(cell.subject.loaded.model):
+                forward = verify_images.forward(cell, table, bundle.images)
+                claims += [*forward.claims, Claim("flags", self._flags(cell, result, table))]
         return CellReport(path, tuple(claims), result, table, bundle.kinds(), forward.near, cell=cell)
 
     def _plan(self, result: Result, bundle: Bundle) -> Plan | Claim:

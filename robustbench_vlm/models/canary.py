@@ -8,45 +8,17 @@ part that differs names the step. It is computed on the CPU in fp32.
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from robustbench_vlm.errors import WeightsError
+from robustbench_vlm.models.checkpoint_card import Canary
 from robustbench_vlm.models.clip import Clip
 
 SENTENCES = ("a photo of a dog", "three small red squares", "a satellite photo of a river.")
 IMAGES = 2
 SHOWN = 8  # entries of each embedding that are stored
 DIGITS = 6  # decimals of the stored numbers
-
-# Of entries of unit embeddings; of norms and logits relative to their size. Machines, thread counts and
-# libraries differ by about 1e-6 in fp32, and weights jittered by 1e-5 of their size move a part by 1e-4 at
-# most; the smallest change that the tests make, a std 3 % off, moves one by 6e-4 and others by 2e-3.
-TOLERANCE = 3e-4
-
-
-class Canary(BaseModel):
-    """Outputs of a model on the fixed inputs.
-
-    Every row is the norm of an embedding, then the first entries of its direction.
-
-    Attributes:
-        tower: of images of the tower's own size, given to it without normalisation.
-        pixels: of the same images, normalised.
-        resized: of an image twice that size.
-        text: of the sentences.
-        logits: scaled cosines of the normalised images (rows) and the sentences.
-        tolerance: largest difference that counts as equal.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    tower: tuple[tuple[float, ...], ...]
-    pixels: tuple[tuple[float, ...], ...]
-    resized: tuple[tuple[float, ...], ...]
-    text: tuple[tuple[float, ...], ...]
-    logits: tuple[tuple[float, ...], ...]
-    tolerance: float = TOLERANCE
 
 
 def pictures(n: int, side: int) -> Tensor:

@@ -13,13 +13,18 @@ from pydantic import BaseModel, ConfigDict
 
 from robustbench_vlm import store
 from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.protocol import Interpolation, ResizeMode
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models.canary import Canary
-from robustbench_vlm.models.preprocess import Interpolation, ResizeMode
 
 SCHEMA = "vlmrob-checkpoint/2"
 EARLIER = "vlmrob-checkpoint/1"
 """Version 1: `sha256` had the name of the architecture, and not its configuration and tokenizer."""
+
+
+# Of entries of unit embeddings; of norms and logits relative to their size. Machines, thread counts and
+# libraries differ by about 1e-6 in fp32, and weights jittered by 1e-5 of their size move a part by 1e-4 at
+# most; the smallest change that the tests make, a std 3 % off, moves one by 6e-4 and others by 2e-3.
+CANARY_TOLERANCE = 3e-4
 
 
 class PreprocessFacts(BaseModel):
@@ -51,6 +56,29 @@ class PromptFacts(BaseModel):
     image: int
     text: int
     depth: int
+
+
+class Canary(BaseModel):
+    """Outputs of a model on the fixed inputs of `models.canary`.
+
+    Every row is the norm of an embedding, then the first entries of its direction.
+
+    Attributes:
+        tower: of images of the tower's own size, given to it without normalisation.
+        pixels: of the same images, normalised.
+        resized: of an image twice that size.
+        text: of the sentences.
+        logits: scaled cosines of the normalised images (rows) and the sentences.
+        tolerance: largest difference that counts as equal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    tower: tuple[tuple[float, ...], ...]
+    pixels: tuple[tuple[float, ...], ...]
+    resized: tuple[tuple[float, ...], ...]
+    text: tuple[tuple[float, ...], ...]
+    logits: tuple[tuple[float, ...], ...]
+    tolerance: float = CANARY_TOLERANCE
 
 
 class CheckpointCard(BaseModel):

@@ -20,10 +20,8 @@ from robustbench_vlm.errors import WeightsError
 from robustbench_vlm.models import identity
 from robustbench_vlm.models.identity import state_sha256
 from robustbench_vlm.models.preprocess import Preprocess
-from robustbench_vlm.models.text_bank import render, require_sentences, text_bank
+from robustbench_vlm.models.text_bank import TEXT_ROWS, render, require_sentences, text_bank
 from robustbench_vlm.types import TEMPLATES, Wrapped
-
-TEXT_ROWS = 64  # fixed shape of a text-tower call, so that a bank does not depend on how it is cut
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from robustbench_vlm.cards.protocol import Resize
+from robustbench_vlm.cards.protocol import Interpolation, Resize, ResizeMode
 from robustbench_vlm.errors import WeightsError
 
-Interpolation = Literal["bicubic", "bilinear"]
-ResizeMode = Literal["shortest", "longest", "squash"]
 CANVAS: dict[tuple[Interpolation, ResizeMode], Resize] = {
     ("bicubic", "shortest"): "bicubic",
     ("bicubic", "squash"): "bicubic-squash",

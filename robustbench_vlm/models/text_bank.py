@@ -17,6 +17,9 @@ from robustbench_vlm.models.context_length import Tokenize, require_distinct
 from robustbench_vlm.store import cache_folder, fingerprint
 from robustbench_vlm.types import TEMPLATES
 
+TEXT_ROWS = 64
+"""Fixed shape of a call of the text tower, so that a bank does not depend on how it is cut."""
+
 
 class TextEncoder(Protocol):
     """The text half of an encoder, as far as a text bank needs it."""
@@ -89,8 +92,7 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
         InputError: two classes whose sentences differ only behind the end of the tower's context.
     """
     require_distinct(model.tokenize, sentences)
-    key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
-    path = cache_folder() / "text" / f"{key}.safetensors"
+    key, path = _place(model, sentences)
     try:
         bank = _stored(path, key)
     except (OSError, WeightsError):  # not there yet, or not as it was written: encode and write it
@@ -101,6 +103,18 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
         with suppress(OSError):  # a folder that cannot be written costs time, never the run
             tensor_files.write(path, {"bank": bank}, {"key": key})
     return bank.to(model.device)
+
+
+def calls(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> int:
+    """How often the text tower is called to make a bank; 0 if there is a file of it, whatever its content."""
+    _, path = _place(model, sentences)
+    return 0 if path.is_file() else -(-sum(map(len, sentences)) // TEXT_ROWS)
+
+
+def _place(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> tuple[str, Path]:
+    """The key of a bank, and the file in which it is stored."""
+    key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
+    return key, cache_folder() / "text" / f"{key}.safetensors"
 
 
 def _stored(path: Path, key: str) -> Tensor:

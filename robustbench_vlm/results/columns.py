@@ -55,7 +55,7 @@ AFTER_STAGES: Mapping[str, str] = {
     "robust_per_class": "the same of `robust`",
     "chance": "accuracy of always predicting the most frequent class, %",
     "pgd_only": "images that PGD broke and this chain did not; empty for PGD itself, and where none was run",
-    "flag": "reasons to distrust the numbers of this row, separated by `;`; of a mean, those of its rows",
+    "flag": "failed checks and facts (docs/attacks.md), separated by `;`; of a mean, those of its rows",
     "samples_sha256": "fingerprint of the per-image verdicts",
     "cell_sha256": "fingerprint of the result file",
     "status": "`measured` here, or `copied` from a publication",

@@ -145,7 +145,7 @@ def read(path: Path) -> Bundle:
     )
     try:
         root = bundle.root
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:
         found = f"unreadable ({str(error).splitlines()[0]:.120})"
         raise DataError(f"{path}, {VERDICTS}", found, "verdicts", DO) from None
     if root != manifest["root"]:

@@ -1,10 +1,21 @@
-"""What each flag of a result says, in words for people."""
+"""What each flag of a result says, in words for people, and how severe it is.
+
+A flag has one of two severities. A `fact` says what exactly was measured, where dataset and model are used as
+they are meant to be. A `failed` check of model, attack or data says that the number may be wrong, or not of
+what the row names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import pandas as pd
+
+Severity = Literal["fact", "failed"]
+
+FACTS = frozenset({"sentences-cut", "tied-classes", "untrained-words"})
+"""Flags that are facts; every other one is a failed check."""
 
 WORDS: Mapping[str, str] = {
     "bad-images": "image files that could not be decoded are left out",
@@ -34,12 +45,29 @@ WORDS: Mapping[str, str] = {
 }
 
 
-def legend(rows: pd.DataFrame) -> Iterator[str]:
-    """`FLAG (MODEL on DATASET, ...): WORDS` for every flag in the rows of results; means repeat theirs."""
+def severity(flag: str) -> Severity:
+    """Whether a flag is a fact or a failed check; one that is not known here is a failed check."""
+    return "fact" if flag in FACTS else "failed"
+
+
+def failed(flags: str) -> list[str]:
+    """The failed checks in an entry of the column `flag`, which separates flags by `;`."""
+    return [flag for flag in flags.split(";") if flag and severity(flag) == "failed"]
+
+
+def places(rows: pd.DataFrame, kind: Severity) -> Iterator[tuple[str, str]]:
+    """(flag, `MODEL on DATASET`) of all flags of one severity in the rows of results; means repeat theirs."""
     marked = rows[(rows.flag != "") & (rows.cell_sha256 != "")]
-    where: dict[str, list[str]] = {}
     for model, dataset, flags in zip(marked.model_id, marked.dataset, marked.flag, strict=True):
         for flag in flags.split(";"):
-            where.setdefault(flag, []).append(f"{model} on {dataset}")
+            if severity(flag) == kind:
+                yield flag, f"{model} on {dataset}"
+
+
+def legend(rows: pd.DataFrame, kind: Severity) -> Iterator[str]:
+    """`FLAG (MODEL on DATASET, ...): WORDS` for every flag of one severity in the rows of results."""
+    where: dict[str, list[str]] = {}
+    for flag, place in places(rows, kind):
+        where.setdefault(flag, []).append(place)
     for flag in sorted(where):
         yield f"{flag} ({', '.join(dict.fromkeys(where[flag]))}): {WORDS.get(flag, 'see docs/attacks.md')}"

@@ -15,8 +15,8 @@ from robustbench_vlm.results import contest, flags
 def grids(rows: pd.DataFrame, intervals: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
     """Title and grid of each contest: models down, means and then datasets across.
 
-    Each entry is `clean / robust` in percent; `!` marks a number with a flag. The models stand in one order
-    in all grids, the one with the largest average robust accuracy first.
+    Each entry is `clean / robust` in percent; `!` marks a number of which a check failed. The models stand in
+    one order in all grids, the one with the largest average robust accuracy first.
 
     Args:
         rows: of a leaderboard.
@@ -55,7 +55,7 @@ def _drawn(rows: pd.DataFrame) -> str:
 
 def _grid(rows: pd.DataFrame, order: list[str], intervals: str) -> pd.DataFrame:
     """The rows of one contest as a grid, the models in a given order."""
-    flagged = rows.flag.map(lambda flag: " !" if flag else "")
+    flagged = rows.flag.map(lambda flag: " !" if flags.failed(flag) else "")
     limits = (" [" + rows.ci_low + ", " + rows.ci_high + "]").where(
         rows.dataset.str.startswith(intervals), ""
     )
@@ -89,13 +89,38 @@ def markdown(rows: pd.DataFrame, suite: Suite) -> bytes:
             f"| {safe_text.markdown(str(model))} | " + " | ".join(entries) + " |"
             for model, entries in grid.T.to_dict("list").items()
         ]
+    lines += [f"\n{safe_text.markdown(note)}." for note in ladder_notes(rows)]
     return ("\n".join(lines) + "\n").encode()
 
 
+def ladder_notes(rows: pd.DataFrame) -> Iterator[str]:
+    """A sentence for each attack and radius with several tables because of smaller radii before it."""
+    others = [name for name in contest.COLUMNS if name != "eps_ladder"]
+    for values, part in rows.groupby(others, sort=False) if not rows.empty else ():
+        ladders = list(dict.fromkeys(part.eps_ladder))
+        if len(ladders) > 1:
+            shared = dict(zip(others, values, strict=True))
+            tables = " and ".join(f"({ladder.replace(' ', ', ')})" for ladder in ladders)
+            name = f"{shared['attack']} at {shared['norm']} {shared['eps']}"
+            yield (
+                f"{name} has {len(ladders)} tables, for the radii {tables}: an image that is broken at a "
+                "smaller radius counts as broken at a larger one, so radii in a row are another attack than "
+                "the last one alone, even where the verdicts agree"
+            )
+
+
 def _flag_note(rows: pd.DataFrame) -> list[str]:
-    """What the flags say, where there are any."""
-    lines = [f"- {line}" for line in flags.legend(rows)]
-    return ["", "`!` marks a number that does not mean what it says:", "", *lines] if lines else []
+    """What the flags say, where there are any: failed checks, then facts."""
+    failed = [f"- {line}" for line in flags.legend(rows, "failed")]
+    facts = [f"- {line}" for line in flags.legend(rows, "fact")]
+    note = [
+        "",
+        "`!` marks a number of which a check failed, so that it may be wrong:",
+        "",
+        *failed,
+    ]
+    known = ["", "Facts about what was measured:", "", *facts]
+    return [*(note if failed else []), *(known if facts else [])]
 
 
 def _per_class_note(rows: pd.DataFrame) -> list[str]:

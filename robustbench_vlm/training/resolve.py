@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robustbench_vlm.cards import overrides, plugins, reader
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.defenses.interface import Defense
 from robustbench_vlm.errors import CardError, nearest
@@ -149,11 +150,23 @@ def _require_fit(recipe: Recipe, name: str, where: str) -> None:
 
 
 def _similar(name: str, recipes: Sequence[str]) -> str:
-    """A recipe that fits the defense `name`: the same teachers, and an attack exactly if it has one."""
+    """A recipe that fits the defense `name`: the same teachers, and an attack exactly if it has one.
+
+    Of several, the first by name whose images this package renders, so that it can be tried at once; without
+    one of those, the first by name.
+    """
     plugin = defense_class(name)
-    for recipe in sorted(recipes, key=lambda known: not known.startswith("tiny-")):
+    fitting = []
+    for recipe in sorted(recipes):
         table = reader.toml(reader.path("recipes", recipe))
         same_roles = set(table.get("teachers", {})) == set(plugin.teachers)
         if same_roles and ("inner" in table) == plugin.adversarial:
-            return recipe
-    return "FILE.toml"
+            fitting.append((not _rendered(table), recipe))
+    return min(fitting)[1] if fitting else "FILE.toml"
+
+
+def _rendered(table: Mapping[str, Any]) -> bool:
+    """Whether the images of a recipe, as its file has it, are rendered by this package and not fetched."""
+    data = table.get("data")
+    name = data.get("dataset") if isinstance(data, Mapping) else None
+    return name in reader.names("datasets") and bool(reader.read("datasets", name, DatasetCard).made_by)

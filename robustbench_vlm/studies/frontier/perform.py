@@ -13,7 +13,7 @@ from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.studies import pool
 from robustbench_vlm.studies.frontier import choice, outcomes
-from robustbench_vlm.studies.frontier.trials import Judging, TrialTask, request
+from robustbench_vlm.studies.frontier.trials import Judging, TeacherRun, TrialTask, request
 from robustbench_vlm.studies.pool import Resources
 from robustbench_vlm.training import prepare
 
@@ -54,6 +54,10 @@ def perform(
         judgings = [one for one in wanted(study, places) if not methods or one.trial.method in methods]
         known = outcomes.read(outcomes.ledger(places.tables, study.name))
         tasks = _tasks([one for one in judgings if one.id not in known])
+        needed = {teacher.name: teacher for task in tasks for teacher in task.trial.needs}
+        teachers = [one for one in needed.values() if not (one.model / "card.json").exists()]
+        if teachers:
+            _work_off(study, teachers, places, resources, remark)
         check(tasks, resources)
         _work_off(study, tasks, places, resources, remark)
 
@@ -98,7 +102,11 @@ def check(tasks: Sequence[TrialTask], resources: Resources) -> None:
 
 
 def _work_off(
-    study: Frontier, tasks: Sequence[TrialTask], places: Places, resources: Resources, remark: Remark
+    study: Frontier,
+    tasks: Sequence[TrialTask | TeacherRun],
+    places: Places,
+    resources: Resources,
+    remark: Remark,
 ) -> None:
     path = outcomes.ledger(places.tables, study.name)
     remark(f"study {study.name}: {len(tasks)} trainings to do or to judge")

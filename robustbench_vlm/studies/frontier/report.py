@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,39 +185,30 @@ def compared(report: Report, comparison: Comparison) -> Compared | None:
 
 def _statements(models: list[Models], part: str, at: list[int]) -> list[Statement]:
     """Differences at the operating points, and of the fronts."""
-    found = []
-    for kind, name in enumerate(KINDS):
-        difference = resampling.estimate(models, lambda ab, k=kind: _at_points(ab, at, k))  # type: ignore[misc]
-        found.append(Statement(f"{name} accuracy at the operating points", part, name, difference))
-    points = [fronts.front(one.points()) for one in models]
-    span = fronts.common_range(*points)
-    if span is None:
-        return found
-    level = float(models[1].points()[at[1], fronts.CLEAN])
-    if span[0] <= level <= span[1]:
-        words = f"robust accuracy at the clean accuracy of B's operating point, {level:.1f} %"
-        found.append(
-            Statement(words, part, "robust", resampling.estimate(models, lambda ab: _at_clean(ab, level)))
-        )
-    low, high = span
-    words = f"robust accuracy, mean over clean accuracies from {low:.1f} to {high:.1f} %"
-    found.append(Statement(words, part, "robust", resampling.estimate(models, _above)))
-    return found
+    points = [one.points() for one in models]
+    level = float(points[1][at[1], fronts.CLEAN])
+    words = [f"{kind} accuracy at the operating points" for kind in KINDS]
+    words += [f"robust accuracy at the clean accuracy of B's operating point, {level:.1f} %"]
+    span = fronts.common_range(*map(fronts.front, points))
+    between = f", {span[0]:.1f} to {span[1]:.1f} %" if span else ""
+    words += [f"robust accuracy, mean over the shared clean accuracies{between}"]
+
+    def differences(drawn: Sequence[np.ndarray]) -> list[float]:
+        a, b = (fronts.front(one) for one in drawn)
+        own = [float(drawn[0][at[0], kind] - drawn[1][at[1], kind]) for kind in range(len(KINDS))]
+        equal = fronts.at_equal(a, fronts.CLEAN, level) - fronts.at_equal(b, fronts.CLEAN, level)
+        return [*own, equal, _above(a, b)]
+
+    found = resampling.estimates(models, differences)
+    kinds = (*KINDS, "robust", "robust")
+    return [
+        Statement(what, part, kind, estimate)
+        for what, kind, estimate in zip(words, kinds, found, strict=True)
+        if not math.isnan(estimate.value)
+    ]
 
 
-def _at_points(points: Sequence[np.ndarray], at: Sequence[int], kind: int) -> float:
-    return float(points[0][at[0], kind] - points[1][at[1], kind])
-
-
-def _at_clean(points: Sequence[np.ndarray], level: float) -> float:
-    a, b = (fronts.at_equal(fronts.front(one), fronts.CLEAN, level) for one in points)
-    return a - b
-
-
-def _above(points: Sequence[np.ndarray]) -> float:
-    """Mean height of A's front over B's, over the clean accuracies that they share."""
-    a, b = (fronts.front(one) for one in points)
+def _above(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean height of front A over front B, over the clean accuracies that they share."""
     span = fronts.common_range(a, b)
-    if span is None:
-        return float("nan")
-    return fronts.height(a, *span) - fronts.height(b, *span)
+    return math.nan if span is None else fronts.height(a, *span) - fronts.height(b, *span)

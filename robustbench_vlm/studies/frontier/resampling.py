@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS = 4000
+DRAWS = 2000
 LOST = 0.025  # share of draws in which a statistic may be without a value
 
 
@@ -65,16 +65,16 @@ class Estimate:
     p: float
 
 
-Statistic = Callable[[Sequence[np.ndarray]], float]
-"""From the (P, 2) points of each group of models to a number."""
+Statistics = Callable[[Sequence[np.ndarray]], Sequence[float]]
+"""From the (P, 2) points of each group of models to some numbers; NaN where one has no value."""
 
 
-def estimate(models: Sequence[Models], statistic: Statistic, *, draws: int = DRAWS) -> Estimate:
-    """A statistic of models with its interval.
+def estimates(models: Sequence[Models], statistics: Statistics, *, draws: int = DRAWS) -> list[Estimate]:
+    """Statistics of models with their intervals, all from the same draws.
 
     Args:
         models: each on the same datasets and images; with the same seeds, or a single one.
-        statistic: NaN where it has no value.
+        statistics: of the points.
         draws: of seeds and images.
 
     Raises:
@@ -87,11 +87,15 @@ def estimate(models: Sequence[Models], statistic: Statistic, *, draws: int = DRA
     }
     if len(shapes) != len(models[0].verdicts):
         raise ValueError("models with other seeds or images cannot be paired")
-    value = statistic([one.points() for one in models])
+    values = statistics([one.points() for one in models])
     drawn = _draws(models, draws)
-    found = np.array([statistic([points[draw] for points in drawn]) for draw in range(draws)])
-    known = found[~np.isnan(found)]
-    if math.isnan(value) or len(known) < (1 - LOST) * draws:
+    found = np.array([statistics([points[draw] for points in drawn]) for draw in range(draws)])
+    return [_estimate(value, column) for value, column in zip(values, found.T, strict=True)]
+
+
+def _estimate(value: float, drawn: np.ndarray) -> Estimate:
+    known = drawn[~np.isnan(drawn)]
+    if math.isnan(value) or len(known) < (1 - LOST) * len(drawn):
         return Estimate(value, math.nan, math.nan, math.nan)
     low, high = np.percentile(known, [2.5, 97.5])
     tail = 1 + min((known <= 0).sum(), (known >= 0).sum())

@@ -205,14 +205,8 @@ def _fronts(report: Report) -> Section:
         if not one.candidates:
             continue
         models = candidates_models(report, one)
-        volume = resampling.estimate([models], lambda p: fronts.hypervolume(p[0], study.reference))
-        at = [
-            resampling.estimate([models], lambda p, v=level: _read(p[0], v))  # type: ignore[misc]
-            for level in CLEAN_LEVELS
-        ]
-        own = [
-            one.candidates[i] for i in sorted(on_front(report, one), key=lambda i: one.candidates[i].clean)
-        ]
+        volume, *at = resampling.estimates([models], lambda points: _heights(points[0], study.reference))
+        own = [one.candidates[i] for i in on_front(report, one)]
         dials = "; ".join(f"{' '.join(c.trial.settings)} x{c.share:g}" for c in own)
         trials = len({c.trial.number for c in one.candidates})
         cells = [one.method.name, f"{trials} of {len(one.trials)}", interval(volume, "")]
@@ -246,8 +240,13 @@ def on_front(report: Report, one: MethodTrials) -> list[int]:
     return [int(i) for i in fronts.on_front(candidates_models(report, one).points())]
 
 
-def _read(points: np.ndarray, level: float) -> float:
-    return fronts.at_equal(fronts.front(points), fronts.CLEAN, level)
+def _heights(points: np.ndarray, reference: tuple[float, float]) -> list[float]:
+    """The hypervolume of points, and robust accuracy at each of `CLEAN_LEVELS`."""
+    own = fronts.front(points)
+    return [
+        fronts.hypervolume(own, reference),
+        *(fronts.at_equal(own, fronts.CLEAN, level) for level in CLEAN_LEVELS),
+    ]
 
 
 def _speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:

@@ -12,7 +12,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.frontier import Frontier, Measurement, Method
 from robustbench_vlm.cards.recipe import Recipe
-from robustbench_vlm.errors import CardError
+from robustbench_vlm.errors import CardError, nearest
 from robustbench_vlm.evaluation import planning, provenance
 from robustbench_vlm.evaluation.planning import EvalRequest
 from robustbench_vlm.models.checkpoint_card import read_card
@@ -24,6 +24,31 @@ from robustbench_vlm.training.finish import interpolate_folder
 
 
 @dataclass(frozen=True)
+class TeacherRun:
+    """A teacher of the study, as a task.
+
+    Attributes:
+        name: as the study's recipes name it, without `@`.
+        recipe: resolved.
+        folder: gets `model/`.
+    """
+
+    name: str
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """Its checkpoint folder."""
+        return self.folder / "model"
+
+    def perform(self, resources: Resources) -> list[dict[str, Any]]:
+        """Train it, if that is not done; it has no outcome."""
+        runner.train(self.recipe, self.folder, resources)
+        return []
+
+
+@dataclass(frozen=True)
 class Trial:
     """One setting of a method's dials with one seed.
 
@@ -32,7 +57,9 @@ class Trial:
         number: of the setting, from 1, in the order of the grid.
         settings: the dials, as `--set` takes them.
         seed: of the recipe.
-        recipe: resolved, with interpolation 1.
+        recipe: resolved, with interpolation 1; teachers of the study are its checkpoint folders.
+        sha256: fingerprint of what changes the weights: a recipe with another title trains the same model.
+        needs: the teachers of the study that it names.
         folder: gets `model/`, one `model-<share>/` for each other interpolation, and `results/`.
     """
 
@@ -41,6 +68,8 @@ class Trial:
     settings: tuple[str, ...]
     seed: int
     recipe: Recipe
+    sha256: str
+    needs: tuple[TeacherRun, ...]
     folder: Path
 
     @property
@@ -48,11 +77,6 @@ class Trial:
         """What progress lines and errors call it."""
         dials = ", ".join(self.settings) or "as its recipe is"
         return f"{self.method} {self.number} ({dials}), seed {self.seed}"
-
-    @property
-    def sha256(self) -> str:
-        """Fingerprint of what changes the weights: a recipe with another title trains the same model."""
-        return self.recipe.model_copy(update={"name": "", "title": "", "checkpoint_every": 0}).fingerprint
 
     def command(self, share: float, study: Frontier) -> str:
         """The command that trains this model again."""
@@ -63,25 +87,70 @@ class Trial:
         return f"vlmrob train {recipe} " + " ".join(f"--set '{change}'" for change in changes)
 
 
+def trained(recipe: Recipe) -> str:
+    """Fingerprint of what changes the weights that a recipe leaves."""
+    return recipe.model_copy(update={"name": "", "title": "", "checkpoint_every": 0}).fingerprint
+
+
+def teacher_runs(study: Frontier, out: Path) -> dict[str, TeacherRun]:
+    """The teachers that a study trains, by name.
+
+    Raises:
+        CardError: no such recipe, or a setting that it does not take.
+    """
+    found = {}
+    for teacher in study.teacher:
+        where = f"study {study.name}, teacher {teacher.name}"
+        recipe = runner.resolved(where, teacher.recipe, teacher.set, study.seeds[0], study.probe)
+        folder = out / f"teacher-{store.file_name(teacher.name)}-{trained(recipe)[:12]}"
+        found[teacher.name] = TeacherRun(teacher.name, recipe, folder)
+    return found
+
+
 def trials(study: Frontier, method: Method, out: Path, seed: int) -> list[Trial]:
     """Every trial of a method with one seed.
 
     Raises:
-        CardError: no such recipe, a setting that it does not take, or two trials that are one recipe.
+        CardError: no such recipe or teacher, a setting that it does not take, or two trials that are one.
     """
     found: dict[str, Trial] = {}
-    where = f"study {study.name}, method {method.name}"
+    where, teachers = f"study {study.name}, method {method.name}", teacher_runs(study, out)
     for number, settings in enumerate(method.trials, 1):
         changes = [*study.set, *method.set, *settings]
-        recipe = runner.resolved(where, method.recipe, changes, seed, study.probe)
-        if recipe.interpolation != 1:
+        named = runner.resolved(where, method.recipe, changes, seed, study.probe)
+        if named.interpolation != 1:
             raise CardError(where, "interpolation in a trial", "the study's own list, interpolation = [...]")
-        if recipe.fingerprint in found:
-            other = found[recipe.fingerprint].number
+        needs = _needs(named, teachers, where)
+        sha256 = trained(_with_models(named, {one.name: f"recipe {trained(one.recipe)}" for one in needs}))
+        if sha256 in found:
+            other = found[sha256].number
             raise CardError(where, f"trials {other} and {number} are one recipe", "dials that change it")
-        folder = out / f"{store.file_name(recipe.name)}-s{seed}-{recipe.fingerprint[:12]}"
-        found[recipe.fingerprint] = Trial(method.name, number, settings, seed, recipe, folder)
+        recipe = _with_models(named, {one.name: str(one.model) for one in needs})
+        folder = out / f"{store.file_name(recipe.name)}-s{seed}-{sha256[:12]}"
+        found[sha256] = Trial(method.name, number, settings, seed, recipe, sha256, needs, folder)
     return list(found.values())
+
+
+def _needs(recipe: Recipe, teachers: Mapping[str, TeacherRun], where: str) -> tuple[TeacherRun, ...]:
+    """The teachers of the study that a recipe names.
+
+    Raises:
+        CardError: one that the study does not have.
+    """
+    ids = dict.fromkeys([recipe.student, *recipe.teachers.values()])
+    names = [id_.removeprefix("@") for id_ in ids if id_.startswith("@")]
+    for name in names:
+        if name not in teachers:
+            raise CardError(where, f"no teacher {name!r:.80} of the study", do=nearest(name, teachers))
+    return tuple(teachers[name] for name in names)
+
+
+def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
+    """The recipe with other words for `@name`."""
+    spoken = {f"@{name}": text for name, text in models.items()}
+    teachers = {role: spoken.get(id_, id_) for role, id_ in recipe.teachers.items()}
+    changes = {"student": spoken.get(recipe.student, recipe.student), "teachers": teachers}
+    return recipe.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,26 @@ def test_one_bundle_alone_is_enough(honest, check, tmp_path):
     assert [cell.status for cell in report.cells] == ["verified"]
 
 
+def test_every_radius_of_a_protocol_on_another_canvas_passes(vlmrob, home, check, tmp_path):
+    facts = {"name": "own", "title": "Own", "paper": "none", "suite": "toys", "attack": "aa", "n": 6}
+    facts |= {"eps": ["2/255", "4/255"], "prompts": "clip", "canvas": "model", "antialias": False}
+    (home / "cards" / "protocols").mkdir(exist_ok=True)
+    (home / "cards" / "protocols" / "own.toml").write_text(forgeries.toys.toml(facts))
+    words = ["--protocol", "own", "--save-evidence", "--dataset", "toy", "--out", tmp_path / "r"]
+    assert vlmrob("eval", *words, "--model", f"{home}/models/m0", *models(home)[2:])[0] == 0
+    reader.include([home / "cards"])
+    report = check(tmp_path / "r")
+    assert report.faults() == []
+    assert [str(cell.result.threat) for cell in report.cells] == ["linf 2/255", "linf 4/255"]
+    assert report.cells[1].result.config["canvas_px"] == 32
+
+    def other_radius(parts):
+        parts.blocks["config"]["eps_ladder"] = ["1/255", "4/255"]
+
+    path = forge(report.cells[1].path, other_radius)
+    assert named(check(path)) == {"configuration"}
+
+
 # --- what forward passes show ------------------------------------------------------------------------------
 
 

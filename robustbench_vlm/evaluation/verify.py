@@ -176,7 +176,7 @@ class Verifier:
             results=Path(),
             data_root=self.data_root,
             datasets=(result.dataset,),
-            eps=",".join(contest.radii),
+            eps="" if protocol else ",".join(contest.radii),  # a protocol has its whole ladder
             norm=contest.norm,
             n=int(config["n_requested"]),
             protocol=protocol,
@@ -189,8 +189,10 @@ class Verifier:
                 return Claim("configuration", str(error))
             write.make_missing(self.data_root, self.report, [card.name for card in plan.datasets])
             self.at_hand.plans[asked] = planning.require_data(plan)
-        plan = self.at_hand.plans[asked]
-        return replace(plan, settings=replace(plan.settings, ladder=contest.ladder))
+        plan, ladder = self.at_hand.plans[asked], contest.ladder
+        if protocol and plan.settings.ladder[: len(ladder)] != ladder:
+            return Claim("configuration", f"radii {' '.join(contest.radii)} are not those of {protocol}")
+        return replace(plan, settings=replace(plan.settings, ladder=ladder))
 
     def _cell(self, result: Result, plan: Plan) -> Cell:
         loaded = protocols.with_protocol_resize(self._model(result), plan.protocol)

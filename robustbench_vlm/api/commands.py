@@ -46,6 +46,7 @@ class EvalOptions(TypedDict, total=False):
         engine: as for `attack`.
         mode: as for `attack`.
         save_images: whether adversarial images are stored, too.
+        save_evidence: whether a bundle a result is stored, too, which `vlmrob verify` can check.
         skip_missing: whether datasets that are not on disk are left out.
     """
 
@@ -57,6 +58,7 @@ class EvalOptions(TypedDict, total=False):
     engine: str
     mode: str
     save_images: bool
+    save_evidence: bool
     skip_missing: bool
 
 
@@ -132,14 +134,13 @@ def evaluate(
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         norm=options.get("norm", ""),
         n=n,
-        save_images=options.get("save_images", False),
-        skip_missing=options.get("skip_missing", False),
+        **{name: bool(options.get(name)) for name in ("save_images", "save_evidence", "skip_missing")},
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         arch=options.get("arch", ""),
         protocol=protocol,
     )
-    plan = planning.plan(request, choose_device(options.get("device", "auto")))
-    rows = run_plan(plan, _no_progress, LOG.info)
+    device = options.get("device", "auto")
+    rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)
     for line in flagged(rows, "failed"):
         warnings.warn(line, UntrustedResultWarning, stacklevel=2)
     return rows

@@ -27,7 +27,9 @@ from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
+from robustbench_vlm.cli.submit import submit
 from robustbench_vlm.cli.train import train
+from robustbench_vlm.cli.verify import verify
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.version import __version__
 
@@ -93,6 +95,8 @@ app.command()(train)
 app.command("eval")(eval_)
 app.command()(leaderboard)
 app.command()(compare)
+app.command()(verify)
+app.command()(submit)
 app.command()(demo)
 app.command()(study)
 app.command()(crosscheck)

@@ -18,7 +18,10 @@ from robustbench_vlm import interruption
 INTERRUPTED = 75
 """Exit code of a command that was stopped; that of `errors.Incomplete`."""
 
-SAVES_NOTHING = ("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show")
+SAVES_NOTHING = (
+    *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
+    *("submit", "verify"),
+)
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
 
 

@@ -25,6 +25,7 @@ VERBS = (
     "compare",
     "verify",
     "submit",
+    "race",
     "demo",
     "crosscheck",
     "new",
@@ -111,7 +112,7 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
         for eps in (2, 4)
     ]
     assert out.splitlines()[1].startswith("dataset\trandom")
-    assert [line.split("\t")[0] for line in out.splitlines()[2:5]] == ["mean", "toy", "pair"]
+    assert [line.split("\t")[0] for line in out.splitlines()[2:6]] == ["rank", "mean", "toy", "pair"]
     assert "16 cells: 2 models x 2 datasets (24 images) x 2 attacks x linf 2/255, linf 4/255" in err
     assert "next: vlmrob leaderboard --results results --suite toys" in err
 
@@ -132,8 +133,8 @@ def test_the_street_from_eval_to_compare(vlmrob, tmp_path):
     code, out, _ = vlmrob("compare random0 random1 --suite toys --json")
     found = json.loads(out)
     assert code == 0
-    assert [line["dataset"] for line in found[:3]] == ["toy", "pair", "all"]
-    assert len(found) == 12
+    assert [line["dataset"] for line in found[:4]] == ["toy", "pair", "all images", "mean"]
+    assert len(found) == 16
     assert {type(line[key]) for line in found for key in ("clean_difference", "robust_p")} == {float}
     assert "24 images: random0 against random1: " in vlmrob("compare random0 random1 --suite toys")[2]
     one_line(*vlmrob("compare random0 rondom1 --suite toys"), "did you mean 'random1'", "known: random0")

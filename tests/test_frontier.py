@@ -156,21 +156,6 @@ def test_the_interval_over_seeds_and_images_covers_the_truth():
     assert 0.90 <= hits / 400 <= 0.99
 
 
-def test_holm_is_that_of_statsmodels():
-    from statsmodels.stats import multitest
-
-    p = [0.01, 0.04, 0.03, 0.005, 0.5]
-    assert resampling.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
-    with_gap = resampling.holm([0.01, math.nan, 0.04])
-    assert with_gap[0] == pytest.approx(0.02)
-    assert math.isnan(with_gap[1])
-
-
-def test_holm_by_hand():
-    """0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04, which may not be below 0.06."""
-    assert resampling.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
 # --- curves ------------------------------------------------------------------------------------------------
 
 

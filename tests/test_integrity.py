@@ -106,6 +106,7 @@ IMPOSSIBLE = {
     "config.eps_ladder": ["9" * 5000],
     "config.model_sha256": "../../x",
     "config.n_requested": "all",
+    "config.stop_rule": "1 look",
     "stages": [],
 }
 

@@ -1,6 +1,7 @@
 """The leaderboard is a view of cells: same cells, same bytes; what is not comparable shares no table."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from robustbench_vlm.results import (
     flags,
     grids,
     leaderboard,
+    mean_interval,
     result_file,
     verdicts,
 )
@@ -189,7 +191,10 @@ def test_the_table_for_people_has_every_model_and_dataset(tmp_path):
     text = grids.markdown(rows(tmp_path), SUITE).decode()
     assert "## aa · linf 4/255 · n = 10" in text
     lines = [line for line in text.split("\n") if line.startswith("| ")]
-    assert lines[0] == "| model | mean | mean:first | mean:unseen | one | two |"
+    assert lines[0] == "| model | rank | mean | mean:first | mean:unseen | one | two |"
+    assert lines[1].startswith("| defended") and " | 1, a | " in lines[1]  # noqa: PT018
+    assert " | 2, b | " in lines[2]
+    assert "`rank`: the ranks that a model may have" in text
     assert [line.split(" (")[0] for line in lines[1:]] == ["| defended", "| clean"]  # most robust first
     assert "| 90.00 / 0.00 | 80.00 / 10.00 ! |" in lines[2]
     clean = row(rows(tmp_path), "clean", "mean")
@@ -290,8 +295,11 @@ def test_the_interval_of_a_mean_combines_those_of_its_rows(tmp_path):
     two_models(tmp_path)
     found = rows(tmp_path)
     mean, one, two = (row(found, "defended", name) for name in ("mean", "one", "two"))
-    below = np.hypot(60.0 - float(one.ci_low), 40.0 - float(two.ci_low)) / 2
-    assert float(mean.ci_low) == pytest.approx(50.0 - below, abs=0.01)
+    assert (one.robust, two.robust) == ("60.00", "40.00")
+    limits = mean_interval.mean_interval([(6, 10), (4, 10)])
+    assert (mean.ci_low, mean.ci_high) == (f"{100 * limits.low:.2f}", f"{100 * limits.high:.2f}")
+    assert (mean.leave_one_out_low, mean.leave_one_out_high) == ("40.00", "60.00")
+    assert (one.leave_one_out_low, one.leave_one_out_high) == ("", "")
     assert float(row(found, "clean", "mean:first").ci_high) > 25  # none of ten is not a certainty
 
 
@@ -442,7 +450,7 @@ def cells(results):
 def test_the_paired_test_by_hand(tmp_path):
     two_models(tmp_path)
     lines = compare.compare(cells(tmp_path), "defended", "clean")
-    assert [line.dataset for line in lines] == ["one", "two", "all"]
+    assert [line.dataset for line in lines] == ["one", "two", compare.POOLED, compare.MEAN]
     assert {line.attack for line in lines} == {"aa linf 4/255 n=10"}
     one = lines[0]
     # one: defended stands on images 2 to 7, clean on none: 6 against 0
@@ -453,6 +461,10 @@ def test_the_paired_test_by_hand(tmp_path):
     assert (lines[1].robust.only_a, lines[1].robust.only_b) == (4, 1)
     assert (lines[2].robust.only_a, lines[2].robust.only_b, lines[2].robust.n) == (10, 1, 20)
     assert lines[2].robust.p == pytest.approx(2 * (1 + 11) / 2**11)
+    # mean: (6 + 3) / 20; less one image of ten, over the root of 6 + 5 + 1 images
+    assert lines[3].robust.difference == pytest.approx(0.45)
+    assert lines[3].robust.p == pytest.approx(math.erfc((9 - 1) / math.sqrt(12) / math.sqrt(2)))
+    assert "+45.00 points robust" in compare.conclusion(lines, "defended", "clean")[0]
     mirrored = compare.compare(cells(tmp_path), "clean", "defended")
     assert mirrored[2].robust.p == lines[2].robust.p
     assert mirrored[2].robust.difference == -lines[2].robust.difference
@@ -463,7 +475,7 @@ def test_ladders_are_not_pooled(tmp_path):
     for model in ("clean", "defended"):
         cell(tmp_path, model, "one", 9, {0: "apgd-ce"}, eps_ladder=["2/255", "4/255"])
     lines = compare.compare(cells(tmp_path), "defended", "clean")
-    pooled = [line for line in lines if line.dataset == "all"]
+    pooled = [line for line in lines if line.dataset == compare.POOLED]
     assert [line.robust.n for line in pooled] == [20]
     assert "aa linf 4/255 after 2/255 n=10" in {line.attack for line in lines}
 

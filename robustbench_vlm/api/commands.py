@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import pandas as pd
 import torch
@@ -41,6 +41,7 @@ class EvalOptions(TypedDict, total=False):
         datasets: only these datasets of the suite.
         norm: `linf`, `l2` or `l1`.
         protocol: evaluate as a paper does; the name of a protocol card.
+        until: stop a model when the interval of its mean robust accuracy is this many points to each side.
         arch: of models that are weights files, the model that they were made from.
         device: `auto` (default), `cpu`, `cuda` or `cuda:N`.
         engine: as for `attack`.
@@ -53,6 +54,7 @@ class EvalOptions(TypedDict, total=False):
     datasets: Sequence[str]
     norm: str
     protocol: str
+    until: float | None
     arch: str
     device: str
     engine: str
@@ -60,6 +62,10 @@ class EvalOptions(TypedDict, total=False):
     save_images: bool
     save_evidence: bool
     skip_missing: bool
+
+
+AS_TYPED = {"norm", "protocol", "arch", "until", "save_images", "save_evidence", "skip_missing"}
+"""Options of `evaluate` that an `EvalRequest` has under the same name."""
 
 
 def load_model(name: str, device: torch.device | str = "cpu", arch: str = "") -> Clip:
@@ -124,6 +130,7 @@ def evaluate(
     """
     require_known("evaluate", options, EvalOptions)
     protocol = options.get("protocol", "")
+    typed: Any = {name: value for name, value in options.items() if name in AS_TYPED}
     request = planning.EvalRequest(
         models=_names(models),
         attacks=_names(attacks) or (() if protocol else ("autoattack",)),
@@ -132,12 +139,9 @@ def evaluate(
         data_root=Path(data_root),
         datasets=tuple(options.get("datasets", ())),
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
-        norm=options.get("norm", ""),
         n=n,
-        **{name: bool(options.get(name)) for name in ("save_images", "save_evidence", "skip_missing")},
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
-        arch=options.get("arch", ""),
-        protocol=protocol,
+        **typed,
     )
     device = options.get("device", "auto")
     rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)

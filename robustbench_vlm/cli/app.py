@@ -25,6 +25,7 @@ from robustbench_vlm.cli.eval import eval_
 from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
+from robustbench_vlm.cli.race import race
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.submit import submit
@@ -97,6 +98,7 @@ app.command()(leaderboard)
 app.command()(compare)
 app.command()(verify)
 app.command()(submit)
+app.command()(race)
 app.command()(demo)
 app.command()(study)
 app.command()(crosscheck)

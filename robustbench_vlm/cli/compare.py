@@ -25,7 +25,11 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Paired test of two models on the same images: exact McNemar, per dataset and over all of them."""
+    """Paired tests of two models on the same images.
+
+    Each dataset, and all images together, get the exact McNemar test; in the line `all images` a dataset
+    weighs as much as it has images. The line `mean` tests the difference of the unweighted means.
+    """
     from robustbench_vlm.results import compare, result_file
 
     if published == bool(b):
@@ -43,7 +47,7 @@ def compare(
     if as_json:
         console.result_json([line.record for line in lines])
     else:
-        title = f"A = {a}, B = {b}; differences in points, p of the exact McNemar test"
+        title = f"A = {a}, B = {b}; differences in points; {compare.WEIGHTS}"
         console.show(title, [*compare.COLUMNS], [line.texts for line in lines])
         for line in compare.conclusion(lines, a, b):
             console.remark(line)

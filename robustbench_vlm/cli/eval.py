@@ -75,6 +75,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     n: Annotated[
         int | None, typer.Option(min=0, help="Images a dataset, 0 for all; default: the suite's.")
     ] = None,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop a model when the mean's interval is this many points to each side, e.g. 2.5."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
@@ -137,6 +143,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         backend=Backend(engine, mode, attacked_in),
         arch=arch,
         protocol=protocol,
+        until=until,
     )
     with TemporaryDirectory() as scratch:
         if data is not None:

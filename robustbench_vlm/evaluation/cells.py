@@ -54,7 +54,7 @@ class EvalSettings:
             speed and memory, never a verdict.
         save_images: write the adversarial images too.
         suite: write a bundle of evidence too, as a result of this suite; None for no bundle.
-        tags: further facts that tell results apart: the protocol and the list of images; empty for none.
+        tags: further facts that tell results apart: protocol, list of images and stop rule; empty for none.
     """
 
     chains: tuple[Chain, ...]
@@ -97,12 +97,21 @@ class Subject:
     bank: Tensor
 
     @classmethod
-    def of(cls, loaded: Loaded, card: DatasetCard, split: Split) -> Subject:
-        """Look at the images of `split`, and encode the sentences of `card` with one model."""
+    def of(cls, loaded: Loaded, card: DatasetCard, split: Split, bank: Tensor | None = None) -> Subject:
+        """Look at the images of `split`, and encode the sentences of `card` with one model.
+
+        Args:
+            loaded: the model.
+            card: of the dataset.
+            split: which images.
+            bank: (C, D) what encoding the sentences gave before; None to encode them.
+        """
         split = resized_as(split, loaded.model.preprocess.canvas_resize)
         card = card.model_copy(update={"resize": split.card.resize})
         images = decodable_images(split, loaded.model.image_size)
-        return cls(loaded, card, images, text_bank(loaded.model, render(card.names, card.templates)))
+        if bank is None:
+            bank = text_bank(loaded.model, render(card.names, card.templates))
+        return cls(loaded, card, images, bank)
 
     def classifier(self, device: torch.device, *, bf16: bool = False) -> Classifier:
         """The model as a classifier of pixels on a device."""

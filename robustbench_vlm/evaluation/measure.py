@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -18,7 +19,7 @@ from robustbench_vlm import store
 from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
-from robustbench_vlm.engine.job import Model, total
+from robustbench_vlm.engine.job import Cost, Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import bundling, provenance
@@ -33,7 +34,7 @@ from robustbench_vlm.results.result_file import Content
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
 Examine = Callable[[], model_checks.Examined]
-Begin = Callable[[Cell, Cell | None], CellRun]
+Begin = Callable[[Cell, pd.DataFrame | None], CellRun]
 
 
 def evaluate(
@@ -62,6 +63,36 @@ def evaluate(
                     _measure(cell, smaller, report, examined, partial(_begin, clean=clean, remark=remark))
             smaller = cell
             yield cell.path
+
+
+def tables(
+    subject: Subject, chain: Chain, settings: EvalSettings, report: Report, remark: Remark = lambda _: None
+) -> list[pd.DataFrame]:
+    """The verdicts under one chain at every radius of the ladder, without checks and without a result file.
+
+    What is found is recorded in the ledgers, and what they have is not run again.
+
+    Raises:
+        AttackError: an attack left the ball or the box.
+    """
+    found: list[pd.DataFrame] = []
+    for rung in range(len(settings.ladder)):
+        cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
+        tf32, kept = settings.backend.precision.tf32, restored_buffers(subject.loaded.model)
+        with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
+            run = _begin(cell, found[-1] if found else None, canonical.Record(file), remark)
+            _attack(run, report)
+        found.append(run.table)
+    return found
+
+
+def _attack(run: CellRun, report: Report) -> list[Cost]:
+    """Run every stage of the chain; returns the model calls of each group of stages."""
+    number, costs = 0, []
+    for group in run.cell.settings.backend.groups(run.cell.chain.stages):
+        costs.append(run.attack(number, group, report))
+        number += len(group)
+    return costs
 
 
 def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
@@ -125,11 +156,8 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     subject, settings, path = cell.subject, cell.settings, cell.path
     path.parent.mkdir(parents=True, exist_ok=True)  # a name that the disk refuses must not cost an attack
     examined = examine()
-    run = begin(cell, smaller)
-    number, costs = 0, []
-    for group in settings.backend.groups(cell.chain.stages):
-        costs.append(run.attack(number, group, report))
-        number += len(group)
+    run = begin(cell, None if smaller is None else result_file.read_one(smaller.path).verdicts())
+    costs = _attack(run, report)
     later, cost = run.attack_checks()
     examined, costs = examined.joined(later), [*costs, cost]
     table = run.table.to_parquet(index=False)
@@ -151,13 +179,19 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     result_file.write(path, content, beside)
 
 
-def _begin(cell: Cell, smaller: Cell | None, clean: canonical.Record, remark: Remark) -> CellRun:
-    """The model on its device, and the verdicts before any attack; `clean` gets the clean logits."""
+def _begin(cell: Cell, smaller: pd.DataFrame | None, clean: canonical.Record, remark: Remark) -> CellRun:
+    """The model on its device, and the verdicts before any attack.
+
+    Args:
+        cell: to be measured.
+        smaller: the verdicts at the next smaller radius.
+        clean: gets the clean logits.
+        remark: see `CellRun`.
+    """
     subject, settings, rows = cell.subject, cell.settings, cell.chain.rows
     classifier = subject.classifier(settings.device)
     predictions, margins = _clean_pass(cell, classifier, clean)
-    lost = None if smaller is None else result_file.read_one(smaller.path).verdicts()
-    lost = None if lost is None else lost[lost.broken_at_eps != ""]
+    lost = None if smaller is None else smaller[smaller.broken_at_eps != ""]
     split = subject.split
     table = verdicts.begin(split.keys, split.labels, subject.image_shas, predictions, margins, lost)
     first = subject.images.floats(range(len(table))[:rows]).to(settings.device)

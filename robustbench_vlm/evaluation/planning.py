@@ -49,6 +49,8 @@ class EvalRequest:
         backend: what runs the attacks.
         arch: of the models that are weights files.
         protocol: name of a protocol, which fixes attack, norm, radii and number of images; empty: none.
+        until: half-width of the interval of the mean robust accuracy, in points, at which a model is done;
+            None: all images.
     """
 
     models: tuple[str, ...]
@@ -67,6 +69,7 @@ class EvalRequest:
     backend: Backend = field(default_factory=Backend)
     arch: str = ""
     protocol: str = ""
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def plan(request: EvalRequest, device: torch.device) -> Plan:
     for name in wanted:
         _require_member(suite, name)
     settings = _settings(request, suite, protocol, device)
+    if request.until is not None:
+        require_frozen_order("--until", request, suite)
     chosen = [name for name in suite.datasets if not wanted or name in wanted]
     cards = (reader.read("datasets", name, DatasetCard) for name in chosen)
     datasets = tuple(protocols.with_protocol_canvas(card, protocol) for card in cards)
@@ -181,6 +186,31 @@ def under_protocol(request: EvalRequest, protocol: Protocol) -> EvalRequest:
         eps=",".join(protocol.eps),
         n=protocol.n,
     )
+
+
+def require_frozen_order(where: str, request: EvalRequest, suite: Suite) -> None:
+    """Refuse what does not go with images that are attacked one after the other until enough are known.
+
+    Args:
+        where: what was typed, for the message.
+        request: of the evaluation.
+        suite: of the evaluation.
+
+    Raises:
+        InputError: the images are not drawn at random, their number is fixed, or their verdicts depend on
+            what is attacked beside them.
+    """
+    if request.until is not None and not 0 < request.until < 50:
+        raise InputError(f"{where} {request.until:g}", "no half-width in points", "a number between 0 and 50")
+    if request.protocol:
+        found = f"protocol {request.protocol} fixes the number of images"
+        raise InputError(where, found, do=f"leave out {where} or --protocol")
+    if suite.subset:
+        found = f"suite {suite.name} lists its images, and the first of a list are no random ones"
+        raise InputError(where, found, "a suite that draws its images", "name another suite")
+    if not request.backend.keyed:
+        found = f"{request.backend.title} draws noise in batches, so verdicts would depend on the stop"
+        raise InputError(where, found, "--engine native --mode fast", f"leave out {where} or the other one")
 
 
 def require_supported(settings: EvalSettings, datasets: Sequence[DatasetCard]) -> None:

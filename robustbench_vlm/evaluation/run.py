@@ -8,7 +8,7 @@ import pandas as pd
 
 from robustbench_vlm import store
 from robustbench_vlm.data.tiny import write
-from robustbench_vlm.evaluation import estimate, planning
+from robustbench_vlm.evaluation import estimate, planning, sequential
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.results import flags
@@ -27,6 +27,15 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     Raises:
         DataError: datasets are missing and `skip_missing` was not asked for.
     """
+    present = prepared(plan, report, remark)
+    until = plan.request.until
+    if until is None:
+        return planning.rows(present, planning.perform(present, report, remark))
+    return planning.rows(present, sequential.until(present, until, report, remark))
+
+
+def prepared(plan: Plan, report: Report, remark: Callable[[str], None]) -> Plan:
+    """The plan over the datasets that are there, after its price was said; see `run_plan`."""
     root = plan.request.data_root
     if write.make_missing(root, report, [card.name for card in plan.datasets]):
         remark(f"rendered the tiny world into {root}")
@@ -39,7 +48,7 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     store.require_writable(plan.settings.results, "--out")
     for line in estimate.price(present):
         remark(line)
-    return planning.rows(present, planning.perform(present, report, remark))
+    return present
 
 
 def flagged(rows: pd.DataFrame, kind: flags.Severity) -> list[str]:

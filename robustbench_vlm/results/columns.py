@@ -27,6 +27,7 @@ BEFORE_STAGES: Mapping[str, str] = {
     "split": "split of the dataset",
     "n": "number of images; of a mean, of all its datasets together",
     "n_requested": "number of images asked for of every dataset; 0 means all",
+    "stop_rule": "rule that ended the evaluation before all images; empty for a number that was fixed before",
     "n_classes": "number of classes; empty for a mean",
     "subset_sha256": "fingerprint of the drawn images' keys",
     "threat_space": "size at which the ball lies: `native`, of the images; `model`, of the model's input",
@@ -43,14 +44,19 @@ BEFORE_STAGES: Mapping[str, str] = {
     "seed": "of the subset and of the attack's noise",
     "metric": "what the dataset's makers report: `top1`, `mean-per-class` or `auroc`; of means always `top1`",
     "clean": "accuracy on clean images, %: top-1, whatever the makers of the dataset report",
-    "clean_ci_low": "lower limit of its 95 % interval, %: Wilson; of a mean, by the method MOVER",
+    "clean_ci_low": "lower limit of its 95 % interval, %: Wilson; of a mean, the stratified Clopper-Pearson",
     "clean_ci_high": "upper limit of the same",
 }
 
 AFTER_STAGES: Mapping[str, str] = {
     "robust": "accuracy after the whole chain, %: images that are right when clean and were not broken",
-    "ci_low": "lower limit of its 95 % interval, %: Wilson; of a mean, by the method MOVER",
+    "ci_low": "lower limit of its 95 % interval, %: Wilson; of a mean, the stratified Clopper-Pearson",
     "ci_high": "upper limit of the same",
+    "rank_low": "best rank that `robust` may have: 1 + number of rows that are significantly better",
+    "rank_high": "worst rank: number of rows minus those that are significantly worse",
+    "tie_group": "letters of tie groups, separated by blanks; rows without a common letter differ",
+    "leave_one_out_low": "smallest mean of `robust` with one dataset left out, %: a sensitivity, no interval",
+    "leave_one_out_high": "largest mean of the same",
     "clean_per_class": "mean over classes of clean accuracy, %; empty unless `metric` is `mean-per-class`",
     "robust_per_class": "the same of `robust`",
     "chance": "accuracy of always predicting the most frequent class, %",
@@ -100,6 +106,7 @@ TEXTS = frozenset(name for name in (*BEFORE_STAGES, *AFTER_STAGES)) - {
     *("params_m", "n", "n_requested", "n_classes", "canvas_px", "seed", "chance", "pgd_only"),
     *("clean", "clean_ci_low", "clean_ci_high", "robust", "ci_low", "ci_high"),
     *("clean_per_class", "robust_per_class"),
+    *("rank_low", "rank_high", "leave_one_out_low", "leave_one_out_high"),
 }
 """Columns that are no numbers, or numbers with a unit: a radius such as `4/255` stays a text."""
 

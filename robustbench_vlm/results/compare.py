@@ -1,4 +1,4 @@
-"""Two models on the same images: an exact paired test on each dataset, and on all of a suite together."""
+"""Two models on the same images: an exact paired test on each dataset, and two on all of a suite together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from robustbench_vlm.errors import InputError, nearest
 from robustbench_vlm.results import stats, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.result_file import Result
-from robustbench_vlm.results.stats import Paired
+from robustbench_vlm.results.stats import Paired, Stratified
 
 COLUMNS = ("attack", "dataset", "n", "clean A-B", "clean p", "robust A-B", "robust p")
 
-LEVEL = 0.05
-"""p below which a difference is claimed."""
+POOLED = "all images"
+MEAN = "mean"
+"""Lines of a comparison over all datasets."""
+
+WEIGHTS = "all images: each image weighs alike; mean: each dataset does"
 
 ByContest = dict[tuple[Contest, str], Result]
 """The results of one model by contest and dataset."""
@@ -28,15 +31,16 @@ class Comparison:
 
     Attributes:
         attack: title of the contest.
-        dataset: its name, or `all`, the pooled images of every dataset that both models have.
+        dataset: its name; `POOLED`, the images of every dataset that both models have together, each of
+            which counts alike; or `MEAN`, the mean over these datasets, each of which counts alike.
         clean: paired test of clean correctness.
         robust: paired test of the final verdicts.
     """
 
     attack: str
     dataset: str
-    clean: Paired
-    robust: Paired
+    clean: Paired | Stratified
+    robust: Paired | Stratified
 
     @property
     def record(self) -> dict[str, str | int | float]:
@@ -64,24 +68,25 @@ class Comparison:
         return [self.attack, self.dataset, str(self.robust.n), *numbers]
 
 
-def _verdict(what: str, test: Paired) -> str:
+def _verdict(what: str, test: Paired | Stratified) -> str:
     points = f"{100 * test.difference:+.2f} points {what}, p = {test.p:.3g}"
-    if test.p >= LEVEL:
+    if test.p >= stats.LEVEL:
         return f"{points}: no difference can be claimed"
     return f"{points}: {'better' if test.difference > 0 else 'worse'}"
 
 
 def conclusion(lines: Sequence[Comparison], a: str, b: str) -> list[str]:
-    """One sentence for every contest: about all its images together, else about its only dataset."""
-    last = {line.attack: line for line in lines}  # the pooled line, where there is one, ends its contest
+    """One sentence for every contest: about the mean over its datasets, else about its only dataset."""
+    last = {line.attack: line for line in lines}  # the line of the mean, where there is one, ends its contest
     return [line.sentence(a, b) for line in last.values()]
 
 
 def compare(results: Sequence[Result], a: str, b: str) -> list[Comparison]:
     """Paired tests of model `a` against `b` wherever both were evaluated in the same contest.
 
-    The pooled line tests all discordant images of all datasets together: under the hypothesis of no
-    difference each is a fair coin, whichever dataset it comes from.
+    Over several datasets there are two more lines. `POOLED` is the exact test of all discordant images of all
+    datasets together, so a dataset weighs as much as it has images. `MEAN` tests the difference of the
+    unweighted means (`stats.stratified_p`), which is what leaderboards rank by.
 
     Args:
         results: of a suite.
@@ -89,19 +94,27 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[Comparison]:
         b: the other model.
 
     Raises:
-        InputError: a model without results, or two without a contest in common.
+        InputError: a model without results, or two without a contest in common. Results that were stopped by
+            a rule have none: a test at a time that the results chose does not hold its level.
     """
     of_a, of_b = _of(results, a), _of(results, b)
-    shared = [entry for entry in of_a if entry in of_b]
+    shared = [entry for entry in of_a if entry in of_b and not entry[0].stop_rule]
+    if not shared and any(entry in of_b for entry in of_a):
+        found = "only results that were stopped by a rule in common"
+        do = f"evaluate both on a fixed number of images, or type vlmrob race {a} {b} --decide"
+        raise InputError(f"compare {a} {b}", found, do=do)
     if not shared:
         raise InputError(f"compare {a} {b}", "no dataset and attack in common", do="evaluate both alike")
     lines: list[Comparison] = []
     for contest in dict.fromkeys(contest for contest, _ in shared):
         datasets = [dataset for at, dataset in shared if at == contest]
         pairs = [_joined(of_a[contest, dataset], of_b[contest, dataset]) for dataset in datasets]
-        lines += [_test(contest, name, pair) for name, pair in zip(datasets, pairs, strict=True)]
+        tests = [_test(pair) for pair in pairs]
+        lines += [Comparison(contest.title, name, *both) for name, both in zip(datasets, tests, strict=True)]
         if len(pairs) > 1:
-            lines.append(_test(contest, "all", pd.concat(pairs)))
+            lines.append(Comparison(contest.title, POOLED, *_test(pd.concat(pairs))))
+            clean, robust = (stats.stratified(part) for part in zip(*tests, strict=True))
+            lines.append(Comparison(contest.title, MEAN, clean, robust))
     return lines
 
 
@@ -130,7 +143,8 @@ def _joined(a: Result, b: Result) -> pd.DataFrame:
     return merged
 
 
-def _test(contest: Contest, dataset: str, merged: pd.DataFrame) -> Comparison:
+def _test(merged: pd.DataFrame) -> tuple[Paired, Paired]:
+    """The tests of clean correctness and of the final verdicts."""
     clean = stats.mcnemar(merged.clean_correct_a.tolist(), merged.clean_correct_b.tolist())
     robust = stats.mcnemar(merged.robust_a.tolist(), merged.robust_b.tolist())
-    return Comparison(contest.title, dataset, clean, robust)
+    return clean, robust

@@ -41,6 +41,8 @@ class Contest:
         precision: of the model as the attack saw it.
         protocol: name and version of the evaluation protocol; empty without one.
         subset: fingerprint of the suite's list of images; empty without one.
+        stop_rule: the rule that ended the evaluation before all images, as `StopRule.text` writes it; empty
+            for a number of images that was fixed before.
     """
 
     attack: str
@@ -55,6 +57,7 @@ class Contest:
     precision: str
     protocol: str = ""
     subset: str = ""
+    stop_rule: str = ""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Contest:
@@ -72,6 +75,7 @@ class Contest:
             precision=config["precision"],
             protocol=config.get("protocol", ""),
             subset=config.get("subset", ""),
+            stop_rule=config.get("stop_rule", ""),
         )
 
     @property
@@ -95,14 +99,15 @@ class Contest:
     def position(self) -> tuple[Any, ...]:
         """Sort key: in which order the contests of a leaderboard follow each other."""
         shown = (self.protocol, self.norm, self.attack, self.eps, self.n_requested)
-        return (*shown, self.engine, self.precision)
+        return (*shown, self.engine, self.precision, self.stop_rule)
 
     @property
     def title(self) -> str:
         """One line for people: chain, threat, smaller radii of the ladder, number of images, protocol."""
         after = f" after {', '.join(self.radii[:-1])}" if len(self.ladder) > 1 else ""
         protocol = f" protocol={self.protocol}" if self.protocol else ""
-        return f"{self.attack} {self.threat}{after} n={self.n_requested or 'all'}{protocol}"
+        stop = f" stopped by {self.stop_rule}" if self.stop_rule else ""
+        return f"{self.attack} {self.threat}{after} n={self.n_requested or 'all'}{protocol}{stop}"
 
     @property
     def without_attack(self) -> Contest:
@@ -133,4 +138,5 @@ def table_title(columns: Mapping[str, Any], n: str, *, ambiguous: bool) -> str:
     if not columns["engine"].startswith("native/") or columns["precision"] != "fp32":
         remark += f" · {columns['engine']}, {columns['precision']}"
     remark += f" · protocol {columns['protocol']}" if columns["protocol"] else ""
+    remark += f" · stopped by {columns['stop_rule']}" if columns["stop_rule"] else ""
     return f"{columns['attack']} · {columns['norm']} {columns['eps']} · n = {n}{remark}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from robustbench_vlm.errors import DataError
+from robustbench_vlm.results.stop_rule import StopRule
 from robustbench_vlm.threat import Norm
 
 Count = Annotated[int, Field(ge=0, lt=10**15, strict=True)]
@@ -16,6 +17,11 @@ Count = Annotated[int, Field(ge=0, lt=10**15, strict=True)]
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Radius = Annotated[str, Field(pattern=r"^\d{1,400}(/[1-9]\d{0,400})?$", max_length=400)]
 """An exact fraction."""
+
+
+def _stop_rule(text: str) -> str:
+    """A rule that can be read, or none."""
+    return StopRule.of(text).text if text else text
 
 
 class Facts(BaseModel):
@@ -49,6 +55,7 @@ class Config(Facts):
     precision: str
     protocol: str = ""
     subset: str = ""
+    stop_rule: Annotated[str, AfterValidator(_stop_rule)] = ""
 
 
 class Outcome(Facts):

@@ -11,12 +11,17 @@ from robustbench_vlm import safe_text
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.results import contest, flags
 
+RANK = "rank"
+"""Column of a grid with rank set and tie groups."""
+
 
 def grids(rows: pd.DataFrame, intervals: str = "") -> Iterator[tuple[str, pd.DataFrame]]:
     """Title and grid of each contest: models down, means and then datasets across.
 
     Each entry is `clean / robust` in percent; `!` marks a number of which a check failed. The models stand in
-    one order in all grids, the one with the largest average robust accuracy first.
+    one order in all grids, the one with the largest average robust accuracy first. Where there are
+    several, the first column has the rank set and the tie groups of each model, by the mean over the suite or
+    the only dataset.
 
     Args:
         rows: of a leaderboard.
@@ -62,7 +67,26 @@ def _grid(rows: pd.DataFrame, order: list[str], intervals: str) -> pd.DataFrame:
     rows = rows.assign(entry=rows.clean + " / " + rows.robust + limits + flagged, row=_names(rows))
     grid = rows.pivot_table(index="row", columns="dataset", values="entry", aggfunc="first", sort=False)
     means_first = sorted(grid.columns, key=lambda name: not is_mean(name))
-    return grid.loc[[name for name in order if name in grid.index], means_first].fillna("")
+    grid = grid.loc[[name for name in order if name in grid.index], means_first].fillna("")
+    ranks = _ranks(rows)
+    if len(ranks):
+        grid.insert(0, RANK, ranks.reindex(grid.index).fillna(""))
+    return grid
+
+
+def _ranks(rows: pd.DataFrame) -> pd.Series[str]:
+    """The rank of each row's model, by the mean or else by the only dataset; empty where there is none."""
+    names = set(rows.dataset)
+    by = "mean" if "mean" in names else names.pop() if len(names) == 1 else ""
+    ranked = rows[(rows.dataset == by) & (rows.rank_low != "")]
+    return pd.Series(
+        [
+            (f"{low}" if low == high else f"{low} to {high}") + f", {group}"
+            for low, high, group in zip(ranked.rank_low, ranked.rank_high, ranked.tie_group, strict=True)
+        ],
+        index=ranked.row,
+        dtype=object,
+    )
 
 
 def is_mean(dataset: str) -> bool:
@@ -78,6 +102,8 @@ def markdown(rows: pd.DataFrame, suite: Suite) -> bytes:
         "",
         f"Suite `{safe_text.line(code)}` version {suite.version}. Each entry: clean / robust, %; of a mean "
         f"with the 95 % interval of robust accuracy. `{safe_text.line(code)}.csv` has every interval.",
+        *_rank_note(rows),
+        *_stratified_note(suite),
         *_per_class_note(rows),
         *_flag_note(rows),
     ]
@@ -91,6 +117,29 @@ def markdown(rows: pd.DataFrame, suite: Suite) -> bytes:
         ]
     lines += [f"\n{safe_text.markdown(note)}." for note in ladder_notes(rows)]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _rank_note(rows: pd.DataFrame) -> list[str]:
+    """How ranks are meant, where there are any."""
+    if not (rows.rank_low != "").any():
+        return []
+    return [
+        "",
+        f"`{RANK}`: the ranks that a model may have, from paired tests of all pairs of the table together "
+        "(Holm, 5 %), and its tie groups. Models that share a letter are tied; their order in the table "
+        "says nothing about them.",
+    ]
+
+
+def _stratified_note(suite: Suite) -> list[str]:
+    """That intervals are wider than need be where images are drawn class by class."""
+    if suite.sample != "stratified":
+        return []
+    return [
+        "",
+        "Images are drawn class by class in turn. Intervals and tests take them for drawn at random, "
+        "which makes them wider and more cautious than they need to be.",
+    ]
 
 
 def ladder_notes(rows: pd.DataFrame) -> Iterator[str]:

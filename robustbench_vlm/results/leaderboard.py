@@ -14,7 +14,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard, Metric
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
-from robustbench_vlm.results import columns, grids, result_file, rows, verdicts
+from robustbench_vlm.results import columns, grids, ranking, result_file, rows, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.result_file import Result
 
@@ -31,6 +31,7 @@ def table(results: Sequence[Result], suite: Suite) -> pd.DataFrame:
     groups: dict[tuple[Contest, tuple[str, str]], list[Result]] = {}
     for result in results:
         groups.setdefault((result.contest, result.model), []).append(result)
+    ranked = ranking.ranked(groups, suite)
     position = {name: number for number, name in enumerate([*suite.datasets, "mean"])}
     keyed: list[tuple[tuple[Any, ...], rows.Row]] = []
     for (contest, model), group in groups.items():
@@ -40,6 +41,7 @@ def table(results: Sequence[Result], suite: Suite) -> pd.DataFrame:
         ]
         for row in [*found, *rows.of_means(group, suite)]:
             dataset = (position.get(row["dataset"], len(position)), row["dataset"])
+            row |= ranked.get((contest, model, row["dataset"]), {})
             keyed.append(((*contest.position, *model, dataset, contest), row))
     keyed.sort(key=lambda pair: pair[0])
     names = columns.names(stages)

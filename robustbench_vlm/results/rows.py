@@ -12,7 +12,7 @@ from typing import Any
 from robustbench_vlm.cards.dataset import Metric
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.results import columns, stats, verdicts
+from robustbench_vlm.results import columns, mean_interval, stats, stop_rule, verdicts
 from robustbench_vlm.results.result_file import Result
 from robustbench_vlm.results.stats import Interval
 from robustbench_vlm.threat import eps_text, parse_eps
@@ -46,6 +46,7 @@ def of_result(result: Result, suite: Suite, metric: Metric, pgd_only: int | None
     """
     outcome, config = result.outcome, result.config
     n, robust = outcome["n"], outcome["robust"]
+    confidence = stop_rule.confidence(result.contest.stop_rule)
     flags = set(outcome["flags"])
     if pgd_only and pgd_only > PGD_ONLY_FLAG * n:
         flags.add("pgd-beats-chain")
@@ -59,10 +60,10 @@ def of_result(result: Result, suite: Suite, metric: Metric, pgd_only: int | None
         "canvas_px": config["canvas_px"],
         "threat_space": config["canvas"],
         "clean": _percent(outcome["clean_correct"] / n),
-        **_limits("clean_", stats.wilson(outcome["clean_correct"], n)),
+        **_limits("clean_", stats.wilson(outcome["clean_correct"], n, confidence)),
         **{columns.STAGE + stage: _percent(count / n) for stage, count in robust.items()},
         "robust": _percent(robust[result.stages[-1]] / n),
-        **_limits("", stats.wilson(robust[result.stages[-1]], n)),
+        **_limits("", stats.wilson(robust[result.stages[-1]], n, confidence)),
         **(_per_class(result) if metric == "mean-per-class" else {}),
         "metric": metric,
         "chance": _percent(outcome["majority"]),
@@ -80,15 +81,17 @@ def of_means(results: Sequence[Result], suite: Suite) -> Iterator[Row]:
         first, stages = part.results[0], part.results[0].stages
         after = {stage: [(o["robust"][stage], o["n"]) for o in outcomes] for stage in stages}
         clean = [(o["clean_correct"], o["n"]) for o in outcomes]
+        confidence = stop_rule.confidence(first.contest.stop_rule)
         yield {
             **_shared(first, suite),
             "dataset": part.name,
             "n": sum(o["n"] for o in outcomes),
             "clean": _percent(_mean_share(clean)),
-            **_limits("clean_", stats.wilson_mean(clean)),
+            **_limits("clean_", mean_interval.mean_interval(clean, confidence)),
             **{columns.STAGE + stage: _percent(_mean_share(counts)) for stage, counts in after.items()},
             "robust": _percent(_mean_share(after[stages[-1]])),
-            **_limits("", stats.wilson_mean(after[stages[-1]])),
+            **_limits("", mean_interval.mean_interval(after[stages[-1]], confidence)),
+            **_sensitivity(after[stages[-1]]),
             "chance": _percent(sum(o["majority"] for o in outcomes) / len(outcomes)),
             "flag": ";".join(sorted({flag for o in outcomes for flag in o["flags"]})),
         }
@@ -159,6 +162,14 @@ def _mean_share(counts: Sequence[tuple[int, int]]) -> float:
 
 def _limits(prefix: str, interval: Interval) -> Row:
     return {f"{prefix}ci_low": _percent(interval.low), f"{prefix}ci_high": _percent(interval.high)}
+
+
+def _sensitivity(counts: Sequence[tuple[int, int]]) -> Row:
+    """How far the mean moves when one dataset is left out; empty for a single one."""
+    if len(counts) < 2:
+        return {}
+    low, high = mean_interval.leave_one_out(counts)
+    return {"leave_one_out_low": _percent(low), "leave_one_out_high": _percent(high)}
 
 
 def _percent(share: float) -> str:

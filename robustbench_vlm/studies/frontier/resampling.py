@@ -117,17 +117,3 @@ def _draws(models: Sequence[Models], draws: int) -> list[np.ndarray]:
             shares = np.einsum("spkn,rn->rspk", bits, of_images, optimize=True)
             total += np.einsum("rspk,rs->rpk", shares, of_seeds, optimize=True)
     return [100 * total / len(models[0].verdicts) for total in found]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of Holm (1979): each may be compared with the level of the whole family.
-
-    NaN stays NaN and does not count.
-    """
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted = [math.nan] * len(p_values)
-    running = 0.0
-    for rank, (p, i) in enumerate(known):
-        running = max(running, min(1.0, (len(known) - rank) * p))
-        adjusted[i] = running
-    return adjusted

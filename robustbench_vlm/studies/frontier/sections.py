@@ -88,7 +88,7 @@ def _comparisons(pairs: Sequence[Compared]) -> Iterator[Section]:
             "method's front over the interpolations of its chosen trial is read, linear between neighbours "
             "and never beyond its ends. p is adjusted for this table (Holm).",
         )
-        adjusted = resampling.holm([statement.estimate.p for statement in pair.statements])
+        adjusted = stats.holm([statement.estimate.p for statement in pair.statements])
         rows = tuple(
             (
                 Cell(statement.what),
@@ -122,7 +122,7 @@ def _claims(report: Report, pair: Compared) -> Section:
         rows.append([claim.words, claim.source, f"{kind} accuracy on {part} sets: {text}"])
         p_values.append(estimates[0].p if estimates else math.nan)
     cells = tuple(
-        (*map(Cell, row), Cell(p_value(p))) for row, p in zip(rows, resampling.holm(p_values), strict=True)
+        (*map(Cell, row), Cell(p_value(p))) for row, p in zip(rows, stats.holm(p_values), strict=True)
     )
     lines = (
         f"{pair.a} against {pair.b}, each at its operating point. The paper has other models, other data and "

@@ -203,3 +203,12 @@ def test_every_way_takes_the_passes_that_it_is_charged_for(tmp_path, monkeypatch
     }
     for way, flops in training.flops(what, recipe).items():
         assert flops == student * (2 * k + 2 * 3) + teacher * passes[way][128]
+
+
+def test_races_are_simulated_and_their_page_is_written(tmp_path):
+    ran = script("--repetitions", 2, "--out", tmp_path / "race.md", name="race.py")
+    assert ran.returncode == 0, ran.stderr
+    rows = [
+        line for line in (tmp_path / "race.md").read_text("utf-8").splitlines() if line.startswith("| 10 ")
+    ]
+    assert "| 100.0 % | 6.4 % |" in rows[0]  # ten points are seen at the first look: 64 of 1000

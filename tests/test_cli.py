@@ -23,6 +23,8 @@ VERBS = (
     "eval",
     "leaderboard",
     "compare",
+    "verify",
+    "submit",
     "race",
     "demo",
     "crosscheck",

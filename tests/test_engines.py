@@ -194,7 +194,7 @@ def test_rows_with_nan_are_errors_and_no_verdict(way):
             PGD,
             LINF,
             "last",
-            "stage s, pgd in linf; expected apgd, fab or square in linf or l2; use the mode fast",
+            "stage s, pgd in linf; expected apgd, fab or square in linf or l2; type --mode fast",
         ),
         (FAB, L1, "first", "fab in l1"),
         (ApgdEot("ce", 5, 0.75, 1, 0, eot=2), LINF, "first", "apgdeot in linf"),

@@ -78,6 +78,8 @@ def test_every_card_in_the_wheel_is_readable(typed):
         "from robustbench_vlm.cards import reader\n"
         "assert reader.home().name == '_suites', reader.home()\n"
         "for kind, (_, record) in reader.FOLDERS.items():\n"
-        "    for name in reader.names(kind): print(kind, reader.read(kind, name, record).name)\n"
+        "    for name in reader.names(kind):\n"
+        "        card = reader.study(name) if kind == 'studies' else reader.read(kind, name, record)\n"
+        "        print(kind, card.name)\n"
     )
     assert "datasets imagenet" in typed(code=code)

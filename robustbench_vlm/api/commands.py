@@ -47,6 +47,7 @@ class EvalOptions(TypedDict, total=False):
         engine: as for `attack`.
         mode: as for `attack`.
         save_images: whether adversarial images are stored, too.
+        save_evidence: whether a bundle a result is stored, too, which `vlmrob verify` can check.
         skip_missing: whether datasets that are not on disk are left out.
     """
 
@@ -59,10 +60,11 @@ class EvalOptions(TypedDict, total=False):
     engine: str
     mode: str
     save_images: bool
+    save_evidence: bool
     skip_missing: bool
 
 
-AS_TYPED = {"norm", "protocol", "arch", "until", "save_images", "skip_missing"}
+AS_TYPED = {"norm", "protocol", "arch", "until", "save_images", "save_evidence", "skip_missing"}
 """Options of `evaluate` that an `EvalRequest` has under the same name."""
 
 
@@ -141,8 +143,8 @@ def evaluate(
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
         **typed,
     )
-    plan = planning.plan(request, choose_device(options.get("device", "auto")))
-    rows = run_plan(plan, _no_progress, LOG.info)
+    device = options.get("device", "auto")
+    rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)
     for line in flagged(rows, "failed"):
         warnings.warn(line, UntrustedResultWarning, stacklevel=2)
     return rows

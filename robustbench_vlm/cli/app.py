@@ -29,7 +29,9 @@ from robustbench_vlm.cli.plot import plot
 from robustbench_vlm.cli.race import race
 from robustbench_vlm.cli.show import show
 from robustbench_vlm.cli.study import study
+from robustbench_vlm.cli.submit import submit
 from robustbench_vlm.cli.train import train
+from robustbench_vlm.cli.verify import verify
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.version import __version__
 
@@ -96,6 +98,8 @@ app.command("eval")(eval_)
 app.command()(leaderboard)
 app.command()(compare)
 app.command()(plot)
+app.command()(verify)
+app.command()(submit)
 app.command()(race)
 app.command()(demo)
 app.command()(study)

@@ -88,6 +88,9 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Store the adversarial images.")
     ] = False,
+    save_evidence: Annotated[
+        bool, typer.Option("--save-evidence", help="Store a bundle a result that vlmrob verify can check.")
+    ] = False,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out datasets that are not on disk.")
     ] = False,
@@ -135,6 +138,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         data_root=data_root,
         active_rows=batch_size,
         save_images=save_adversarial,
+        save_evidence=save_evidence,
         skip_missing=skip_missing,
         backend=Backend(engine, mode, attacked_in),
         arch=arch,

@@ -19,16 +19,8 @@ INTERRUPTED = 75
 """Exit code of a command that was stopped; that of `errors.Incomplete`."""
 
 SAVES_NOTHING = (
-    "canary",
-    "compare",
-    "convert",
-    "crosscheck",
-    "doctor",
-    "leaderboard",
-    "list",
-    "new",
-    "plot",
-    "show",
+    *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
+    *("plot", "submit", "verify"),
 )
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from robustbench_vlm import store
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.dataset import DatasetCard
+from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images, resized_as
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.engine import tied_classes
@@ -32,7 +33,7 @@ from robustbench_vlm.models import context_length
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank, untrained
 from robustbench_vlm.models.zoo import Loaded
-from robustbench_vlm.results import result_file
+from robustbench_vlm.results import evidence, result_file
 from robustbench_vlm.threat import Norm, Threat
 
 
@@ -52,6 +53,7 @@ class EvalSettings:
         active_rows: images under attack at once, at most the chain's `rows`; None for all rows. It changes
             speed and memory, never a verdict.
         save_images: write the adversarial images too.
+        suite: write a bundle of evidence too, as a result of this suite; None for no bundle.
         tags: further facts that tell results apart: protocol, list of images and stop rule; empty for none.
     """
 
@@ -65,7 +67,12 @@ class EvalSettings:
     backend: Backend = field(default_factory=Backend)
     active_rows: int | None = None
     save_images: bool = False
+    suite: Suite | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    def keeps_image(self, *, broken: bool) -> bool:
+        """Whether the adversarial image of a finding is written beside its ledger."""
+        return self.save_images or (self.suite is not None and broken)
 
     @cached_property
     def numerics(self) -> dict[str, str]:
@@ -228,8 +235,9 @@ class Cell:
     def finished(self) -> bool:
         """Whether all files of the cell exist."""
         images = [".safetensors"] if self.settings.save_images else []
+        bundle = [evidence.SUFFIX] if self.settings.suite is not None else []
         path = self.path
-        return all(path.with_suffix(suffix).exists() for suffix in (".json", ".parquet", *images))
+        return all(path.with_suffix(suffix).exists() for suffix in (".json", ".parquet", *images, *bundle))
 
     def ledger(self, number: int) -> Path:
         """The file with the findings of stage `number`.

@@ -83,7 +83,12 @@ class Chain:
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the chain: its stages with every number, the rows and the stop rule."""
-        return store.fingerprint({"rows": self.rows, "stop": self.stop, "stage": self.stage_records})
+        return store.fingerprint(self.record)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What decides what the chain finds, as plain values."""
+        return {"rows": self.rows, "stop": self.stop, "stage": self.stage_records}
 
     def cost(self, n_classes: int) -> tuple[int, int]:
         """(forward passes, image gradients) of one image that survives every stage: the worst case."""

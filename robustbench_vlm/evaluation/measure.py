@@ -22,13 +22,13 @@ from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import Cost, Model, total
 from robustbench_vlm.engine.tied_classes import DistinctClasses
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluation import provenance
+from robustbench_vlm.evaluation import bundling, provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.outcome import tally
 from robustbench_vlm.evaluation.stages import CellRun, Remark, Report
 from robustbench_vlm.models.clip import Classifier
-from robustbench_vlm.results import result_file, verdicts
+from robustbench_vlm.results import evidence, result_file, verdicts
 from robustbench_vlm.results.result_file import Content
 
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
@@ -48,7 +48,7 @@ def evaluate(
         AttackError: an attack left the ball or the box.
     """
     for chain in settings.chains:
-        examine: Examine = cache(partial(_examine, subject, chain, settings))
+        examined: Examine = cache(partial(examine, subject, chain, settings))
         smaller: Cell | None = None
         for rung in range(len(settings.ladder)):
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
@@ -60,7 +60,7 @@ def evaluate(
                 kept = restored_buffers(subject.loaded.model)  # what calls change is no part of later cells
                 with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
                     clean = canonical.Record(file)
-                    _measure(cell, smaller, report, examine, partial(_begin, clean=clean, remark=remark))
+                    _measure(cell, smaller, report, examined, partial(_begin, clean=clean, remark=remark))
             smaller = cell
             yield cell.path
 
@@ -95,7 +95,7 @@ def _attack(run: CellRun, report: Report) -> list[Cost]:
     return costs
 
 
-def _examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
+def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
     """Check on some images of the subset what the chain takes for granted about the model."""
     device, keys = settings.device, subject.split.keys
     positions = model_checks.chosen(keys, chain.rows, settings.seed)
@@ -121,6 +121,7 @@ def _fault(cell: Cell) -> str:
         saved: dict[str, Tensor] | None = None
         if cell.settings.save_images:
             saved = load_file(path.with_suffix(".safetensors"))
+        bundle = None if cell.settings.suite is None else evidence.read(evidence.path_of(path))
     except (InputError, SafetensorError, OSError) as error:
         return str(error) if isinstance(error, InputError) else f"{path.with_suffix('.safetensors')}: {error}"
     if store.fingerprint(result.config) != store.fingerprint(cell.config):
@@ -129,6 +130,9 @@ def _fault(cell: Cell) -> str:
     if images != (list(subject.split.keys), subject.split.labels.tolist(), list(subject.image_shas)):
         return f"{path.with_suffix('.parquet')}: verdicts of other images"
     broken = table[table.broken_by != ""]
+    proved = None if bundle is None else (bundle.result.get("sha256"), {*bundle.images})
+    if proved not in (None, (result.content.sha256, {*broken.key})):
+        return f"{evidence.path_of(path)}: evidence of another result"
     for key, sha256 in zip(broken.key, broken.adv_sha256, strict=True):
         if saved is not None and (key not in saved or verdicts.image_sha256(saved[key]) != sha256):
             return f"{path.with_suffix('.safetensors')}: the image {key} is missing or another one"
@@ -156,16 +160,22 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     costs = _attack(run, report)
     later, cost = run.attack_checks()
     examined, costs = examined.joined(later), [*costs, cost]
-    store.write(path.with_suffix(".parquet"), run.table.to_parquet(index=False))
+    table = run.table.to_parquet(index=False)
+    store.write(path.with_suffix(".parquet"), table)
+    images = run.broken_images() if settings.keeps_image(broken=True) else {}
     if settings.save_images:
         inherited = {} if smaller is None else load_file(smaller.path.with_suffix(".safetensors"))
-        store.write(path.with_suffix(".safetensors"), save(inherited | run.broken_images()))
+        store.write(path.with_suffix(".safetensors"), save(inherited | images))
     # names of failed checks are hashed, as flags; the numbers behind them differ in rounding between devices
     outcome, facts = tally(cell, run.table, examined.failed), provenance.of_model(subject.loaded)
     content = Content(cell.config, outcome, facts, cell.chain.stage_records)
     seconds = time.perf_counter() - started
     made = provenance.of_run(settings.device, seconds, settings.active_rows)
     beside = {"checks": examined.record, "run": made | {"calls": asdict(total(costs))}}
+    if settings.suite is not None:
+        bundle = bundling.bundle(cell, smaller, content, table, images)
+        store.write(evidence.path_of(path), evidence.encoded(bundle))
+        beside["evidence"] = {"root": bundle.root, "images": bundle.kinds()}
     result_file.write(path, content, beside)
 
 

@@ -44,6 +44,7 @@ class EvalRequest:
         n: images of every dataset, 0 for all; None: the suite's number.
         active_rows: images under attack at once; see `EvalSettings`.
         save_images: write the adversarial images too.
+        save_evidence: write a bundle of evidence a result, too.
         skip_missing: leave out datasets that are not on disk.
         backend: what runs the attacks.
         arch: of the models that are weights files.
@@ -63,6 +64,7 @@ class EvalRequest:
     n: int | None = None
     active_rows: int | None = None
     save_images: bool = False
+    save_evidence: bool = False
     skip_missing: bool = False
     backend: Backend = field(default_factory=Backend)
     arch: str = ""
@@ -135,6 +137,7 @@ def _settings(
         backend=request.backend,
         active_rows=request.active_rows,
         save_images=request.save_images,
+        suite=suite if request.save_evidence else None,
         tags=protocols.tags(protocol, suite),
     )
     for chain in settings.chains:

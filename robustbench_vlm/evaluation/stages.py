@@ -141,7 +141,9 @@ class CellRun:
         subject = self.cell.subject
         label = int(subject.split.labels[i])
         line = verdicts.line(finding, image, subject.image_shas[i], label, self.cell.threat)
-        if self.cell.settings.save_images:  # before the line, which says that the image is there
+        if self.cell.settings.keeps_image(
+            broken=finding.broken
+        ):  # before the line, which says that the image is there
             store.write(image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
         store.append(ledger, line)
         verdicts.enter(self.table, i, line, finding.stage, self.eps)
@@ -200,7 +202,8 @@ class CellRun:
                 subject.split.labels[i],
             ):
                 continue
-            if not self.cell.settings.save_images or ledger.image(line) is not None:
+            kept = self.cell.settings.keeps_image(broken=line["broken"])
+            if not kept or ledger.image(line) is not None:
                 yield i, line
 
     def broken_images(self) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Result files: where they are, what is in them, how they are written and read back.
 
 A result is one model on one dataset under one attack. Its JSON file has the verdicts of every image beside
-it, in a Parquet file of the same name, and on request the adversarial images as safetensors:
+it, in a Parquet file of the same name, and on request the adversarial images as safetensors and a bundle of
+evidence (`evidence`):
 
     <results>/cells/<model>-<its fingerprint>/<dataset>/<attack>-<norm>-<radius>-n<images>-<hash>.json
 
@@ -188,11 +189,15 @@ def write(path: Path, content: Content, beside: Mapping[str, Any]) -> None:
         content: what the fingerprint is taken of.
         beside: further blocks, which may differ between two measurements of the same result.
     """
+    store.write_json(path, {**blocks(content), **beside})
+
+
+def blocks(content: Content) -> dict[str, Any]:
+    """The blocks of a result's JSON file that are a function of its content."""
     contest = Contest.of(content.config)
     spelled = {name: contest.columns[name] for name in ("norm", "eps", "eps_ladder")}
-    blocks = {name: getattr(content, name) for name in HASHED}
-    head = {"schema": SCHEMA, "sha256": content.sha256, "threat": spelled}
-    store.write_json(path, {**head, **blocks, **beside})
+    hashed = {name: getattr(content, name) for name in HASHED}
+    return {"schema": SCHEMA, "sha256": content.sha256, "threat": spelled, **hashed}
 
 
 def read(results: Path) -> list[Result]:
@@ -210,17 +215,17 @@ def read_one(path: Path) -> Result:
     Raises:
         DataError: no result, or its content is not what its fingerprint says.
     """
-    blocks = store.read_json(path)
+    found = store.read_json(path)
     do = "move it out of the results folder"
-    if not isinstance(blocks, dict) or blocks.get("schema") != SCHEMA or not blocks.keys() >= {*HASHED}:
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not found.keys() >= {*HASHED}:
         raise DataError(str(path), "not a result", SCHEMA, do)
-    content = Content(**{name: blocks[name] for name in HASHED})
+    content = Content(**{name: found[name] for name in HASHED})
     again = "delete it and run the same eval again"
-    if blocks.get("sha256") != content.sha256:
+    if found.get("sha256") != content.sha256:
         raise DataError(
             str(path), "its content does not match its fingerprint", "it as it was written", again
         )
-    facts.require(blocks, str(path), again)
+    facts.require(found, str(path), again)
     return Result(path, content)
 
 

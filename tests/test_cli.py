@@ -23,6 +23,7 @@ VERBS = (
     "eval",
     "leaderboard",
     "compare",
+    "lint",
     "verify",
     "submit",
     "race",

@@ -23,6 +23,7 @@ from robustbench_vlm.cli.demo import demo
 from robustbench_vlm.cli.doctor import doctor
 from robustbench_vlm.cli.eval import eval_
 from robustbench_vlm.cli.leaderboard import leaderboard
+from robustbench_vlm.cli.lint import lint
 from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.plot import plot
@@ -98,6 +99,7 @@ app.command("eval")(eval_)
 app.command()(leaderboard)
 app.command()(compare)
 app.command()(plot)
+app.command()(lint)
 app.command()(verify)
 app.command()(submit)
 app.command()(race)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
 
+from robustbench_vlm.results.lint import names
 from robustbench_vlm.results.lint.matching import Match, contradictions
 from robustbench_vlm.results.lint.records import Record
 from robustbench_vlm.results.lint.table import Table, rounding
-
 
 NOISE = Decimal("0.2")
 """Points by which library versions and hardware may move a clean accuracy."""
@@ -107,18 +107,23 @@ def judge(table: Table, matches: Sequence[Match], printed: Sequence[Record]) -> 
         matches: cells with the records that they may be.
         printed: every record, to find what other sources print.
     """
-    columns: dict[int, list[Match]] = defaultdict(list)
+    columns: dict[tuple[int, str], list[Match]] = defaultdict(list)
     for match in matches:
-        columns[match.column].append(match)
+        columns[match.column, _dataset_of_row(table, match)].append(match)
     found: list[Finding] = []
-    for column, cells in sorted(columns.items()):
-        name = table.column(column)
+    for (column, dataset), cells in sorted(columns.items()):
+        name = f"{table.column(column)} ({dataset})" if dataset else table.column(column)
         found += _facts(table, name, cells)
         found += _baseline(table, name, cells, printed)
         found += _evaluated_again(table, name, cells, printed)
         found += _contradicted(table, name, cells, printed)
         found += _rounding(table, name, cells)
     return found + _rows(table, matches)
+
+
+def _dataset_of_row(table: Table, match: Match) -> str:
+    """The dataset that a row names and its header does not: rows of several datasets are not compared."""
+    return "" if names.dataset(table.header[match.column]) else names.dataset(table.rows[match.row].context)
 
 
 def only(values: Sequence[str]) -> str:
@@ -200,7 +205,7 @@ def _evaluated_again(
             if (r.data == first.data or (r.is_mean and first.is_mean)) and _differ(r, first)
         ]
         alike = [r for r in others if r.attacked_by == first.attacked_by]
-        others = alike or others
+        others = alike or [r for r in others if r.attack == first.attack] or others
         sides = {f"{own}: {first.value}": [_label(table, match)]}
         sides |= {f"{r.paper}: {r.value} ({r.model}{_by(r)})": [] for r in others}
         if others:
@@ -245,9 +250,11 @@ def _rounding(table: Table, column: str, cells: Sequence[Match]) -> list[Finding
     found = []
     for i, a in enumerate(cells):
         for b in cells[i + 1 :]:
-            if a.cell.value is None or b.cell.value is None or a.cell.unit == b.cell.unit:
+            x, y = a.cell, b.cell
+            same = only([record.dataset for match in (a, b) for record in match.records])
+            if not same or x.value is None or y.value is None or x.unit == y.unit:
                 continue
-            if 0 < abs(a.cell.value - b.cell.value) <= max(a.cell.unit, b.cell.unit):
+            if 0 < abs(x.value - y.value) <= max(x.unit, y.unit):
                 sides = {match.cell.text: [_label(table, match)] for match in (a, b)}
                 found.append(_finding("rounding", column, sides))
     return found
@@ -292,11 +299,12 @@ def _header(table: Table, match: Match) -> list[Finding]:
     """What the table says about a cell, and every record of it says otherwise."""
     row = table.rows[match.row]
     per_record = [contradictions(table, row, match.column, record) for record in match.records]
-    if not all(per_record):
-        return []
-    kind, said, source = per_record[0][0]
-    sides = {f"table: {said}": [row.label], f"source: {source} ({match.records[0].paper})": []}
-    return [_finding(f"header-{kind}", table.column(match.column), sides)]
+    found = []
+    for kind, said, source in per_record[0]:
+        if all(kind in [other for other, _, _ in contradicted] for contradicted in per_record):
+            sides = {f"table: {said}": [row.label], f"source: {source} ({match.records[0].paper})": []}
+            found.append(_finding(f"header-{kind}", table.column(match.column), sides))
+    return found
 
 
 def as_json(match: Match, table: Table) -> dict[str, Any]:

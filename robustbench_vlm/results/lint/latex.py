@@ -1,7 +1,7 @@
 r"""The one `tabular` of a LaTeX file as lines of plain text; what would have to be guessed is refused.
 
-Read are `tabular`, `tabular*`, `tabularx`, `longtable`, rules of booktabs and of LaTeX itself, `\multicolumn` and
-`\multirow`, and commands that change how a text looks. Any other command is an error that names it.
+Read are `tabular`, `tabular*`, `tabularx`, `longtable`, rules of booktabs and of LaTeX itself, `\multicolumn`
+and `\multirow`, and commands that change how a text looks. Any other command is an error that names it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ DROPPED = (
 """Commands whose argument is no part of the text."""
 
 SIGNS = {
-    **{"pm": "±", "varepsilon": "ε", "epsilon": "ε", "ell": "l", "infty": "inf", "uparrow": "↑", "downarrow": "↓"},
+    **{"pm": "±", "varepsilon": "ε", "epsilon": "ε", "ell": "ℓ", "infty": "∞"},
+    **{"uparrow": "↑", "downarrow": "↓"},
     **{"dagger": "†", "ddagger": "‡", "ast": "*", "times": "x", "textpm": "±", "dag": "†", "ddag": "‡"},
     **{"textendash": "–", "textemdash": "—", "Delta": "Δ", "checkmark": "yes", "slash": "/"},
 }  # fmt: skip
 ESCAPED = {r"\%": "%", r"\&": "&", r"\_": "_", r"\#": "#", r"\$": "$", r"\{": "(", r"\}": ")"}
-SPACES = re.compile(r"\\[,;:! ]|~")
+SPACES = re.compile(r"\\\\|\\[,;:! ]|~")
 LARGEST_SPAN = 100  # columns or rows that one cell may cover
 
 
@@ -55,7 +56,7 @@ def lines(text: str, where: str) -> tuple[list[list[str]], int]:
     Raises:
         InputError: no or several tables, a command that is not known, braces that do not match.
     """
-    text = re.sub(r"(?<!\\)%.*", "", text)
+    text = re.sub(r"(?<!\\)((?:\\\\)*)%.*", r"\1", text)
     body = _body(text, where)
     rows: list[list[str]] = []
     spans: dict[int, tuple[int, str]] = {}
@@ -72,7 +73,7 @@ def lines(text: str, where: str) -> tuple[list[list[str]], int]:
 
 
 def _body(text: str, where: str) -> str:
-    """What stands between `\\begin{tabular}{...}` and its end."""
+    """The rows of the one table of a text."""
     begins = list(BEGIN.finditer(text))
     if len(begins) != 1:
         do = "write one table a file" if begins else "see vlmrob lint --help"
@@ -174,5 +175,6 @@ def _plain(text: str, where: str) -> str:
     if unknown:
         do = "replace the command by the text that it prints"
         raise InputError(where, f"the command {unknown[0]}", "commands that change looks alone", do)
-    text = re.sub(r"[{}$^_]", "", text)
+    text = re.sub(r"[{}$]", "", text)
+    text = re.sub(r"_|(?<=\d)\^", " ", text).replace("^", "")  # an index is no digit of the number before it
     return " ".join(re.sub(r"\0(\d+)\0", lambda found: chr(int(found[1])), text).split())

@@ -1,9 +1,9 @@
 """Which printed number each cell of a table is.
 
-A cell matches a record when the method has the same name, the architecture and the dataset do not contradict, and
-the value is equal once it is rounded to the digits that the table shows. A row is explained by as few models of
-as few papers as possible, since tables are copied row by row. Records that cannot be told apart all stay, and
-what is said about a cell later holds for all of them.
+A cell matches a record when the method has the same name, the architecture and the dataset do not contradict,
+and the value is equal once it is rounded to the digits that the table shows. A row is explained by as few
+models of as few papers as possible, since tables are copied row by row. Records that cannot be told apart all
+stay, and what is said about a cell later holds for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from robustbench_vlm.results.lint.records import Record
 from robustbench_vlm.results.lint.table import Cell, Row, Table, rounding
 
 SPECIFIC = 3
-"""Digits of a number that alone, without a second match in its row or a dataset in its header, tells a source."""
+"""Digits of a number that tells a source alone: without another match in its row or a dataset's name."""
 
 NEAR = Decimal(1)  # points; a printed number that is no farther away is named beside one that was not found
 

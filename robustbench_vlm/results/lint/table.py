@@ -18,7 +18,8 @@ NUMBER = re.compile(
     r"(?P<number>\d{1,3}(?:[.,]\d{1,4})?)\s*%?"
     r"(?:\s*(?:±|\+/-)\s*\d+(?:[.,]\d+)?\s*%?)?"  # its spread
     r"(?:\s*\(\s*[-+−↑↓]?\s*\d+(?:[.,]\d+)?\s*%?\s*\))?"  # a difference to another row
-    r"\s*[*†‡↑↓]*"
+    r"\s*[*†‡↑↓]*",
+    re.ASCII,  # digits of other scripts stay text
 )
 """A percentage as papers print it; spread, difference and marks behind it are read over."""
 
@@ -26,7 +27,9 @@ MISSING = {"", "-", "--", "---", "–", "—", "n/a", "na"}
 LABELS = {"method", "methods", "model", "modelid", "defense", "defence", "approach", "algorithm"}
 """Headers of the column with the names of the methods; without one, it is the first column with texts."""
 
+NOTE = re.compile(r"\([^)]*\)")
 RADIUS = re.compile(r"(?i)(?:eps|epsilon|ε|radius)\s*(?:\(?/\s*255\)?)?")
+LARGEST_FILE = 2**22  # bytes
 LARGEST = 10_000
 """Cells of one table; a results table of a paper has a few hundred."""
 
@@ -79,7 +82,7 @@ class Row:
 
     Attributes:
         label: its first text, the name of the method.
-        context: its other texts, and the heading lines above it inside the table.
+        context: its other texts, the last heading above it inside the table, and the header of its label.
         cells: all its cells, one a column.
     """
 
@@ -110,7 +113,7 @@ def read(path: Path) -> Table:
     if kind not in {".csv", ".tex"}:
         raise InputError(str(path), f"a name that ends in {kind!r}", "TABLE.csv or TABLE.tex")
     try:
-        text = text_files.read_text(path)
+        text = text_files.decoded(text_files.read_bytes(path, LARGEST_FILE))
     except UnicodeDecodeError as error:
         raise InputError(str(path), f"byte {error.start} is not UTF-8", "a UTF-8 text file") from None
     except OSError as error:
@@ -145,20 +148,32 @@ def _table(lines: Sequence[Sequence[str]], header: int, where: str) -> Table:
         " ".join(dict.fromkeys(filter(None, (" ".join(line[i].split()) for line in lines[:header]))))
         for i in range(width)
     ]
-    named = [i for i in range(width) if re.sub(r"[^a-z]", "", heads[i].lower()) in LABELS]
-    rows: list[Row] = []
-    heading = ""
-    for line in lines[header:]:
-        cells = tuple(_cell(line[i], heads[i]) for i in range(width))
-        texts = [cells[i].text for i in [*named[:1], *(set(range(width)) - {*named[:1]})] if cells[i].is_text]
-        if all(cell.value is None for cell in cells) and len(set(texts)) == 1:
-            heading = texts[0]
-        elif texts:
-            rows.append(Row(texts[0], " ".join([*texts[1:], heading]).strip(), cells))
+    rows = _rows(lines[header:], heads)
     if not any(cell.value is not None for row in rows for cell in row.cells):
         found = "no row with a name and a number"
         raise InputError(where, found, "a name and percentages between 0 and 100 in every row")
     return Table(tuple(heads), tuple(rows))
+
+
+def _rows(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> list[Row]:
+    """The rows that have a name; a line with one text alone is a heading of those below it."""
+    columns = range(len(heads))
+    named = [i for i in columns if re.sub(r"[^a-z]", "", NOTE.sub("", heads[i].lower())) in LABELS][:1]
+    order = [*named, *(i for i in columns if i not in named)]
+    rows: list[Row] = []
+    heading = ""
+    for line in lines:
+        cells = tuple(_cell(text, head) for text, head in zip(line, heads, strict=True))
+        label = next((i for i in order if cells[i].is_text), None)
+        if label is None:
+            continue
+        name = cells[label].text
+        if all(cell.text in {"", name} for cell in cells):
+            heading = name
+            continue
+        others = [cells[i].text for i in order if i != label and cells[i].is_text]
+        rows.append(Row(name, " ".join(filter(None, [*others, heading, heads[label]])), cells))
+    return rows
 
 
 def _cell(text: str, head: str) -> Cell:

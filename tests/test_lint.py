@@ -7,11 +7,36 @@ from pathlib import Path
 
 import command_line
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.results.lint import judging, matching, names, records, settings, table
 from robustbench_vlm.results.lint.report import lint
 
+PIECES = [
+    *(
+        "Method",
+        "CLIP",
+        "TeCoA",
+        "64.42",
+        "0.0",
+        "PGD",
+        "Avg.",
+        ",",
+        ";",
+        "\n",
+        "&",
+        r"\\",
+        r"\\",
+        '"',
+        "{",
+        "}",
+    ),
+    *("%", " ", "$", "^", "_", "~", r"\hline", r"\multicolumn{2}{c}{a}", r"\multirow{2}{*}{b}", r"\textbf"),
+    *(r"\x", "\0", "é", "\u202e", "[", "]", "\\", r"\multicolumn", r"\cite{", "& 64.42", ",64.42"),
+]
 DOCS = Path(__file__).parents[1] / "docs" / "lint.md"
 
 
@@ -153,6 +178,18 @@ def test_bytes_folders_and_missing_files_are_wrong_input(tmp_path):
     for name, words in (("t.csv", "not UTF-8"), ("folder.csv", "egular file"), ("none.csv", "No such file")):
         with pytest.raises(InputError, match=words):
             table.read(tmp_path / name)
+
+
+@settings_of_hypothesis(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.sampled_from(["csv", "tex"]))
+def test_any_text_is_a_table_or_wrong_input(tmp_path_factory, text, kind):
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
+    path.write_text(text if kind == "csv" else rf"\begin{{tabular}}{{lc}}{text}\end{{tabular}}", "utf-8")
+    try:
+        report = lint(path)
+    except InputError:
+        return
+    assert report["matches"] or report["unmatched"]
 
 
 # --- words -------------------------------------------------------------------------------------------------
@@ -342,6 +379,13 @@ def test_clean_of_another_source_and_labels_that_the_source_denies(write):
         "LAION-AI/CLIP_benchmark:benchmark/benchmark.csv: 89.82 (vit-b-32, cifar10)": ["CLIP ViT-B/32"],
         "arXiv:2410.21802: 88.06 (vit-b-32, cifar10)": ["TGA-ZSR"],
     }
+    report = lint(write("Method,Avg. AA 4/255\nGRACE,22.44\n"))
+    assert sides(report, "header-attack") == {
+        "table: autoattack": ["GRACE"],
+        "source: apgd-ce (GRACE paper)": [],
+    }
+    report = lint(write("Method,Avg. AA 2/255\nFARE4 ViT-L/14,45.9\n"))
+    assert (len(report["matches"]), report["findings"]) == (1, [])
     report = lint(write("Method,CIFAR-10 L2 PGD-20 2/255\nTGA-ZSR,61.45\n"))
     assert sides(report, "header-attack") == {
         "table: pgd-20": ["TGA-ZSR"],

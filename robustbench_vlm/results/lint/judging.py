@@ -222,12 +222,15 @@ def _contradicted(
     table: Table, column: str, cells: Sequence[Match], printed: Sequence[Record]
 ) -> list[Finding]:
     """Numbers that another place prints otherwise for the same model under the same setting."""
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in printed:
+        by_method[record.method].append(record)
     found = []
     for match in cells:
         others = {
             f"{r.paper}: {r.value}": list[str]()
-            for r in printed
             for own in match.records
+            for r in by_method[own.method]
             if _same(own, r) and _differ(own, r)
         }
         if others:

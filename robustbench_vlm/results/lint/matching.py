@@ -172,9 +172,10 @@ def contradictions(table: Table, row: Row, column: int, record: Record) -> list[
     said = f"{table.header[column]} {row.context}"
     header = names.family(said)
     found = []
-    own = names.family(record.attack) or ("autoattack" if "autoattack" in record.attack else "")
-    # papers print the first two attacks of AutoAttack under its name
-    if header and own and header != own and {header, own} != {"autoattack", "apgd"}:
+    own = names.family(record.attack)
+    # papers print the first two attacks of AutoAttack under its name, and those are APGD
+    alike = {header, own} == {"autoattack", "apgd"} and (header == "apgd" or "+" in record.attack)
+    if header and own and header != own and not alike:
         found.append(("attack", header, record.attack))
     if names.steps(said) and record.steps and names.steps(said) != record.steps:
         found.append(("attack", f"pgd-{names.steps(said)}", f"pgd-{record.steps}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 from robustbench_vlm.cards import reader
 
@@ -32,6 +32,7 @@ FAMILIES = (
 
 CLEAN = re.compile(r"(?i)\b(?:clean|natural|nat|standard acc\w*|benign)\b")
 ROBUST = re.compile(r"(?i)\b(?:robust\w*|adv\w*|attacked)\b")
+KEPT = 4096  # texts of a table whose meaning is kept, since each is asked for once a record
 OTHER_NAMES = {
     **{"flowers": "flowers102", "aircraft": "fgvc_aircraft", "fgvc": "fgvc_aircraft", "pets": "oxford_pets"},
     **{"stanfordcars": "cars", "food": "food101", "sun": "sun397", "oxfordpet": "oxford_pets"},
@@ -65,6 +66,7 @@ def _datasets() -> dict[str, str]:
     return cards | OTHER_NAMES
 
 
+@lru_cache(KEPT)
 def dataset(text: str) -> str:
     """The dataset that a text names: a card's name, `mean` for an average, or empty.
 
@@ -80,6 +82,7 @@ def dataset(text: str) -> str:
     return "mean" if MEAN.search(text) else ""
 
 
+@lru_cache(KEPT)
 def family(text: str) -> str:
     """The kind of attack that a text names, or empty."""
     return next((name for name, pattern in FAMILIES if pattern.search(text)), "")
@@ -103,6 +106,7 @@ def norm(text: str) -> str:
     return f"l{found[1].lower().replace('∞', 'inf')}" if found else ""
 
 
+@lru_cache(KEPT)
 def fields(text: str) -> tuple[str, ...]:
     """Which of `clean` and `robust` the numbers below a header may be."""
     if CLEAN.search(text):

@@ -30,7 +30,7 @@ LABELS = {"method", "methods", "model", "modelid", "defense", "defence", "approa
 NOTE = re.compile(r"\([^)]*\)")
 RADIUS = re.compile(r"(?i)(?:eps|epsilon|ε|radius)\s*(?:\(?/\s*255\)?)?")
 LARGEST_FILE = 2**22  # bytes
-LARGEST = 10_000
+LARGEST = 4000
 """Cells of one table; a results table of a paper has a few hundred."""
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toys
 from test_fingerprints import subject
+from test_leaderboard import cell
 
 import robustbench_vlm
 from robustbench_vlm import store
@@ -153,12 +154,11 @@ def test_no_further_writer_makes_a_path_of_a_name(name, tmp_path, monkeypatch, c
             require_inside(path.with_name(f"{path.name}.other"), tmp_path)
 
 
-def test_a_table_is_written_where_it_was_asked_for(tmp_path, monkeypatch):
-    suite = Suite(name="../../x", title="x", datasets=("a",), eps=("4/255",))
-    monkeypatch.setattr(leaderboard, "table", lambda *_: leaderboard.pd.DataFrame())
-    monkeypatch.setattr(result_file, "of_suite", lambda *_: [1])
-    monkeypatch.setattr(leaderboard.grids, "markdown", lambda *_: b"")
-    _, files = leaderboard.render(tmp_path, suite, tmp_path / "out")
+def test_a_table_is_written_where_it_was_asked_for(tmp_path):
+    cell(tmp_path / "results", "m", "one", 9, {})
+    suite = Suite(name="../../x", title="x", datasets=("one",), eps=("4/255",))
+    _, files = leaderboard.render(tmp_path / "results", suite, tmp_path / "out")
+    assert [path.suffix for path in files] == [".csv", ".md", ".html"]
     for path in files:
         assert path.parent == tmp_path / "out"
         assert path.exists()

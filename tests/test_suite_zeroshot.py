@@ -30,6 +30,13 @@ def write_cards(folder, *, whole):
     return toys.write_include(folder, changed, chains)
 
 
+@pytest.fixture(autouse=True)
+def _no_cards_of_another_test():
+    reader.include([])
+    yield
+    reader.include([])
+
+
 def read(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Work off the tasks of a study, each in a process of one thread; their number changes no result."""
+"""Work off the tasks of a study in processes of one thread; their number changes no result."""
 
 from __future__ import annotations
 
@@ -72,20 +72,18 @@ def perform(tasks: Sequence[T], resources: Resources) -> Iterator[tuple[T, Any, 
     waiting = list(reversed(tasks))
     running: dict[Any, tuple[SpawnProcess, T, float]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < resources.jobs:
-                task = waiting.pop()
-                receiver, sender = context.Pipe(duplex=False)
-                cards = (reader.included(), plugins.code_allowed())
-                process = context.Process(
-                    target=_worker, args=(task, resources, cards, sender), name=task.name, daemon=True
-                )
-                process.start()
-                sender.close()
-                running[receiver] = (process, task, time.perf_counter())
+        while waiting and len(running) < resources.jobs:
+            here, there = context.Pipe()
+            cards = (reader.included(), plugins.code_allowed())
+            process = context.Process(target=_worker, args=(resources, cards, there), daemon=True)
+            process.start()
+            there.close()
+            _give(here, process, waiting, running)
+        while running:
             for ready in wait(list(running)):
                 process, task, begun = running.pop(ready)
                 found = _result(task, process, ready)
+                _give(ready, process, waiting, running)
                 yield task, found, time.perf_counter() - begun
     finally:
         for process, *_ in running.values():
@@ -93,22 +91,33 @@ def perform(tasks: Sequence[T], resources: Resources) -> Iterator[tuple[T, Any, 
             process.join()
 
 
-def _result(task: Task, process: SpawnProcess, receiver: Any) -> Any:  # noqa: ANN401 - see `Task.perform`
-    """What a process sent before it ended."""
+def _give(worker: Any, process: SpawnProcess, waiting: list[T], running: dict[Any, Any]) -> None:  # noqa: ANN401 - a connection
+    """Send the next task to a worker; without one, let its process end."""
+    if waiting:
+        task = waiting.pop()
+        worker.send(task)
+        running[worker] = (process, task, time.perf_counter())
+    else:
+        worker.send(None)
+        process.join()
+
+
+def _result(task: Task, process: SpawnProcess, worker: Any) -> Any:  # noqa: ANN401 - see `Task.perform`
+    """What a worker sent at the end of a task."""
     try:
-        done, value = receiver.recv()
+        done, value = worker.recv()
     except EOFError:
         process.join()
         message = f"{task.name}: its process ended with {process.exitcode}; the same command goes on"
         raise Incomplete(message) from None
-    process.join()
     if not done:
+        process.join()
         raise VlmrobError(f"{task.name}: {value}")
     return value
 
 
-def _worker(task: Task, resources: Resources, cards: tuple[list[Path], bool], sender: Connection) -> None:
-    """What one process does; a known error is sent to the parent as its message."""
+def _worker(resources: Resources, cards: tuple[list[Path], bool], parent: Connection) -> None:
+    """What one process does: tasks, until there is none; a known error is sent as its message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -116,12 +125,14 @@ def _worker(task: Task, resources: Resources, cards: tuple[list[Path], bool], se
     reader.include(include)
     reader.use_cards_of(resources.data_root)
     plugins.allow_code(allowed)
-    try:
-        with _alone(task.folder):
-            sender.send((True, task.perform(resources)))
-    except VlmrobError as error:
-        sender.send((False, str(error)))
-        raise SystemExit(error.exit_code) from None
+    while (task := parent.recv()) is not None:
+        try:
+            with _alone(task.folder):
+                found = task.perform(resources)
+        except VlmrobError as error:
+            parent.send((False, str(error)))
+            raise SystemExit(error.exit_code) from None
+        parent.send((True, found))
 
 
 def _end_with_parent() -> None:

@@ -75,7 +75,7 @@ function byAttack() {
         counts[i].forEach((count, k) => {
           const wide = room * count / total, fill = k === parts.length - 1 ? look.line : colourOf(k);
           if (count) made.append(rect(x, y, wide, 20, { fill, stroke: look.paper }));
-          if (wide > 26) made.append(label(x + wide / 2, y + 14, `${k + 1}: ${count}`.slice(0, Math.max(1, wide / 7)), "#000000", { ...middle, stroke: "#ffffff", "stroke-width": 2.5, "paint-order": "stroke" }));
+          if (wide > 26) made.append(label(x + wide / 2, y + 14, `${k + 1}: ${count}`.slice(0, Math.max(1, wide / 7)), look.ink, { ...middle, stroke: look.paper, "stroke-width": 2.5, "paint-order": "stroke" }));
           x += wide;
         });
       });

@@ -30,7 +30,7 @@ REPEATS = 2  # of each timed call, of which the faster one counts
 TIMING = 0.5  # seconds that one timed call may take; it gets as many rows as that allows
 MOST_ROWS = 64  # of a timed call
 
-# Chosen by the eight evaluations of tiny models in benchmarks/prices.md; that of RN50 was measured afterwards.
+# Chosen by eight evaluations of tiny models in benchmarks/prices.md; RN50 was measured afterwards.
 PER_CALL = 0.004  # seconds beside the model in every call: bookkeeping of the attack
 PER_IMAGE = 0.005  # seconds of an image beside its calls: it is read, hashed, and written to ledgers
 PER_CELL = 0.3  # seconds of a cell beside its calls: opening data, verdicts, files

@@ -36,3 +36,34 @@ def toy(world):
     reader.include([world.cards])
     yield world
     reader.include([])
+
+
+@pytest.fixture(scope="module")
+def study_cards(world, tmp_path_factory):
+    """What studies are made of: two recipes of four steps, a chain, the toy data as seen and unseen set."""
+    root = tmp_path_factory.mktemp("study")
+    for folder in ("datasets", "attacks", "recipes", "studies"):
+        (root / "cards" / folder).mkdir(parents=True)
+    own = (world.cards / "datasets" / "toy.toml").read_text()
+    (root / "cards" / "datasets" / "toy.toml").write_text(own)
+    (root / "cards" / "datasets" / "far.toml").write_text(own.replace('name = "toy"', 'name = "far"'))
+    (root / "cards" / "short.toml").write_text(
+        'name = "short"\ntitle = "short"\ndatasets = ["toy", "far"]\neps = ["4/255"]\n'
+    )
+    (root / "cards" / "attacks" / "step.toml").write_text(
+        'name = "step"\ntitle = "step"\nrows = 8\nstop = "last"\n[[stage]]\nname = "pgd"\nattack = "pgd"\n'
+        'loss = "ce"\nsteps = 2\nstep_size = "eps/2"\nrestarts = 1\nrandom_start = true\n'
+    )
+    for name, defense, roles in (
+        ("one", "single-teacher", ["robust"]),
+        ("two", "mmt-ard", ["robust", "clean"]),
+    ):
+        teachers = "\n".join(f'{role} = "{path}"' for role, path in world.teachers(*roles).items())
+        (root / "cards" / "recipes" / f"{name}.toml").write_text(
+            f'name = "{name}"\ntitle = "{name}"\nstudent = "{world.student}"\n'
+            f'[teachers]\n{teachers}\n[defense]\nname = "{defense}"\n'
+            '[data]\ndataset = "toy"\ntemplate = "a photo of a {c}"\n'
+            '[inner]\neps = "4/255"\nsteps = 2\nstep_size = "2/255"\n'
+            "[optim]\nlr = 1e-3\nsteps = 4\nwarmup = 1\nbatch_size = 8\n"
+        )
+    return root, world.data

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_study import world_of_study  # noqa: F401 - a fixture
 
 from robustbench_vlm import store
 from robustbench_vlm.cards import reader
@@ -526,10 +525,10 @@ def command(root, data, out, *options):
 
 
 def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_same_bytes(
-    world_of_study,  # noqa: F811
+    study_cards,
     tmp_path,
 ):
-    root, data = world_of_study
+    root, data = study_cards
     (root / "cards" / "studies" / "small.toml").write_text(STUDY)
     (root / "cards" / "heldout.toml").write_text(
         'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'

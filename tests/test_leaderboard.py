@@ -193,7 +193,8 @@ def test_the_table_for_people_has_every_model_and_dataset(tmp_path):
     assert "## aa · linf 4/255 · n = 10" in text
     lines = [line for line in text.split("\n") if line.startswith("| ")]
     assert lines[0] == "| model | rank | mean | mean:first | mean:unseen | one | two |"
-    assert lines[1].startswith("| defended") and " | 1, a | " in lines[1]  # noqa: PT018
+    assert lines[1].startswith("| defended")
+    assert " | 1, a | " in lines[1]
     assert " | 2, b | " in lines[2]
     assert "`rank`: the ranks that a model may have" in text
     assert [line.split(" (")[0] for line in lines[1:]] == ["| defended", "| clean"]  # most robust first

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_defense_loop import Stopped
 
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.recipe import Recipe
@@ -86,10 +87,6 @@ def test_phases_teach_one_after_the_other(toy, teacher, tmp_path):
             torch.testing.assert_close(again, loaded.model.logit_scale * unit @ bank.T)
             clean = roles.logits("clean", batch.images)
     torch.testing.assert_close(clean, setup.training_roles(batch).logits("clean", batch.images))
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run is stopped on purpose
-    pass
 
 
 def test_a_run_that_is_stopped_within_a_phase_goes_on_with_equal_bits(toy, teacher, tmp_path):

@@ -356,36 +356,12 @@ def test_arms_that_cannot_be_are_found_before_anything_runs(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def world_of_study(world, tmp_path_factory):
-    """Cards of a study of four runs of four steps, over the toy data as a seen and an unseen set."""
-    root = tmp_path_factory.mktemp("study")
-    for folder in ("datasets", "attacks", "recipes", "studies"):
-        (root / "cards" / folder).mkdir(parents=True)
-    own = (world.cards / "datasets" / "toy.toml").read_text()
-    (root / "cards" / "datasets" / "toy.toml").write_text(own)
-    (root / "cards" / "datasets" / "far.toml").write_text(own.replace('name = "toy"', 'name = "far"'))
-    (root / "cards" / "short.toml").write_text(
-        'name = "short"\ntitle = "short"\ndatasets = ["toy", "far"]\neps = ["4/255"]\n'
-    )
-    (root / "cards" / "attacks" / "step.toml").write_text(
-        'name = "step"\ntitle = "step"\nrows = 8\nstop = "last"\n[[stage]]\nname = "pgd"\nattack = "pgd"\n'
-        'loss = "ce"\nsteps = 2\nstep_size = "eps/2"\nrestarts = 1\nrandom_start = true\n'
-    )
-    for name, defense, roles in (
-        ("one", "single-teacher", ["robust"]),
-        ("two", "mmt-ard", ["robust", "clean"]),
-    ):
-        teachers = "\n".join(f'{role} = "{path}"' for role, path in world.teachers(*roles).items())
-        (root / "cards" / "recipes" / f"{name}.toml").write_text(
-            f'name = "{name}"\ntitle = "{name}"\nstudent = "{world.student}"\n'
-            f'[teachers]\n{teachers}\n[defense]\nname = "{defense}"\n'
-            '[data]\ndataset = "toy"\ntemplate = "a photo of a {c}"\n'
-            '[inner]\neps = "4/255"\nsteps = 2\nstep_size = "2/255"\n'
-            "[optim]\nlr = 1e-3\nsteps = 4\nwarmup = 1\nbatch_size = 8\n"
-        )
+def world_of_study(study_cards):
+    """Cards of a study of four runs of four steps."""
+    root, data = study_cards
     text = STUDY.format(chain="step", suite="short", one="one", two="two")
     (root / "cards" / "studies" / "small.toml").write_text(text)
-    return root, world.data
+    return root, data
 
 
 def command(root, data, out, *options):

@@ -175,7 +175,7 @@ def test_the_verdicts_in_the_page_are_those_of_the_results(tmp_path):
     assert [held["flags"][number][0] for number in clean["flags"]["1"]] == ["zero-gradient"]
     assert clean["iterations"] == [[[0, 0, 9], []], [[0, 0, 7], []]]  # iteration 2 is in the bin 2 to 3
     assert clean["exposure"] == "uu"
-    assert clean["evidence"] == "verdicts"
+    assert clean["evidence"] == ["verdicts"]
 
 
 def test_an_image_broken_at_a_smaller_radius_is_not_counted_to_a_stage(tmp_path):

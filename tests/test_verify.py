@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import command_line
@@ -12,12 +13,21 @@ import pytest
 import torch
 from forgeries import bundle_of, forge, relabel_model, survive, unpacked
 
+from robustbench_vlm import store
 from robustbench_vlm.cards import reader
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.errors import DataError, InputError
 from robustbench_vlm.evaluation import reattack
 from robustbench_vlm.evaluation.verify import AtHand, Verifier
 from robustbench_vlm.evaluation.verify_folder import Target, verify
-from robustbench_vlm.results import evidence, leaderboard, packing, result_file, row_check, submission
+from robustbench_vlm.results import (
+    evidence,
+    leaderboard,
+    packing,
+    result_file,
+    row_check,
+    submission,
+    verification,
+)
 
 EVAL = "--attack aa --suite toys --device cpu --save-evidence"
 
@@ -591,3 +601,72 @@ def test_submit_asks_for_licence_and_source(vlmrob, results, home):
     assert code == 2
     assert "exists already" in err
     assert vlmrob("verify", "mine", *models(home))[0] == 0
+
+
+# --- the page says what was verified -----------------------------------------------------------------------
+
+
+def levels_on_the_page(results, home):
+    """The levels of evidence of the rows of the page, in its order."""
+    kept = reader.included()
+    reader.include([home / "cards"])
+    try:
+        _, files = leaderboard.render(results, reader.suite("toys"), results / "tables")
+    finally:
+        reader.include(kept)
+    page = next(path for path in files if path.suffix == ".html").read_text()
+    return [json.loads(found) for found in re.findall(r'"evidence":(\[[^]]*\])', page)]
+
+
+def test_the_page_says_how_well_each_row_is_supported(results, check, home):
+    assert levels_on_the_page(results, home) == [["bundle"], ["bundle"]]
+    verification.write(results, check(results).checked)
+    assert levels_on_the_page(results, home) == [["verified"], ["verified"]]
+    verification.write(results, check(results, share=1.0).checked)
+    assert levels_on_the_page(results, home) == [["re-attacked"], ["re-attacked"]]
+    forge(bundle_of(results), unharmed_again)  # another file than the one that was verified
+    assert levels_on_the_page(results, home) == [["bundle", "re-attacked"], ["re-attacked"]]
+    for path in (results / "cells").rglob(f"*{evidence.SUFFIX}"):
+        path.unlink()
+    assert levels_on_the_page(results, home) == [["verdicts"], ["verdicts"]]
+
+
+def unharmed_again(parts):
+    parts.suite["title"] = "Another title"
+
+
+def test_a_fault_is_on_the_page_too(results, home, vlmrob):
+    forge(bundle_of(results), lambda parts: outside(parts, home))
+    code, _, err = vlmrob("verify", results, *models(home), "--record")
+    assert code == 3
+    assert "written: " in err
+    assert "failed" in levels_on_the_page(results, home)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"schema": "vlmrob-verification/1"}',
+        '{"schema": "vlmrob-verification/1", "cells": {"a": ["sure", ""]}}',
+    ],
+)
+def test_a_record_that_is_none_is_refused(text, results, home):
+    (results / verification.FILE).write_text(text)
+    with pytest.raises(DataError, match=r"verification\.json"):
+        levels_on_the_page(results, home)
+
+
+def test_only_own_results_are_recorded(results, vlmrob):
+    code, _, err = vlmrob("verify", bundle_of(results), "--record")
+    assert code == 2
+    assert "a folder of results" in err
+
+
+def test_a_submission_does_not_bring_its_own_verification(submitted):
+    store.write_json(submitted / verification.FILE, {"schema": verification.SCHEMA, "cells": {}})
+    record = json.loads((submitted / submission.FILE).read_text())
+    record["files"][verification.FILE] = store.file_sha256(submitted / verification.FILE)
+    store.write_json(submitted / submission.FILE, record)
+    (fault,) = submission.faults(submitted)
+    assert "does not bring its own verification" in fault

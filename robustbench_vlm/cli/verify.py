@@ -19,7 +19,7 @@ STATES = ("re-attacked", "verified", "unproven", "failed")
 COLUMNS = ["model", "dataset", "attack", "threat", "images", "broken", "packed", "survivors", "status"]
 
 
-def verify(
+def verify(  # noqa: PLR0913 - one parameter a flag
     target: Annotated[Path, typer.Argument(help="Bundle, folder of results, submission or leaderboard CSV.")],
     model: Annotated[
         list[str] | None,
@@ -32,6 +32,9 @@ def verify(
         str, typer.Option(help="Share of the survivors that are attacked again, e.g. 2%.")
     ] = "",
     seed: Annotated[int | None, typer.Option(help="By which these are drawn; choose it afterwards.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep what is found in the folder; its page then shows it.")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     as_json: AsJson = False,
@@ -46,7 +49,10 @@ def verify(
     from robustbench_vlm.evaluation import reattack as again
     from robustbench_vlm.evaluation import verify_folder
     from robustbench_vlm.evaluation.verify import Verifier
+    from robustbench_vlm.results import submission, verification
 
+    if record and (not target.is_dir() or (target / submission.FILE).exists()):
+        raise InputError("verify --record", str(target), "a folder of results of your own evaluations")
     share = again.share_of(reattack) if reattack else None
     near = target.parent if (target.parent / "cells").is_dir() else Path("results")
     wanted = verify_folder.Target.of(target, results or near)
@@ -57,6 +63,8 @@ def verify(
         console.result_json(report.record)
     else:
         _print(report.record)
+    if record:
+        console.remark(f"written: {verification.write(target, report.checked)}")
     for line in report.faults():
         console.warning(f"fault: {line}")
     if report.faults():

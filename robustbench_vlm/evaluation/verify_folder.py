@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustbench_vlm import store
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import reattack
 from robustbench_vlm.evaluation.reattack import Drawn
@@ -16,6 +17,7 @@ from robustbench_vlm.evaluation.verify import CellReport, Verifier
 from robustbench_vlm.evaluation.verify_images import Claim
 from robustbench_vlm.results import evidence, result_file, row_check, submission
 from robustbench_vlm.results.row_check import RowReport
+from robustbench_vlm.results.verification import Checked
 
 UNKNOWN = (
     "survivors are checked for clean correctness only: that no attack was left out is shown by --reattack",
@@ -129,6 +131,15 @@ class Verification:
         for table in self.tables:
             lines += [f"{table.path}: {text}" for text in (*table.unproven, *table.incomplete)]
         return lines
+
+    @property
+    def checked(self) -> dict[str, Checked]:
+        """What was found about each result with evidence, to be kept beside the results."""
+        return {
+            report.result.content.sha256: Checked(report.status, store.file_sha256(report.path))
+            for report in self.cells
+            if report.result is not None and report.proved and report.path.name.endswith(evidence.SUFFIX)
+        }
 
     @property
     def record(self) -> dict[str, Any]:

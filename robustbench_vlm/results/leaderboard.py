@@ -14,7 +14,7 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.dataset import DatasetCard, Metric
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
-from robustbench_vlm.results import columns, grids, ranking, result_file, rows, verdicts
+from robustbench_vlm.results import columns, grids, ranking, result_file, rows, verdicts, verification
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import render as page
 from robustbench_vlm.results.page.gallery import Gallery
@@ -117,6 +117,8 @@ def render(
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Write `<out>/<suite>.csv`, `.md` and `.html` from the results below a folder; returns rows and files.
 
+    The page also says how well each result is supported, by the record of `vlmrob verify --record`.
+
     Args:
         results: folder of all results.
         suite: the table's.
@@ -128,12 +130,13 @@ def render(
         DataError: nothing to render, or results that cannot share a table.
     """
     found = _of_suite(results, suite)
-    made = table(found, suite)
+    made, levels = table(found, suite), verification.levels(results, found)
+    options: Any = {"levels": levels, "with_bits": with_bits, "gallery": gallery}
     stem = store.file_name(suite.name)
     files = {
         out / f"{stem}.csv": csv(made),
         out / f"{stem}.md": grids.markdown(made, suite),
-        out / f"{stem}.html": page.html(found, suite, made, with_bits=with_bits, gallery=gallery),
+        out / f"{stem}.html": page.html(found, suite, made, **options),
     }
     for path, content in files.items():
         store.write(path, content)

@@ -16,7 +16,7 @@ from typing import Any
 from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import DataError, InputError
-from robustbench_vlm.results import evidence, leaderboard, result_file
+from robustbench_vlm.results import evidence, leaderboard, result_file, verification
 from robustbench_vlm.results.result_file import Result
 
 FILE = "submission.json"
@@ -92,6 +92,8 @@ def faults(folder: Path) -> list[str]:
         raise InputError(str(path), "not the record of a submission", SCHEMA, "make it with vlmrob submit")
     found = [] if str(record.get("licence", "")).strip() else [f"{path}: the licence is not answered"]
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {FILE}
+    if verification.FILE in there:
+        found.append(f"{folder / verification.FILE}: a submission does not bring its own verification")
     found += [f"{folder / name}: missing" for name in sorted({*files} - there)]
     found += [f"{folder / name}: not listed in {FILE}" for name in sorted(there - {*files})]
     for name in sorted(there & {*files}):

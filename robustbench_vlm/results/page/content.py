@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.results import flags, published, stop_rule, verdicts
+from robustbench_vlm.results import flags, published, stop_rule, verdicts, verification
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import checks, command, pack
 from robustbench_vlm.results.page.gallery import Gallery
@@ -50,15 +50,23 @@ class Content:
 
     Attributes:
         suite: the page's.
-        table: rows of the leaderboard; flags and the level of evidence are read from them.
+        table: rows of the leaderboard; flags are read from them.
+        levels: how well results are supported, by fingerprint (`verification.levels`); by their verdicts
+            alone if nothing is said.
         with_bits: whether verdicts, names of images, histograms and fingerprints are included.
         gallery: which pictures are included; None for none.
     """
 
     def __init__(
-        self, suite: Suite, table: pd.DataFrame, *, with_bits: bool, gallery: Gallery | None
+        self,
+        suite: Suite,
+        table: pd.DataFrame,
+        *,
+        levels: Mapping[str, str],
+        with_bits: bool,
+        gallery: Gallery | None,
     ) -> None:
-        self.suite, self.with_bits, self.gallery = suite, with_bits, gallery
+        self.suite, self.levels, self.with_bits, self.gallery = suite, levels, with_bits, gallery
         self.table = {row["cell_sha256"]: row for row in table.to_dict("records") if row["cell_sha256"]}
         self.bits, self.flags = pack.Pool(), pack.Pool()
         self.images: dict[tuple[str, ...], int] = {}
@@ -123,22 +131,23 @@ class Content:
             for i, line in enumerate(lines)
             if line is not None and line["flag"]
         }
-        levels = [str(line.get("evidence") or "verdicts") for line in lines if line is not None]
+        there = [result for result in sets if result is not None]
+        levels = {self.levels.get(result.content.sha256, verification.VERDICTS) for result in there}
         found = {
             "model": model,
             "cells": [0 if result is None else self.seen[result.path].counts for result in sets],
             "exposure": "".join("-" if r is None else r.outcome["exposure"][:1] for r in sets),
             "flags": marked,
-            "evidence": levels[0] if len(set(levels)) == 1 else "mixed",
+            "evidence": sorted(levels),
         }
         if self.gallery is not None:
-            found["pictures"] = self.gallery.of_row([result for result in sets if result is not None])
+            found["pictures"] = self.gallery.of_row(there)
         if self.with_bits:
             found |= {
                 "bits": [0 if result is None else self.seen[result.path].bits for result in sets],
                 "iterations": [0 if r is None else self.seen[r.path].iterations for r in sets],
                 "sha256": ["" if r is None else r.content.sha256[:DIGITS] for r in sets],
-                "checks": checks.worst([result for result in sets if result is not None]),
+                "checks": checks.worst(there),
             }
         return found
 

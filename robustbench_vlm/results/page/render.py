@@ -6,8 +6,9 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -47,6 +48,7 @@ def html(
     suite: Suite,
     table: pd.DataFrame,
     *,
+    levels: Mapping[str, str] = MappingProxyType({}),
     with_bits: bool = True,
     gallery: Gallery | None = None,
 ) -> bytes:
@@ -56,13 +58,15 @@ def html(
         results: of the suite, at least one; see `result_file.of_suite`.
         suite: the page's.
         table: the rows of the leaderboard of the same results.
+        levels: how well results are supported; see `Content`.
         with_bits: include the verdict of every image, from which the page computes tests and ranks; they are
             left out all the same where they would make the page larger than `MOST_BYTES`.
         gallery: which pictures of broken images it has; None for none.
     """
-    made = _page(Content(suite, table, with_bits=with_bits, gallery=gallery).of(results), suite, table)
+    content = Content(suite, table, levels=levels, with_bits=with_bits, gallery=gallery).of(results)
+    made = _page(content, suite, table)
     if with_bits and len(made) > MOST_BYTES:
-        return html(results, suite, table, with_bits=False, gallery=gallery)
+        return html(results, suite, table, levels=levels, with_bits=False, gallery=gallery)
     return made
 
 

@@ -55,7 +55,8 @@ function chosenSets() {
   return data.sets.map((_, i) => i).filter((i) => n[i] && !without.includes(data.sets[i]));
 }
 
-const evidenceOf = ({ evidence }) => evidence === "verdicts" ? "verdicts only" : evidence;
+const LEVELS = { verdicts: "verdicts only", bundle: "evidence, not verified" };
+const evidenceOf = ({ evidence }) => (evidence[1] ? "mixed: " : "") + evidence.map((level) => LEVELS[level] || level).join(", ");
 const decoded = new Map();
 
 // Verdict bits of a row on a dataset as words: of clean images (0), or after the whole chain (1).

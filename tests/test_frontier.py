@@ -537,8 +537,8 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
         command(root, data, tmp_path, "--jobs", "2"), capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    assert "1 trainings to do or to judge" in ran.stderr  # the teacher
-    assert "3 trainings to do or to judge" in ran.stderr
+    assert "1 trainings or measurements to do" in ran.stderr  # the teacher
+    assert "3 trainings or measurements to do" in ran.stderr
     names = ["small.csv", "small-comparisons.csv", "small.svg", "small.md", "small.html"]
     assert [line.rsplit("/", 1)[1] for line in ran.stdout.split()] == names
     first = {name: (tmp_path / "t" / name).read_bytes() for name in names}

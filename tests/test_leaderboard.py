@@ -90,7 +90,7 @@ def cell(results, model, dataset, clean, broken, **changes):
     path = results / "cells" / model / dataset / f"{config['attack']}-{sha(config)[:8]}.json"
     store.write(path.with_suffix(".parquet"), found.to_parquet(index=False))
     whole = {"schema": result_file.SCHEMA, "sha256": store.fingerprint(content), **content}
-    store.write_json(path, whole | {"run": {"seconds": 1.5, "date": "today"}})
+    store.write_json(path, whole | {"run": {"seconds": 1.5, "date": "2026-01-02T03:04:05+00:00"}})
     return path
 
 

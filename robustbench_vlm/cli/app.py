@@ -22,6 +22,7 @@ from robustbench_vlm.cli.crosscheck import crosscheck
 from robustbench_vlm.cli.demo import demo
 from robustbench_vlm.cli.doctor import doctor
 from robustbench_vlm.cli.eval import eval_
+from robustbench_vlm.cli.export import export
 from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.lint import lint
 from robustbench_vlm.cli.list import list_
@@ -102,6 +103,7 @@ app.command()(plot)
 app.command()(lint)
 app.command()(verify)
 app.command()(submit)
+app.command()(export)
 app.command()(race)
 app.command()(demo)
 app.command()(study)

@@ -53,7 +53,7 @@ def perform(
     for wanted in (_trials, _of_chosen):
         judgings = [one for one in wanted(study, places) if not methods or one.trial.method in methods]
         known = outcomes.read(outcomes.ledger(places.tables, study.name))
-        tasks = _tasks([one for one in judgings if one.id not in known])
+        tasks = _tasks(study, [one for one in judgings if one.id not in known])
         needed = {teacher.name: teacher for task in tasks for teacher in task.trial.needs}
         teachers = [one for one in needed.values() if not (one.model / "card.json").exists()]
         if teachers:
@@ -78,12 +78,18 @@ def _of_chosen(study: Frontier, places: Places) -> list[Judging]:
     return choice.judgings_of_chosen(study, places.out, made)
 
 
-def _tasks(judgings: Sequence[Judging]) -> list[TrialTask]:
-    """One task for each trial."""
-    found: dict[Path, list[Judging]] = {}
+def _tasks(study: Frontier, judgings: Sequence[Judging]) -> list[TrialTask]:
+    """One task for each trial and measurement: first one measurement of all trials, then the next.
+
+    So outcomes are recorded as soon as they are there, and the dearest attacks come last.
+    """
+    found: dict[tuple[int, Path], list[Judging]] = {}
+    measurements = [study.validation, *study.test]
     for judging in judgings:
-        found.setdefault(judging.trial.folder, []).append(judging)
-    return [TrialTask(own[0].trial, tuple(own)) for own in found.values()]
+        place = (measurements.index(judging.measurement), judging.trial.folder)
+        found.setdefault(place, []).append(judging)
+    order = sorted(found, key=lambda place: place[0])  # stable: trials stay in their order
+    return [TrialTask(found[place][0].trial, tuple(found[place])) for place in order]
 
 
 def check(tasks: Sequence[TrialTask], resources: Resources) -> None:
@@ -109,7 +115,7 @@ def _work_off(
     remark: Remark,
 ) -> None:
     path = outcomes.ledger(places.tables, study.name)
-    remark(f"study {study.name}: {len(tasks)} trainings to do or to judge")
+    remark(f"study {study.name}: {len(tasks)} trainings or measurements to do")
     begun = time.perf_counter()
     for done, (task, found, seconds) in enumerate(pool.perform(tasks, resources), 1):
         outcomes.append(path, found)

@@ -195,7 +195,7 @@ class TrialTask:
 
     Attributes:
         trial: what is trained.
-        judgings: of this trial, in the order in which they are done.
+        judgings: of this trial under one measurement, in the order in which they are done.
     """
 
     trial: Trial
@@ -204,7 +204,7 @@ class TrialTask:
     @property
     def name(self) -> str:
         """What progress lines and errors call it."""
-        return self.trial.name
+        return f"{self.trial.name}, {self.judgings[0].measurement.attack}"
 
     @property
     def folder(self) -> Path:

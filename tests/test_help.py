@@ -8,7 +8,20 @@ import pytest
 
 VERBS = (
     *("train", "eval", "leaderboard", "compare", "race", "demo", "crosscheck", "convert", "canary"),
-    *("new", "list", "show", "doctor", "data", "study", "plot", "lint", "verify", "submit", "export"),
+    *(
+        "new",
+        "list",
+        "show",
+        "doctor",
+        "data",
+        "study",
+        "plot",
+        "lint",
+        "verify",
+        "submit",
+        "export",
+        "slurm",
+    ),
 )
 
 

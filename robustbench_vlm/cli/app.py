@@ -30,6 +30,7 @@ from robustbench_vlm.cli.new import new
 from robustbench_vlm.cli.plot import plot
 from robustbench_vlm.cli.race import race
 from robustbench_vlm.cli.show import show
+from robustbench_vlm.cli.slurm import slurm
 from robustbench_vlm.cli.study import study
 from robustbench_vlm.cli.submit import submit
 from robustbench_vlm.cli.train import train
@@ -104,6 +105,7 @@ app.command()(lint)
 app.command()(verify)
 app.command()(submit)
 app.command()(export)
+app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(slurm)
 app.command()(race)
 app.command()(demo)
 app.command()(study)

@@ -20,7 +20,7 @@ INTERRUPTED = 75
 
 SAVES_NOTHING = (
     *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
-    *("export", "lint", "plot", "submit", "verify"),
+    *("export", "lint", "plot", "slurm", "submit", "verify"),
 )
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
 

@@ -1,0 +1,39 @@
+#!/bin/bash
+# vlmrob eval on one machine of 8 GPUs
+# Made by vlmrob slurm. Submit it with sbatch; read it before.
+#SBATCH --job-name=vlmrob-eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --output=vlmrob-eval-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# Five minutes before the time is over this script is told, and the command saves what it has.
+#SBATCH --signal=B:TERM@300
+
+set -u
+export RAY_USAGE_STATS_ENABLED=0
+
+srun vlmrob eval --model 'a b' --suite zeroshot --attack autoattack --workers 8 &
+step=$!
+
+told=0
+trap 'told=1; kill -TERM "$step"' TERM
+# A trapped signal ends "wait" before the step has ended.
+code=0
+while true; do
+  wait "$step" && code=0 || code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+
+# 75: stopped, and the same command goes on. A launcher that was told to stop may end by the signal itself.
+if [ "$code" -eq 75 ] || { [ "$told" -eq 1 ] && [ "$code" -ge 128 ]; }; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "not queued again after 50 restarts; submit it again by hand" >&2
+  fi
+fi
+exit "$code"

@@ -242,7 +242,15 @@ def _config(model: str) -> dict[str, Any] | None:
     return openclip.config(STARTS.get(name, zoo.arch_of(model)))
 
 
-VARIABLES = ("VLMROB_DATA", "VLMROB_CACHE", "VLMROB_MODELS", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+VARIABLES = (
+    "VLMROB_DATA",
+    "VLMROB_CACHE",
+    "VLMROB_MODELS",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "GOMP_SPINCOUNT",
+)
 """Environment variables that change what the commands do."""
 
 

@@ -42,8 +42,13 @@ class Batch:
     sha256: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(self.images.to(device), self.labels.to(device), self.keys, self.sha256)
+        """The same batch on `device`; from pinned memory, the copy does not hold up the caller."""
+        images, labels = (t.to(device, non_blocking=t.is_pinned()) for t in (self.images, self.labels))
+        return Batch(images, labels, self.keys, self.sha256)
+
+    def pinned(self) -> Batch:
+        """The same batch in pinned memory, from which a GPU copies while it computes."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.keys, self.sha256)
 
 
 @runtime_checkable

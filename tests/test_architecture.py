@@ -16,7 +16,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = (
     {"safe_text"},
     {"errors"},
-    {"threat", "types", "rng", "version", "interruption", "text_files"},
+    {"threat", "types", "rng", "version", "interruption", "text_files", "threads"},
     {"store", "devices", "console"},
     {"tensor_files"},
     {"cards", "engine", "defenses"},
@@ -180,11 +180,13 @@ WITHOUT_TORCH = [
     "rng",
     "store",
     "text_files",
+    "threads",
     "threat",
     "types",
     "results.stats",
     "results.verdicts",
     "training.cost",
+    "training.world",
 ]
 
 

@@ -15,7 +15,7 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.losses import in_one_forward
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.training import loop
+from robustbench_vlm.training import log, loop
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.state import initial, resumed
 from robustbench_vlm.training.step import starting_images, train_step
@@ -307,10 +307,7 @@ def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fiel
     kept = {"ard": "optim.0.momentum_buffer", "apd": "prompts.clean.text."}.get(name, "carry.")
     assert any(key.startswith(kept) for key in a)
     lines = [
-        [
-            {k: v for k, v in line.items() if k != "images_per_second"}
-            for line in store.records(f / "log.jsonl")
-        ]
+        [{k: v for k, v in line.items() if k not in log.TIMES} for line in store.records(f / "log.jsonl")]
         for f in (whole, torn)
     ]
     assert lines[0] == lines[1]

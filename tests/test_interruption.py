@@ -17,7 +17,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
 from robustbench_vlm.models import zoo
-from robustbench_vlm.training import loop
+from robustbench_vlm.training import log, loop
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def quiet(line):
 
 def lines(folder):
     found = store.records(folder / "log.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in found]
+    return [{k: v for k, v in line.items() if k not in log.TIMES} for line in found]
 
 
 def files(folder):

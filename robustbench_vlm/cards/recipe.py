@@ -123,9 +123,12 @@ class Optim(Grown):
         warmup: first steps, over which the learning rate rises from 0.
         batch_size: images a step.
         grad_clip: largest norm of the gradient, to which longer ones are scaled; 0 for no limit.
+        accumulate: parts in which each process computes its images of a step, one after the other, so that
+            they need less memory. The gradient is that of all images at once, to rounding; every part's
+            forward is computed twice.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"algorithm", "momentum"})
+    later: ClassVar[frozenset[str]] = frozenset({"algorithm", "momentum", "accumulate"})
 
     algorithm: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -135,6 +138,7 @@ class Optim(Grown):
     warmup: int = Field(default=0, ge=0)
     batch_size: int = Field(ge=1)
     grad_clip: float = Field(default=0.0, ge=0)
+    accumulate: int = Field(default=1, ge=1)
 
 
 class Lora(Card):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from robustbench_vlm import interruption
+from robustbench_vlm import interruption, threads
 
 INTERRUPTED = 75
 """Exit code of a command that was stopped; that of `errors.Incomplete`."""
@@ -28,6 +28,7 @@ SAVES_NOTHING = (
 def main() -> None:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     words = sys.argv[1:]
+    threads.wait_briefly()
     with interruption.raised() as stopped:
         try:
             code = _run(words)
@@ -81,7 +82,9 @@ def _end(error: BaseException, words: Sequence[str], stopped: Callable[[], bool]
 def _print(error: Any) -> int:  # noqa: ANN401 - VlmrobError, not imported before it is needed
     from robustbench_vlm import console
 
-    console.error(str(error))
+    if text := str(error):  # else another process of the same training says it
+        rank = os.environ.get("RANK", "0")  # of a process that torchrun started
+        console.error(text if rank == "0" else f"process {rank}: {text}")
     return int(error.exit_code)
 
 

@@ -17,11 +17,14 @@ def show(
     what: Annotated[
         str,
         typer.Argument(
-            help="defense, attack, suite, dataset, model, recipe, protocol, prompts, study or image."
+            help="defense, attack, suite, dataset, model, recipe, protocol, prompts, study, run or image."
         ),
     ],
     name: Annotated[
-        str, typer.Argument(help="Its name; of an image, the result: its JSON file or digits of cell_sha256.")
+        str,
+        typer.Argument(
+            help="Its name; a run: its folder; an image: its result, a JSON file or digits of cell_sha256."
+        ),
     ],
     key: Annotated[str, typer.Argument(help="Of an image: its key, or the end of it after a /.")] = "",
     results: Results = Path("results"),
@@ -29,6 +32,8 @@ def show(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Print all facts about a defense, attack, suite, dataset, model, recipe or study, as JSON.
+
+    Of a run, print how far the training is, how fast, and which share of the time it waited for images.
 
     Of an image that an attack broke, and that vlmrob eval --save-adversarial kept, write PNG files, too: the
     adversarial image and, where the dataset is on this machine, the clean image and the perturbation.
@@ -39,6 +44,11 @@ def show(
         raise InputError(f"show {what}", found, "a key after image RESULT, and after nothing else", do)
     if what == "image":
         image.show(name, key, results, out, data_root)
+        return
+    if what == "run":
+        from robustbench_vlm.training.summary import summary
+
+        console.result_json(summary(Path(name)))
         return
     from robustbench_vlm import catalogue
 

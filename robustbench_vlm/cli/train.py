@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,9 @@ import typer
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cli.options import DataRoot, Device
+from robustbench_vlm.errors import InputError
 from robustbench_vlm.training.resolve import resolve
+from robustbench_vlm.training.world import World, launched
 
 
 def train(  # noqa: PLR0913 - one parameter a flag
@@ -31,23 +34,40 @@ def train(  # noqa: PLR0913 - one parameter a flag
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what is missing, and stop.")
     ] = False,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that train together, one a GPU.")
+    ] = 1,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
 ) -> None:
     """Train a defense, and write a checkpoint folder.
 
-    An interrupted training continues when the command is repeated.
+    An interrupted training continues when the command is repeated. On several machines, start it by torchrun.
     """
+    world = launched()
+    if nproc not in (1, world.size) and world.size > 1:
+        raise InputError(
+            f"--nproc {nproc}", f"torchrun started {world.size} processes", do="leave --nproc out"
+        )
+    starting = nproc > world.size
+    console.quiet = console.quiet or starting or not world.first
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
     from robustbench_vlm.training import run
 
     folder = out or run.folder_of(chosen)
-    if dry_run:
-        for text in run.dry_run(chosen, folder, data_root):
+    if dry_run or starting:
+        lines = run.dry_run(chosen, folder, data_root, World(size=max(nproc, world.size)))
+        if starting and not dry_run:
+            from robustbench_vlm.training.launch import launch
+
+            raise typer.Exit(launch(nproc, sys.argv[1:]))
+        for text in lines if world.first else ():
             console.result(text)
         return
     with console.meter() as meter:
         run.run_recipe(chosen, folder, data_root, device, meter, console.remark, resume=resume, cache=cache)
+    if not world.first:
+        return
     console.result(str(folder))
     suites = reader.suites_with(chosen.data.dataset)
     target = ["--suite", suites[0]] if suites else ["--dataset", chosen.data.dataset]

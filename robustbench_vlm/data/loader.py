@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice, tee
 
@@ -18,13 +19,22 @@ AHEAD = 3  # batches that are decoded in advance where the split does not stay i
 
 
 def as_float(pixels: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1], contiguous; v / 255 exactly as `ToTensor`."""
-    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    return planes.to(torch.float32).div_(255)
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1], contiguous; v / 255 exactly as `ToTensor`.
+
+    NumPy computes it, since torch would give the thread that reads ahead a second pool of threads.
+    """
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    return torch.from_numpy(np.divide(planes, np.float32(255), dtype=np.float32))
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, start_step: int, stop_step: int, px: int
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    px: int,
+    rows: slice = slice(None),
 ) -> Iterator[Batch]:
     """Batches `start_step` to `stop_step - 1`, each of exactly `batch_size` images.
 
@@ -38,6 +48,7 @@ def batches(
         start_step: first step, 0 for a new run.
         stop_step: one past the last step.
         px: the model's input size, for datasets on the model's canvas.
+        rows: of each batch, those that are read; all by default.
 
     Raises:
         DataError: an image cannot be decoded; the message names its key.
@@ -45,12 +56,37 @@ def batches(
     """
     if len(split) == 0 or batch_size < 1 or start_step < 0:
         raise ValueError(f"{len(split)} images, batch size {batch_size}, from step {start_step}")
-    chosen = (positions(split, batch_size, seed, step) for step in range(start_step, stop_step))
+    chosen = (positions(split, batch_size, seed, step)[rows] for step in range(start_step, stop_step))
     labels, keys = split.labels, split.keys
     read = _from_memory if split.fits_in_memory(px) else _decoded
     for where, pixels, shas in read(split, px, chosen):
         names = tuple(keys[i] for i in where)
         yield Batch(as_float(pixels), torch.from_numpy(labels[where]), names, shas)
+
+
+def ahead(batches: Iterator[Batch], *, pinned: bool = False) -> Iterator[Batch]:
+    """The same batches, each made by a thread while the caller works on the one before.
+
+    Args:
+        batches: made one after the other.
+        pinned: whether images and labels lie in pinned memory, from which a GPU copies while it computes.
+
+    Raises:
+        Exception: whatever `batches` raises, when that batch is asked for.
+    """
+
+    def following() -> Batch | None:
+        batch = next(batches, None)
+        return batch.pinned() if batch is not None and pinned else batch
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        coming = pool.submit(following)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(following)
+            yield batch
+    finally:  # also when the caller stops early: do not wait for a batch that nobody needs
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def positions(split: Split, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from robustbench_vlm.threads import usable_cores
 
 AHEAD = 64  # calls that are started before their results are asked for
 
@@ -40,5 +41,4 @@ def in_order(call: Callable[[T], U], items: Iterable[T], ahead: int = AHEAD) -> 
 
 def threads() -> int:
     """How many threads decode: as many as the cores that this process may use, at most 8."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, usable)
+    return min(8, usable_cores())

@@ -59,6 +59,11 @@ class Roles:
 class Step:
     """What `Defense.outer` is given.
 
+    Where several processes train together, each has the images of its own rows, and everything else is of the
+    whole batch: labels, targets, and what an encoder returns for these images. So a mean over rows of outputs
+    is the mean over the batch, and `outer` needs no case of its own. It hands the images to encoders and to
+    nothing else.
+
     Attributes:
         batch: the clean images.
         adv: (B, 3, H, W) in [0, 1], the adversarial images that the attack ended with, detached; the clean

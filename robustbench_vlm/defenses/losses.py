@@ -87,7 +87,11 @@ def in_one_forward(encoder: Encoder, call: Callable[[Tensor], Tensor], *images: 
     """
     if not encoder.rows_apart:
         return tuple(call(batch) for batch in images)
-    return torch.split(call(torch.cat(images)), [len(batch) for batch in images])
+    rows = call(torch.cat(images))
+    lengths = {len(batch) for batch in images}
+    if len(lengths) == 1:  # an encoder may return more rows a batch: those of other processes, too
+        return torch.chunk(rows, len(images))
+    return torch.split(rows, [len(batch) for batch in images])
 
 
 def student_logits(roles: Roles, *images: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,9 @@ from robustbench_vlm import store
 
 NAME = "log.jsonl"
 
+TIMES = frozenset({"images_per_second", "data_seconds"})
+"""Entries of a line that depend on the machine; all others are equal in every run of a recipe."""
+
 
 def continue_at(out: Path, step: int) -> Path | None:
     """Make `log.jsonl` end at `step`, from which a run goes on.

@@ -1,12 +1,13 @@
 """The training loop that every defense runs through: batches, steps, log, probes, checkpoints, exact resume.
 
-A run that is killed anywhere and started again by the same command ends with the same bytes.
+A run that is killed anywhere and started again by the same command ends with the same bytes. Several
+processes take each step together (`share`, `exchange`); the first of them probes, and writes every file.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from robustbench_vlm.cards import plugins
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.errors import Incomplete, InputError, some
-from robustbench_vlm.training import log
+from robustbench_vlm.training import exchange, log
 from robustbench_vlm.training.finish import write_checkpoint_folder
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.probe import probe
@@ -30,6 +31,8 @@ from robustbench_vlm.training.state import (
     saved_step,
 )
 from robustbench_vlm.training.step import train_step
+from robustbench_vlm.training.world import ALONE, World
+from robustbench_vlm.types import Batch
 
 Line = Mapping[str, Any]
 Report = Callable[[Line], None]
@@ -44,6 +47,7 @@ def run(
     report: Report,
     cache: Path | None = None,
     remark: Callable[[str], None] = lambda _: None,
+    world: World = ALONE,
 ) -> Path:
     """Train `recipe` into the checkpoint folder `out`; goes on where an earlier run of it stopped.
 
@@ -53,9 +57,10 @@ def run(
             and `checkpoints/`.
         data_root: folder of the datasets.
         device: where to train.
-        report: called with every line of the log.
+        report: called with every line of the log, in the first process.
         cache: folder for outputs of frozen teachers on clean images; it changes the time and no bit.
         remark: called with notes about the images and class names that a reader of the results should know.
+        world: the processes that train together, which have joined (`exchange.joined`).
 
     Returns:
         `out`.
@@ -63,26 +68,34 @@ def run(
     Raises:
         InputError: `out` belongs to another recipe.
         TrainingError: a loss or gradient that is not finite.
-        Incomplete: SIGINT, SIGTERM or SIGHUP came; the state was saved after the step that was under way.
+        Incomplete: SIGINT, SIGTERM or SIGHUP came to any process, and the state was saved after the step that
+            was under way; or another process ended. Its message is empty where another process says it.
     """
     refuse_other_runs(out, recipe)
     if (out / "card.json").exists():
         remark(f"{out} is finished already, by this very recipe: nothing is trained again")
         return out
     threat = recipe.inner.described if recipe.inner else "no adversary"  # refuses a radius that is none
-    setup = prepare(recipe, data_root, device, cache)  # before the first file: a bad recipe claims no folder
+    setup = prepare(
+        recipe, data_root, device, cache, world
+    )  # before the first file: a bad recipe claims no folder
     for note in setup.notes:
         remark(f"note: {recipe.data.dataset}: {note}")
-    store.write_json(
-        out / "recipe.json",
-        {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
-    )
     state = resumed(setup, out)
-    _announce(setup, out, state.step, threat, remark)
+    exchange.require_same_step(state.step, world)
+    if world.first:
+        store.write_json(
+            out / "recipe.json",
+            {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
+        )
+        _announce(setup, out, state.step, threat, remark)
     with interruption.deferred() as stopping:
         _train(setup, out, state, report, stopping)
-        write_checkpoint_folder(out, setup)
-    remove_unscheduled(out, recipe.checkpoint_every, recipe.optim.steps)
+        if world.first:
+            write_checkpoint_folder(out, setup)
+    if world.first:
+        remove_unscheduled(out, recipe.checkpoint_every, recipe.optim.steps)
+    exchange.wait(world)
     return out
 
 
@@ -91,6 +104,7 @@ def _announce(setup: Setup, out: Path, step: int, threat: str, remark: Callable[
     recipe, aside = setup.recipe, log.continue_at(out, step)
     remark(
         f"training {recipe.name}: {recipe.optim.steps} steps, {threat}, on {setup.device}, into {out}"
+        + (f", in {size} processes" if (size := setup.share.world.size) > 1 else "")
         + (f", going on at step {step}" if step else "")
     )
     if aside is not None:
@@ -106,37 +120,63 @@ def _train(
     Raises:
         Incomplete: a signal came; the state is saved, unless there is nothing to save.
     """
-    recipe, steps = setup.recipe, setup.recipe.optim.steps
+    recipe, steps, first = setup.recipe, setup.recipe.optim.steps, setup.share.world.first
     try:
-        if state.step == 0 and recipe.probe:
+        if state.step == 0 and recipe.probe and first:
             _log(out, report, {"step": 0, "probe": probe(setup)})
-        batches = loader.batches(
-            setup.split, recipe.optim.batch_size, recipe.seed, state.step, steps, setup.model.image_size
-        )
-        for batch in batches:
+        for batch, waited in _timed(_batches(setup, state.step)):
             _require_not_stopped(out, setup, state, stopping)
             started = time.perf_counter()
-            line = train_step(setup, state, batch.to(setup.device))
-            rate = len(batch.keys) / (time.perf_counter() - started)
-            _log(out, report, {"step": state.step, **line, "images_per_second": round(rate, 1)})
-            if recipe.probe and _due(state.step, recipe.probe.every, steps):
+            line = train_step(setup, state, batch)
+            if first:
+                rate = recipe.optim.batch_size / (time.perf_counter() - started)
+                times = {"images_per_second": round(rate, 1), "data_seconds": round(waited, 4)}
+                _log(out, report, {"step": state.step, **line, **times})
+            if recipe.probe and first and _due(state.step, recipe.probe.every, steps):
                 _log(out, report, {"step": state.step, "probe": probe(setup)})
             if recipe.checkpoint_every and _due(state.step, recipe.checkpoint_every, steps):
-                save_state(out, setup, state)
+                _save(out, setup, state)
     except KeyboardInterrupt:
         raise _stopped(out, state.step, steps) from None
 
 
+def _batches(setup: Setup, step: int) -> Iterator[Batch]:
+    """This process's images of every step from `step` on, on its device, prepared while it computes."""
+    optim, size = setup.recipe.optim, setup.model.image_size
+    rows = setup.share.rows(optim.batch_size)
+    batches = loader.batches(setup.split, optim.batch_size, setup.recipe.seed, step, optim.steps, size, rows)
+    for batch in loader.ahead(batches, pinned=setup.device.type == "cuda"):
+        yield batch.to(setup.device)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch, and the seconds that the training waited for it."""
+    started = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+def _save(out: Path, setup: Setup, state: TrainingState) -> None:
+    """Write a checkpoint file in the first process, if the processes agree on what it would hold."""
+    world = setup.share.world
+    exchange.require_same_weights(list(setup.parameters().values()), state.step, world)
+    if world.first:
+        save_state(out, setup, state)
+
+
 def _require_not_stopped(out: Path, setup: Setup, state: TrainingState, stopping: Callable[[], bool]) -> None:
-    """Save the state and stop, if a signal came.
+    """Save the state and stop, if a signal came to any of the processes.
 
     Raises:
-        Incomplete: it came.
+        Incomplete: it came; the message is empty in all processes but the first, which says it for all.
     """
-    if stopping():
-        if state.step > saved_step(out):
+    world = setup.share.world
+    if exchange.any_of(stopping(), world):
+        if world.first and state.step > saved_step(out):
             save_state(out, setup, state)
-        raise _stopped(out, state.step, setup.recipe.optim.steps)
+        exchange.wait(world)
+        raise _stopped(out, state.step, setup.recipe.optim.steps) if world.first else Incomplete("")
 
 
 def _stopped(out: Path, step: int, steps: int) -> Incomplete:

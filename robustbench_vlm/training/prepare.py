@@ -22,14 +22,17 @@ from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank
-from robustbench_vlm.training import inputs, teacher_cache
+from robustbench_vlm.training import inputs, share, teacher_cache
 from robustbench_vlm.training.resolve import defense_class
 from robustbench_vlm.training.setup import Setup, TeacherPhase
 from robustbench_vlm.training.teacher_cache import TeacherCache
+from robustbench_vlm.training.world import ALONE, World
 from robustbench_vlm.types import Batch
 
 
-def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path | None = None) -> Setup:
+def prepare(
+    recipe: Recipe, data_root: Path, device: torch.device, cache: Path | None = None, world: World = ALONE
+) -> Setup:
     """Load and check the models, text banks and data that `recipe` names.
 
     Args:
@@ -37,9 +40,11 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         data_root: folder of the datasets.
         device: where to train.
         cache: folder for outputs of frozen teachers; without one, teachers run in every step.
+        world: the processes that train together.
 
     Raises:
-        CardError: teachers that do not fit the defense, or an `[inner]` that it does not use.
+        CardError: teachers that do not fit the defense, an `[inner]` that it does not use, or a batch or
+            student that several processes or parts cannot share.
         WeightsError, DataError: a model or dataset that cannot be used.
     """
     defense = build_defense(recipe)
@@ -66,10 +71,7 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
     roles = Roles(models.student.model, teachers, text)
     defense.require(roles)
     phases = _load_phases(recipe, defense, sentences, device)
-    for role, found in phases.items():
-        for phase in found:
-            texts = text if phase.text is None else {**text, role: phase.text}
-            defense.require(Roles(models.student.model, {**teachers, role: phase.loaded.model}, texts))
+    _require_phases(defense, roles, phases)
     setup = Setup(
         recipe,
         defense,
@@ -79,10 +81,11 @@ def prepare(recipe: Recipe, data_root: Path, device: torch.device, cache: Path |
         adapters,
         dataset,
         split,
-        _probe_batch(recipe, split.card, data_root, models.student.model, device),
+        _probe_batch(recipe, split.card, data_root, models.student.model, device) if world.first else None,
         device,
         prompt_tokens,
         phases=phases,
+        share=share.of(recipe, models.student.model, world),
     )
     if cache is not None:
         setup = _with_caches(setup, cache)
@@ -165,6 +168,14 @@ def _load_phases(
     return {role: tuple(phases) for role, phases in found.items()}
 
 
+def _require_phases(defense: Defense, roles: Roles, phases: Mapping[str, tuple[TeacherPhase, ...]]) -> None:
+    """Refuse models that teach first and do not fit the defense."""
+    for role, found in phases.items():
+        for phase in found:
+            text = roles.text if phase.text is None else {**roles.text, role: phase.text}
+            defense.require(replace(roles, teachers={**roles.teachers, role: phase.loaded.model}, text=text))
+
+
 def _require_same_sentences(role: str, teacher: zoo.Loaded, recipe: Recipe) -> None:
     """Refuse a teacher that was trained on this dataset with another template or other class names."""
     made = teacher.card.recipe
@@ -230,7 +241,7 @@ def _open_cache(setup: Setup, teacher: zoo.Loaded, folder: Path) -> TeacherCache
         teacher.card.sha256,
         setup.split,
         setup.split.side(size),
-        recipe.optim.batch_size,
+        recipe.optim.batch_size // (setup.share.world.size * setup.share.parts),
         recipe.compute.model_dump(mode="json"),
         setup.device,
     )

@@ -10,10 +10,11 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.training import inputs, loop, teacher_cache
+from robustbench_vlm.training import exchange, inputs, loop, share, teacher_cache
 from robustbench_vlm.training.prepare import build_defense
 from robustbench_vlm.training.probe import probe_text
 from robustbench_vlm.training.state import saved_step
+from robustbench_vlm.training.world import ALONE, World, launched
 
 Meter = Callable[..., None]
 """Called with (what, done, total), and with a note where there is one."""
@@ -24,7 +25,7 @@ def folder_of(recipe: Recipe) -> Path:
     return Path("runs") / f"{store.file_name(recipe.name)}-{recipe.fingerprint[:8]}"
 
 
-def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
+def dry_run(recipe: Recipe, out: Path, data_root: Path, world: World = ALONE) -> list[str]:
     """What `run_recipe` would do, one line each; nothing is loaded, rendered or written.
 
     Raises:
@@ -32,6 +33,7 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path) -> list[str]:
     """
     loop.refuse_other_runs(out, recipe)
     build_defense(recipe)
+    share.require_divisible(recipe, world)
     inputs.require(recipe, data_root)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
@@ -65,7 +67,8 @@ def run_recipe(
 ) -> Path:
     """Train a recipe into the checkpoint folder `out`, and go on where an earlier run of it stopped.
 
-    A dataset of the tiny world that is not below the data root is rendered first.
+    A dataset of the tiny world that is not below the data root is rendered first. In a process of
+    `torchrun`, all processes train together, and the first of them writes and reports.
 
     Args:
         recipe: what to train (`training.resolve`).
@@ -86,13 +89,11 @@ def run_recipe(
     if not resume and out.exists() and any(out.iterdir()):
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
+    world = launched()
     loop.refuse_other_runs(out, recipe)  # before anything is rendered
+    share.require_divisible(recipe, world)
     inputs.require(recipe, data_root)
-    if not (out / "card.json").exists():
-        store.require_writable(out, "--out", make=False)
-    where = choose_device(device)
-    if write.make_missing(data_root, meter, [recipe.data.dataset]):
-        remark(f"rendered the tiny world into {data_root}")
+    where = choose_device(device, world.local_rank if world.size > 1 else None)
 
     def report(line: loop.Line) -> None:
         if "probe" in line:
@@ -101,4 +102,24 @@ def run_recipe(
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 
     stored = teacher_cache.default_folder() if cache else None
-    return loop.run(recipe, out, data_root, where, report, stored, remark)
+    with exchange.joined(world, where):
+        if world.first:
+            _make_place(recipe, out, data_root, meter, remark)
+        exchange.wait(world)
+        return loop.run(
+            recipe, out, data_root, where, report, stored, remark if world.first else _nothing, world
+        )
+
+
+def _make_place(
+    recipe: Recipe, out: Path, data_root: Path, meter: Meter, remark: Callable[[str], None]
+) -> None:
+    """Look whether `out` can be written, and render the images of the tiny world if they are missing."""
+    if not (out / "card.json").exists():
+        store.require_writable(out, "--out", make=False)
+    if write.make_missing(data_root, meter, [recipe.data.dataset]):
+        remark(f"rendered the tiny world into {data_root}")
+
+
+def _nothing(_: str) -> None:
+    """What the other processes of a training say."""

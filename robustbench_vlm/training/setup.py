@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from robustbench_vlm.models import prompts, zoo
 from robustbench_vlm.models.clip import Clip, InBf16
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import untrained
+from robustbench_vlm.training.share import Gathered, Parted, Share
 from robustbench_vlm.training.teacher_cache import CachedTeacher, TeacherCache
 from robustbench_vlm.types import Batch, Encoder
 
@@ -56,6 +57,7 @@ class Setup:
         prompt_tokens: token ids (C, L) of the class sentences, for every role whose prompts are trained.
         caches: stored outputs on clean images, by role of the teacher.
         phases: the models that teach first, by role, in the order of their ends.
+        share: which rows of each batch this process computes.
     """
 
     recipe: Recipe
@@ -71,6 +73,7 @@ class Setup:
     prompt_tokens: Mapping[str, Tensor] = field(default_factory=dict)
     caches: Mapping[str, TeacherCache] = field(default_factory=dict)
     phases: Mapping[str, tuple[TeacherPhase, ...]] = field(default_factory=dict)
+    share: Share = field(default_factory=Share)
 
     @property
     def model(self) -> Clip:
@@ -108,9 +111,27 @@ class Setup:
         """The current roles in the recipe's precision; teachers with a cache use it for `batch`.
 
         Args:
-            batch: the clean images of the step.
+            batch: clean images of the step.
             progress: share of the run's steps that are done; it decides which phase of a teacher teaches.
         """
+        return self._roles(batch, progress, lambda encoder: encoder)
+
+    def outer_roles(self, batch: Batch, progress: float = 0.0) -> Roles:
+        """The same for `Defense.outer`: encoders return the rows of all processes, computed in parts.
+
+        Args:
+            batch: the clean images of this process.
+            progress: as above.
+        """
+        share, rows = self.share, len(batch.images)
+        if share.whole:
+            return self.training_roles(batch, progress)
+        roles = self._roles(batch, progress, lambda encoder: Parted(encoder, share, rows))
+        teachers = {role: Gathered(teacher, share, rows) for role, teacher in roles.teachers.items()}
+        return replace(roles, student=Gathered(roles.student, share, rows), teachers=teachers)
+
+    def _roles(self, batch: Batch, progress: float, computed: Callable[[Encoder], Encoder]) -> Roles:
+        """The current roles; `computed` changes how an encoder that is not read from a cache is run."""
         now = self.current_roles()
         text = dict(now.text)
         bf16 = self.recipe.compute.precision == "bf16"
@@ -122,7 +143,7 @@ class Setup:
             if phase is not None:
                 teacher, cache = phase.loaded.model, phase.cache
                 text |= {role: phase.text} if phase.text is not None else {}
-            teachers[role] = InBf16(teacher) if bf16 else teacher
+            teachers[role] = computed(InBf16(teacher) if bf16 else teacher)
             if cache is not None:
                 teachers[role] = CachedTeacher(teachers[role], cache, batch)
-        return replace(now, student=student, teachers=teachers, text=text)
+        return replace(now, student=computed(student), teachers=teachers, text=text)

@@ -1,27 +1,28 @@
 """One training step: model outputs on clean images, attack, loss, gradient, update of the weights.
 
 A step is a pure function of the recipe, the state before it, and its batch: the noise of the attack's start
-and dropout are keyed by seed and step.
+is keyed by seed, step and image, dropout by seed, step and row. So it is the same step, to rounding, whether
+one process computes the batch or several do, at once or in parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from robustbench_vlm import rng
 from robustbench_vlm.cards.recipe import Inner, Optim
+from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.interface import Roles, Step, Terms
 from robustbench_vlm.engine.geometry import uniform_start
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import AttackError, TrainingError
 from robustbench_vlm.models.clip import frozen
 from robustbench_vlm.threat import Threat
+from robustbench_vlm.training import dropout, exchange
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.setup import Setup
 from robustbench_vlm.training.state import TrainingState
@@ -45,6 +46,11 @@ def learning_rate(step: int, optim: Optim) -> float:
 def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, float]:
     """Take step `state.step` on `batch`: changes the student, the optimiser, `state.step` and `state.carry`.
 
+    Args:
+        setup: models, losses and the share of the batch that this process computes.
+        state: of before the step.
+        batch: the images of that share.
+
     Returns:
         Learning rate, loss, terms of the loss and gradient norm, for the log.
 
@@ -52,22 +58,46 @@ def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, fl
         TrainingError: a term or a gradient that is not finite, with step, term and keys. The weights are
             those of before the step then.
     """
-    recipe, model, defense = setup.recipe, setup.model, setup.defense
+    recipe, model = setup.recipe, setup.model
     progress = state.step / recipe.optim.steps
-    with frozen(model):
-        with torch.no_grad():
-            roles = setup.training_roles(batch, progress)
-            targets = defense.targets(roles, batch)
-        adv = batch.images if recipe.inner is None else attack(setup, roles, state.step, batch, targets)
+    whole = _whole(setup, state.step, batch)
+    targets, adv = _attacked(setup, state.step, batch)
     model.visual.train()
-    with keyed_dropout(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
-        given = Step(batch, adv, targets, state.carry, progress)
-        terms = defense.outer(setup.training_roles(batch, progress), given)
-    line = _update(setup, state, terms, batch)
+    with dropout.keyed(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
+        given = Step(whole, adv, setup.share.gathered(targets), state.carry, progress)
+        terms = setup.defense.outer(setup.outer_roles(batch, progress), given)
+    line = _update(setup, state, terms, whole)
     model.visual.eval()
     state.carry = terms.carry
     state.step += 1
     return line
+
+
+def _whole(setup: Setup, step: int, batch: Batch) -> Batch:
+    """The batch of all processes: labels and keys of all of it, and the images of this process."""
+    if setup.share.world.size == 1:
+        return batch
+    where = loader.positions(setup.split, setup.recipe.optim.batch_size, setup.recipe.seed, step)
+    labels = torch.from_numpy(setup.split.labels[where]).to(batch.labels.device)
+    return Batch(batch.images, labels, tuple(setup.split.keys[i] for i in where))
+
+
+def _attacked(setup: Setup, step: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """Targets and adversarial images of this process's rows, part by part."""
+    recipe, progress = setup.recipe, step / setup.recipe.optim.steps
+    targets, adv = [], []
+    with frozen(setup.model):
+        for number, part in enumerate(setup.share.split(batch)):
+            with torch.no_grad():
+                roles = setup.training_roles(part, progress)
+                targets.append(setup.defense.targets(roles, part))
+            if recipe.inner is not None:
+                with setup.share.dropout(number, len(batch.images)):
+                    adv.append(attack(setup, roles, step, part, targets[-1]))
+    if len(targets) == 1:
+        return dict(targets[0]), adv[0] if adv else batch.images
+    joined = {name: torch.cat([part[name] for part in targets]) for name in targets[0]}
+    return joined, torch.cat(adv) if adv else batch.images
 
 
 def _update(setup: Setup, state: TrainingState, terms: Terms, batch: Batch) -> dict[str, float]:
@@ -79,6 +109,7 @@ def _update(setup: Setup, state: TrainingState, terms: Terms, batch: Batch) -> d
     state.optimiser.zero_grad(set_to_none=True)
     terms.total.backward()  # type: ignore[no-untyped-call]
     parameters = list(setup.parameters().values())
+    exchange.average([p.grad for p in parameters if p.grad is not None], setup.share.world)
     norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
     line = _finite_numbers(terms, norm, state.step, batch)  # before the update: a bad step changes nothing
     state.optimiser.step()
@@ -95,7 +126,7 @@ def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping
     objective = setup.defense.inner(roles, batch, targets)
     setup.model.visual.train(inner.mode == "train")
     try:
-        with keyed_dropout(f"{recipe.seed}/attack/{step}", batch.images.device):
+        with dropout.keyed(f"{recipe.seed}/attack/{step}", batch.images.device):
             return ascend(
                 objective,
                 batch.images,
@@ -117,19 +148,6 @@ def starting_images(inner: Inner, threat: Threat, images: Tensor, names: list[st
     if inner.start == "gaussian":
         return images + GAUSSIAN * noise.normal(tuple(images.shape[1:])).to(images.device)
     return uniform_start(images, threat, noise, box=inner.start == "uniform")
-
-
-@contextmanager
-def keyed_dropout(name: str, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators of CPU and `device` are seeded by `name`; outside, they are untouched."""
-    cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if cuda and device.index is None else device.index
-    seed = int(rng.generator(name).integers(2**62))
-    with torch.random.fork_rng(devices=[index] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
 
 
 def _finite_numbers(terms: Terms, norm: Tensor, step: int, batch: Batch) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""The processes that train one model together, as PyTorch's launcher names them; torch is not imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from robustbench_vlm.errors import InputError
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that a launcher sets for every process, by which the processes find each other."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train one model.
+
+    Attributes:
+        rank: number of this process, 0 to `size` - 1; process 0 alone writes files and prints.
+        size: how many processes there are, on all machines together.
+        local_rank: number of this process on its machine, which is the number of its GPU.
+        local_size: how many of the processes are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+
+ALONE = World()
+"""The only process of a training."""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> World:
+    """What the launcher says about this process; `ALONE` for one that no launcher started.
+
+    Args:
+        environment: variables of the process.
+
+    Raises:
+        InputError: a variable that is no such number.
+    """
+    if not all(environment.get(name) for name in NEEDED):
+        return ALONE
+    rank, size = _number("RANK", environment), _number("WORLD_SIZE", environment)
+    local = _number("LOCAL_RANK", environment, rank)
+    world = World(rank, size, local, _number("LOCAL_WORLD_SIZE", environment, size))
+    if not (world.rank < world.size and world.local_rank < world.local_size):
+        found = (
+            f"process {world.rank} of {world.size}, on this machine {world.local_rank} of {world.local_size}"
+        )
+        raise InputError("RANK and WORLD_SIZE", found, "numbers as torchrun sets them")
+    return world
+
+
+def _number(name: str, environment: Mapping[str, str], otherwise: int = 0) -> int:
+    text = environment.get(name) or str(otherwise)
+    if not text.isdecimal():
+        raise InputError(
+            name, repr(text), "a number, as torchrun sets it", "unset it to train in one process"
+        )
+    return int(text)

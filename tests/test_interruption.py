@@ -17,7 +17,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
 from robustbench_vlm.models import zoo
-from robustbench_vlm.training import log, loop
+from robustbench_vlm.training import folder, log, loop
 
 CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def test_a_changed_recipe_names_its_keys(toy, recipe, whole):
 def test_differences_of_recipes():
     earlier = {"fingerprint": "a", "inner": {"eps": "4/255", "steps": 3}, "lora": None}
     now = {"inner": {"eps": "2/255", "steps": 3}, "lora": {"r": 4}}
-    assert loop.differences(earlier, now) == [
+    assert folder.differences(earlier, now) == [
         "inner.eps = 4/255 (now 2/255)",
         "lora = nothing (now {'r': 4})",
     ]

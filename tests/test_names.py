@@ -27,7 +27,7 @@ from robustbench_vlm.models import public
 from robustbench_vlm.results import leaderboard, result_file
 from robustbench_vlm.studies import render, runner
 from robustbench_vlm.training import resolve
-from robustbench_vlm.training.run import folder_of
+from robustbench_vlm.training.folder import folder_of
 
 HOSTILE = (
     *(

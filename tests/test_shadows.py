@@ -15,7 +15,7 @@ from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError
 from robustbench_vlm.studies import runner
 from robustbench_vlm.training import resolve
-from robustbench_vlm.training.run import folder_of
+from robustbench_vlm.training.folder import folder_of
 
 PACKAGED = {
     "attacks": "pgd20",

@@ -24,7 +24,7 @@ from robustbench_vlm.errors import CardError, InputError, TrainingError
 from robustbench_vlm.training import dropout, exchange, share
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.share import Parted, Share
-from robustbench_vlm.training.world import ALONE, World, launched
+from robustbench_vlm.training.world import ALONE, World, launched, require_divisible
 
 CLOSE = 2e-6  # of values of size 1; the rounding of sums in another order
 IDS = [case_id(case) for case in CASES]
@@ -137,11 +137,11 @@ def test_a_layer_whose_first_axis_is_not_the_image_is_refused():
 
 def test_a_batch_that_cannot_be_cut_is_refused_in_one_line(toy):
     recipe = toy.recipe("tecoa", optim={"lr": 1e-3, "steps": 1, "batch_size": 8, "accumulate": 2})
-    share.require_divisible(recipe, World(0, 4))
+    require_divisible(recipe, World(0, 4))
     with pytest.raises(
         CardError, match="batch_size = 8 for 3 processes with accumulate = 2; expected a multiple of 6"
     ):
-        share.require_divisible(recipe, World(0, 3))
+        require_divisible(recipe, World(0, 3))
 
 
 class RandomTokens(nn.Module):

@@ -27,8 +27,9 @@ from robustbench_vlm.results import compare as paired_tests
 from robustbench_vlm.results import leaderboard as tables
 from robustbench_vlm.results import result_file
 from robustbench_vlm.threat import typed_eps
+from robustbench_vlm.training.folder import folder_of
 from robustbench_vlm.training.resolve import resolve
-from robustbench_vlm.training.run import folder_of, run_recipe
+from robustbench_vlm.training.run import run_recipe
 
 LOG = logging.getLogger("robustbench_vlm")
 """Gets the lines that a command prints to stderr, at level INFO."""

@@ -11,10 +11,24 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cards import reader
+from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cli.options import DataRoot, Device
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.training.folder import folder_of, refuse_other_runs
 from robustbench_vlm.training.resolve import resolve
-from robustbench_vlm.training.world import World, launched
+from robustbench_vlm.training.world import World, launched, require_divisible
+
+
+def _launched(recipe: Recipe, folder: Path, data_root: Path, processes: int) -> int:
+    """Start the processes of a training that can begin, and return their exit code when they have ended."""
+    from robustbench_vlm.training import inputs
+
+    require_divisible(recipe, World(size=processes))
+    inputs.require(recipe, data_root)
+    refuse_other_runs(folder, recipe)
+    from robustbench_vlm.training.launch import launch
+
+    return launch(processes, sys.argv[1:])
 
 
 def train(  # noqa: PLR0913 - one parameter a flag
@@ -49,19 +63,16 @@ def train(  # noqa: PLR0913 - one parameter a flag
         raise InputError(
             f"--nproc {nproc}", f"torchrun started {world.size} processes", do="leave --nproc out"
         )
-    starting = nproc > world.size
+    starting = nproc > world.size and not dry_run
     console.quiet = console.quiet or starting or not world.first
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
+    folder = out or folder_of(chosen)
+    if starting:
+        raise typer.Exit(_launched(chosen, folder, data_root, nproc))
     from robustbench_vlm.training import run
 
-    folder = out or run.folder_of(chosen)
-    if dry_run or starting:
-        lines = run.dry_run(chosen, folder, data_root, World(size=max(nproc, world.size)))
-        if starting and not dry_run:
-            from robustbench_vlm.training.launch import launch
-
-            raise typer.Exit(launch(nproc, sys.argv[1:]))
-        for text in lines if world.first else ():
+    if dry_run:
+        for text in run.dry_run(chosen, folder, data_root, World(size=max(nproc, world.size))):
             console.result(text)
         return
     with console.meter() as meter:

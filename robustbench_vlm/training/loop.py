@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from robustbench_vlm import interruption, store
-from robustbench_vlm.cards import plugins
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
-from robustbench_vlm.errors import Incomplete, InputError, some
-from robustbench_vlm.training import exchange, log
+from robustbench_vlm.errors import Incomplete
+from robustbench_vlm.training import exchange, folder, log
 from robustbench_vlm.training.finish import write_checkpoint_folder
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.probe import probe
@@ -71,7 +70,7 @@ def run(
         Incomplete: SIGINT, SIGTERM or SIGHUP came to any process, and the state was saved after the step that
             was under way; or another process ended. Its message is empty where another process says it.
     """
-    refuse_other_runs(out, recipe)
+    folder.refuse_other_runs(out, recipe)
     if (out / "card.json").exists():
         remark(f"{out} is finished already, by this very recipe: nothing is trained again")
         return out
@@ -84,10 +83,7 @@ def run(
     state = resumed(setup, out)
     exchange.require_same_step(state.step, world)
     if world.first:
-        store.write_json(
-            out / "recipe.json",
-            {"fingerprint": recipe.fingerprint, **_code(recipe), **recipe.model_dump(mode="json")},
-        )
+        store.write_json(out / "recipe.json", folder.facts(recipe))
         _announce(setup, out, state.step, threat, remark)
     with interruption.deferred() as stopping:
         _train(setup, out, state, report, stopping)
@@ -192,51 +188,6 @@ def _stopped(out: Path, step: int, steps: int) -> Incomplete:
 def _due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps, and after the last one, happens after `step`."""
     return step == last or step % every == 0
-
-
-def refuse_other_runs(out: Path, recipe: Recipe) -> None:
-    """Refuse a folder that belongs to another recipe, or that no recipe made.
-
-    Raises:
-        InputError: the message names the keys that differ, with both values.
-    """
-    path, do = out / "recipe.json", "choose another folder"
-    if path.exists():
-        earlier = store.read_json(path)
-        if not isinstance(earlier, dict) or earlier.get("fingerprint") != recipe.fingerprint:
-            changed = differences(earlier, recipe.model_dump(mode="json"))
-            found = f"a run of another recipe is in it, with {some(changed) or 'another fingerprint'}"
-            raise InputError(f"--out {out}", found, f"the recipe {recipe.name} as it is now", do)
-        if {name: earlier.get(name) for name in _code(recipe)} != _code(recipe):
-            found = f"a run whose defense {recipe.defense['name']} had other code is in it"
-            raise InputError(f"--out {out}", found, "the code that the run began with", do)
-    elif (out / "card.json").exists():
-        raise InputError(f"--out {out}", "a checkpoint that this recipe did not make is in it", do=do)
-
-
-def _code(recipe: Recipe) -> dict[str, str]:
-    """The hash of the file of a defense that is not of this package; empty for others."""
-    code = plugins.code_sha256(plugins.get("defenses", str(recipe.defense["name"])))
-    return {"defense_code_sha256": code} if code else {}
-
-
-UNHASHED = ("fingerprint", "defense_code_sha256")
-"""Keys of `recipe.json` that are not keys of a recipe."""
-
-
-def differences(earlier: object, now: object, key: str = "") -> list[str]:
-    """`optim.lr = 0.1 (now 0.01)` for every value of two recipes, as plain values, that is not the same."""
-    if isinstance(earlier, dict) and isinstance(now, dict):
-        keys = [name for name in dict.fromkeys([*now, *earlier]) if key or name not in UNHASHED]
-        lines = [
-            differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name) for name in keys
-        ]
-        return [line for part in lines for line in part]
-    return [] if earlier == now else [f"{key} = {_plain(earlier)} (now {_plain(now)})"]
-
-
-def _plain(value: object) -> str:
-    return "nothing" if value is None else str(value)
 
 
 def _log(out: Path, report: Report, line: Line) -> None:

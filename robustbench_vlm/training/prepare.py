@@ -43,8 +43,7 @@ def prepare(
         world: the processes that train together.
 
     Raises:
-        CardError: teachers that do not fit the defense, an `[inner]` that it does not use, or a batch or
-            student that several processes or parts cannot share.
+        CardError: teachers or an `[inner]` that do not fit the defense; what processes cannot share.
         WeightsError, DataError: a model or dataset that cannot be used.
     """
     defense = build_defense(recipe)

@@ -10,19 +10,14 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.training import exchange, inputs, loop, share, teacher_cache
+from robustbench_vlm.training import exchange, folder, inputs, loop, teacher_cache
 from robustbench_vlm.training.prepare import build_defense
 from robustbench_vlm.training.probe import probe_text
 from robustbench_vlm.training.state import saved_step
-from robustbench_vlm.training.world import ALONE, World, launched
+from robustbench_vlm.training.world import ALONE, World, launched, require_divisible
 
 Meter = Callable[..., None]
 """Called with (what, done, total), and with a note where there is one."""
-
-
-def folder_of(recipe: Recipe) -> Path:
-    """The checkpoint folder of a run that was given none: `runs/<recipe>-<hash>`."""
-    return Path("runs") / f"{store.file_name(recipe.name)}-{recipe.fingerprint[:8]}"
 
 
 def dry_run(recipe: Recipe, out: Path, data_root: Path, world: World = ALONE) -> list[str]:
@@ -31,9 +26,9 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path, world: World = ALONE) ->
     Raises:
         InputError: `out` belongs to another recipe, or models or the dataset are missing.
     """
-    loop.refuse_other_runs(out, recipe)
+    folder.refuse_other_runs(out, recipe)
     build_defense(recipe)
-    share.require_divisible(recipe, world)
+    require_divisible(recipe, world)
     inputs.require(recipe, data_root)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
@@ -90,8 +85,8 @@ def run_recipe(
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     world = launched()
-    loop.refuse_other_runs(out, recipe)  # before anything is rendered
-    share.require_divisible(recipe, world)
+    folder.refuse_other_runs(out, recipe)  # before anything is rendered
+    require_divisible(recipe, world)
     inputs.require(recipe, data_root)
     where = choose_device(device, world.local_rank if world.size > 1 else None)
 

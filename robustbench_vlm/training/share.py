@@ -23,7 +23,7 @@ from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import CardError, TrainingError
 from robustbench_vlm.models.clip import Clip, frozen
 from robustbench_vlm.training import dropout, exchange
-from robustbench_vlm.training.world import ALONE, World
+from robustbench_vlm.training.world import ALONE, World, require_divisible
 from robustbench_vlm.types import Batch, Wrapped
 
 SAME = 0.01  # share of the outputs by which those of other batch shapes may differ; random layers differ more
@@ -79,22 +79,6 @@ class Share:
         first = self.world.rank * rows + part * n
         with dropout.of_rows(self.world.size * rows, first, n, drawn=self.drops and not self.whole):
             yield
-
-
-def require_divisible(recipe: Recipe, world: World) -> None:
-    """Refuse a batch that cannot be cut into equal parts.
-
-    Raises:
-        CardError: its size is no multiple of processes times parts.
-    """
-    optim = recipe.optim
-    if optim.batch_size % (world.size * optim.accumulate):
-        found = (
-            f"batch_size = {optim.batch_size} for {world.size} processes with accumulate = {optim.accumulate}"
-        )
-        do = "set optim.batch_size, optim.accumulate or the number of processes"
-        expected = f"a multiple of {world.size * optim.accumulate}"
-        raise CardError(f"recipe {recipe.name}, optim", found, expected, do)
 
 
 def of(recipe: Recipe, student: Clip, world: World) -> Share:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.errors import CardError, InputError
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for every process, by which the processes find each other."""
@@ -58,6 +59,22 @@ def launched(environment: Mapping[str, str] = os.environ) -> World:
         )
         raise InputError("RANK and WORLD_SIZE", found, "numbers as torchrun sets them")
     return world
+
+
+def require_divisible(recipe: Recipe, world: World) -> None:
+    """Refuse a batch that cannot be cut into equal parts.
+
+    Raises:
+        CardError: its size is no multiple of processes times parts.
+    """
+    optim = recipe.optim
+    if optim.batch_size % (world.size * optim.accumulate):
+        found = (
+            f"batch_size = {optim.batch_size} for {world.size} processes with accumulate = {optim.accumulate}"
+        )
+        do = "set optim.batch_size, optim.accumulate or the number of processes"
+        expected = f"a multiple of {world.size * optim.accumulate}"
+        raise CardError(f"recipe {recipe.name}, optim", found, expected, do)
 
 
 def _number(name: str, environment: Mapping[str, str], otherwise: int = 0) -> int:

@@ -184,6 +184,7 @@ def _measure(run: CellRun, smaller: Cell | None, report: Report, examined: Exami
     content = Content(cell.config, outcome, facts, cell.chain.stage_records)
     seconds = time.perf_counter() - started
     made = provenance.of_run(settings.device, seconds, settings.active_rows)
+    made |= run.work.facts
     beside = {"checks": examined.record, "run": made | {"calls": asdict(total(costs))}}
     if settings.suite is not None:
         bundle = bundling.bundle(cell, smaller, content, table, images)

@@ -99,6 +99,7 @@ class CellModel:
     Attributes:
         setup: of the cell.
         device: where the model is.
+        first: (n, 3, H, W) float32, the first images of the cell.
         classifier: decides every verdict.
     """
 
@@ -111,7 +112,7 @@ class CellModel:
             first: (n, 3, H, W) float32, the first images of the cell, as many as a call has rows.
             device: where to attack.
         """
-        self.setup, self.device, self._loaded, self._first = setup, device, loaded, first
+        self.setup, self.device, self._loaded, self.first = setup, device, loaded, first
         self.classifier = self._classifier()
 
     def _classifier(self, *, bf16: bool = False) -> Classifier:
@@ -138,7 +139,7 @@ class CellModel:
     def watch(self) -> AttackWatch:
         """The model as attacks see it, and what the attacks bring to light about it."""
         rows, precision = self.setup.job.rows, self.setup.backend.precision
-        sample = canonical.padded(self._first.to(self.device), rows)
+        sample = canonical.padded(self.first.to(self.device), rows)
         view = attacked_view.build(self.classifier, precision, sample, self._classifier(bf16=True))
         return AttackWatch(Model(self.classifier, view), rows)
 
@@ -189,11 +190,15 @@ class CellModel:
         Args:
             clean: (n, C) canonical logits of the first images before the attacks.
         """
-        return self.watch.checks(self._first.to(self.device), clean.to(self.device))
+        return self.watch.checks(self.first.to(self.device), clean.to(self.device))
 
 
 class ModelWork(Protocol):
     """Does the model work of one cell."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the `run` block of the result says of who did it."""
 
     def examine(self, block: ImageBlock) -> Examined:
         """As `CellModel.examine`."""
@@ -239,6 +244,10 @@ def in_process(cell: Cell) -> Iterator[ModelWork]:
 class _InProcess:
     cell: Cell
     model: CellModel
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {}
 
     def examine(self, block: ImageBlock) -> Examined:
         return self.model.examine(block)

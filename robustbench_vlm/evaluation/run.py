@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 
 from robustbench_vlm import store
 from robustbench_vlm.data.tiny import write
-from robustbench_vlm.evaluation import estimate, planning, sequential
+from robustbench_vlm.evaluation import estimate, planning, ray_settings, sequential
+from robustbench_vlm.evaluation.crew import ALONE, Crew
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.results import flags
@@ -29,9 +31,25 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     """
     present = prepared(plan, report, remark)
     until = plan.request.until
-    if until is None:
-        return planning.rows(present, planning.perform(present, report, remark))
-    return planning.rows(present, sequential.until(present, until, report, remark))
+    with _crew(present, remark) as crew:
+        if until is None:
+            paths = planning.perform(present, report, remark, crew)
+        else:
+            paths = sequential.until(present, until, report, remark, crew)
+    return planning.rows(present, paths)
+
+
+def _crew(plan: Plan, remark: Callable[[str], None]) -> AbstractContextManager[Crew]:
+    """Those who do the model work, from the time at which there is work to do."""
+    workers = plan.request.workers
+    if not workers:
+        return nullcontext(ALONE)
+    ray_settings.prepare(workers)
+    from robustbench_vlm.evaluation.workers import crew  # Ray is an extra, and slow to import
+
+    states = (loaded.model.state_dict().values() for loaded in plan.models)
+    size = sum(tensor.numel() * tensor.element_size() for state in states for tensor in state)
+    return crew(workers, plan.settings.device, size, remark)
 
 
 def prepared(plan: Plan, report: Report, remark: Callable[[str], None]) -> Plan:

@@ -1,0 +1,83 @@
+"""What a pool of workers needs of whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from robustbench_vlm.evaluation.worker import Answer, Order
+
+Placement = Any
+"""What a cluster calls a value that it holds for all workers."""
+
+
+class Lost(Exception):  # noqa: N818 - caught where workers are replaced
+    """A worker is gone; the message says how."""
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a worker runs.
+
+    Attributes:
+        pid: of its process.
+        node: the cluster's name of the machine.
+        device: name of the GPU or the processor.
+    """
+
+    pid: int
+    node: str
+    device: str
+
+
+class Handle(Protocol):
+    """One worker of a cluster."""
+
+    def about(self, seconds: float) -> About | None:
+        """Where it runs; None if it has not started within some seconds.
+
+        Raises:
+            Lost: it died.
+        """
+
+    def answers(self, order: Order, placements: Sequence[Placement], tick: float) -> Iterator[Answer | None]:
+        """The answers to an order, and None after every `tick` seconds without one.
+
+        Args:
+            order: a piece of work.
+            placements: of the model, and of the `Placed` of the cell.
+            tick: seconds.
+
+        Raises:
+            Lost: it died.
+            VlmrobError: the order or an answer could not be sent.
+        """
+
+    def kill(self) -> None:
+        """End its process, whatever it does."""
+
+
+class Cluster(Protocol):
+    """Where workers run."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether they attack on CPUs."""
+
+    @property
+    def threads(self) -> int:
+        """Of torch in each."""
+
+    @property
+    def joining(self) -> bool:
+        """Whether places may be added later."""
+
+    def places(self) -> int:
+        """How many workers there is room for now."""
+
+    def place(self, value: Any) -> Placement:  # noqa: ANN401 - anything
+        """Hold a value for all workers."""
+
+    def start(self) -> Handle:
+        """Start a worker; it may have to wait for room."""

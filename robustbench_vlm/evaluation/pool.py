@@ -1,0 +1,353 @@
+"""A pool of workers: hands out images, hands answers over, and replaces workers that are lost.
+
+Each worker has a thread here that gives it work. A worker that dies loses the images that it was attacking
+and nothing else, since every finding is sent as it is made: another worker is started, and its images are
+handed out again. The threads that measure cells wait for answers, and they alone write ledgers and results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Any
+
+from robustbench_vlm.errors import Incomplete, VlmrobError, some
+from robustbench_vlm.evaluation.cells import Cell
+from robustbench_vlm.evaluation.cluster import About, Cluster, Handle, Lost, Placement
+from robustbench_vlm.evaluation.dispatch import LOSSES, Dispatch
+from robustbench_vlm.evaluation.model_work import AttackSetup, ModelWork, first_images
+from robustbench_vlm.evaluation.remote_work import RemoteWork, Work
+from robustbench_vlm.evaluation.worker import (
+    Answer,
+    Attack,
+    Done,
+    Expected,
+    Failed,
+    Found,
+    Order,
+    Placed,
+    packed,
+)
+from robustbench_vlm.models.zoo import Loaded
+
+STARTING = 900.0  # seconds that a worker may take to start, and then to load a model and time it
+LEAST = 120.0  # seconds that it may always take from one answer to the next
+SLOW = 20.0  # factor by which it may be slower than its price says
+TICK = 1.0  # seconds between two looks at whether the evaluation has ended
+LOOK = 5.0  # seconds between two looks for places of workers that joined
+
+
+@dataclass(eq=False)
+class _Hired:
+    """A worker that has started.
+
+    Attributes:
+        handle: of the cluster.
+        about: where it runs.
+        errands: orders for this very worker, each with where its answer goes.
+        attacked: numbers of the cells of which it attacked images.
+        block: the work that it has a block of.
+    """
+
+    handle: Handle
+    about: About
+    errands: deque[tuple[Order, SimpleQueue[Answer]]] = field(default_factory=deque)
+    attacked: set[int] = field(default_factory=set)
+    block: _Open | None = None
+
+
+@dataclass(eq=False)
+class _Open:
+    """Work that is not finished; the thread that waits for it reads the inbox.
+
+    Attributes:
+        work: what is to be done.
+        inbox: answers, or an error, or None at the end.
+        out: number of blocks that workers have.
+    """
+
+    work: Work
+    inbox: SimpleQueue[tuple[Sequence[int], Found | Done] | Exception | None] = field(
+        default_factory=SimpleQueue
+    )
+    out: int = 0
+
+
+class Pool:
+    """The workers of one evaluation. What its threads share is changed under one lock."""
+
+    def __init__(self, cluster: Cluster, remark: Callable[[str], None]) -> None:
+        """Start workers wherever the cluster has a place; `remark` gets a line about each that is lost."""
+        self._cluster, self._remark = cluster, remark
+        self._changed = threading.Condition()
+        self._dispatch, self._open = Dispatch(), dict[Any, _Open]()
+        self._hired: list[_Hired] = []
+        self._threads: list[threading.Thread] = []
+        self._cells: dict[int, tuple[Placement, Placement]] = {}
+        self._models: dict[str, tuple[Placement, list[int]]] = {}  # with the numbers of its open cells
+        self._numbers = itertools.count()
+        self._error: Exception | None = None
+        self._grow()
+        if cluster.joining:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    # --- for the threads that measure cells ---------------------------------------------------------------
+
+    @contextmanager
+    def works(self, cell: Cell) -> Iterator[ModelWork]:
+        """See `model_work.Works`."""
+        loaded, setup = cell.subject.loaded, AttackSetup.of(cell)
+        placed = Placed(replace(setup, bank=setup.bank.cpu()), packed(first_images(cell)))
+        with self._changed:
+            number = next(self._numbers)
+            self._cells[number] = (self._model(loaded, number), self._cluster.place(placed))
+        try:
+            yield RemoteWork(self, cell, number, setup, self._cluster.on_cpu)
+        finally:
+            with self._changed:
+                del self._cells[number]
+                self._models[loaded.card.sha256][1].remove(number)
+                forget = Order(number, loaded.card.sha256, "forget")
+                for hired in self._hired:
+                    hired.errands.append((forget, SimpleQueue()))
+                self._changed.notify_all()
+
+    def _model(self, loaded: Loaded, number: int) -> Placement:
+        """The model of a cell, held by the cluster; it no longer holds models of no open cell."""
+        name = loaded.card.sha256
+        if name not in self._models:
+            self._models = {key: held for key, held in self._models.items() if held[1]}
+            on_cpu = replace(loaded, model=deepcopy(loaded.model).to("cpu"))
+            self._models[name] = (self._cluster.place(on_cpu), [])
+        held, cells = self._models[name]
+        cells.append(number)
+        return held
+
+    def answers(self, work: Work) -> Iterator[tuple[Sequence[int], Found | Done]]:
+        """See `remote_work.Workers`."""
+        opened = _Open(work)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            self._open[work.request] = opened
+            self._dispatch.add(work.request)
+            self._changed.notify_all()
+        try:
+            while (found := opened.inbox.get()) is not None:
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+        finally:
+            with self._changed:
+                self._dispatch.drop(work.request)
+                self._open.pop(work.request, None)
+
+    def all_of(self, cell: int, order: Order) -> Iterable[Done]:
+        """See `remote_work.Workers`; a worker that is lost before it answers is left out."""
+        boxes: list[SimpleQueue[Answer]] = []
+        with self._changed:
+            for hired in self._hired:
+                if cell in hired.attacked:
+                    boxes.append(SimpleQueue())
+                    hired.errands.append((order, boxes[-1]))
+            self._changed.notify_all()
+        for box in boxes:
+            answer = box.get()
+            if isinstance(answer, Failed):
+                raise answer.raised
+            assert isinstance(answer, Done)
+            yield answer
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `remote_work.Workers`."""
+        with self._changed:
+            devices = sorted({hired.about.device for hired in self._hired})
+            return {
+                "device": ", ".join(devices),
+                "threads": self._cluster.threads,
+                "workers": len(self._hired),
+            }
+
+    def close(self) -> None:
+        """End every worker, and whatever waits for one."""
+        self._fail(VlmrobError("the evaluation was stopped"))
+        for hired in list(self._hired):
+            hired.handle.kill()
+        for thread in self._threads:
+            thread.join(timeout=2 * TICK)
+
+    # --- for the threads that give work to workers --------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        """Let every thread that waits raise an error, and every other one end."""
+        with self._changed:
+            if self._error is None:
+                self._error = error
+                for opened in self._open.values():
+                    opened.inbox.put(error)
+                for hired in self._hired:
+                    self._leave_out(hired)
+            self._changed.notify_all()
+
+    def _grow(self) -> None:
+        """Start a thread for every place that has none."""
+        for _ in range(self._cluster.places() - len(self._threads)):
+            self._threads.append(threading.Thread(target=self._tend, daemon=True))
+            self._threads[-1].start()
+
+    def _watch(self) -> None:
+        """Look for places that were added."""
+        while self._error is None:
+            time.sleep(LOOK)
+            self._grow()
+
+    def _tend(self) -> None:
+        """Start a worker and give it work; where it is lost, start another one."""
+        unstarted = 0
+        while self._error is None:
+            hired = None
+            try:
+                hired = self._hire()
+                unstarted = 0
+                self._serve(hired)
+            except Lost as lost:
+                unstarted += hired is None
+                if unstarted == LOSSES:
+                    self._fail(VlmrobError(f"{LOSSES} workers in a row did not start: {lost}"))
+                if hired is not None and self._error is None:
+                    self._replace(hired, str(lost))
+            except Exception as error:  # noqa: BLE001 - raised by the threads that wait
+                self._fail(error)
+
+    def _hire(self) -> _Hired:
+        """Start a worker; in a cluster that may grow, wait as long as there is no room for it."""
+        handle, begun = self._cluster.start(), time.monotonic()
+        while (about := handle.about(TICK)) is None:
+            late = not self._cluster.joining and time.monotonic() - begun > STARTING
+            if late or self._error is not None:
+                handle.kill()
+                raise Lost(f"no answer for {STARTING:.0f} s" if late else "the evaluation has ended")
+        hired = _Hired(handle, about)
+        with self._changed:
+            self._hired.append(hired)
+        return hired
+
+    def _serve(self, hired: _Hired) -> None:
+        """Give work to a worker until the evaluation ends."""
+        while True:
+            with self._changed:
+                members: Sequence[int] | None = None
+                while not hired.errands and self._error is None:
+                    block = self._dispatch.take(hired, len(self._hired))
+                    if block is not None:
+                        members, hired.block = block.members, self._open[block.request]
+                        hired.block.out += 1
+                        break
+                    self._changed.wait()
+                if self._error is not None:
+                    return
+            if members is None:
+                self._run_errand(hired)
+            else:
+                self._run_block(hired, members)
+
+    def _run_errand(self, hired: _Hired) -> None:
+        """Give a worker an order that is for it alone."""
+        order, box = hired.errands[0]
+        for answer in self._answers(hired, order):
+            if isinstance(answer, Done | Failed):
+                box.put(answer)
+        with self._changed:
+            hired.errands.popleft()
+            if order.content == "forget":
+                hired.attacked.discard(order.cell)
+
+    def _run_block(self, hired: _Hired, members: Sequence[int]) -> None:
+        """Give a worker a block, and hand its answers over."""
+        opened, last = hired.block, None
+        assert opened is not None
+        try:
+            with opened.work.alone:
+                order = opened.work.order(members)
+            for answer in self._answers(hired, order):
+                if isinstance(answer, Found):
+                    if answer.ended:
+                        with self._changed:
+                            self._dispatch.finish(hired, answer.member)
+                    opened.inbox.put((members, answer))
+                last = answer
+        except (VlmrobError, OSError) as error:  # of an image that cannot be read, for one
+            opened.inbox.put(error)
+        with self._changed:
+            if isinstance(last, Failed):
+                opened.inbox.put(last.raised)
+            elif isinstance(last, Done):
+                if not isinstance(order.content, Attack):
+                    for member in members:
+                        self._dispatch.finish(hired, member)
+                opened.inbox.put((members, last))
+            left = self._dispatch.end(hired)
+            if isinstance(last, Done) and left:
+                opened.inbox.put(VlmrobError(f"a worker made no finding about {len(left)} images"))
+            self._put_back(hired)
+
+    def _put_back(self, hired: _Hired) -> None:
+        """Note that a worker has no block any more; the last one of finished work ends it."""
+        opened, hired.block = hired.block, None
+        if opened is not None:
+            opened.out -= 1
+            if not opened.out and not opened.work.request.open:
+                opened.inbox.put(None)
+
+    def _answers(self, hired: _Hired, order: Order) -> Iterator[Answer]:
+        """Answers to an order, as long as they come in time."""
+        with self._changed:
+            placements = self._cells.get(order.cell, ())
+            if isinstance(order.content, Attack):
+                hired.attacked.add(order.cell)
+        allowed, last = STARTING, time.monotonic()
+        for answer in hired.handle.answers(order, placements, TICK):
+            now = time.monotonic()
+            if self._error is not None:
+                raise Lost("the evaluation has ended")
+            if answer is None:
+                if now - last > allowed:
+                    hired.handle.kill()
+                    raise Lost(f"gave no answer for {now - last:.0f} s")
+                continue
+            last = now
+            if isinstance(answer, Expected):
+                allowed = LEAST + SLOW * answer.seconds
+            else:
+                yield answer
+
+    def _replace(self, hired: _Hired, how: str) -> None:
+        """Let what a lost worker had be handed out again."""
+        hired.handle.kill()
+        with self._changed:
+            opened = hired.block
+            named = self._dispatch.lose(hired)
+            self._leave_out(hired)
+            self._put_back(hired)
+            self._hired.remove(hired)
+            self._changed.notify_all()
+        again = "" if opened is None else ", and its images are handed out again"
+        self._remark(f"worker {hired.about.pid} {how}; another one is started{again}")
+        if named and opened is not None:
+            names = some([opened.work.name(member) for member in named])
+            text = f"{LOSSES} workers were lost with {names}; the last one {how}"
+            self._fail(Incomplete(f"{text}; the same command goes on"))
+
+    def _leave_out(self, hired: _Hired) -> None:
+        """Answer the errands of a worker that is gone."""
+        for _, box in hired.errands:
+            box.put(Done())
+        hired.errands.clear()

@@ -220,7 +220,7 @@ def simulated(cells, images, workers, lifetime):
     first = {(cell, 0, i): 1 for cell in range(cells) for i in range(images)}
     second = {(cell, 1, i): 1 for cell in range(cells) for i in range(1, images, 2)}
     assert simulation.verdicts == first | second
-    print(
+    print(  # noqa: T201 - what the simulation is for
         f"{cells * images} images, {workers} workers, {simulation.deaths} deaths: "
         f"{share:.1%} of the workers' time used; {time.perf_counter() - began:.1f} s for the simulation"
     )

@@ -15,7 +15,7 @@ SETTINGS = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_health_check_failure_threshold": "30",
 }
-"""It reports no usage, starts its processes as this one was started, and waits for those of a busy machine."""
+"""It reports no usage, starts its processes as this one was started, and waits for those that are slow."""
 
 
 def prepare(workers: str) -> None:

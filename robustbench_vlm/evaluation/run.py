@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import estimate, planning, ray_settings, sequential
 from robustbench_vlm.evaluation.crew import ALONE, Crew
@@ -28,10 +28,12 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
 
     Raises:
         DataError: datasets are missing and `skip_missing` was not asked for.
+        InputError: another process writes to the folder of the results.
     """
+    one_writer.require_free(plan.settings.results)
     present = prepared(plan, report, remark)
     until = plan.request.until
-    with _crew(present, remark) as crew:
+    with one_writer.alone(plan.settings.results), _crew(present, remark) as crew:
         if until is None:
             paths = planning.perform(present, report, remark, crew)
         else:

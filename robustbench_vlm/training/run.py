@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
@@ -78,7 +78,8 @@ def run_recipe(
         cache: whether outputs of frozen teachers on clean images are stored; changes the time and no bit.
 
     Raises:
-        InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
+        InputError: `out` is in the way, belongs to another recipe, or another process trains into it; a model
+            or dataset cannot be used.
         TrainingError: a loss or gradient is not finite.
         Incomplete: a signal stopped the run; see `loop.run`.
         OSError: with the code of a full disk, if there is hardly any space left for `out`.
@@ -87,6 +88,7 @@ def run_recipe(
         expected = "an empty folder with --no-resume"
         raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     loop.refuse_other_runs(out, recipe)  # before anything is rendered
+    one_writer.require_free(out)
     inputs.require(recipe, data_root)
     if not (out / "card.json").exists():
         store.require_writable(out, "--out", make=False)
@@ -101,4 +103,5 @@ def run_recipe(
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 
     stored = teacher_cache.default_folder() if cache else None
-    return loop.run(recipe, out, data_root, where, report, stored, remark)
+    with one_writer.alone(out):
+        return loop.run(recipe, out, data_root, where, report, stored, remark)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from robustbench_vlm.evaluation.worker import Answer, Order
+from robustbench_vlm.evaluation.worker import Answer, Expected, Order
+
+STARTING = 900.0  # seconds that a worker may take to start, and then to load a model and time it
+LEAST = 120.0  # seconds that it may always take from one answer to the next
+SLOW = 20.0  # factor by which it may be slower than its price says
+TICK = 1.0  # seconds between two looks at whether the evaluation has ended
 
 Placement = Any
 """What a cluster calls a value that it holds for all workers."""
@@ -81,3 +87,23 @@ class Cluster(Protocol):
 
     def start(self) -> Handle:
         """Start a worker; it may have to wait for room."""
+
+
+def in_time(handle: Handle, order: Order, placements: Sequence[Placement]) -> Iterator[Answer | None]:
+    """The answers to an order, as long as they come in time, and None after every `TICK` without one.
+
+    Raises:
+        Lost: the worker died, or was killed since its next answer took `SLOW` times its price.
+    """
+    allowed, last = STARTING, time.monotonic()
+    for answer in handle.answers(order, placements, TICK):
+        now = time.monotonic()
+        if answer is None and now - last > allowed:
+            handle.kill()
+            raise Lost(f"gave no answer for {now - last:.0f} s")
+        if answer is not None:
+            last = now
+        if isinstance(answer, Expected):
+            allowed = LEAST + SLOW * answer.seconds
+        else:
+            yield answer

@@ -20,7 +20,16 @@ from typing import Any
 
 from robustbench_vlm.errors import Incomplete, VlmrobError, some
 from robustbench_vlm.evaluation.cells import Cell
-from robustbench_vlm.evaluation.cluster import About, Cluster, Handle, Lost, Placement
+from robustbench_vlm.evaluation.cluster import (
+    STARTING,
+    TICK,
+    About,
+    Cluster,
+    Handle,
+    Lost,
+    Placement,
+    in_time,
+)
 from robustbench_vlm.evaluation.dispatch import LOSSES, Dispatch
 from robustbench_vlm.evaluation.model_work import AttackSetup, ModelWork, first_images
 from robustbench_vlm.evaluation.remote_work import RemoteWork, Work
@@ -28,7 +37,6 @@ from robustbench_vlm.evaluation.worker import (
     Answer,
     Attack,
     Done,
-    Expected,
     Failed,
     Found,
     Order,
@@ -37,10 +45,6 @@ from robustbench_vlm.evaluation.worker import (
 )
 from robustbench_vlm.models.zoo import Loaded
 
-STARTING = 900.0  # seconds that a worker may take to start, and then to load a model and time it
-LEAST = 120.0  # seconds that it may always take from one answer to the next
-SLOW = 20.0  # factor by which it may be slower than its price says
-TICK = 1.0  # seconds between two looks at whether the evaluation has ended
 LOOK = 5.0  # seconds between two looks for places of workers that joined
 
 
@@ -65,11 +69,11 @@ class _Hired:
 
 @dataclass(eq=False)
 class _Open:
-    """Work that is not finished; the thread that waits for it reads the inbox.
+    """Work that is not finished.
 
     Attributes:
         work: what is to be done.
-        inbox: answers, or an error, or None at the end.
+        inbox: for the thread that waits: answers, or an error, or None at the end.
         out: number of blocks that workers have.
     """
 
@@ -84,7 +88,7 @@ class Pool:
     """The workers of one evaluation. What its threads share is changed under one lock."""
 
     def __init__(self, cluster: Cluster, remark: Callable[[str], None]) -> None:
-        """Start workers wherever the cluster has a place; `remark` gets a line about each that is lost."""
+        """Start workers at every place of a cluster; `remark` gets a line about each that is lost."""
         self._cluster, self._remark = cluster, remark
         self._changed = threading.Condition()
         self._dispatch, self._open = Dispatch(), dict[Any, _Open]()
@@ -207,7 +211,10 @@ class Pool:
         """Look for places that were added."""
         while self._error is None:
             time.sleep(LOOK)
-            self._grow()
+            try:
+                self._grow()
+            except Exception as error:  # noqa: BLE001 - the cluster is gone; raised by the threads that wait
+                self._fail(error)
 
     def _tend(self) -> None:
         """Start a worker and give it work; where it is lost, start another one."""
@@ -313,20 +320,10 @@ class Pool:
             placements = self._cells.get(order.cell, ())
             if isinstance(order.content, Attack):
                 hired.attacked.add(order.cell)
-        allowed, last = STARTING, time.monotonic()
-        for answer in hired.handle.answers(order, placements, TICK):
-            now = time.monotonic()
+        for answer in in_time(hired.handle, order, placements):
             if self._error is not None:
                 raise Lost("the evaluation has ended")
-            if answer is None:
-                if now - last > allowed:
-                    hired.handle.kill()
-                    raise Lost(f"gave no answer for {now - last:.0f} s")
-                continue
-            last = now
-            if isinstance(answer, Expected):
-                allowed = LEAST + SLOW * answer.seconds
-            else:
+            if answer is not None:
                 yield answer
 
     def _replace(self, hired: _Hired, how: str) -> None:

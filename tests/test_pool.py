@@ -12,7 +12,7 @@ from robustbench_vlm.engine.check_record import check
 from robustbench_vlm.engine.job import Cost
 from robustbench_vlm.errors import AttackError, Incomplete, InputError, VlmrobError
 from robustbench_vlm.evaluation import cluster as cluster_module
-from robustbench_vlm.evaluation import crew, measure, remote_work
+from robustbench_vlm.evaluation import executor, measure, remote_work
 from robustbench_vlm.evaluation.cluster import About, Lost
 from robustbench_vlm.evaluation.dispatch import LOSSES
 from robustbench_vlm.evaluation.pool import Pool
@@ -31,12 +31,12 @@ class LocalHandle:
     def about(self, seconds):
         return About(self.number, "here", "cpu")
 
-    def answers(self, order, placements, tick):
+    def answers(self, order, references, tick):
         with BUSY:
             self.orders.append(order)
             found = list(
                 self.worker.carry_out(
-                    order, lambda with_model: (placements[0] if with_model else None, placements[1])
+                    order, lambda with_model: (references[0] if with_model else None, references[1])
                 )
             )
         for answer in found:
@@ -56,10 +56,10 @@ class LocalCluster:
         self.number, self.dies, self.joining = places, dies, joining
         self.on_cpu, self.threads, self.handles = True, 1, []
 
-    def places(self):
+    def capacity(self):
         return self.number
 
-    def place(self, value):
+    def put(self, value):
         return value
 
     def start(self):
@@ -174,8 +174,8 @@ def test_a_worker_that_gives_no_answer_is_replaced(world, tmp_path, monkeypatch)
     hung = []
 
     class Hanging(LocalHandle):
-        def answers(self, order, placements, tick):
-            for answer in super().answers(order, placements, tick):
+        def answers(self, order, references, tick):
+            for answer in super().answers(order, references, tick):
                 yield answer
                 if not hung and isinstance(answer, Found):
                     hung.append(self)
@@ -242,7 +242,7 @@ def test_of_failed_checks_the_worst_counts():
         return check(name, "fail", value, 0.1, "")
 
     class Workers:
-        def all_of(self, cell, order):
+        def ask_all(self, cell, order):
             yield Done(
                 ([failed("outputs-changed", 0.5), check("gradient-mismatch", "pass", 0.0, 0.1, "")], Cost(2))
             )
@@ -279,19 +279,19 @@ def test_a_model_that_changes_during_the_attack_is_flagged_as_in_one_process(wor
 
 def test_workers_are_a_number_or_a_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    crew.require_workers("")
-    crew.require_workers("2")
+    executor.require_workers("")
+    executor.require_workers("2")
     for typed in ("0", "-1", "two", "1.5", "²", "auto"):
         with pytest.raises(InputError, match="a number from 1, or ray for the cluster"):
-            crew.require_workers(typed)
+            executor.require_workers(typed)
     with pytest.raises(InputError, match="RAY_ADDRESS is not set"):
-        crew.require_workers("ray")
+        executor.require_workers("ray")
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(InputError, match="an address of Ray Client"):
-        crew.require_workers("ray")
-    monkeypatch.setattr(crew, "find_spec", lambda name: None)
+        executor.require_workers("ray")
+    monkeypatch.setattr(executor, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"Ray is not installed; type: pip install 'robustbench_vlm\[ray\]'"):
-        crew.require_workers("2")
+        executor.require_workers("2")
 
 
 def test_side_by_side_keeps_the_order_and_raises_the_first_error():
@@ -308,20 +308,20 @@ def test_side_by_side_keeps_the_order_and_raises_the_first_error():
     def broken():
         raise OSError("disk full")
 
-    assert crew.side_by_side([slow, quick], 2) == ["slow", "quick"]
+    assert executor.run_concurrently([slow, quick], 2) == ["slow", "quick"]
     held.clear()
     with pytest.raises(OSError, match="disk full"):
-        crew.side_by_side([slow, broken], 2)
+        executor.run_concurrently([slow, broken], 2)
     held.set()
-    assert crew.side_by_side([lambda: 1, lambda: 2], 1) == [1, 2]
+    assert executor.run_concurrently([lambda: 1, lambda: 2], 1) == [1, 2]
 
 
 def test_progress_of_cells_at_once_is_one_line():
     seen = []
-    together = crew.Together(lambda *line: seen.append(line), "4 cells on 2 workers")
-    together("a", 0, 10)
-    together("b", 2, 5)
-    together("a", 4, 10)
+    joint = executor.JointProgress(lambda *line: seen.append(line), "4 cells on 2 workers")
+    joint("a", 0, 10)
+    joint("b", 2, 5)
+    joint("a", 4, 10)
     assert seen == [
         ("4 cells on 2 workers", 0, 10),
         ("4 cells on 2 workers", 2, 15),

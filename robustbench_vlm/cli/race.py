@@ -72,7 +72,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
             console.result(line)
         console.remark("nothing was attacked; --decide starts the race")
         return
-    with console.meter() as meter, one_writer.alone(out):
+    with console.meter() as meter, one_writer.locked(out):
         present = prepared(plan, meter, console.remark)
         found = sequential.race(present, block or plan.settings.chains[0].rows, meter, console.remark)
     if as_json:

@@ -14,7 +14,7 @@ LEAST = 120.0  # seconds that it may always take from one answer to the next
 SLOW = 20.0  # factor by which it may be slower than its price says
 TICK = 1.0  # seconds between two looks at whether the evaluation has ended
 
-Placement = Any
+Reference = Any
 """What a cluster calls a value that it holds for all workers."""
 
 
@@ -47,12 +47,12 @@ class Handle(Protocol):
             Lost: it died.
         """
 
-    def answers(self, order: Order, placements: Sequence[Placement], tick: float) -> Iterator[Answer | None]:
+    def answers(self, order: Order, references: Sequence[Reference], tick: float) -> Iterator[Answer | None]:
         """The answers to an order, and None after every `tick` seconds without one.
 
         Args:
             order: a piece of work.
-            placements: of the model, and of the `Placed` of the cell.
+            references: of the model, and of the `Placed` of the cell.
             tick: seconds.
 
         Raises:
@@ -79,24 +79,24 @@ class Cluster(Protocol):
     def joining(self) -> bool:
         """Whether places may be added later."""
 
-    def places(self) -> int:
+    def capacity(self) -> int:
         """How many workers there is room for now."""
 
-    def place(self, value: Any) -> Placement:  # noqa: ANN401 - anything
+    def put(self, value: Any) -> Reference:  # noqa: ANN401 - anything
         """Hold a value for all workers."""
 
     def start(self) -> Handle:
         """Start a worker; it may have to wait for room."""
 
 
-def in_time(handle: Handle, order: Order, placements: Sequence[Placement]) -> Iterator[Answer | None]:
+def answers_in_time(handle: Handle, order: Order, references: Sequence[Reference]) -> Iterator[Answer | None]:
     """The answers to an order, as long as they come in time, and None after every `TICK` without one.
 
     Raises:
         Lost: the worker died, or was killed since its next answer took `SLOW` times its price.
     """
     allowed, last = STARTING, time.monotonic()
-    for answer in handle.answers(order, placements, TICK):
+    for answer in handle.answers(order, references, TICK):
         now = time.monotonic()
         if answer is None and now - last > allowed:
             handle.kill()

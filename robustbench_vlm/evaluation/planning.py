@@ -22,7 +22,13 @@ from robustbench_vlm.errors import DataError, InputError, nearest, some
 from robustbench_vlm.evaluation import measure, protocols, subjects
 from robustbench_vlm.evaluation.cells import EvalSettings
 from robustbench_vlm.evaluation.chain import Chain
-from robustbench_vlm.evaluation.crew import ALONE, Crew, Together, require_workers, side_by_side
+from robustbench_vlm.evaluation.executor import (
+    THIS_PROCESS,
+    Executor,
+    JointProgress,
+    require_workers,
+    run_concurrently,
+)
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zoo import Loaded
@@ -275,7 +281,10 @@ def open_data(plan: Plan) -> list[Split]:
 
 
 def perform(
-    plan: Plan, report: Report, remark: Callable[[str], None] = lambda _: None, crew: Crew = ALONE
+    plan: Plan,
+    report: Report,
+    remark: Callable[[str], None] = lambda _: None,
+    executor: Executor = THIS_PROCESS,
 ) -> list[Path]:
     """Measure every cell of the plan that is not finished.
 
@@ -283,7 +292,7 @@ def perform(
         plan: whose data are on disk; see `require_data`.
         report: called as images finish.
         remark: called with a line of log.
-        crew: who does the model work.
+        executor: who does the model work.
 
     Returns:
         The JSON file of every cell.
@@ -294,7 +303,7 @@ def perform(
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
-    together = Together(report, f"{count} cells on {crew.name}")
+    joint = JointProgress(report, f"{count} cells on {executor.name}")
     opening = threading.Lock()  # subjects are opened one after the other: it takes memory and the text tower
 
     def task(number: int, loaded: Loaded, split: Split) -> Callable[[], list[Path]]:
@@ -307,8 +316,8 @@ def perform(
         def measured() -> list[Path]:
             with opening:
                 subject = subjects.opened(loaded, split, remark)
-            shown = numbered if crew.at_once == 1 else together
-            for path in measure.evaluate(subject, settings, shown, remark, crew.works):
+            shown = numbered if executor.at_once == 1 else joint
+            for path in measure.evaluate(subject, settings, shown, remark, executor.works):
                 found.append(path)
             return found
 
@@ -316,7 +325,7 @@ def perform(
 
     pairs = [(loaded, split) for loaded in plan.models for split in splits]
     tasks = [task(number, loaded, split) for number, (loaded, split) in enumerate(pairs)]
-    return [path for paths in side_by_side(tasks, crew.at_once) for path in paths]
+    return [path for paths in run_concurrently(tasks, executor.at_once) for path in paths]
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:

@@ -27,8 +27,8 @@ from robustbench_vlm.evaluation.cluster import (
     Cluster,
     Handle,
     Lost,
-    Placement,
-    in_time,
+    Reference,
+    answers_in_time,
 )
 from robustbench_vlm.evaluation.dispatch import LOSSES, Dispatch
 from robustbench_vlm.evaluation.model_work import AttackSetup, ModelWork, first_images
@@ -49,20 +49,20 @@ LOOK = 5.0  # seconds between two looks for places of workers that joined
 
 
 @dataclass(eq=False)
-class _Hired:
+class _LiveWorker:
     """A worker that has started.
 
     Attributes:
         handle: of the cluster.
         about: where it runs.
-        errands: orders for this very worker, each with where its answer goes.
+        own_orders: orders for this very worker, each with where its answer goes.
         attacked: numbers of the cells of which it attacked images.
         block: the work that it has a block of.
     """
 
     handle: Handle
     about: About
-    errands: deque[tuple[Order, SimpleQueue[Answer]]] = field(default_factory=deque)
+    own_orders: deque[tuple[Order, SimpleQueue[Answer]]] = field(default_factory=deque)
     attacked: set[int] = field(default_factory=set)
     block: _Open | None = None
 
@@ -92,10 +92,10 @@ class Pool:
         self._cluster, self._remark = cluster, remark
         self._changed = threading.Condition()
         self._dispatch, self._open = Dispatch(), dict[Any, _Open]()
-        self._hired: list[_Hired] = []
+        self._live: list[_LiveWorker] = []
         self._threads: list[threading.Thread] = []
-        self._cells: dict[int, tuple[Placement, Placement]] = {}
-        self._models: dict[str, tuple[Placement, list[int]]] = {}  # with the numbers of its open cells
+        self._cells: dict[int, tuple[Reference, Reference]] = {}
+        self._models: dict[str, tuple[Reference, list[int]]] = {}  # with the numbers of its open cells
         self._numbers = itertools.count()
         self._error: Exception | None = None
         self._grow()
@@ -111,7 +111,7 @@ class Pool:
         placed = Placed(replace(setup, bank=setup.bank.cpu()), packed(first_images(cell)))
         with self._changed:
             number = next(self._numbers)
-            self._cells[number] = (self._model(loaded, number), self._cluster.place(placed))
+            self._cells[number] = (self._model(loaded, number), self._cluster.put(placed))
         try:
             yield RemoteWork(self, cell, number, setup, self._cluster.on_cpu)
         finally:
@@ -119,17 +119,17 @@ class Pool:
                 del self._cells[number]
                 self._models[loaded.card.sha256][1].remove(number)
                 forget = Order(number, loaded.card.sha256, "forget")
-                for hired in self._hired:
-                    hired.errands.append((forget, SimpleQueue()))
+                for live in self._live:
+                    live.own_orders.append((forget, SimpleQueue()))
                 self._changed.notify_all()
 
-    def _model(self, loaded: Loaded, number: int) -> Placement:
+    def _model(self, loaded: Loaded, number: int) -> Reference:
         """The model of a cell, held by the cluster; it no longer holds models of no open cell."""
         name = loaded.card.sha256
         if name not in self._models:
             self._models = {key: held for key, held in self._models.items() if held[1]}
             on_cpu = replace(loaded, model=deepcopy(loaded.model).to("cpu"))
-            self._models[name] = (self._cluster.place(on_cpu), [])
+            self._models[name] = (self._cluster.put(on_cpu), [])
         held, cells = self._models[name]
         cells.append(number)
         return held
@@ -153,17 +153,17 @@ class Pool:
                 self._dispatch.drop(work.request)
                 self._open.pop(work.request, None)
 
-    def all_of(self, cell: int, order: Order) -> Iterable[Done]:
+    def ask_all(self, cell: int, order: Order) -> Iterable[Done]:
         """See `remote_work.Workers`; a worker that is lost before it answers is left out."""
-        boxes: list[SimpleQueue[Answer]] = []
+        replies: list[SimpleQueue[Answer]] = []
         with self._changed:
-            for hired in self._hired:
-                if cell in hired.attacked:
-                    boxes.append(SimpleQueue())
-                    hired.errands.append((order, boxes[-1]))
+            for live in self._live:
+                if cell in live.attacked:
+                    replies.append(SimpleQueue())
+                    live.own_orders.append((order, replies[-1]))
             self._changed.notify_all()
-        for box in boxes:
-            answer = box.get()
+        for reply in replies:
+            answer = reply.get()
             if isinstance(answer, Failed):
                 raise answer.raised
             assert isinstance(answer, Done)
@@ -173,18 +173,18 @@ class Pool:
     def facts(self) -> Mapping[str, Any]:
         """See `remote_work.Workers`."""
         with self._changed:
-            devices = sorted({hired.about.device for hired in self._hired})
+            devices = sorted({live.about.device for live in self._live})
             return {
                 "device": ", ".join(devices),
                 "threads": self._cluster.threads,
-                "workers": len(self._hired),
+                "workers": len(self._live),
             }
 
     def close(self) -> None:
         """End every worker, and whatever waits for one."""
         self._fail(VlmrobError("the evaluation was stopped"))
-        for hired in list(self._hired):
-            hired.handle.kill()
+        for live in list(self._live):
+            live.handle.kill()
         for thread in self._threads:
             thread.join(timeout=2 * TICK)
 
@@ -197,14 +197,14 @@ class Pool:
                 self._error = error
                 for opened in self._open.values():
                     opened.inbox.put(error)
-                for hired in self._hired:
-                    self._leave_out(hired)
+                for live in self._live:
+                    self._cancel_own_orders(live)
             self._changed.notify_all()
 
     def _grow(self) -> None:
         """Start a thread for every place that has none."""
-        for _ in range(self._cluster.places() - len(self._threads)):
-            self._threads.append(threading.Thread(target=self._tend, daemon=True))
+        for _ in range(self._cluster.capacity() - len(self._threads)):
+            self._threads.append(threading.Thread(target=self._keep_running, daemon=True))
             self._threads[-1].start()
 
     def _watch(self) -> None:
@@ -216,25 +216,25 @@ class Pool:
             except Exception as error:  # noqa: BLE001 - the cluster is gone; raised by the threads that wait
                 self._fail(error)
 
-    def _tend(self) -> None:
+    def _keep_running(self) -> None:
         """Start a worker and give it work; where it is lost, start another one."""
         unstarted = 0
         while self._error is None:
-            hired = None
+            live = None
             try:
-                hired = self._hire()
+                live = self._started()
                 unstarted = 0
-                self._serve(hired)
+                self._serve(live)
             except Lost as lost:
-                unstarted += hired is None
+                unstarted += live is None
                 if unstarted == LOSSES:
                     self._fail(VlmrobError(f"{LOSSES} workers in a row did not start: {lost}"))
-                if hired is not None and self._error is None:
-                    self._replace(hired, str(lost))
+                if live is not None and self._error is None:
+                    self._replace(live, str(lost))
             except Exception as error:  # noqa: BLE001 - raised by the threads that wait
                 self._fail(error)
 
-    def _hire(self) -> _Hired:
+    def _started(self) -> _LiveWorker:
         """Start a worker; in a cluster that may grow, wait as long as there is no room for it."""
         handle, begun = self._cluster.start(), time.monotonic()
         while (about := handle.about(TICK)) is None:
@@ -242,53 +242,53 @@ class Pool:
             if late or self._error is not None:
                 handle.kill()
                 raise Lost(f"no answer for {STARTING:.0f} s" if late else "the evaluation has ended")
-        hired = _Hired(handle, about)
+        live = _LiveWorker(handle, about)
         with self._changed:
-            self._hired.append(hired)
-        return hired
+            self._live.append(live)
+        return live
 
-    def _serve(self, hired: _Hired) -> None:
+    def _serve(self, live: _LiveWorker) -> None:
         """Give work to a worker until the evaluation ends."""
         while True:
             with self._changed:
                 members: Sequence[int] | None = None
-                while not hired.errands and self._error is None:
-                    block = self._dispatch.take(hired, len(self._hired))
+                while not live.own_orders and self._error is None:
+                    block = self._dispatch.take(live, len(self._live))
                     if block is not None:
-                        members, hired.block = block.members, self._open[block.request]
-                        hired.block.out += 1
+                        members, live.block = block.members, self._open[block.request]
+                        live.block.out += 1
                         break
                     self._changed.wait()
                 if self._error is not None:
                     return
             if members is None:
-                self._run_errand(hired)
+                self._run_own_order(live)
             else:
-                self._run_block(hired, members)
+                self._run_block(live, members)
 
-    def _run_errand(self, hired: _Hired) -> None:
+    def _run_own_order(self, live: _LiveWorker) -> None:
         """Give a worker an order that is for it alone."""
-        order, box = hired.errands[0]
-        for answer in self._answers(hired, order):
+        order, reply = live.own_orders[0]
+        for answer in self._answers(live, order):
             if isinstance(answer, Done | Failed):
-                box.put(answer)
+                reply.put(answer)
         with self._changed:
-            hired.errands.popleft()
+            live.own_orders.popleft()
             if order.content == "forget":
-                hired.attacked.discard(order.cell)
+                live.attacked.discard(order.cell)
 
-    def _run_block(self, hired: _Hired, members: Sequence[int]) -> None:
+    def _run_block(self, live: _LiveWorker, members: Sequence[int]) -> None:
         """Give a worker a block, and hand its answers over."""
-        opened, last = hired.block, None
+        opened, last = live.block, None
         assert opened is not None
         try:
-            with opened.work.alone:
+            with opened.work.lock:
                 order = opened.work.order(members)
-            for answer in self._answers(hired, order):
+            for answer in self._answers(live, order):
                 if isinstance(answer, Found):
                     if answer.ended:
                         with self._changed:
-                            self._dispatch.finish(hired, answer.member)
+                            self._dispatch.finish(live, answer.member)
                     opened.inbox.put((members, answer))
                 last = answer
         except (VlmrobError, OSError) as error:  # of an image that cannot be read, for one
@@ -299,52 +299,52 @@ class Pool:
             elif isinstance(last, Done):
                 if not isinstance(order.content, Attack):
                     for member in members:
-                        self._dispatch.finish(hired, member)
+                        self._dispatch.finish(live, member)
                 opened.inbox.put((members, last))
-            left = self._dispatch.end(hired)
+            left = self._dispatch.end(live)
             if isinstance(last, Done) and left:
                 opened.inbox.put(VlmrobError(f"a worker made no finding about {len(left)} images"))
-            self._put_back(hired)
+            self._put_back(live)
 
-    def _put_back(self, hired: _Hired) -> None:
+    def _put_back(self, live: _LiveWorker) -> None:
         """Note that a worker has no block any more; the last one of finished work ends it."""
-        opened, hired.block = hired.block, None
+        opened, live.block = live.block, None
         if opened is not None:
             opened.out -= 1
             if not opened.out and not opened.work.request.open:
                 opened.inbox.put(None)
 
-    def _answers(self, hired: _Hired, order: Order) -> Iterator[Answer]:
+    def _answers(self, live: _LiveWorker, order: Order) -> Iterator[Answer]:
         """Answers to an order, as long as they come in time."""
         with self._changed:
-            placements = self._cells.get(order.cell, ())
+            references = self._cells.get(order.cell, ())
             if isinstance(order.content, Attack):
-                hired.attacked.add(order.cell)
-        for answer in in_time(hired.handle, order, placements):
+                live.attacked.add(order.cell)
+        for answer in answers_in_time(live.handle, order, references):
             if self._error is not None:
                 raise Lost("the evaluation has ended")
             if answer is not None:
                 yield answer
 
-    def _replace(self, hired: _Hired, how: str) -> None:
+    def _replace(self, live: _LiveWorker, how: str) -> None:
         """Let what a lost worker had be handed out again."""
-        hired.handle.kill()
+        live.handle.kill()
         with self._changed:
-            opened = hired.block
-            named = self._dispatch.lose(hired)
-            self._leave_out(hired)
-            self._put_back(hired)
-            self._hired.remove(hired)
+            opened = live.block
+            named = self._dispatch.lose(live)
+            self._cancel_own_orders(live)
+            self._put_back(live)
+            self._live.remove(live)
             self._changed.notify_all()
         again = "" if opened is None else ", and its images are handed out again"
-        self._remark(f"worker {hired.about.pid} {how}; another one is started{again}")
+        self._remark(f"worker {live.about.pid} {how}; another one is started{again}")
         if named and opened is not None:
             names = some([opened.work.name(member) for member in named])
             text = f"{LOSSES} workers were lost with {names}; the last one {how}"
             self._fail(Incomplete(f"{text}; the same command goes on"))
 
-    def _leave_out(self, hired: _Hired) -> None:
-        """Answer the errands of a worker that is gone."""
-        for _, box in hired.errands:
-            box.put(Done())
-        hired.errands.clear()
+    def _cancel_own_orders(self, live: _LiveWorker) -> None:
+        """Answer the own_orders of a worker that is gone."""
+        for _, reply in live.own_orders:
+            reply.put(Done())
+        live.own_orders.clear()

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 
-from robustbench_vlm.evaluation.crew import CLUSTER
+from robustbench_vlm.evaluation.executor import CLUSTER
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",

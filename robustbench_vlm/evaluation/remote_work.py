@@ -30,13 +30,13 @@ class Work:
         request: what waits.
         order: makes the order of some members; it reads images, so it is called by one thread at a time.
         name: of a member, for messages.
-        alone: held by the thread that calls `order`.
+        lock: held by the thread that calls `order`.
     """
 
     request: Request
     order: Callable[[Sequence[int]], Order]
     name: Callable[[int], str]
-    alone: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Workers(Protocol):
@@ -52,7 +52,7 @@ class Workers(Protocol):
             VlmrobError: the work failed, or too many workers were lost.
         """
 
-    def all_of(self, cell: int, order: Order) -> Iterable[Done]:
+    def ask_all(self, cell: int, order: Order) -> Iterable[Done]:
         """Give the same order to every worker that attacked images of a cell, and wait for their answers."""
 
     @property
@@ -151,7 +151,7 @@ class RemoteWork:
         """What the attacks of every worker brought to light; of checks with one name the worst counts."""
         worst: dict[str, Check] = {}
         costs = [Cost()]
-        for answer in self.workers.all_of(self.number, self._order("checks")):
+        for answer in self.workers.ask_all(self.number, self._order("checks")):
             if answer.value is None:  # it was lost, or has no attack to tell of
                 continue
             found, cost = answer.value

@@ -10,7 +10,7 @@ import pandas as pd
 from robustbench_vlm import one_writer, store
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import estimate, planning, ray_settings, sequential
-from robustbench_vlm.evaluation.crew import ALONE, Crew
+from robustbench_vlm.evaluation.executor import THIS_PROCESS, Executor
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.results import flags
@@ -33,25 +33,25 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
     one_writer.require_free(plan.settings.results)
     present = prepared(plan, report, remark)
     until = plan.request.until
-    with one_writer.alone(plan.settings.results), _crew(present, remark) as crew:
+    with one_writer.locked(plan.settings.results), _executor(present, remark) as executor:
         if until is None:
-            paths = planning.perform(present, report, remark, crew)
+            paths = planning.perform(present, report, remark, executor)
         else:
-            paths = sequential.until(present, until, report, remark, crew)
+            paths = sequential.until(present, until, report, remark, executor)
     return planning.rows(present, paths)
 
 
-def _crew(plan: Plan, remark: Callable[[str], None]) -> AbstractContextManager[Crew]:
+def _executor(plan: Plan, remark: Callable[[str], None]) -> AbstractContextManager[Executor]:
     """Those who do the model work, from the time at which there is work to do."""
     workers = plan.request.workers
     if not workers:
-        return nullcontext(ALONE)
+        return nullcontext(THIS_PROCESS)
     ray_settings.prepare(workers)
-    from robustbench_vlm.evaluation.workers import crew  # Ray is an extra, and slow to import
+    from robustbench_vlm.evaluation.workers import executor  # Ray is an extra, and slow to import
 
     states = (loaded.model.state_dict().values() for loaded in plan.models)
     size = sum(tensor.numel() * tensor.element_size() for state in states for tensor in state)
-    return crew(workers, plan.settings.device, size, remark)
+    return executor(workers, plan.settings.device, size, remark)
 
 
 def prepared(plan: Plan, report: Report, remark: Callable[[str], None]) -> Plan:

@@ -26,8 +26,8 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from robustbench_vlm.errors import InputError, VlmrobError
-from robustbench_vlm.evaluation.cluster import About, Lost, Placement
-from robustbench_vlm.evaluation.crew import CLUSTER, Crew
+from robustbench_vlm.evaluation.cluster import About, Lost, Reference
+from robustbench_vlm.evaluation.executor import CLUSTER, Executor
 from robustbench_vlm.evaluation.pool import Pool
 from robustbench_vlm.evaluation.worker import Answer, Order, Placed, Worker
 from robustbench_vlm.models.zoo import Loaded
@@ -38,9 +38,9 @@ BLOCK = 96 * 2**20  # bytes of images of one worker in it
 
 
 @contextmanager
-def crew(
+def executor(
     workers: str, device: torch.device, model_bytes: int, remark: Callable[[str], None]
-) -> Iterator[Crew]:
+) -> Iterator[Executor]:
     """Start workers, or join those of a cluster; they end with the context.
 
     Args:
@@ -56,8 +56,8 @@ def crew(
     with joined as cluster:
         pool = Pool(cluster, remark)
         try:
-            at_once = min(SUBJECTS, cluster.places() + 1)
-            yield Crew(pool.works, at_once, f"{cluster.places()} workers")
+            at_once = min(SUBJECTS, cluster.capacity() + 1)
+            yield Executor(pool.works, at_once, f"{cluster.capacity()} workers")
         finally:
             pool.close()
 
@@ -69,11 +69,11 @@ class _Actor(Worker):
         """Where it runs."""
         return About(os.getpid(), ray.get_runtime_context().get_node_id(), self.device_name)
 
-    def perform(self, order: Order, placements: Sequence[Any]) -> Iterator[Answer]:
-        """Carry out an order; the placements are not resolved by Ray, since most orders need none."""
+    def perform(self, order: Order, references: Sequence[Any]) -> Iterator[Answer]:
+        """Carry out an order; the references are not resolved by Ray, since most orders need none."""
 
         def fetch(with_model: bool) -> tuple[Loaded | None, Placed]:
-            model, placed = placements
+            model, placed = references
             return ray.get(model) if with_model else None, ray.get(placed)
 
         yield from self.carry_out(order, fetch)
@@ -95,8 +95,8 @@ class _Handle:
             raise Lost(_first_line(error)) from error
         return about
 
-    def answers(self, order: Order, placements: Sequence[Placement], tick: float) -> Iterator[Answer | None]:
-        stream = self.actor.perform.options(num_returns="streaming").remote(order, list(placements))
+    def answers(self, order: Order, references: Sequence[Reference], tick: float) -> Iterator[Answer | None]:
+        stream = self.actor.perform.options(num_returns="streaming").remote(order, list(references))
         while True:
             try:
                 if not ray.wait([stream], timeout=tick)[0]:
@@ -142,13 +142,13 @@ class _Cluster:
     def on_cpu(self) -> bool:
         return self.device == "cpu"
 
-    def places(self) -> int:
+    def capacity(self) -> int:
         if self.most is not None:
             return self.most
         room = ray.cluster_resources()
         return int(room.get("GPU", 0) / self.gpu if self.gpu else room.get("CPU", 0))
 
-    def place(self, value: Any) -> Placement:  # noqa: ANN401 - anything
+    def put(self, value: Any) -> Reference:  # noqa: ANN401 - anything
         return ray.put(value)
 
     def start(self) -> _Handle:

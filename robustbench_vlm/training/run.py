@@ -103,5 +103,5 @@ def run_recipe(
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
 
     stored = teacher_cache.default_folder() if cache else None
-    with one_writer.alone(out):
+    with one_writer.locked(out):
         return loop.run(recipe, out, data_root, where, report, stored, remark)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Crew:
+class Executor:
     """Who does the model work.
 
     Attributes:
@@ -36,7 +36,7 @@ class Crew:
     name: str = ""
 
 
-ALONE = Crew()
+THIS_PROCESS = Executor()
 """This process, without Ray."""
 
 
@@ -65,7 +65,7 @@ def require_workers(workers: str) -> None:
             raise InputError(f"RAY_ADDRESS {address}", "an address of Ray Client", "that of the cluster", do)
 
 
-def side_by_side(tasks: Sequence[Callable[[], T]], at_once: int) -> list[T]:
+def run_concurrently(tasks: Sequence[Callable[[], T]], at_once: int) -> list[T]:
     """Do tasks in threads, begun in their order and some of them at once; returns their results in order.
 
     The first error of a task is raised at once. Tasks beside it go on until what they wait for ends.
@@ -98,7 +98,7 @@ def side_by_side(tasks: Sequence[Callable[[], T]], at_once: int) -> list[T]:
     return [found[number] for number in range(len(tasks))]
 
 
-class Together:
+class JointProgress:
     """One line of progress for cells that are measured at once."""
 
     def __init__(self, report: Report, what: str) -> None:

@@ -1,6 +1,7 @@
 """The pool of workers without Ray: workers of this process that die where they are told to."""
 
 import json
+import shutil
 import threading
 import warnings
 
@@ -122,6 +123,17 @@ def test_noise_that_is_drawn_in_batches(world, tmp_path):
         return isinstance(answer, Found) and answer.member == 17 and next(lost, False)
 
     same(world, tmp_path, LocalCluster(2, dies), mode="reference", eps=("4/255",))
+
+
+def test_images_beside_which_others_are_attacked_again_need_no_finding(world, tmp_path):
+    """In the reference mode a batch is attacked whole, though most of its findings are in the ledger."""
+    more = {"mode": "reference", "eps": ("4/255",)}
+    toys.run(world, settings(tmp_path / "one", **more))
+    shutil.copytree(tmp_path / "one/ledger", tmp_path / "pool/ledger")
+    for ledger in (tmp_path / "pool/ledger").rglob("*.jsonl"):
+        ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
+    pooled(world, settings(tmp_path / "pool", **more), LocalCluster(2))
+    assert outcome(tmp_path / "pool") == outcome(tmp_path / "one")
 
 
 def test_workers_that_die_at_every_tenth_answer(world, tmp_path):
@@ -327,3 +339,20 @@ def test_progress_of_cells_at_once_is_one_line():
         ("4 cells on 2 workers", 2, 15),
         ("4 cells on 2 workers", 6, 15),
     ]
+
+
+def test_every_worker_finds_room_on_the_gpus():
+    workers = pytest.importorskip("robustbench_vlm.evaluation.workers")
+    for gpus in range(1, 9):
+        for number in range(1, 33):
+            part = workers.share(gpus, number)
+            assert gpus * int(1 / part + 1e-9) >= number
+            assert part == 1 or number > gpus
+    assert workers.share(0, 4) == 0
+
+
+def test_python_refuses_what_are_no_workers():
+    import robustbench_vlm
+
+    with pytest.raises(InputError, match="--workers two: not a number of workers"):
+        robustbench_vlm.evaluate("tiny", "fgsm", workers="two")

@@ -325,7 +325,18 @@ def perform(
 
     pairs = [(loaded, split) for loaded in plan.models for split in splits]
     tasks = [task(number, loaded, split) for number, (loaded, split) in enumerate(pairs)]
-    return [path for paths in run_concurrently(tasks, executor.at_once) for path in paths]
+    order = list(range(len(pairs)))
+    if executor.at_once > 1:  # a long one that begins last would end alone
+        order.sort(key=lambda i: _passes(settings, *pairs[i]), reverse=True)
+    found = dict(zip(order, run_concurrently([tasks[i] for i in order], executor.at_once), strict=True))
+    return [path for i in range(len(pairs)) for path in found[i]]
+
+
+def _passes(settings: EvalSettings, loaded: Loaded, split: Split) -> int:
+    """What a pair of model and dataset costs at most, as the pool counts it: passes times parameters."""
+    costs = [chain.cost(split.card.n_classes) for chain in settings.chains]
+    passes = sum(forwards + 2 * gradients for forwards, gradients in costs)
+    return passes * len(split) * len(settings.ladder) * loaded.card.parameters
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:

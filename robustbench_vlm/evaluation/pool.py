@@ -297,9 +297,8 @@ class Pool:
             if isinstance(last, Failed):
                 opened.inbox.put(last.raised)
             elif isinstance(last, Done):
-                if not isinstance(order.content, Attack):
-                    for member in members:
-                        self._dispatch.finish(live, member)
+                for member in order.without_finding(members):
+                    self._dispatch.finish(live, member)
                 opened.inbox.put((members, last))
             left = self._dispatch.end(live)
             if isinstance(last, Done) and left:

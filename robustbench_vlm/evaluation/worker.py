@@ -74,6 +74,13 @@ class Order:
     model: str
     content: Tensor | ImageBlock | Attack | Literal["checks", "forget"]
 
+    def without_finding(self, members: Sequence[int]) -> Sequence[int]:
+        """The members that are finished with the order, since there is no finding about them."""
+        if not isinstance(self.content, Attack):
+            return members
+        block = self.content.block
+        return [i for i, key in zip(members, block.images.keys, strict=True) if key in block.again]
+
 
 @dataclass(frozen=True)
 class Expected:

@@ -174,7 +174,7 @@ def _here(number: int, device: torch.device, model_bytes: int) -> Iterator[_Clus
     try:
         with _connected(options):
             threads = max(1, torch.get_num_threads() // number)
-            yield _Cluster(device.type, threads, joining=False, gpu=min(1.0, gpus / number), most=number)
+            yield _Cluster(device.type, threads, joining=False, gpu=share(gpus, number), most=number)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -187,6 +187,17 @@ def _cluster(device: torch.device) -> Iterator[_Cluster]:
     with _connected({"address": address}):
         gpu = 1.0 if device.type != "mps" and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
         yield _Cluster("cuda" if gpu else device.type, 1, joining=True, gpu=gpu, most=None)
+
+
+def share(gpus: int, workers: int) -> float:
+    """The part of a GPU for each of some workers, so that all of them find room; 0 without GPUs.
+
+    Example:
+        >>> share(8, 8), share(2, 3), share(1, 3)
+        (1.0, 0.5, 0.3333)
+    """
+    on_one = -(-workers // gpus) if gpus else 0
+    return 10_000 // on_one / 10_000 if on_one else 0.0  # Ray counts in steps of 1/10,000
 
 
 def _require_shared(device: torch.device) -> None:

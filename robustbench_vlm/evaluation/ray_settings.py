@@ -11,11 +11,16 @@ from robustbench_vlm.evaluation.executor import CLUSTER
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_health_check_failure_threshold": "30",
 }
-"""It reports no usage, starts its processes as this one was started, and waits for those that are slow."""
+"""Ray reports no usage, starts its processes as this one was started, and waits for slow ones.
+
+Workers have the priority of any other process. The default is a low one, with which they hardly run on a busy
+machine.
+"""
 
 
 def prepare(workers: str) -> None:

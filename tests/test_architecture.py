@@ -17,7 +17,7 @@ LAYERS = (
     {"safe_text"},
     {"errors"},
     {"threat", "types", "rng", "version", "interruption", "text_files", "threads"},
-    {"store", "devices", "console"},
+    {"store", "devices", "console", "one_writer"},
     {"tensor_files"},
     {"cards", "engine", "defenses"},
     {"attacks", "data", "models", "results"},  # these do not know each other

@@ -50,6 +50,8 @@ class EvalOptions(TypedDict, total=False):
         save_images: whether adversarial images are stored, too.
         save_evidence: whether a bundle a result is stored, too, which `vlmrob verify` can check.
         skip_missing: whether datasets that are not on disk are left out.
+        workers: a number of workers on this machine, or `"ray"` for those of the cluster of `RAY_ADDRESS`;
+            by default this process attacks.
     """
 
     datasets: Sequence[str]
@@ -63,6 +65,7 @@ class EvalOptions(TypedDict, total=False):
     save_images: bool
     save_evidence: bool
     skip_missing: bool
+    workers: int | str
 
 
 AS_TYPED = {"norm", "protocol", "arch", "until", "save_images", "save_evidence", "skip_missing"}
@@ -142,6 +145,7 @@ def evaluate(
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         n=n,
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
+        workers=str(options.get("workers", "")),
         **typed,
     )
     device = options.get("device", "auto")

@@ -85,6 +85,12 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            help="Attack by N workers on this machine, or by ray: those of the cluster RAY_ADDRESS."
+        ),
+    ] = "",
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Store the adversarial images.")
     ] = False,
@@ -144,6 +150,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         arch=arch,
         protocol=protocol,
         until=until,
+        workers=workers,
     )
     with TemporaryDirectory() as scratch:
         if data is not None:

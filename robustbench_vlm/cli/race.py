@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustbench_vlm import console
+from robustbench_vlm import console, one_writer
 from robustbench_vlm.cli.options import AsJson, DataRoot, Device, device_of
 
 PAIRS = ("A", "B", "images", "only A right", "only B right", "A-B, points", "E", "p (Holm)", "decided")
@@ -72,7 +72,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
             console.result(line)
         console.remark("nothing was attacked; --decide starts the race")
         return
-    with console.meter() as meter:
+    with console.meter() as meter, one_writer.locked(out):
         present = prepared(plan, meter, console.remark)
         found = sequential.race(present, block or plan.settings.chains[0].rows, meter, console.remark)
     if as_json:

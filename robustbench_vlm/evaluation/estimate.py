@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from robustbench_vlm.evaluation.cells import EvalSettings
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.models import text_bank, zoo
+from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.results import result_file
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.threat import Threat
@@ -138,7 +139,10 @@ def total(plan: Plan) -> tuple[Price, int]:
         todo = [part for part in parts if part.missing]
         banks = {part.card.name: text_bank.calls(loaded.model, _sentences(part.card)) for part in todo}
         if todo:
-            speed = _time(loaded, todo[0].card, plan.settings.device, text=any(banks.values()))
+            card = todo[0].card
+            side = card.native_px if card.canvas == "native" else loaded.model.image_size
+            speed = timed(loaded.model, side, plan.settings.device)
+            speed = replace(speed, text=_seconds_of_text(loaded) if any(banks.values()) else 0.0)
             price = sum((_price_of(part, speed, plan.settings) for part in todo), price)
             seconds = speed.text * sum(banks.values())
             price += Price(seconds, seconds, seconds)
@@ -247,33 +251,38 @@ def _sentences(card: DatasetCard) -> list[list[str]]:
     return text_bank.render(card.names, card.templates)
 
 
-def _time(loaded: zoo.Loaded, card: DatasetCard, device: torch.device, *, text: bool) -> Speed:
-    """Time calls of a model of one row and of a few rows, without and with the image gradient."""
-    side = card.native_px if card.canvas == "native" else loaded.model.image_size
-    _seconds(loaded, 1, side, device)  # the first call of all also loads kernels
-    one = _fastest(loaded, 1, side, device)
+def timed(model: Clip, side: int, device: torch.device) -> Speed:
+    """Time calls of a model of one row and of a few rows, without and with the image gradient.
+
+    Args:
+        model: on the device.
+        side: H and W of the images.
+        device: of the model.
+    """
+    _seconds(model, 1, side, device)  # the first call of all also loads kernels
+    one = _fastest(model, 1, side, device)
     rows = int(min(MOST_ROWS, max(1, TIMING / max(one[1], 1e-6))))
-    many = _fastest(loaded, rows, side, device) if rows > 1 else one
+    many = _fastest(model, rows, side, device) if rows > 1 else one
     forward, gradient = (Line.through(a, b, rows) for a, b in zip(one, many, strict=True))
-    return Speed(forward, gradient, _seconds_of_text(loaded) if text else 0.0)
+    return Speed(forward, gradient)
 
 
-def _fastest(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> tuple[float, float]:
+def _fastest(model: Clip, rows: int, side: int, device: torch.device) -> tuple[float, float]:
     """Least seconds of several calls, without and with the image gradient."""
-    timed = [_seconds(loaded, rows, side, device) for _ in range(REPEATS)]
-    return min(forward for forward, _ in timed), min(gradient for _, gradient in timed)
+    found = [_seconds(model, rows, side, device) for _ in range(REPEATS)]
+    return min(forward for forward, _ in found), min(gradient for _, gradient in found)
 
 
-def _seconds(loaded: zoo.Loaded, rows: int, side: int, device: torch.device) -> tuple[float, float]:
+def _seconds(model: Clip, rows: int, side: int, device: torch.device) -> tuple[float, float]:
     """Seconds of one call without and one with the image gradient; reading a number waits for the device."""
     batch = torch.full((rows, 3, side, side), 0.5, device=device)
     started = time.perf_counter()
     with torch.no_grad():
-        float(loaded.model(batch).sum())
+        float(model(batch).sum())
     forward = time.perf_counter()
     wanted = batch.requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loaded.model(wanted).sum(), wanted)
+        (gradient,) = torch.autograd.grad(model(wanted).sum(), wanted)
     float(gradient.sum())
     return forward - started, time.perf_counter() - forward
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,39 +15,52 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import store
-from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks
-from robustbench_vlm.engine.attack_watch import AttackWatch
-from robustbench_vlm.engine.isolation import isolated, restored_buffers
-from robustbench_vlm.engine.job import Cost, Model, total
-from robustbench_vlm.engine.tied_classes import DistinctClasses
+from robustbench_vlm.engine import canonical, losses, model_checks
+from robustbench_vlm.engine.check_record import Examined
+from robustbench_vlm.engine.job import Cost, ImageBlock, total
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import bundling, provenance
 from robustbench_vlm.evaluation.cells import Cell, EvalSettings, Subject
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.evaluation.model_work import (
+    AttackSetup,
+    CellModel,
+    ModelWork,
+    Works,
+    first_images,
+    in_process,
+)
 from robustbench_vlm.evaluation.outcome import tally
 from robustbench_vlm.evaluation.stages import CellRun, Remark, Report
-from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import evidence, result_file, verdicts
 from robustbench_vlm.results.result_file import Content
 
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
 
-Examine = Callable[[], model_checks.Examined]
-Begin = Callable[[Cell, pd.DataFrame | None], CellRun]
-
 
 def evaluate(
-    subject: Subject, settings: EvalSettings, report: Report, remark: Remark = lambda _: None
+    subject: Subject,
+    settings: EvalSettings,
+    report: Report,
+    remark: Remark = lambda _: None,
+    works: Works = in_process,
 ) -> Iterator[Path]:
     """Measure every cell of one model on one dataset; yields the JSON file of each cell once it is finished.
 
     A finished cell whose files are damaged is made again; findings that its ledgers have are not run again.
 
+    Args:
+        subject: model and images.
+        settings: chains, radii and folder of the results.
+        report: called as images finish.
+        remark: called with a line of log.
+        works: does what needs the model.
+
     Raises:
         AttackError: an attack left the ball or the box.
     """
     for chain in settings.chains:
-        examined: Examine = cache(partial(examine, subject, chain, settings))
+        examined: Examined | None = None  # once for all radii of a chain
         smaller: Cell | None = None
         for rung in range(len(settings.ladder)):
             cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
@@ -56,17 +68,24 @@ def evaluate(
             if fault:
                 remark(f"note: {fault}; this result is made again")
             if fault or not cell.finished:
-                tf32 = settings.backend.precision.tf32
-                kept = restored_buffers(subject.loaded.model)  # what calls change is no part of later cells
-                with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
-                    clean = canonical.Record(file)
-                    _measure(cell, smaller, report, examined, partial(_begin, clean=clean, remark=remark))
+                started = time.perf_counter()
+                cell.path.parent.mkdir(parents=True, exist_ok=True)  # a refused name must not cost an attack
+                with works(cell) as work, tempfile.SpooledTemporaryFile(SPOOLED) as file:
+                    examined = examined or work.examine(_examination(cell))
+                    lost = None if smaller is None else result_file.read_one(smaller.path).verdicts()
+                    run = _begin(cell, work, lost, canonical.Record(file), remark)
+                    _measure(run, smaller, report, examined, started)
             smaller = cell
             yield cell.path
 
 
 def tables(
-    subject: Subject, chain: Chain, settings: EvalSettings, report: Report, remark: Remark = lambda _: None
+    subject: Subject,
+    chain: Chain,
+    settings: EvalSettings,
+    report: Report,
+    remark: Remark = lambda _: None,
+    works: Works = in_process,
 ) -> list[pd.DataFrame]:
     """The verdicts under one chain at every radius of the ladder, without checks and without a result file.
 
@@ -78,9 +97,8 @@ def tables(
     found: list[pd.DataFrame] = []
     for rung in range(len(settings.ladder)):
         cell = Cell(subject, chain, settings, settings.ladder[: rung + 1])
-        tf32, kept = settings.backend.precision.tf32, restored_buffers(subject.loaded.model)
-        with isolated(tf32=tf32), kept, tempfile.SpooledTemporaryFile(SPOOLED) as file:
-            run = _begin(cell, found[-1] if found else None, canonical.Record(file), remark)
+        with works(cell) as work, tempfile.SpooledTemporaryFile(SPOOLED) as file:
+            run = _begin(cell, work, found[-1] if found else None, canonical.Record(file), remark)
             _attack(run, report)
         found.append(run.table)
     return found
@@ -95,21 +113,19 @@ def _attack(run: CellRun, report: Report) -> list[Cost]:
     return costs
 
 
-def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> model_checks.Examined:
+def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> Examined:
     """Check on some images of the subset what the chain takes for granted about the model."""
-    device, keys = settings.device, subject.split.keys
-    positions = model_checks.chosen(keys, chain.rows, settings.seed)
-    classifier, labels = subject.classifier(device), subject.labels[positions].to(device)
-    tied = subject.tied
-    return model_checks.examine(
-        classifier if tied is None else DistinctClasses(classifier, tied),
-        subject.images.floats(positions).to(device),
-        labels if tied is None else tied.labels(labels),
-        [keys[i] for i in positions],
-        rows=chain.rows,
-        seed=settings.seed,
-        **chain.needs(subject.n_distinct),
-    )
+    cell = Cell(subject, chain, settings, settings.ladder[:1])
+    model = CellModel(subject.loaded, AttackSetup.of(cell), first_images(cell), settings.device)
+    return model.examine(_examination(cell))
+
+
+def _examination(cell: Cell) -> ImageBlock:
+    """The images on which a model is examined."""
+    subject, keys = cell.subject, cell.subject.split.keys
+    positions = model_checks.chosen(keys, cell.chain.rows, cell.settings.seed)
+    images, labels = subject.images.floats(positions), subject.labels[positions]
+    return ImageBlock(images, labels, [keys[i] for i in positions])
 
 
 def _fault(cell: Cell) -> str:
@@ -139,24 +155,21 @@ def _fault(cell: Cell) -> str:
     return ""
 
 
-def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine, begin: Begin) -> None:
+def _measure(run: CellRun, smaller: Cell | None, report: Report, examined: Examined, started: float) -> None:
     """Measure one cell.
 
     The JSON file is written last, so a cell that has one is complete.
 
     Args:
-        cell: to be measured.
+        run: of the cell, before any attack.
         smaller: the cell of the next smaller radius. Images broken there count as broken here too, with the
             same adversarial image as evidence.
         report: called as images finish.
-        examine: checks the model; called once for all radii of a chain.
-        begin: makes the verdicts before any attack.
+        examined: checks of the model before any attack.
+        started: when the work on the cell began.
     """
-    started = time.perf_counter()
+    cell = run.cell
     subject, settings, path = cell.subject, cell.settings, cell.path
-    path.parent.mkdir(parents=True, exist_ok=True)  # a name that the disk refuses must not cost an attack
-    examined = examine()
-    run = begin(cell, None if smaller is None else result_file.read_one(smaller.path).verdicts())
     costs = _attack(run, report)
     later, cost = run.attack_checks()
     examined, costs = examined.joined(later), [*costs, cost]
@@ -171,6 +184,7 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     content = Content(cell.config, outcome, facts, cell.chain.stage_records)
     seconds = time.perf_counter() - started
     made = provenance.of_run(settings.device, seconds, settings.active_rows)
+    made |= run.work.facts
     beside = {"checks": examined.record, "run": made | {"calls": asdict(total(costs))}}
     if settings.suite is not None:
         bundle = bundling.bundle(cell, smaller, content, table, images)
@@ -179,47 +193,40 @@ def _measure(cell: Cell, smaller: Cell | None, report: Report, examine: Examine,
     result_file.write(path, content, beside)
 
 
-def _begin(cell: Cell, smaller: pd.DataFrame | None, clean: canonical.Record, remark: Remark) -> CellRun:
-    """The model on its device, and the verdicts before any attack.
+def _begin(
+    cell: Cell, work: ModelWork, smaller: pd.DataFrame | None, clean: canonical.Record, remark: Remark
+) -> CellRun:
+    """The verdicts of a cell before any attack.
 
     Args:
         cell: to be measured.
+        work: does what needs the model.
         smaller: the verdicts at the next smaller radius.
         clean: gets the clean logits.
         remark: see `CellRun`.
     """
-    subject, settings, rows = cell.subject, cell.settings, cell.chain.rows
-    classifier = subject.classifier(settings.device)
-    predictions, margins = _clean_pass(cell, classifier, clean)
+    subject = cell.subject
+    predictions, margins = _clean_pass(cell, work, clean)
     lost = None if smaller is None else smaller[smaller.broken_at_eps != ""]
     split = subject.split
     table = verdicts.begin(split.keys, split.labels, subject.image_shas, predictions, margins, lost)
-    first = subject.images.floats(range(len(table))[:rows]).to(settings.device)
-    view = attacked_view.build(
-        classifier,
-        settings.backend.precision,
-        canonical.padded(first, rows),
-        subject.classifier(settings.device, bf16=True),
-    )
-    return CellRun(cell, AttackWatch(Model(classifier, view), rows), clean, table, remark)
+    return CellRun(cell, work, clean, table, remark)
 
 
-def _clean_pass(
-    cell: Cell, classifier: Classifier, record: canonical.Record
-) -> tuple[np.ndarray, np.ndarray]:
+def _clean_pass(cell: Cell, work: ModelWork, record: canonical.Record) -> tuple[np.ndarray, np.ndarray]:
     """The canonical pass on the clean images; logits go to the record.
 
     Returns:
         (N,) int64 predictions and (N,) float32 margins.
     """
-    subject, device, rows = cell.subject, cell.settings.device, cell.chain.rows
+    subject, rows = cell.subject, cell.chain.rows
     predictions, margins = [], []
-    for part in subject.images.parts(range(len(subject.images)), rows):
-        logits = canonical.logits(classifier, subject.images.floats(part).to(device), rows)
+    parts = list(subject.images.parts(range(len(subject.images)), rows))
+    for part, logits in zip(parts, work.logits(parts), strict=True):
         record.add(logits)
-        labels, tied = subject.labels[part].to(device), subject.tied
+        labels, tied = subject.labels[part], subject.tied
         found = logits.argmax(1) if tied is None else tied.predictions(logits)
         margin = (losses if tied is None else tied).correct_margin(logits, labels)
-        predictions.append(found.cpu().numpy())
-        margins.append(margin.cpu().numpy())
+        predictions.append(found.numpy())
+        margins.append(margin.numpy())
     return np.concatenate(predictions), np.concatenate(margins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,16 @@ from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import DataError, InputError, nearest, some
-from robustbench_vlm.evaluation import measure, protocols
-from robustbench_vlm.evaluation.cells import EvalSettings, Subject
+from robustbench_vlm.evaluation import measure, protocols, subjects
+from robustbench_vlm.evaluation.cells import EvalSettings
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.evaluation.executor import (
+    THIS_PROCESS,
+    Executor,
+    JointProgress,
+    require_workers,
+    run_concurrently,
+)
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models import zoo
 from robustbench_vlm.models.zoo import Loaded
@@ -51,6 +59,7 @@ class EvalRequest:
         protocol: name of a protocol, which fixes attack, norm, radii and number of images; empty: none.
         until: half-width of the interval of the mean robust accuracy, in points, at which a model is done;
             None: all images.
+        workers: who attacks: a number of workers, or `ray` for those of a cluster; empty: this process.
     """
 
     models: tuple[str, ...]
@@ -70,6 +79,7 @@ class EvalRequest:
     arch: str = ""
     protocol: str = ""
     until: float | None = None
+    workers: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def plan(request: EvalRequest, device: torch.device) -> Plan:
         InputError: an unknown name, norm or radius; things that do not go together; a model that cannot be
             loaded.
     """
+    require_workers(request.workers)
     protocol = reader.read("protocols", request.protocol, Protocol) if request.protocol else None
     request = under_protocol(request, protocol) if protocol else request
     suite = reader.suite(request.suite)
@@ -269,52 +280,63 @@ def open_data(plan: Plan) -> list[Split]:
     return [protocols.with_protocol_sentences(split, plan.protocol) for split in drawn]
 
 
-def perform(plan: Plan, report: Report, remark: Callable[[str], None] = lambda _: None) -> list[Path]:
+def perform(
+    plan: Plan,
+    report: Report,
+    remark: Callable[[str], None] = lambda _: None,
+    executor: Executor = THIS_PROCESS,
+) -> list[Path]:
     """Measure every cell of the plan that is not finished.
 
     Args:
         plan: whose data are on disk; see `require_data`.
         report: called as images finish.
         remark: called with a line of log.
+        executor: who does the model work.
 
     Returns:
         The JSON file of every cell.
     """
-    paths: list[Path] = []
     settings, splits = plan.settings, open_data(plan)
-    count = len(plan.models) * len(splits) * len(settings.chains) * len(settings.ladder)
-
-    def numbered(what: str, done: int, total: int) -> None:
-        report(f"cell {len(paths) + 1} of {count}: {what}" if count > 1 else what, done, total)
-
+    cells = len(settings.chains) * len(settings.ladder)
+    count = len(plan.models) * len(splits) * cells
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
-    for loaded in plan.models:
-        for split in splits:
-            subject = Subject.of(loaded, split.card, split)
-            for line in subject.split.bad:
-                remark(f"note: {split.card.name}: left out: {line}")
-            if subject.untrained:
-                words = f"a template or class names with words that {loaded.card.name} was never trained on"
-                remark(f"note: {split.card.name}: {words}: {some(subject.untrained)}")
-            for line in text_notes(subject):
-                remark(f"note: {split.card.name}: {line}")
-            for path in measure.evaluate(subject, plan.settings, numbered, remark):
-                paths.append(path)
-    return paths
+    joint = JointProgress(report, f"{count} cells on {executor.name}")
+    opening = threading.Lock()  # subjects are opened one after the other: it takes memory and the text tower
+
+    def task(number: int, loaded: Loaded, split: Split) -> Callable[[], list[Path]]:
+        found: list[Path] = []
+
+        def numbered(what: str, done: int, total: int) -> None:
+            first = f"cell {number * cells + len(found) + 1} of {count}: " if count > 1 else ""
+            report(f"{first}{what}", done, total)
+
+        def measured() -> list[Path]:
+            with opening:
+                subject = subjects.opened(loaded, split, remark)
+            shown = numbered if executor.at_once == 1 else joint
+            for path in measure.evaluate(subject, settings, shown, remark, executor.works):
+                found.append(path)
+            return found
+
+        return measured
+
+    pairs = [(loaded, split) for loaded in plan.models for split in splits]
+    tasks = [task(number, loaded, split) for number, (loaded, split) in enumerate(pairs)]
+    order = list(range(len(pairs)))
+    if executor.at_once > 1:  # a long one that begins last would end alone
+        order.sort(key=lambda i: _passes(settings, *pairs[i]), reverse=True)
+    found = dict(zip(order, run_concurrently([tasks[i] for i in order], executor.at_once), strict=True))
+    return [path for i in range(len(pairs)) for path in found[i]]
 
 
-def text_notes(subject: Subject) -> list[str]:
-    """What the sentences of the classes change in what is measured, one line each."""
-    notes, names, tied = [], subject.card.names, subject.tied
-    if tied is not None:
-        pairs = [f"{k} {names[k]!r} is {tied.first[k]} {names[tied.first[k]]!r}" for k in tied.twins]
-        what = "the first of them is predicted, and attacks do not count a twin as another class"
-        notes.append(f"classes with the same text: {some(pairs)}; {what}")
-    if subject.cut:
-        notes.append(f"{len(subject.cut)} sentences are cut at the context length: {some(subject.cut)}")
-    return notes
+def _passes(settings: EvalSettings, loaded: Loaded, split: Split) -> int:
+    """What a pair of model and dataset costs at most, as the pool counts it: passes times parameters."""
+    costs = [chain.cost(split.card.n_classes) for chain in settings.chains]
+    passes = sum(forwards + 2 * gradients for forwards, gradients in costs)
+    return passes * len(split) * len(settings.ladder) * loaded.card.parameters
 
 
 def rows(plan: Plan, paths: Sequence[Path]) -> pd.DataFrame:

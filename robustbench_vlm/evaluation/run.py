@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.data.tiny import write
-from robustbench_vlm.evaluation import estimate, planning, sequential
+from robustbench_vlm.evaluation import estimate, planning, ray_settings, sequential
+from robustbench_vlm.evaluation.executor import THIS_PROCESS, Executor
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.results import flags
@@ -26,12 +28,30 @@ def run_plan(plan: Plan, report: Report, remark: Callable[[str], None]) -> pd.Da
 
     Raises:
         DataError: datasets are missing and `skip_missing` was not asked for.
+        InputError: another process writes to the folder of the results.
     """
+    one_writer.require_free(plan.settings.results)
     present = prepared(plan, report, remark)
     until = plan.request.until
-    if until is None:
-        return planning.rows(present, planning.perform(present, report, remark))
-    return planning.rows(present, sequential.until(present, until, report, remark))
+    with one_writer.locked(plan.settings.results), _executor(present, remark) as executor:
+        if until is None:
+            paths = planning.perform(present, report, remark, executor)
+        else:
+            paths = sequential.until(present, until, report, remark, executor)
+    return planning.rows(present, paths)
+
+
+def _executor(plan: Plan, remark: Callable[[str], None]) -> AbstractContextManager[Executor]:
+    """Those who do the model work, from the time at which there is work to do."""
+    workers = plan.request.workers
+    if not workers:
+        return nullcontext(THIS_PROCESS)
+    ray_settings.prepare(workers)
+    from robustbench_vlm.evaluation.workers import executor  # Ray is an extra, and slow to import
+
+    states = (loaded.model.state_dict().values() for loaded in plan.models)
+    size = sum(tensor.numel() * tensor.element_size() for state in states for tensor in state)
+    return executor(workers, plan.settings.device, size, remark)
 
 
 def prepared(plan: Plan, report: Report, remark: Callable[[str], None]) -> Plan:

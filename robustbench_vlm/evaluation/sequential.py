@@ -21,6 +21,7 @@ from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import measure, planning
 from robustbench_vlm.evaluation.cells import Subject
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.evaluation.executor import THIS_PROCESS, Executor
 from robustbench_vlm.evaluation.planning import Plan
 from robustbench_vlm.evaluation.stages import Report
 from robustbench_vlm.models.zoo import Loaded
@@ -43,6 +44,7 @@ class FrozenOrder:
         splits: images of every dataset, as many as may be used.
         report: called as images finish.
         remark: called with a line of log.
+        executor: who does the model work.
         banks: text embeddings by model and dataset, encoded once.
     """
 
@@ -50,12 +52,13 @@ class FrozenOrder:
     splits: tuple[Split, ...]
     report: Report
     remark: Remark
+    executor: Executor = THIS_PROCESS
     banks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, report: Report, remark: Remark) -> FrozenOrder:
+    def of(cls, plan: Plan, report: Report, remark: Remark, executor: Executor = THIS_PROCESS) -> FrozenOrder:
         """Open the data of a plan."""
-        return cls(plan, tuple(planning.open_data(plan)), report, remark)
+        return cls(plan, tuple(planning.open_data(plan)), report, remark, executor)
 
     def tables(self, loaded: Loaded, chain: Chain, n: int) -> Iterator[list[pd.DataFrame]]:
         """Of each dataset, the verdicts on its first `n` images at every radius."""
@@ -65,17 +68,19 @@ class FrozenOrder:
             bank = self.banks.get((loaded.card.sha256, split.card.name))
             subject = Subject.of(loaded, split.card, first, bank)
             self.banks[loaded.card.sha256, split.card.name] = subject.bank
-            yield measure.tables(subject, chain, settings, self.report, self.remark)
+            yield measure.tables(subject, chain, settings, self.report, self.remark, self.executor.works)
 
     def finish(self, loaded: Loaded, chain: Chain, n: int, rule: StopRule) -> list[Path]:
         """Write the results of the first `n` images, and return their files."""
         tags = {**self.plan.settings.tags, "stop_rule": rule.text}
         settings = replace(self.plan.settings, chains=(chain,), n=n, tags=tags)
         alone = replace(self.plan, models=(loaded,), settings=settings)
-        return planning.perform(alone, self.report, self.remark)
+        return planning.perform(alone, self.report, self.remark, self.executor)
 
 
-def until(plan: Plan, half_width: float, report: Report, remark: Remark) -> list[Path]:
+def until(
+    plan: Plan, half_width: float, report: Report, remark: Remark, executor: Executor = THIS_PROCESS
+) -> list[Path]:
     """Attack each model with each chain until the interval of its mean robust accuracy is narrow enough.
 
     The interval at every look is so wide that those of all looks hold together (Bonferroni), so it may be
@@ -86,11 +91,12 @@ def until(plan: Plan, half_width: float, report: Report, remark: Remark) -> list
         half_width: in points.
         report: called as images finish.
         remark: called with a line of log.
+        executor: who does the model work.
 
     Returns:
         The JSON file of every result.
     """
-    order, paths = FrozenOrder.of(plan, report, remark), []
+    order, paths = FrozenOrder.of(plan, report, remark, executor), []
     largest = max(len(split) for split in order.splits)
     for loaded in plan.models:
         for chain in plan.settings.chains:

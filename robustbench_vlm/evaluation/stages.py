@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from safetensors.torch import save
@@ -14,24 +13,20 @@ from torch import Tensor
 
 from robustbench_vlm import store, text_files
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.check_record import Check
-from robustbench_vlm.engine.job import Cost, ImageBlock, Job, Stages
+from robustbench_vlm.engine.job import Cost, ImageBlock, Stages
 from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.ledgers import Ledger, image_path
+from robustbench_vlm.evaluation.model_work import Block, Line, ModelWork
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import eps_text
-from robustbench_vlm.types import Finding
 
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total) as images finish."""
 
 Remark = Callable[[str], None]
 """Called with a line of log."""
-
-Line = dict[str, Any]
-"""A line of a ledger: the finding of one stage on one image."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,14 @@ class CellRun:
 
     Attributes:
         cell: which.
-        watch: the model on the device, and what its attacks bring to light about it.
+        work: does what needs the model.
         clean: logits of the canonical pass on the clean images.
         table: verdicts of the images, which the stages fill in.
         remark: called with a line about each line of a ledger that is not believed.
     """
 
     cell: Cell
-    watch: AttackWatch
+    work: ModelWork
     clean: canonical.Record
     table: pd.DataFrame
     remark: Remark = lambda _: None
@@ -86,30 +81,30 @@ class CellRun:
             return Cost()
         for ledger in ledgers.values():
             ledger.mend()
-        pixels: dict[str, Tensor] = {}  # of the images under attack, on the CPU
 
-        def note(finding: Finding) -> None:
+        order = list(ledgers)
+
+        def note(stage: str, line: Line, image: Tensor | None) -> None:
             nonlocal done
-            i, last = self.positions[finding.key], stages[-1][0]
-            ended = finding.broken or bool(finding.error) or finding.stage == last
-            image = pixels.pop(finding.key) if ended else pixels[finding.key]
-            if i not in begin:  # recorded before; where noise is drawn in batches, a batch is run again whole
+            i = self.positions[line["key"]]
+            if begin.get(i) != order.index(stage):  # it is known already
                 return
-            self.watch.note(finding, image, int(subject.split.labels[i]))
-            self.record(i, finding, image, ledgers[finding.stage].path)
+            self.record(i, stage, line, image, ledgers[stage].path)
+            ended = line["broken"] or bool(line["error"]) or stage == order[-1]
+            if ended:
+                del begin[i]
+            else:
+                begin[i] += 1
             done += ended
             report(title, done, len(standing))
 
         members = settings.backend.batches(standing, begin, rows)
-        blocks = (self.block(part, begin, pixels) for part in subject.images.parts(members, rows))
-        return settings.backend.run(self.watch.watched, self.job(stages), blocks, note)
+        return self.work.attack(stages, members, lambda part: self.block(part, begin), note)
 
     def attack_checks(self) -> tuple[list[Check], Cost]:
         """Checks of model and attack after the last stage, and the model calls that they took."""
-        subject, device, rows = self.cell.subject, self.cell.settings.device, self.cell.chain.rows
-        first = range(len(self.table))[:rows]
-        clean = self.clean.rows(first).to(device)
-        seen, cost = self.watch.checks(subject.images.floats(first).to(device), clean)
+        subject, rows = self.cell.subject, self.cell.chain.rows
+        seen, cost = self.work.checks(self.clean.rows(range(len(self.table))[:rows]))
         n_classes = subject.card.n_classes
         # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
         found = [check for check in seen if check.level == "fail"]
@@ -119,51 +114,40 @@ class CellRun:
         """The findings of stage `number`."""
         return Ledger(self.cell.ledger(number), self.cell.threat, self.cell.subject.card.n_classes)
 
-    def job(self, stages: Stages) -> Job:
-        """These stages as the backend is given them."""
-        chain, settings = self.cell.chain, self.cell.settings
-        active = None if settings.active_rows is None else min(settings.active_rows, chain.rows)
-        subject = self.cell.subject
-        job = chain.job(self.cell.threat, subject.card.n_classes, seed=settings.seed, active_rows=active).of(
-            stages
-        )
-        return replace(job, tied=subject.tied)
-
-    def record(self, i: int, finding: Finding, image: Tensor, ledger: Path) -> None:
+    def record(self, i: int, stage: str, line: Line, image: Tensor | None, ledger: Path) -> None:
         """Write the finding of one stage on image `i` to its ledger and into the table.
 
         Args:
             i: position of the image.
-            finding: of the stage.
-            image: (3, H, W) clean pixels, on the CPU.
+            stage: name of the stage.
+            line: of the ledger.
+            image: (3, H, W) the adversarial image, if it is kept.
             ledger: of the stage.
         """
-        subject = self.cell.subject
-        label = int(subject.split.labels[i])
-        line = verdicts.line(finding, image, subject.image_shas[i], label, self.cell.threat)
-        if self.cell.settings.keeps_image(
-            broken=finding.broken
-        ):  # before the line, which says that the image is there
-            store.write(image_path(ledger, line), save({"adv": finding.adv.contiguous()}))
+        if image is not None:  # before the line, which says that the image is there
+            store.write(image_path(ledger, line), save({"adv": image.contiguous()}))
         store.append(ledger, line)
-        verdicts.enter(self.table, i, line, finding.stage, self.eps)
+        verdicts.enter(self.table, i, line, stage, self.eps)
 
-    def block(
-        self, members: Sequence[int], begin: Mapping[int, int], pixels: dict[str, Tensor]
-    ) -> ImageBlock:
+    def block(self, members: Sequence[int], begin: Mapping[int, int]) -> Block:
         """Images that are read together.
 
         Args:
             members: positions of the images.
-            begin: by position, the stage in which an image begins; images that are not in it begin first.
-            pixels: gets the clean pixels of these images, by key.
+            begin: by position, the stage in which an image begins. Images that are not in it have their
+                findings; where noise is drawn in batches, they are attacked again beside the others.
         """
-        device, subject = self.cell.settings.device, self.cell.subject
-        images = subject.images.floats(members)
+        subject = self.cell.subject
         keys = [subject.split.keys[i] for i in members]
-        pixels.update((key, image.clone()) for key, image in zip(keys, images, strict=True))
-        logits, labels = self.clean.rows(members).to(device), subject.labels[members].to(device)
-        return ImageBlock(images.to(device), labels, keys, logits, [begin.get(i, 0) for i in members])
+        images = ImageBlock(
+            subject.images.floats(members),
+            subject.labels[members],
+            keys,
+            self.clean.rows(members),
+            [begin.get(i, 0) for i in members],
+        )
+        again = frozenset(key for i, key in zip(members, keys, strict=True) if i not in begin)
+        return Block(images, [subject.image_shas[i] for i in members], again)
 
     def resume(self, ledgers: Mapping[str, Ledger], standing: Sequence[int]) -> dict[int, int]:
         """Enter the findings that ledgers have about some images into the table.

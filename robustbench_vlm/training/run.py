@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
@@ -76,7 +77,8 @@ def run_recipe(
         cache: whether outputs of frozen teachers on clean images are stored; changes the time and no bit.
 
     Raises:
-        InputError: `out` is in the way, or belongs to another recipe; a model or dataset cannot be used.
+        InputError: `out` is in the way, belongs to another recipe, or another process trains into it; a model
+            or dataset cannot be used.
         TrainingError: a loss or gradient is not finite.
         Incomplete: a signal stopped the run; see `loop.run`.
         OSError: with the code of a full disk, if there is hardly any space left for `out`.
@@ -87,6 +89,8 @@ def run_recipe(
     world = launched()
     folder.refuse_other_runs(out, recipe)  # before anything is rendered
     require_divisible(recipe, world)
+    if world.first:
+        one_writer.require_free(out)
     inputs.require(recipe, data_root)
     where = choose_device(device, world.local_rank if world.size > 1 else None)
 
@@ -101,9 +105,9 @@ def run_recipe(
         if world.first:
             _make_place(recipe, out, data_root, meter, remark)
         exchange.wait(world)
-        return loop.run(
-            recipe, out, data_root, where, report, stored, remark if world.first else _nothing, world
-        )
+        said = remark if world.first else _nothing
+        with one_writer.locked(out) if world.first else nullcontext():
+            return loop.run(recipe, out, data_root, where, report, stored, said, world)
 
 
 def _make_place(

@@ -1,0 +1,225 @@
+"""Workers on a real local Ray, killed, stopped and interrupted: the files are those of one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import command_line
+import pytest
+import toys
+from killed_evaluations import outcome
+
+ray_settings = pytest.importorskip("robustbench_vlm.evaluation.ray_settings")
+pytest.importorskip("ray")
+
+PATIENT = """
+import sys
+from robustbench_vlm.evaluation import cluster
+cluster.LEAST, cluster.SLOW = {least}, 0.0
+from robustbench_vlm.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Data, cards and a model; the attack takes long enough to be disturbed, and the files of one process."""
+    root = tmp_path_factory.mktemp("workers")
+    card = toys.dataset_card()
+    toys.write(card, root / "data", n=16)
+    toys.save_model(root / "model")
+    chain = toys.chain("aa", "ce", "square")
+    queries = chain.stage[1].model_copy(update={"queries": 300})
+    chain = chain.model_copy(update={"stage": (chain.stage[0], queries)})
+    toys.write_include(root / "cards", [card], [chain], eps=["1/255", "2/255"], n=16)
+    done = run(root, root / "one")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def command(root, out, *more, least=None):
+    typed = f"--include {root / 'cards'} eval --model {root / 'model'} --attack aa --suite toys"
+    options = f"--data-root {root / 'data'} --out {out} --device cpu"
+    program = ["-m", "robustbench_vlm"] if least is None else ["-c", PATIENT.format(least=least)]
+    return [sys.executable, *program, *typed.split(), *options.split(), *map(str, more)]
+
+
+def run(root, out, *more):
+    return subprocess.run(command(root, out, *more), capture_output=True, text=True, check=False)
+
+
+def started(argv, log):
+    """A command with its own process group, as a shell starts it, that heeds Ctrl-C."""
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=file, text=True, preexec_fn=heeding, process_group=0
+        )
+
+
+def lines(out):
+    return sum(path.read_bytes().count(b"\n") for path in (out / "ledger").rglob("*.jsonl"))
+
+
+def wait_for(what, process):
+    since = time.monotonic()
+    while not (found := what()):
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() - since < command_line.TIMEOUT
+        time.sleep(0.02)
+    return found
+
+
+def parents():
+    """Parent of every process."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def actors(pid):
+    """Processes of workers below a driver."""
+    above, found = parents(), []
+    for one in above:
+        try:
+            title = Path(f"/proc/{one}/cmdline").read_bytes()
+        except OSError:
+            continue
+        line = [one]
+        while line[-1] in above:
+            line.append(above[line[-1]])
+        if title.startswith(b"ray::_Actor") and pid in line:
+            found.append(one)
+    return found
+
+
+def assert_same(place, out):
+    expected, found = outcome(place / "one"), outcome(out)
+    assert found == expected
+    assert sum(name.endswith(".parquet") for name in found) == 2
+    assert rendered(place, out) == rendered(place, place / "one")
+
+
+def rendered(place, results):
+    """The CSV of the leaderboard."""
+    boards = results.parent / f"{results.name}-boards"
+    words = f"--include {place / 'cards'} leaderboard --results {results} --suite toys --out {boards}"
+    argv = [sys.executable, "-m", "robustbench_vlm", *words.split()]
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    return (boards / "toys.csv").read_bytes()
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_an_attack_changes_no_byte(place, tmp_path):
+    out = tmp_path / "out"
+    process = started(command(place, out, "--workers", 2, "--json"), tmp_path / "log")
+    wait_for(lambda: lines(out), process)
+    (victim, *_) = wait_for(lambda: actors(process.pid), process)
+    os.kill(victim, signal.SIGKILL)
+    stdout, _ = process.communicate(timeout=command_line.TIMEOUT)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    assert f"worker {victim} died; another one is started" in log
+    assert "Traceback" not in log
+    assert {row["model_id"] for row in json.loads(stdout)} == {"random0"}  # Ray wrote nothing there
+    assert_same(place, out)
+    runs = [json.loads(path.read_text())["run"] for path in (out / "cells").rglob("*.json")]
+    assert {run["threads"] for run in runs} == {1}
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(place, tmp_path):
+    out = tmp_path / "out"
+    process = started(command(place, out, "--workers", 2), tmp_path / "log")
+    wait_for(lambda: lines(out) >= 3, process)
+    workers = actors(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    known = lines(out)
+    since = time.monotonic()
+    while any(Path(f"/proc/{pid}/cmdline").exists() and command_of(pid) for pid in workers):
+        assert time.monotonic() - since < 60
+        time.sleep(0.1)
+    done = run(place, out, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert lines(out) == lines(place / "one") >= known
+    assert_same(place, out)
+
+
+def command_of(pid):
+    """The words of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_75_and_one_process_may_go_on(place, tmp_path):
+    out = tmp_path / "out"
+    process = started(command(place, out, "--workers", 2), tmp_path / "log")
+    wait_for(lambda: lines(out) >= 3, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    stdout, _ = process.communicate(timeout=command_line.TIMEOUT)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 75, log
+    assert stdout == ""
+    assert log.splitlines()[-1] == (
+        "error: vlmrob eval: stopped; type the same command again, and it goes on from what is saved"
+    )
+    assert "Traceback" not in log
+    assert not actors(process.pid)
+    done = run(place, out)  # without workers: what they found counts
+    assert done.returncode == 0, done.stderr
+    assert_same(place, out)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(place, tmp_path):
+    out = tmp_path / "out"
+    process = started(command(place, out, "--workers", 2, least=20.0), tmp_path / "log")
+    wait_for(lambda: lines(out), process)
+    (victim, *_) = wait_for(lambda: actors(process.pid), process)
+    os.kill(victim, signal.SIGSTOP)
+    process.communicate(timeout=command_line.TIMEOUT)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    assert f"worker {victim} gave no answer for 2" in log
+    assert not command_of(victim)
+    assert_same(place, out)
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_the_cluster_is_used(place, tmp_path, monkeypatch):
+    """A cluster of one node with one place; a second node joins while the first one attacks."""
+    for name, value in ray_settings.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--include-dashboard=false"]
+    if not Path(ray[0]).exists():
+        pytest.skip("no command ray beside this Python")
+    head = ["--head", "--port=6399", f"--temp-dir={tmp_path / 'r'}", "--object-store-memory=200000000"]
+    subprocess.run([*ray, *head], check=True, capture_output=True)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6399")
+        out = tmp_path / "out"
+        process = started(command(place, out, "--workers", "ray"), tmp_path / "log")
+        wait_for(lambda: lines(out), process)
+        joins = ["--address=127.0.0.1:6399", "--object-store-memory=200000000"]
+        subprocess.run([*ray, *joins], check=True, capture_output=True)
+        process.communicate(timeout=command_line.TIMEOUT)
+        assert process.returncode == 0, (tmp_path / "log").read_text()
+        runs = [json.loads(path.read_text())["run"] for path in sorted((out / "cells").rglob("*.json"))]
+        assert runs[-1]["workers"] == 2
+        assert_same(place, out)
+    finally:
+        subprocess.run([ray[0], "stop", "--force"], check=False, capture_output=True)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-IMAGES = 64
+IMAGES = 32
 EVAL = "eval --model tiny-robust-teacher --attack aa2 --suite tiny --eps 4 --device cpu"
 DATASETS = "tiny-digits,tiny-textures"
 TICKS = os.sysconf("SC_CLK_TCK")

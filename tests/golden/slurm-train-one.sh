@@ -28,8 +28,8 @@ while true; do
   kill -0 "$step" 2>/dev/null || break
 done
 
-# 75: stopped, and the same command goes on. A launcher that was told to stop may end by the signal itself.
-if [ "$code" -eq 75 ] || { [ "$told" -eq 1 ] && [ "$code" -ge 128 ]; }; then
+# 75: stopped, and the same command goes on. A launcher that was told to stop ends with a code of its own.
+if [ "$code" -eq 75 ] || { [ "$told" -eq 1 ] && [ "$code" -ne 0 ]; }; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
     scontrol requeue "$SLURM_JOB_ID"
   else

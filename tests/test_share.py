@@ -232,6 +232,7 @@ def test_what_a_launcher_says():
     assert launched(variables(MASTER_ADDR=None)) == ALONE  # as a batch system sets a rank for other purposes
     assert launched(variables()) == World(1, 4, 1, 4)
     assert launched(variables(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")) == World(1, 4, 0, 1)
+    assert launched(variables(TORCHELASTIC_RESTART_COUNT="2")).attempt == 2
     assert not launched(variables()).first
     with pytest.raises(InputError, match="RANK: 'x'; expected a number"):
         launched(variables(RANK="x"))

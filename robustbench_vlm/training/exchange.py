@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from robustbench_vlm.errors import Incomplete, InputError, TrainingError
 from robustbench_vlm.training.world import World
@@ -33,8 +34,12 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _others_needed():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        # torchrun's store outlives the processes, and a name in it may lead to one of an earlier attempt
+        own = dist.PrefixStore(f"attempt {world.attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: nccl would wait for processes that are gone
 

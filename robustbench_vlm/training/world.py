@@ -22,12 +22,14 @@ class World:
         size: how many processes there are, on all machines together.
         local_rank: number of this process on its machine, which is the number of its GPU.
         local_size: how many of the processes are on this machine.
+        attempt: how often the launcher has started the processes again, after one of them ended.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    attempt: int = 0
 
     @property
     def first(self) -> bool:
@@ -52,7 +54,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> World:
         return ALONE
     rank, size = _number("RANK", environment), _number("WORLD_SIZE", environment)
     local = _number("LOCAL_RANK", environment, rank)
-    world = World(rank, size, local, _number("LOCAL_WORLD_SIZE", environment, size))
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", environment)
+    world = World(rank, size, local, _number("LOCAL_WORLD_SIZE", environment, size), attempt)
     if not (world.rank < world.size and world.local_rank < world.local_size):
         found = (
             f"process {world.rank} of {world.size}, on this machine {world.local_rank} of {world.local_size}"

@@ -21,7 +21,8 @@ UNIT = 8
 LEAST = 2
 """A block fills at least this part of the rows of a call, if there are images enough.
 
-It begins with calls that find out which smaller shapes give the same bits, and ends with calls that are not full.
+It begins with calls that find out which smaller shapes give the same bits, and ends with calls that are not
+full.
 """
 MOST = 8
 """Rows of calls that the largest block fills."""

@@ -26,6 +26,14 @@ def test_blocks_become_smaller_and_are_multiples_of_the_unit():
     assert sum(sizes) == 1000
 
 
+def test_blocks_are_not_too_small_unless_a_worker_would_have_none():
+    dispatch = Dispatch()
+    dispatch.add(Request(range(192), unit=8, least=32, most=512))
+    found = [len(dispatch.take(i, workers=2).members) for i in range(6)]
+    # a quarter of 192, then a quarter of 144 in whole units; from then on 32, or half of what is left
+    assert found == [48, 32, 32, 32, 24, 8]
+
+
 def test_no_block_is_larger_than_the_largest_and_the_last_may_be_broken():
     dispatch = Dispatch()
     dispatch.add(Request(range(77), unit=16, most=32, whole=True))
@@ -102,7 +110,9 @@ def test_a_finding_forgives_the_losses_before_it():
 def test_every_member_is_finished_once_in_any_order_of_deaths(shapes, workers, seed):
     chance = random.Random(seed)
     dispatch = Dispatch()
-    requests = [Request(range(n), 1.0 + n % 3, unit, 2 * unit, whole) for n, unit, whole in shapes]
+    requests = [
+        Request(range(n), 1.0 + n % 3, unit, unit + n % 2, 2 * unit, whole) for n, unit, whole in shapes
+    ]
     for request in requests:
         dispatch.add(request)
     having, finished, deaths = {}, Counter(), 0

@@ -25,6 +25,8 @@ class Request:
         members: positions of the images, or numbers of other pieces of work.
         cost: expected cost of one member, in any unit that all requests share.
         unit: the length of every block but the last is a multiple of it.
+        least: members that a block has at least, where that leaves something for every worker: a block has
+            costs of its own.
         most: members of the largest block; a multiple of `unit`.
         whole: whether what is handed out again has to be whole units, as where noise is drawn in batches.
         waiting: members that no worker has.
@@ -35,6 +37,7 @@ class Request:
     members: Sequence[int]
     cost: float = 1.0
     unit: int = 1
+    least: int = 1
     most: int = 1
     whole: bool = False
     waiting: deque[int] = field(init=False)
@@ -44,10 +47,10 @@ class Request:
     def __post_init__(self) -> None:
         self.waiting, self.open = deque(self.members), set(self.members)
 
-    def size(self, share: float) -> int:
-        """Members of its next block, if the block should cost `share`."""
-        units = int(share / (self.cost * self.unit))
-        return min(max(units * self.unit, self.unit), self.most, len(self.waiting))
+    def size(self, share: float, workers: int) -> int:
+        """Members of its next block, if the block should cost `share` and there are so many workers."""
+        wanted = max(int(share / self.cost), min(self.least, len(self.waiting) // max(workers, 1)))
+        return min(max(wanted // self.unit * self.unit, self.unit), self.most, len(self.waiting))
 
 
 @dataclass(eq=False)
@@ -95,8 +98,8 @@ class Dispatch:
         if not waiting:
             return None
         share = sum(len(request.waiting) * request.cost for request in waiting) / (SHARE * max(workers, 1))
-        chosen = max(waiting, key=lambda request: request.size(share) * request.cost)
-        members = [chosen.waiting.popleft() for _ in range(chosen.size(share))]
+        chosen = max(waiting, key=lambda request: request.size(share, workers) * request.cost)
+        members = [chosen.waiting.popleft() for _ in range(chosen.size(share, workers))]
         self._assigned[worker] = Assigned(chosen, members)
         return self._assigned[worker]
 

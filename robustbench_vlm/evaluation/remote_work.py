@@ -18,6 +18,12 @@ from robustbench_vlm.evaluation.worker import Attack, Done, Found, Order, packed
 
 UNIT = 8
 """Blocks are multiples of so many images on a CPU, where smaller calls than the full shape cost less."""
+LEAST = 2
+"""A block fills at least this part of the rows of a call, if there are images enough.
+
+It begins with calls that find out which smaller shapes give the same bits, and ends with calls that are not
+full.
+"""
 MOST = 8
 """Rows of calls that the largest block fills."""
 
@@ -130,7 +136,8 @@ class RemoteWork:
         costs = [attack.cost(self.setup.job.n_classes) for _, attack in stages]
         passes = sum(forwards + 2 * gradients for forwards, gradients in costs)
         unit = min(UNIT, rows) if keyed and self.on_cpu else rows
-        request = Request(members, float(self._price * passes), unit, MOST * rows, whole=not keyed)
+        cost, least = float(self._price * passes), max(rows // LEAST, unit)
+        request = Request(members, cost, unit, least, MOST * rows, whole=not keyed)
 
         def order(part: Sequence[int]) -> Order:
             block = read(part)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import LORA, PAPER, PROBE, write_recipe
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete
@@ -86,7 +86,8 @@ def process_of(rank, launcher):
 
 
 def files_of(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Every file of a checkpoint folder but the lock of the command that wrote it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != one_writer.LOCK)
 
 
 def wait_for_step(step, folder, process):

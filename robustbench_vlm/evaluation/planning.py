@@ -303,7 +303,7 @@ def perform(
     for split in splits:
         for note in split.notes:
             remark(f"note: {split.card.name}: {note}")
-    joint = JointProgress(report, f"{count} cells on {executor.name}")
+    joint = JointProgress(report, f"{count} cell{'s' if count != 1 else ''} on {executor.name}")
     opening = threading.Lock()  # subjects are opened one after the other: it takes memory and the text tower
 
     def task(number: int, loaded: Loaded, split: Split) -> Callable[[], list[Path]]:

@@ -1,6 +1,8 @@
 """Every recipe of the tiny world trains through the command line; the papers' recipes are what they say."""
 
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from robustbench_vlm.models import zoo
 SHORT = ["optim.steps=2", "optim.warmup=1", "optim.batch_size=8", "probe.n=8", "probe.every=2"]
 MADE = ("tiny-clean-teacher", "tiny-robust-teacher")  # from a start that `make tiny-weights` makes
 TINY = [name for name in reader.names("recipes") if name.startswith("tiny-") and name not in MADE]
+GOLDEN = Path(__file__).parent / "golden"
 PAPER = [name for name in reader.names("recipes") if name.startswith("paper-")]
 
 
@@ -120,12 +123,13 @@ BEFORE = "9b989005e42327fdb20dbddbddf88b03816e204427d4f33d6d6030681232e9f1"
 
 def test_new_fields_at_their_defaults_leave_old_fingerprints_alone():
     """Fingerprint of `tiny-tecoa` as it was before starts, modes, optimisers and prompts could be chosen."""
-    assert recipe("tiny-tecoa").fingerprint == BEFORE
-    table = recipe("tiny-tecoa").model_dump(mode="json")
+    untuned = Recipe.model_validate(tomllib.loads((GOLDEN / "tiny-tecoa-untuned.toml").read_text()))
+    assert untuned.fingerprint == BEFORE
+    table = untuned.model_dump(mode="json")
     assert set(table["inner"]) == {"norm", "eps", "steps", "step_size"}
     assert set(table["optim"]) == {"lr", "weight_decay", "steps", "warmup", "batch_size", "grad_clip"}
     assert "prompts" not in table
-    whole = recipe("tiny-tecoa").model_dump(mode="json", context={"all": True})
+    whole = untuned.model_dump(mode="json", context={"all": True})
     assert (whole["inner"]["mode"], whole["optim"]["algorithm"], whole["prompts"]) == ("eval", "adamw", None)
     changed = recipe("paper-tecoa-original").model_dump(mode="json")
     assert (changed["inner"]["mode"], changed["optim"]["algorithm"]) == ("train", "sgd")

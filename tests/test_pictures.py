@@ -1,6 +1,7 @@
 """Adversarial images that were kept: as PNG files, in the page, and refused where they are others."""
 
 import base64
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_page import content
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import DataError, InputError
-from robustbench_vlm.results import adversarial_images, leaderboard, result_file
+from robustbench_vlm.results import adversarial_images, evidence, leaderboard, pictures, result_file
 from robustbench_vlm.results.page.gallery import Gallery
 
 
@@ -159,3 +160,78 @@ def test_without_kept_images_there_are_no_pictures(evaluated, monkeypatch, tmp_p
     monkeypatch.setattr(adversarial_images, "path", lambda _: tmp_path / "none")
     assert Gallery(3, lambda *_: None).of_row(found) == []
     assert leaderboard.table(found, reader.suite("tiny")).shape[0] == len(found)
+
+
+@pytest.fixture(scope="module")
+def evident(tiny_root, tmp_path_factory):
+    """The folder of an evaluation that kept evidence in place of images."""
+    out = tmp_path_factory.mktemp("evident")
+    words = [
+        "--model",
+        "tiny",
+        "--attack",
+        "fgsm",
+        "--dataset",
+        "tiny-colours",
+        "--n",
+        "8",
+        "--suite",
+        "tiny",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        more = ["--out", out, "--data-root", tiny_root, "--save-evidence"]
+        assert run_command(patch, "eval", *words, *more) == 0
+    return out
+
+
+def test_pictures_are_made_from_evidence_and_the_clean_image(
+    evident, tiny_root, tmp_path, monkeypatch, capsys
+):
+    result = results(evident)[0]
+    verdict = first_broken(result)
+    words = ["show", "image", result.path, verdict.key, "--out", tmp_path, "--data-root", tiny_root]
+    assert run_command(monkeypatch, *words) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    shown = {kind: pixels(Path(path).read_bytes()) for kind, path in files.items()}
+    assert list(shown) == ["clean", "perturbation", "adversarial"]
+    moved = np.abs(shown["adversarial"] - shown["clean"]).max()
+    assert 1.5 / 255 <= moved <= 4 / 255 + 0.51 / 255
+    words = ["--results", evident, "--out", tmp_path, "--gallery", "2", "--data-root", tiny_root]
+    assert run_command(monkeypatch, "leaderboard", *words) == 0
+    row = content((tmp_path / "tiny.html").read_bytes())["contests"][0]["rows"][0]
+    address = row["pictures"][0]["images"][2][1]
+    in_page = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    assert in_page == Path(files["adversarial"]).read_bytes()
+
+
+def test_evidence_without_the_dataset_shows_nothing_and_says_why(evident, tmp_path, monkeypatch, capsys):
+    result = results(evident)[0]
+    words = [
+        "show",
+        "image",
+        result.path,
+        first_broken(result).key,
+        "--out",
+        tmp_path,
+        "--data-root",
+        tmp_path,
+    ]
+    assert run_command(monkeypatch, *words) == 2
+    assert "a bundle of evidence, which holds the difference from the clean image" in capsys.readouterr().err
+    assert Gallery(2, lambda *_: None).of_row([result]) == []
+
+
+def test_evidence_of_another_result_is_refused(evident, tmp_path, monkeypatch):
+    result = results(evident)[0]
+    clean = np.zeros((3, 32, 32), np.float32)
+    bundle = evidence.read(evidence.path_of(result.path))
+    other = dataclasses.replace(bundle, result={**bundle.result, "sha256": "0" * 64})
+    for changed, message in (
+        (other, "evidence of another result"),
+        (dataclasses.replace(bundle, images={}), "no such image; expected every image that was broken"),
+    ):
+        path = tmp_path / f"{len(changed.images)}.zip"
+        path.write_bytes(evidence.encoded(changed))
+        monkeypatch.setattr(evidence, "path_of", lambda _, path=path: path)
+        with pytest.raises(DataError, match=message):
+            pictures.of_verdict(result, first_broken(result), lambda *_: clean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,17 @@ def show(name: str, key: str, results: Path, out: Path, data_root: Path) -> None
         out: folder of the PNG files.
         data_root: folder of the datasets; without the dataset only the adversarial image is written.
     """
-    from robustbench_vlm.results import adversarial_images, result_file
+    from robustbench_vlm.results import adversarial_images, pictures, result_file
 
     is_file = Path(name).is_file()
     found = result_file.read_one(Path(name)) if is_file else None
     result = found or adversarial_images.find(result_file.read(results), name)
     verdict = adversarial_images.line(result, key)
-    adversarial = adversarial_images.read(result, verdict)
-    images = {"adversarial": adversarial}
-    clean = clean_or_none(result, verdict, adversarial, data_root)
-    if clean is not None:
-        scaled = adversarial_images.perturbation(clean, adversarial)
-        images = {"clean": clean, "perturbation": scaled, **images}
+    images = pictures.of_verdict(result, verdict, partial(clean_or_none, data_root=data_root))
+    if not images:
+        do = "say where the dataset is with --data-root"
+        what = "a bundle of evidence, which holds the difference from the clean image"
+        raise DataError(f"image {verdict.key}", what, "its dataset below --data-root", do)
     stem = store.file_name(f"{result.model[0]}-{verdict.key.replace('/', '-')}")
     files = {kind: out / f"{stem}-{kind}.png" for kind in images}
     for kind, image in images.items():

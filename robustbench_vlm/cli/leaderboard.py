@@ -22,7 +22,7 @@ def leaderboard(
         bool, typer.Option("--no-bits", help="Leave the verdicts of single images out of the page.")
     ] = False,
     gallery: Annotated[
-        int, typer.Option(min=0, help="Pictures a row in the page, where eval kept adversarial images.")
+        int, typer.Option(min=0, help="Pictures a row in the page, where eval kept images or evidence.")
     ] = 0,
     data_root: DataRoot = Path("data"),
     as_json: AsJson = False,

@@ -16,13 +16,14 @@ from robustbench_vlm.results.adversarial_images import require_distance
 from robustbench_vlm.results.result_file import Result
 
 
-def read(result: Result, verdict: pd.Series, adversarial: np.ndarray, root: Path) -> np.ndarray:
+def read(result: Result, verdict: pd.Series, adversarial: np.ndarray | None, root: Path) -> np.ndarray:
     """(3, H, W) float32 in [0, 1]: the image as the attack met it before its first step.
 
     Args:
         result: tells the dataset, its split and the canvas.
         verdict: one row of its verdicts.
-        adversarial: (3, H, W) the image that broke the model; its distance must be that of the verdict.
+        adversarial: (3, H, W) the image that broke the model; its distance must be that of the verdict. None
+            where it is yet to be made from the clean image, as in a bundle of evidence.
         root: folder of the datasets.
 
     Raises:
@@ -38,7 +39,8 @@ def read(result: Result, verdict: pd.Series, adversarial: np.ndarray, root: Path
         do = "use the data that the result was measured on"
         raise DataError(f"image {verdict.key}", "another file than at the evaluation", "the same bytes", do)
     pixels: np.ndarray = np.moveaxis(found.pixels, -1, 0).astype(np.float32) / np.float32(255)
-    require_distance(pixels, adversarial, config["norm"], float(verdict.distance))
+    if adversarial is not None:
+        require_distance(pixels, adversarial, config["norm"], float(verdict.distance))
     return pixels
 
 

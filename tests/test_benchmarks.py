@@ -127,6 +127,7 @@ def test_graphs_without_a_gpu_are_refused_at_once():
     assert "--graphs needs --device cuda" in ran.stderr
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_evaluation_is_measured():
     ran = script(70, "--px", 40, "--keep", 0.1, name="evaluate_memory.py")
     assert ran.returncode == 0, ran.stderr
@@ -149,6 +150,7 @@ def test_torchattacks_is_measured_beside(tmp_path):
 # Training
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_every_way_once(tmp_path):
     out = tmp_path / "steps.md"
     words = ["--rounds", "2", "--batch", "8", "--steps", "1", "--out", out]

@@ -533,9 +533,7 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
     (root / "cards" / "heldout.toml").write_text(
         'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'
     )
-    ran = subprocess.run(
-        command(root, data, tmp_path, "--jobs", "2"), capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run(command(root, data, tmp_path), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "1 trainings or measurements to do" in ran.stderr  # the teacher
     assert "3 trainings or measurements to do" in ran.stderr

@@ -4,7 +4,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -375,26 +374,22 @@ def steps_done(out):
     return sum(path.read_bytes().count(b'"loss"') for path in out.rglob("log.jsonl"))
 
 
-def killed_at(root, data, out, least):
-    """Start the study with two processes, and kill their parent once that many steps are done."""
-    return command_line.kill_command(command(root, data, out, "--jobs", "2"), lambda: steps_done(out), least)
-
-
-def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_ran_through(
+def test_a_study_killed_and_resumed_by_two_workers_has_the_tables_of_one_that_ran_through(
     world_of_study, tmp_path
 ):
+    pytest.importorskip("ray")
     root, data = world_of_study
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     ran = subprocess.run(command(root, data, whole), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "study small: 4 runs, 0 finished" in ran.stderr
-    killed_at(root, data, torn, 3)
-    time.sleep(1.0)  # children end with their parent, and let go of their folders
-    left = steps_done(torn)
-    time.sleep(0.5)
-    assert steps_done(torn) == left < 16
+    assert command_line.kill_command(command(root, data, torn), lambda: steps_done(torn), 3) < 16
     ran = subprocess.run(
-        command(root, data, torn, "--jobs", "2"), capture_output=True, text=True, check=False
+        command(root, data, "torn", "--workers", "2"),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
     same = ("small.csv", "small-summary.csv")
@@ -433,7 +428,7 @@ def test_a_study_killed_and_resumed_by_two_processes_has_the_tables_of_one_that_
 
 def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_study, tmp_path):
     root, data = world_of_study
-    options = ("--jobs", "2", "--seeds", "1")
+    options = ("--seeds", "1")
     out = tmp_path / "out"
     first = work_folder(root, out)
     store.write_json(first / "model" / "recipe.json", {"fingerprint": "another"})
@@ -442,6 +437,16 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_st
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith("error: one, seed 0: --out ")
     assert "a run of another recipe is in it, with " in last
+
+
+def test_the_nodes_of_a_cluster_need_paths_from_the_root(world_of_study, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    typed = CliRunner().invoke(app, ["study", "efficiency", "--workers", "ray", "--out", "runs"])
+    assert isinstance(typed.exception, InputError)
+    assert "--out runs: a relative path, with --workers ray; expected a path from the root" in str(
+        typed.exception
+    )
 
 
 def work_folder(root, out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +17,8 @@ from robustbench_vlm.cli.options import DataRoot, Device, device_of, require_tin
 from robustbench_vlm.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from robustbench_vlm.studies import pool
     from robustbench_vlm.studies.frontier.perform import Places
+    from robustbench_vlm.studies.task import Resources
 
 
 def study(  # noqa: PLR0913 - options of a command
@@ -30,7 +31,10 @@ def study(  # noqa: PLR0913 - options of a command
     method: Annotated[
         list[str] | None, typer.Option(help="Of a frontier study, train only this method; repeatable.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
+    workers: Annotated[
+        str,
+        typer.Option(help="Train by N workers on this machine, or by ray: those of the cluster RAY_ADDRESS."),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and stop.")] = False,
     render: Annotated[
         bool, typer.Option("--render", help="Of a frontier study, write the pages from outcomes alone.")
@@ -42,6 +46,9 @@ def study(  # noqa: PLR0913 - options of a command
 
     An interrupted study continues when the command is repeated.
     """
+    from robustbench_vlm.evaluation.executor import require_workers
+
+    require_workers(workers)
     card = reader.study(name)
     given = [("--method", bool(method)), ("--render", render)]
     if isinstance(card, Frontier):
@@ -49,10 +56,11 @@ def study(  # noqa: PLR0913 - options of a command
             raise InputError("--seeds", f"{card.name} is a frontier study", "seeds as its card says")
     elif refused := [flag for flag, there in given if there]:
         raise InputError(refused[0], f"{card.name} is no frontier study", 'a card with kind = "frontier"')
-    from robustbench_vlm.studies import pool
     from robustbench_vlm.studies.frontier.perform import Places
+    from robustbench_vlm.studies.task import Resources
 
-    where = pool.Resources(data_root, "cpu" if dry_run or render else str(device_of(device)), jobs)
+    where = Resources(data_root, "cpu" if dry_run or render else str(device_of(device)), workers)
+    _require_shared(workers, {"--out": out, "--tables": tables, "--data-root": data_root})
     places = Places(out, tables)
     if not isinstance(card, Frontier):
         _arms(card, places, where, seeds, dry_run=dry_run)
@@ -62,7 +70,21 @@ def study(  # noqa: PLR0913 - options of a command
         _frontier(card, places, where, method or [], render=render)
 
 
-def _arms(card: Study, places: Places, where: pool.Resources, seeds: int | None, *, dry_run: bool) -> None:
+def _require_shared(workers: str, folders: Mapping[str, Path]) -> None:
+    """Refuse folders that the nodes of a cluster could not find.
+
+    Raises:
+        InputError: a relative path, which means another folder in another process.
+    """
+    from robustbench_vlm.evaluation.executor import CLUSTER
+
+    for flag, folder in folders.items():
+        if workers == CLUSTER and not folder.is_absolute():
+            expected = "a path from the root, on a disk that all nodes have"
+            raise InputError(f"{flag} {folder}", f"a relative path, with --workers {CLUSTER}", expected)
+
+
+def _arms(card: Study, places: Places, where: Resources, seeds: int | None, *, dry_run: bool) -> None:
     """A study of arms: train, attack, write."""
     from robustbench_vlm.studies import findings, render, runner
 
@@ -98,9 +120,7 @@ def _frontier_state(card: Frontier, places: Places, methods: list[str]) -> None:
     console.show(f"study {card.name}", ["method", "seed", "trial", "dials", "state"], rows)
 
 
-def _frontier(
-    card: Frontier, places: Places, where: pool.Resources, methods: list[str], *, render: bool
-) -> None:
+def _frontier(card: Frontier, places: Places, where: Resources, methods: list[str], *, render: bool) -> None:
     """A frontier study: train and judge, unless the pages alone are asked for; write."""
     from robustbench_vlm.studies.frontier import files, perform
 

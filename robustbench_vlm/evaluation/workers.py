@@ -5,7 +5,7 @@ into Ray's object store once; the store copies it to a node when the first worke
 needs the files of models, and all workers have the same weights. Images travel with their orders, as bytes:
 10 MB for 64 images of 224 px, which are attacked for minutes. So no node but the driver's needs the datasets.
 
-This is the only file that imports Ray.
+This file and `studies/remote_tasks.py` import Ray; all others do without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,27 @@ def executor(
     Raises:
         InputError: a device that cannot be shared out, or a cluster that cannot be joined.
     """
-    joined = _cluster(device) if workers == CLUSTER else _here(int(workers), device, model_bytes)
-    with joined as cluster:
+    with connected(workers, device, model_bytes) as cluster:
         pool = Pool(cluster, remark)
         try:
             at_once = min(SUBJECTS, cluster.capacity() + 1)
             yield Executor(pool.works, at_once, f"{cluster.capacity()} workers")
         finally:
             pool.close()
+
+
+def connected(workers: str, device: torch.device, model_bytes: int = 0) -> AbstractContextManager[RayCluster]:
+    """A Ray of this machine, which ends with the context, or the cluster of `RAY_ADDRESS`.
+
+    Args:
+        workers: how many on this machine, or `ray` for the cluster.
+        device: of the workers.
+        model_bytes: that the workers share.
+
+    Raises:
+        InputError: a device that cannot be shared out, or a cluster that cannot be joined.
+    """
+    return _cluster(device) if workers == CLUSTER else _here(int(workers), device, model_bytes)
 
 
 class _Actor(Worker):
@@ -121,7 +134,7 @@ class _Handle:
 
 
 @dataclass(frozen=True)
-class _Cluster:
+class RayCluster:
     """A Ray that this process is connected to; see `cluster.Cluster`.
 
     Attributes:
@@ -140,25 +153,29 @@ class _Cluster:
 
     @property
     def on_cpu(self) -> bool:
+        """See `cluster.Cluster`."""
         return self.device == "cpu"
 
     def capacity(self) -> int:
+        """See `cluster.Cluster`."""
         if self.most is not None:
             return self.most
         room = ray.cluster_resources()
         return int(room.get("GPU", 0) / self.gpu if self.gpu else room.get("CPU", 0))
 
     def put(self, value: Any) -> Reference:  # noqa: ANN401 - anything
+        """See `cluster.Cluster`."""
         return ray.put(value)
 
     def start(self) -> _Handle:
+        """See `cluster.Cluster`."""
         options = {"num_cpus": 0 if self.gpu else 1, "num_gpus": self.gpu, "max_restarts": 0}
         actor = ray.remote(**options)(_Actor).remote(self.device, self.threads)
         return _Handle(actor, actor.about.remote())
 
 
 @contextmanager
-def _here(number: int, device: torch.device, model_bytes: int) -> Iterator[_Cluster]:
+def _here(number: int, device: torch.device, model_bytes: int) -> Iterator[RayCluster]:
     """A Ray of this machine alone, that ends with the context; the folder that it writes to is removed."""
     _require_shared(device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -174,19 +191,19 @@ def _here(number: int, device: torch.device, model_bytes: int) -> Iterator[_Clus
     try:
         with _connected(options):
             threads = max(1, torch.get_num_threads() // number)
-            yield _Cluster(device.type, threads, joining=False, gpu=share(gpus, number), most=number)
+            yield RayCluster(device.type, threads, joining=False, gpu=share(gpus, number), most=number)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _cluster(device: torch.device) -> Iterator[_Cluster]:
+def _cluster(device: torch.device) -> Iterator[RayCluster]:
     """The cluster of `RAY_ADDRESS`: a worker for every GPU, or for every CPU where there is no GPU."""
     _require_shared(device)
     address = os.environ["RAY_ADDRESS"]
     with _connected({"address": address}):
         gpu = 1.0 if device.type != "mps" and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-        yield _Cluster("cuda" if gpu else device.type, 1, joining=True, gpu=gpu, most=None)
+        yield RayCluster("cuda" if gpu else device.type, 1, joining=True, gpu=gpu, most=None)
 
 
 def share(gpus: int, workers: int) -> float:

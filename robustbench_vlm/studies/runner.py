@@ -19,9 +19,9 @@ from robustbench_vlm.cards.study import Arm, Final, Study
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError, InputError
 from robustbench_vlm.evaluation import planning
-from robustbench_vlm.studies import pool
+from robustbench_vlm.studies import work_off
 from robustbench_vlm.studies.clock import Clock
-from robustbench_vlm.studies.pool import Resources
+from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training import loop, prepare
 
 Remark = Callable[[str], None]
@@ -173,7 +173,7 @@ def perform(study: Study, todo: Sequence[StudyRun], resources: Resources, remark
     check(study, waiting, resources)
     begun = time.perf_counter()
     tasks = [ArmTask(run, study.final) for run in waiting]
-    for done, (run, _, seconds) in enumerate(pool.perform(tasks, resources), 1):
+    for done, (run, _, seconds) in enumerate(work_off.perform(tasks, resources), 1):
         left = (time.perf_counter() - begun) / done * (len(waiting) - done)
         last = f"about {left / 60:.0f} min left" if done < len(waiting) else "that was the last"
         remark(f"{run.name}: done in {seconds:.0f} s; {done} of {len(waiting)}, {last}")

@@ -11,10 +11,10 @@ from robustbench_vlm import devices
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.evaluation import planning
-from robustbench_vlm.studies import pool
+from robustbench_vlm.studies import work_off
 from robustbench_vlm.studies.frontier import choice, outcomes
 from robustbench_vlm.studies.frontier.trials import Judging, TeacherRun, TrialTask, request
-from robustbench_vlm.studies.pool import Resources
+from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training import prepare
 
 Remark = Callable[[str], None]
@@ -117,7 +117,7 @@ def _work_off(
     path = outcomes.ledger(places.tables, study.name)
     remark(f"study {study.name}: {len(tasks)} trainings or measurements to do")
     begun = time.perf_counter()
-    for done, (task, found, seconds) in enumerate(pool.perform(tasks, resources), 1):
+    for done, (task, found, seconds) in enumerate(work_off.perform(tasks, resources), 1):
         outcomes.append(path, found)
         left = (time.perf_counter() - begun) / done * (len(tasks) - done)
         last = f"about {left / 60:.0f} min left" if done < len(tasks) else "that was the last"

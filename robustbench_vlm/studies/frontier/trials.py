@@ -19,7 +19,7 @@ from robustbench_vlm.models.checkpoint_card import read_card
 from robustbench_vlm.results import result_file
 from robustbench_vlm.studies import clock, runner
 from robustbench_vlm.studies.frontier import outcomes
-from robustbench_vlm.studies.pool import Resources
+from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training.finish import interpolate_folder
 
 

@@ -200,7 +200,7 @@ def test_trajectories_come_target_by_target_each_with_noise_of_its_own_name():
 
     tiny = Threat("linf", Fraction(1, 25500))
     attack = Told("targeted-dlr", 1, 0.75, 2, 3)
-    findings(model, images[:1], labels[:1], attack, tiny, active_rows=1, keys=["a"], seed=7, stage="s")
+    findings(model, images[:1], labels[:1], attack, tiny, batch_size=1, keys=["a"], seed=7, stage="s")
     ranked = canonical.logits(model, images[:1], ROWS)[0].argsort(descending=True).tolist()[1:4]
     assert met == [(f"7/a/s/{target}/{r}", target, r) for target in ranked for r in (0, 1)]
 
@@ -299,7 +299,7 @@ def test_square_passing_over_and_looking_ahead_find_what_one_proposal_at_a_time_
     assert norm == "l2" or sum(idle for _, idle, _ in plain) > 0
     for live in (3, ROWS):  # 16 rows for 12 images: lookahead groups from the first query on
         attack = Recorded(queries, 0.8, 1)
-        found = findings(model, images, labels, attack, threat, active_rows=live)
+        found = findings(model, images, labels, attack, threat, batch_size=live)
         for i, (points, idle, spent) in enumerate(plain):
             ours = attack.log[images[i].numpy().tobytes()]
             assert ours.keys() == points.keys()

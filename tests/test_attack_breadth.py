@@ -290,7 +290,7 @@ def test_a_norm_that_a_chain_cannot_do_names_the_chains_that_can():
 def test_l1_goes_all_the_way_from_pixels_to_a_table():
     model, images, labels = classifier(10), *blobs(12, 10, seed=1)
     found = robustbench_vlm.attack(
-        model, images, labels, Threat("l1", Fraction(1)), chain="autoattack-l1", active_rows=12
+        model, images, labels, Threat("l1", Fraction(1)), chain="autoattack-l1", batch_size=12
     )
     table = found.verdicts
     assert list(found.robust) == ["apgd-ce", "apgd-t", "fab-t", "square"]

@@ -26,7 +26,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 def watched(model, calls=12):
     """A watch over some gradient calls."""
     images, labels = data()
-    watch = AttackWatch(Model(model), ROWS)
+    watch = AttackWatch(Model(model), ROWS, ROWS)
     oracle = Oracle(watch.watched.attacked)
     for number in range(calls):
         oracle.gradient((images + 0.001 * number).clamp(0, 1), lambda logits: margins(logits, labels))
@@ -116,18 +116,18 @@ def test_a_line_to_a_survivor_along_which_the_gradient_says_nothing_is_seen():
 
 
 def test_only_few_survivors_are_kept_and_none_that_is_broken_later():
-    watch = AttackWatch(Model(classifier()), ROWS)
+    watch = AttackWatch(Model(classifier()), ROWS, ROWS)
     image = torch.zeros(3, 12, 12)
-    for key in "abc":
+    for key in "abcdefghi":
         watch.note(finding(key), image, 0)
-    assert list(watch._survivors) == ["a", "b"]
+    assert "".join(watch._survivors) == "abcdefgh"
     watch.note(finding("a", broken=True), image, 0)
-    watch.note(finding("c"), image, 0)
-    assert list(watch._survivors) == ["b", "c"]
+    watch.note(finding("i"), image, 0)
+    assert "".join(watch._survivors) == "bcdefghi"
 
 
 def test_without_an_attack_nothing_is_checked():
-    assert checked(AttackWatch(Model(classifier()), ROWS)) == ({}, attack_watch.Cost())
+    assert checked(AttackWatch(Model(classifier()), ROWS, ROWS)) == ({}, attack_watch.Cost())
 
 
 def test_the_coarsest_type_of_a_model_is_noticed():

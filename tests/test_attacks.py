@@ -131,9 +131,7 @@ def test_findings_do_not_depend_on_scheduling(name, threat):
     assert torch.equal(images, before)
     turned = torch.randperm(20, generator=torch.Generator().manual_seed(3)).tolist()
     for live, order in ((1, turned[:6]), (7, turned), (16, range(20))):
-        for found in findings(
-            model, images, labels, attack, threat, stop=stop, active_rows=live, order=order
-        ):
+        for found in findings(model, images, labels, attack, threat, stop=stop, batch_size=live, order=order):
             _same(found, whole[int(found.key.rsplit("/")[-1])])
 
 
@@ -141,7 +139,7 @@ def test_findings_are_equal_for_1_7_and_64_live_rows_near_the_boundary():
     model, images, labels = _data(40)
     attack = Apgd("ce", 10, 0.75, 1, 0)
     assert position_dependence(model, images, 64) == 0
-    runs = [findings(model, images, labels, attack, LINF, rows=64, active_rows=live) for live in (1, 7, 64)]
+    runs = [findings(model, images, labels, attack, LINF, rows=64, batch_size=live) for live in (1, 7, 64)]
     assert 0.3 <= sum(f.broken for f in runs[0]) / 40 <= 0.7
     for others in runs[1:]:
         for a, b in zip(runs[0], others, strict=True):
@@ -172,7 +170,7 @@ def test_looking_at_the_flags_less_often_changes_nothing(name, monkeypatch):
     model, images, labels = _data()
     often = findings(model, images, labels, attack, _home(attack), stop=stop)
     monkeypatch.setitem(scheduler.POLL, "cpu", 5)
-    rarely = findings(model, images, labels, attack, _home(attack), stop=stop, active_rows=9)
+    rarely = findings(model, images, labels, attack, _home(attack), stop=stop, batch_size=9)
     for a, b in zip(often, rarely, strict=True):
         _same(a, b)
 
@@ -218,7 +216,7 @@ def test_the_best_iterate_has_the_largest_objective_of_all_that_were_met(attack)
         return logits
 
     # sixteen rows for sixteen images: row i of every call is image i
-    found = findings(watched, images, labels, attack, _home(attack), stop="best")
+    found = findings(watched, images, labels, attack, _home(attack), stop="best", batch_size=16)
     broken = [i for i, f in enumerate(found) if f.broken]
     assert broken
     last = findings(model, images, labels, attack, _home(attack), stop="last")
@@ -323,8 +321,8 @@ def test_wrong_input_is_refused_by_name():
         findings(model, images, labels, OnlyLinf("ce", 2, "eps/4", 1, True), L2)
     with pytest.raises(InputError, match=r"float32 pixels in \[0, 1\]"):
         findings(model, images * 2, labels, attack, LINF)
-    with pytest.raises(InputError, match="active rows: 17"):
-        findings(model, images, labels, attack, LINF, active_rows=17)
+    with pytest.raises(InputError, match="batch size: 0"):
+        findings(model, images, labels, attack, LINF, batch_size=0)
     with pytest.raises(InputError, match="distinct keys"):
         findings(model, images, labels, attack, LINF, keys=["a", "a", "b", "c"])
     with pytest.raises(InputError, match="targets"):
@@ -468,7 +466,7 @@ def test_chains_are_read_and_autoattack_begins_with_aa2():
     assert chain["autoattack"].stage[:2] == chain["aa2"].stage
     assert chain["pgd20"].stop == "last"
     for card in chain.values():
-        assert card.rows == 64
+        assert card.rows == 16
         for stage in card.stage:
             plugin = plugins.build("attacks", stage.attack, stage.fields, card.name)
             assert set(vars(plugin)) == set(stage.fields), "every number is written out"

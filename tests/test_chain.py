@@ -21,9 +21,9 @@ def test_every_packaged_chain_is_built_once_and_answers(name):
     assert chain.cost(10) == (sum(f for f, _ in costs), sum(g for _, g in costs))
     assert chain.needs(10)["white_box"] == any(gradients for _, gradients in costs)
     assert any(chain.supports(norm) for norm in ("linf", "l2", "l1"))
-    job = chain.job(Threat("linf", parse_eps("4")), 10, seed=3, active_rows=2)
+    job = chain.job(Threat("linf", parse_eps("4")), 10, seed=3, batch_size=2)
     assert (job.stages, job.rows, job.stop) == (chain.stages, chain.rows, chain.stop)
-    assert (job.n_classes, job.seed, job.active) == (10, 3, 2)
+    assert (job.n_classes, job.seed, job.batch_size) == (10, 3, 2)
 
 
 def test_what_autoattack_needs_and_where_it_is_blind():

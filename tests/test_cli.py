@@ -162,9 +162,9 @@ def test_ways_to_attack_stand_apart(vlmrob, tmp_path):
         assert code == 0, err
         rows += json.loads(out)
     kinds = [(row["engine"], row["precision"]) for row in rows]
-    assert kinds[:2] == [("native/2", "fp32"), ("native-reference/1", "fp32")]
+    assert kinds[:2] == [("native/3", "fp32"), ("native-reference/1", "fp32")]
     assert kinds[2][0].startswith("autoattack/")
-    assert kinds[3] == ("native/2", "bf16-find")
+    assert kinds[3] == ("native/3", "bf16-find")
     code, out, _ = vlmrob("leaderboard --suite toys --json")
     assert code == 0
     assert sorted((row["engine"], row["precision"]) for row in json.loads(out)) == sorted(kinds)
@@ -207,7 +207,7 @@ def test_an_engine_that_cannot_is_left_out_aloud_and_the_tables_are_told(vlmrob)
     assert lines[0] == "# pgd5 on random0, toy, linf 2/255, seed 4"
     assert lines[1].startswith("a\tb\tboth broken\tonly a\tonly b\tagreement %\tdisagree on")
     assert [line.split("\t")[:3] for line in lines[3:] if line[0] != "#"][1] == [
-        "native fast", "native/2", "6 of 6"
+        "native fast", "native/3", "6 of 6"
     ]  # fmt: skip
 
 
@@ -382,11 +382,17 @@ def test_a_mistake_is_one_line_and_exit_2(vlmrob, tmp_path, line, words):
     assert [path.name for path in tmp_path.iterdir()] == []  # nothing was begun
 
 
-@pytest.mark.parametrize("line", [EVAL + " --n -5", EVAL + " --batch-size 0", EVAL + " --n some"])
+@pytest.mark.parametrize("line", [EVAL + " --n -5", EVAL + " --n some"])
 def test_numbers_out_of_range_are_wrong_input(vlmrob, line):
     code, out, err = vlmrob(line)
     assert (code, out) == (2, "")
     assert "Invalid value" in err
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "8193", "1.5", "some", "Auto"])
+def test_a_batch_size_is_auto_or_a_number_of_images(vlmrob, size):
+    wanted = "expected auto, or a number of images from 1 to 8192"
+    one_line(*vlmrob(f"{EVAL} --batch-size {size}"), f"--batch-size: '{size}'; {wanted}")
 
 
 def test_a_recipe_with_an_unknown_key(vlmrob, tmp_path):
@@ -408,7 +414,7 @@ def test_an_attack_card_with_an_unknown_field_stops_before_the_model_is_loaded(v
         ("pgd20", ('attack = "pgd"', 'attack = "pgdd"'), ["unknown attack 'pgdd'", "did you mean 'pgd'"]),
         ("pgd20", ("steps = 20", "steps = 0"), ["pgd: steps 0", "at least 1"]),
         ("autoattack", ("queries = 5000", "queries = 0"), ["square: queries 0", "at least 1"]),
-        ("autoattack", ("rows = 64", "rows = 0"), ["rows", "greater than or equal to 1"]),
+        ("autoattack", ("rows = 16", "rows = 0"), ["rows", "greater than or equal to 1"]),
         ("autoattack", ('name = "apgd-t"', 'name = "apgd-ce"'), ["stage names must differ"]),
         (
             "autoattack",

@@ -70,7 +70,7 @@ def test_1_7_32_and_100_rows_in_three_orders_find_the_same(name, norm):
     first, second, third = orders(40)
     for live, order in ((1, first[:5]), (7, second), (32, third), (100, first)):
         found = findings(
-            model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS, active_rows=live, order=order
+            model, images, labels, PLUGINS[name], THREATS[norm], rows=ROWS, batch_size=live, order=order
         )
         for finding in found:
             same(finding, whole[int(finding.key.rsplit("/")[-1])])
@@ -82,7 +82,7 @@ def test_stages_that_share_rows_find_the_same_in_any_order():
 
     def run(order, live):
         found = {}
-        job = Job(stages, THREATS["linf"], ROWS, 10, active_rows=live)
+        job = Job(stages, THREATS["linf"], ROWS, 10, batch_size=live)
         block = ImageBlock(images[order], labels[order], [f"image/{i}" for i in order])
         scheduler.run(
             Model(model),
@@ -128,7 +128,7 @@ def test_blocks_that_come_one_after_another_find_the_same_and_keep_rows_full():
 
         opened.clear()
         most.clear()
-        cost = Backend().run(Model(model), Job(stages, THREATS["linf"], 8, 10), cut(size), take)
+        cost = Backend().run(Model(model), Job(stages, THREATS["linf"], 8, 10, 8), cut(size), take)
         return found, cost, when
 
     whole, cost, _ = run(150)
@@ -166,10 +166,10 @@ def order(results, *stages, norm="linf", eps=("4/255",), rows=16, stop="first", 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_iterations_leave_no_trace(what, seed, tmp_path):
     counted = multiprocessing.get_context("fork").Value("i", 0)
-    assert not killed(what, order(tmp_path / "whole", active_rows=5), 0, counted)
+    assert not killed(what, order(tmp_path / "whole", batch_size=5), 0, counted)
     draw = random.Random(seed)
     kills = [
-        killed(what, order(tmp_path / "torn", active_rows=live), draw.randint(1, counted.value // 2))
+        killed(what, order(tmp_path / "torn", batch_size=live), draw.randint(1, counted.value // 2))
         for live in (3, 12, 5, 7)
     ]
     assert sum(kills) >= 2
@@ -196,7 +196,7 @@ CHANGES = {
 def remains(what, tmp_path_factory):
     """The folder of an evaluation that was killed half way."""
     folder = tmp_path_factory.mktemp("killed")
-    assert killed(what, order(folder, active_rows=5), 50)
+    assert killed(what, order(folder, batch_size=5), 50)
     assert len(list((folder / "ledger").rglob("*.jsonl"))) >= 2
     return folder
 

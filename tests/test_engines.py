@@ -85,7 +85,7 @@ def test_every_way_to_attack_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setattr(torchattacks, "NAMES", ("numpy",))
     ways = [Backend(), Backend(mode="reference"), Backend("autoattack"), Backend("torchattacks")]
     assert len({way.label for way in ways}) == 4
-    assert ways[0].label == "native/2"
+    assert ways[0].label == "native/3"
     assert ways[3].label == f"torchattacks/numpy-{np.__version__}/1"
     assert [way.keyed for way in ways] == [True, False, False, False]
 
@@ -209,8 +209,8 @@ def test_what_has_no_reference_mode_is_refused(attack, threat, stop, message):
 
 def test_active_rows_are_refused_where_batches_decide():
     with pytest.raises(InputError, match="--batch-size 4: native reference draws its noise in batches"):
-        Backend(mode="reference").require(Job(CHAIN, LINF, ROWS, 10, active_rows=4))
-    Backend().require(Job(CHAIN, LINF, ROWS, 10, active_rows=4))
+        Backend(mode="reference").require(Job(CHAIN, LINF, ROWS, 10, batch_size=4))
+    Backend().require(Job(CHAIN, LINF, ROWS, 10, batch_size=4))
 
 
 # --- what packages are asked for ---------------------------------------------------------------------------

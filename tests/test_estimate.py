@@ -8,7 +8,7 @@ import torch
 import toys
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import canonical, model_checks
+from robustbench_vlm.engine import batch_shapes, canonical, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.job import ImageBlock, Model
 from robustbench_vlm.evaluation import calls, estimate, planning
@@ -52,7 +52,7 @@ def attacked(counted, built, images, labels, eps="4/255"):
     """Attack images under a watch; returns the watch."""
     keys = [str(i) for i in range(len(images))]
     clean = canonical.logits(counted, images, built.rows)
-    watch = AttackWatch(Model(counted), built.rows)
+    watch = AttackWatch(Model(counted), built.rows, batch_shapes.of_checks(len(images), built.rows))
     block = ImageBlock(images, labels, keys, clean)
     counted.forget()
     Backend().run_chain(
@@ -69,7 +69,7 @@ def attacked(counted, built, images, labels, eps="4/255"):
 def test_the_calls_of_the_checks_are_those_of_a_model_that_counts_them(rows, white_box):
     built = chain(rows, "ce", "t", "fab", "square") if white_box else chain(rows, "square")
     assert built.needs(CLASSES)["white_box"] == white_box
-    for n in (1, 3, rows):
+    for n in (1, 3, rows, 3 * rows):
         images, labels = model_zoo.pictures(n, 1)
         counted = Counted(model_zoo.plain)
         keys = [str(i) for i in range(n)]
@@ -80,9 +80,14 @@ def test_the_calls_of_the_checks_are_those_of_a_model_that_counts_them(rows, whi
         watch, clean = attacked(counted, built, images, labels, eps="1/2550")  # all survive
         asked = watch._gradients.calls
         counted.forget()
-        watch.checks(images, clean)
-        expected = calls.after(rows, asked, worst=False)
-        assert (counted.forwards, counted.gradients) == (expected.forwards, expected.gradients), n
+        watch.checks(images[:rows], clean[:rows])
+        called = batch_shapes.of_checks(n, rows)
+        expected = calls.after(rows, called, asked, n, len(built.stages), worst=False)
+        assert (counted.forwards, counted.gradients) == (
+            sum(made.forwards for made in expected),
+            sum(made.gradients for made in expected),
+        ), n
+        assert counted.work == sum(made.rows * (made.forwards + made.gradients) for made in expected)
 
 
 def test_a_wrong_gradient_costs_what_the_worst_case_says():
@@ -105,7 +110,7 @@ def test_the_work_of_an_attack_that_all_survive_is_counted_before_it(n, stages, 
     counted = Counted(model_zoo.plain)
     labels = canonical.logits(counted, images, 16).argmax(1)
     attacked(counted, built, images, labels, eps="1/25500")
-    schedule = Schedule(Backend(), 16, 16, shrinks=True)
+    schedule = Schedule.of(Backend(), 16, None, on_cpu=True)
     made = calls.of_cell(built, CLASSES, schedule, n, n, worst=True)[1:]  # without the clean pass
     work = sum(call.rows * (call.forwards + call.gradients) for call in made)
     assert 0.7 * counted.work <= work <= 1.6 * counted.work
@@ -114,15 +119,18 @@ def test_the_work_of_an_attack_that_all_survive_is_counted_before_it(n, stages, 
 def test_a_schedule_by_hand():
     (_, targeted), (_, square) = chain(16, "t", "square").stages
     on_cpu, on_gpu = (Schedule(Backend(), 64, 64, shrinks=shrinks) for shrinks in (True, False))
-    assert [on_cpu.shape(n) for n in (1, 8, 9, 33, 64)] == [8, 8, 16, 64, 64]
+    assert [on_cpu.shape(n) for n in (1, 5, 8, 9, 33, 64)] == [4, 8, 8, 16, 64, 64]
     assert on_gpu.shape(1) == 64
-    # two targets of four gradients each: 80 trajectories side by side, or twice 40 images
+    # two targets of four gradients each: 80 trajectories side by side, or twice 40 images in calls of 64, of
+    # which 24 rows run ahead
     assert targeted.passes == (4, 4)
-    assert list(on_cpu.stage(targeted, 5, 40, ahead=True, worst=True)) == [Calls(64, 4, 4), Calls(16, 4, 4)]
+    assert list(on_gpu.stage(targeted, 5, 40, ahead=True, worst=True)) == [Calls(64, 4, 4), Calls(64, 4, 4)]
+    assert list(on_cpu.stage(targeted, 5, 40, ahead=True, worst=True)) == [Calls(64, 8, 8)]
+    assert list(on_cpu.stage(targeted, 5, 3, ahead=True, worst=True)) == [Calls(4, 8, 8)]
     assert list(on_gpu.stage(targeted, 5, 40, ahead=False, worst=True)) == [Calls(64, 8, 8)]
     assert list(on_cpu.stage(square, 5, 8, ahead=True, worst=True)) == [Calls(8, 13, 0)]
-    ahead = list(on_cpu.stage(square, 5, 4, ahead=True, worst=False))
-    assert ahead == [Calls(8, 7, 0)]  # 12 queries and the start point, two rows an image
+    ahead = list(on_cpu.stage(square, 5, 2, ahead=True, worst=False))
+    assert ahead == [Calls(4, 7, 0)]  # 12 queries and the start point, two rows an image
     few = Schedule(Backend(), 64, 10, shrinks=True)  # --batch-size 10
     assert list(few.stage(square, 5, 25, ahead=True, worst=True)) == [Calls(16, 26, 0), Calls(8, 13, 0)]
 

@@ -343,7 +343,7 @@ def test_live_rows_and_the_order_on_disk_change_no_bit(card, tmp_path):
     what = toys.subject(card, root)
     found = {}
     for live in (1, 7, 64):
-        order = toys.request(tmp_path / f"live{live}", chain, save_images=True, active_rows=live)
+        order = toys.request(tmp_path / f"live{live}", chain, save_images=True, batch_size=live)
         ((path, content),) = toys.run(what, order)
         found[live] = evidence(path), content["sha256"]
     shuffled = np.random.default_rng(0).permutation(n).tolist()

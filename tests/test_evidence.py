@@ -141,7 +141,7 @@ def test_evidence_changes_no_verdict_and_is_made_later_too(what, tmp_path):
 
 def test_the_bytes_do_not_depend_on_how_the_work_was_done(what, tmp_path):
     whole = measured(what, tmp_path / "whole")
-    torn = measured(what, tmp_path / "torn", active_rows=3)
+    torn = measured(what, tmp_path / "torn", batch_size=3)
     again = [evidence.path_of(path).read_bytes() for path in (*whole, *torn)]
     assert again[0] == again[1]
 

@@ -1,4 +1,4 @@
-"""Smaller shapes at the end of a run: only those of the same bits, and fewer rows for the same findings."""
+"""Shapes of the calls of attacks: of the same bits, no more rows than images need, and what fits memory."""
 
 import pytest
 import torch
@@ -8,12 +8,13 @@ from torch import nn
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
-from robustbench_vlm.engine import batch_shapes, canonical, scheduler
+from robustbench_vlm.engine import batch_shapes, losses, scheduler
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.threat import Threat, parse_eps
 
-ROWS = 64
+ROWS = 16  # of the canonical pass
+FULL = 64  # of the attack, where a number is given
 LINF = Threat("linf", parse_eps("4/255"))
 PLUGINS = {
     "apgd-ce": Apgd("ce", 8, 0.75, 1, 0),
@@ -37,35 +38,47 @@ class Counted(nn.Module):
         return self.told(self.model(images), grad)
 
 
-def run(model, attack, n, view=None, active_rows=None):
+def run(model, attack, n, batch_size=FULL, rows=ROWS, **seen):
     images, labels = blobs(n, 10, seed=4)
     found = {}
     cost = scheduler.run(
-        Model(model, view), Job([("s", attack)], LINF, ROWS, 10, active_rows),
+        Model(model, **seen), Job([("s", attack)], LINF, rows, 10, batch_size),
         [ImageBlock(images, labels, [str(i) for i in range(n)])], lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
     return [found[str(i)] for i in range(n)], cost
 
 
-def test_shapes_are_halves_in_whole_vectors():
-    assert batch_shapes.halves(64) == [32, 16, 8]
-    assert batch_shapes.halves(48) == [24]
-    assert batch_shapes.halves(16) == [8]
-    assert batch_shapes.halves(100) == batch_shapes.halves(8) == batch_shapes.halves(1) == []
+def require_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.adv, b.adv)
+        assert {**vars(a), "adv": None} == {**vars(b), "adv": None}
+
+
+def test_shapes_are_halves_down_to_four_and_whole_vectors_above():
+    assert batch_shapes.halves(64) == [32, 16, 8, 4]
+    assert batch_shapes.halves(48) == [24, 12]
+    assert batch_shapes.halves(8) == [4]
+    assert batch_shapes.halves(104) == [52]
+    assert batch_shapes.halves(4) == batch_shapes.halves(1) == batch_shapes.halves(12)[1:] == []
+    assert [batch_shapes.rounded(n) for n in (1, 4, 5, 8, 9, 64, 100)] == [4, 4, 8, 8, 16, 64, 104]
+    assert [batch_shapes.of_checks(n, 16) for n in (1, 5, 12, 40)] == [4, 8, 16, 16]
+
+
+def shapes(model, n, batch_size=FULL, *, forwards=True, gradients=True):
+    images, labels = blobs(n, 10, seed=4)
+    oracle = Oracle(model)
+    return batch_shapes.Shapes(oracle, images, labels, forwards, gradients, batch_size, batch_shapes.Known())
 
 
 def same_bits(told, n, *, gradients=True):
     """The shapes that a model's own numbers allow, each looked at by itself."""
-    model = Counted(told)
-    images, labels = blobs(n, 10, seed=4)
-    clean = canonical.logits(model, images, ROWS)
-    found = batch_shapes.Shapes(Oracle(model), images, labels, clean, ROWS, gradients)
-    return sorted({found.smallest(wanted) for wanted in (5, 8, 9, 16, 17, 32)}, reverse=True)
+    found = shapes(Counted(told), n, gradients=gradients)
+    return sorted({found.fit(wanted) for wanted in (3, 5, 8, 9, 16, 17, 32)}, reverse=True)
 
 
 @pytest.mark.parametrize("n", [70, 64, 11, 1])
 def test_a_model_of_independent_rows_gives_the_same_bits_in_every_shape(n):
-    assert same_bits(None, n) == same_bits(None, n, gradients=False) == [32, 16, 8]
+    assert same_bits(None, n) == same_bits(None, n, gradients=False) == [32, 16, 8, 4]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_a_model_of_independent_rows_gives_the_same_bits_in_every_shape(n):
     [
         (lambda z, grad: z + 1e-5 * (len(z) == 64), [64]),  # other logits in smaller shapes
         (lambda z, grad: z + 1e-5 * (len(z) < 16), [32, 16]),  # ... in the smallest only
-        (lambda z, grad: z + 1e-5 * (len(z) == 16), [32, 8]),  # ... in one between
+        (lambda z, grad: z + 1e-5 * (len(z) == 16), [32, 8, 4]),  # ... in one between
         (lambda z, grad: z - 1e-5 * z.mean(0), [64]),  # rows that see each other
         (lambda z, grad: z + 1e-5 * torch.rand_like(z), [64]),  # noise
         (lambda z, grad: z * (1 + 1e-5 * (len(z) < 32)) if grad else z, [32]),  # other gradients
@@ -86,47 +99,177 @@ def test_a_shape_of_other_bits_is_left_out(told, left):
 
 def test_rows_that_are_more_than_half_have_the_full_shape_and_nothing_is_looked_at():
     model = Counted()
-    images, labels = blobs(70, 10, seed=4)
-    found = batch_shapes.Shapes(Oracle(model), images, labels, torch.zeros(70, 10), ROWS, True)
-    assert found.smallest(33) == found.smallest(64) == ROWS
+    found = shapes(model, 70)
+    assert found.fit(33) == found.fit(64) == found.fit(500) == FULL
     assert not model.calls
-    assert not found.some
 
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_findings_are_those_of_the_full_shape_for_fewer_rows(name, monkeypatch):
     shrinks, full = Counted(), Counted()
-    found, _ = run(shrinks, PLUGINS[name], 100)
+    found, _ = run(shrinks, PLUGINS[name], 100, rows=FULL)
     monkeypatch.setattr(batch_shapes, "halves", lambda rows: [])
-    whole, _ = run(full, PLUGINS[name], 100)
-    assert {rows for rows, _ in full.calls} == {ROWS}
-    assert {ROWS} < {rows for rows, _ in shrinks.calls} <= {8, 16, 32, ROWS}
+    whole, _ = run(full, PLUGINS[name], 100, rows=FULL)
+    assert {rows for rows, _ in full.calls} == {FULL}
+    assert {FULL} < {rows for rows, _ in shrinks.calls} <= {4, 8, 16, 32, FULL}
     assert sum(rows for rows, _ in shrinks.calls) < sum(rows for rows, _ in full.calls)
     assert 5 <= sum(f.broken for f in whole) <= 95
-    for a, b in zip(found, whole, strict=True):
-        assert torch.equal(a.adv, b.adv)
-        assert {**vars(a), "adv": None} == {**vars(b), "adv": None}
+    require_same(found, whole)
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("n", [1, 5, 16, 70])
+def test_every_batch_size_finds_the_same(name, n):
+    whole, _ = run(Counted(), PLUGINS[name], n, batch_size=FULL)
+    for batch_size in (1, 8, 16, 100, None):
+        found, _ = run(Counted(), PLUGINS[name], n, batch_size=batch_size)
+        require_same(found, whole)
 
 
 def test_a_model_whose_numbers_depend_on_the_shape_keeps_the_full_one():
     model = Counted(lambda z, grad: z + 1e-5 * (len(z) < 64))
     run(model, PLUGINS["apgd-ce"], 20)
-    looked = [rows for rows, _ in model.calls if rows != ROWS]
-    # each is looked at once, without gradient and with it, and never used
+    looked = [rows for rows, grad in model.calls if rows not in (ROWS, FULL)]
+    # each is looked at once and never used; the attack makes no call without gradient
     assert 32 in looked
-    assert all(looked.count(rows) == 2 for rows in looked)
+    assert all(looked.count(rows) == 1 for rows in looked)
+    assert not [rows for rows, grad in model.calls if not grad and rows != ROWS]
 
 
-def test_another_attacked_view_is_called_in_the_full_shape_only():
+def test_a_view_of_one_shape_is_called_in_it_alone():
     model, view = Counted(), Counted()
-    run(model, PLUGINS["apgd-ce"], 20, view=view)
-    assert {rows for rows, _ in model.calls + view.calls} == {ROWS}
+    _, cost = run(model, PLUGINS["apgd-ce"], 20, view=view, fixed=True)
+    assert {rows for rows, _ in model.calls} == {ROWS}
+    assert {rows for rows, _ in view.calls} == {FULL} == {cost.largest}
+    run(model, PLUGINS["apgd-ce"], 20, batch_size=None, view=(other := Counted()), fixed=True)
+    assert {rows for rows, _ in other.calls} == {batch_shapes.of_fixed(None)}
 
 
-def test_few_rows_in_use_make_small_calls_and_verdicts_are_given_in_the_full_shape():
+def test_few_rows_in_use_make_small_calls_and_verdicts_are_given_in_the_canonical_shape():
     model = Counted()
-    _, cost = run(model, PLUGINS["square"], 20, active_rows=5)
+    _, cost = run(model, PLUGINS["square"], 20, batch_size=5)
     sizes = [rows for rows, _ in model.calls]
     assert sizes.count(ROWS) == cost.canonical
     assert sizes.count(8) > 100
     assert cost.forwards + cost.canonical == len(sizes)
+    assert cost.largest == 8
+
+
+# --- auto ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "largest"), [(1, 8), (4, 8), (8, 8), (16, 16)])
+def test_auto_takes_no_more_rows_than_images_need(n, largest):
+    model = Counted()
+    _, cost = run(model, PLUGINS["apgd-t"], n, batch_size=None)
+    attacked = [rows for rows, _ in model.calls]
+    assert cost.largest <= largest
+    assert max(attacked) == ROWS  # the canonical pass
+    if n == 8:  # the shape with which auto begins is not looked at
+        assert [rows for rows, _ in model.calls][1] == 8
+        assert model.calls[1][1]
+
+
+class Clock:
+    """Seconds that a model's calls take: a fixed part, and one for each row."""
+
+    def __init__(self, fixed):
+        self.now, self.fixed = 0.0, fixed
+
+    def __call__(self):
+        return self.now
+
+    def called(self, logits, _):
+        self.now += self.fixed + len(logits)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("fixed", "largest"),
+    [(10, 64), (0, 8), (1, 8), (100, 512)],  # at 10, a row costs 1.31 in calls of 32, 1.16 of 64, 1.08 of 128
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_auto_doubles_while_a_row_gets_cheaper(fixed, largest, gradients, monkeypatch):
+    clock = Clock(fixed)
+    monkeypatch.setattr(batch_shapes.time, "perf_counter", clock)
+    model = Counted(clock.called)
+    found = shapes(model, 600, batch_size=None, gradients=gradients)
+    assert found.fit(8) == 8
+    assert not model.calls
+    assert found.fit(600) == largest
+    assert max(rows for rows, _ in model.calls) == 2 * largest if largest < 512 else 1024
+    before = len(model.calls)
+    assert found.fit(600) == largest  # it is not tried again
+    assert len(model.calls) == before
+    assert found.fit(3) == 4
+
+
+def test_auto_never_takes_a_shape_of_other_bits(monkeypatch):
+    clock = Clock(100)
+    monkeypatch.setattr(batch_shapes.time, "perf_counter", clock)
+
+    def told(logits, grad):
+        return clock.called(logits, grad) + 1e-5 * (len(logits) > 16)
+
+    assert shapes(Counted(told), 600, batch_size=None).fit(600) == 16
+
+
+# --- out of memory ------------------------------------------------------------------------------------------
+
+
+def little_memory(most, after=0, error=torch.OutOfMemoryError):
+    """Calls fail that have more rows than there is memory for, from some call on."""
+    calls = []
+
+    def told(logits, grad):
+        calls.append(grad)
+        if grad and len(logits) > most and len(calls) > after:
+            raise error("CUDA out of memory. Tried to allocate 2 GiB")
+        return logits
+
+    return told
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t"])
+@pytest.mark.parametrize("after", [0, 6])
+def test_a_run_out_of_memory_goes_on_in_smaller_calls_and_finds_the_same(name, after):
+    whole, _ = run(Counted(), PLUGINS[name], 70)
+    model = Counted(little_memory(16, after))
+    found, _ = run(model, PLUGINS[name], 70)
+    require_same(found, whole)
+    large = [i for i, (rows, grad) in enumerate(model.calls) if grad and rows > 16]
+    assert len([i for i in large if i >= after]) == 2  # of 64 and of 32 rows, never again
+    sizes = [rows for rows, grad in model.calls[large[-1] + 1 :] if grad]
+    assert max(sizes) == 16
+
+
+def test_auto_grows_as_far_as_memory_goes(monkeypatch):
+    clock = Clock(100)
+    monkeypatch.setattr(batch_shapes.time, "perf_counter", clock)
+    little = little_memory(32)
+    found = shapes(Counted(lambda z, grad: little(clock.called(z, grad), grad)), 600, batch_size=None)
+    assert found.fit(600) == 32
+
+
+def test_gradients_in_parts_are_those_of_the_whole():
+    images, labels = blobs(24, 10, seed=4)
+
+    def objectives(logits):
+        return torch.stack([losses.cross_entropy(logits, labels, labels), logits.sum(1)], 1)
+
+    whole = list(Oracle(Counted()).gradients(images, objectives))
+    oracle = Oracle(Counted(little_memory(8)))
+    parts = list(oracle.gradients(images, objectives))
+    assert oracle.calls.fitting == 6
+    for a, b in zip(whole, parts, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def test_other_errors_and_calls_that_cannot_be_smaller_are_raised():
+    with pytest.raises(RuntimeError, match="another"):
+        run(Counted(little_memory(16, error=lambda _: RuntimeError("another"))), PLUGINS["apgd-ce"], 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Counted(little_memory(0)), PLUGINS["apgd-ce"], 20)
+    view = Counted(little_memory(16))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Counted(), PLUGINS["apgd-ce"], 20, view=view, fixed=True)

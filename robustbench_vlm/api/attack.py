@@ -11,7 +11,8 @@ import pandas as pd
 from torch import Tensor
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import attacked_view, canonical, losses, model_checks, tied_classes
+from robustbench_vlm.cards.attack import MOST_ROWS
+from robustbench_vlm.engine import attacked_view, batch_shapes, canonical, losses, model_checks, tied_classes
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
@@ -53,7 +54,7 @@ class AttackOptions(TypedDict, total=False):
         keys: N distinct names that the noise is drawn from; by default the hash of each image and its label,
             so that neither order nor batch matters.
         seed: of the noise; 0 by default.
-        active_rows: images under attack at once, at most the chain's `rows`; never changes a verdict.
+        batch_size: most images in a call of the attacked model; None, the default, for as many as are fast.
         engine: `native` (default), or the installed package `autoattack` or `torchattacks`, which attacks in
             batches of the chain's `rows`; this package gives the verdicts for its images, too.
         mode: of the native engine: `fast` (default), or `reference`, which has the schedule and noise of the
@@ -63,7 +64,7 @@ class AttackOptions(TypedDict, total=False):
 
     keys: Sequence[str] | None
     seed: int
-    active_rows: int | None
+    batch_size: int | None
     engine: str
     mode: str
     precision: attacked_view.Format
@@ -129,19 +130,17 @@ def _examined(model: Classify, job: Job, block: ImageBlock, chain: Chain) -> mod
     labels, needs = block.labels, chain.needs(job.n_classes)
     if job.tied is not None:
         model, labels = tied_classes.DistinctClasses(model, job.tied), job.tied.labels(labels)
-    return model_checks.examine(
-        model, block.images, labels, block.keys, rows=job.rows, seed=job.seed, **needs
-    )
+    rows = batch_shapes.of_checks(len(block.keys), job.rows)
+    return model_checks.examine(model, block.images, labels, block.keys, rows=rows, seed=job.seed, **needs)
 
 
 def _job(chain: Chain, ball: Threat, options: AttackOptions) -> Job:
     """The stages of a chain and how they are run; the number of classes is not known yet."""
     chain.require_norm(ball.norm)
-    active = options.get("active_rows")
-    if active is not None and active < 1:
-        raise InputError("active_rows", str(active), f"1 to {chain.rows}, the rows of every model call")
-    active = None if active is None else min(active, chain.rows)
-    return chain.job(ball, n_classes=0, seed=options.get("seed", 0), active_rows=active)
+    batch_size = options.get("batch_size")
+    if batch_size is not None and not 1 <= batch_size <= MOST_ROWS:
+        raise InputError("batch_size", str(batch_size), f"1 to {MOST_ROWS}, or None")
+    return chain.job(ball, n_classes=0, seed=options.get("seed", 0), batch_size=batch_size)
 
 
 def _with_classes(job: Job, clean: Tensor, labels: Tensor) -> Job:
@@ -165,7 +164,9 @@ def _attacked(model: Classify, chain: Chain, backend: Backend, job: Job, block: 
     job = replace(job, tied=tied_classes.found_in(model, images, clean, job.rows))
     examined = _examined(model, job, block, chain)
     sample = canonical.padded(images[: job.rows], job.rows)
-    watch = AttackWatch(Model(model, attacked_view.build(model, backend.precision, sample)), job.rows)
+    view = attacked_view.build(model, backend.precision, sample)
+    called = batch_shapes.of_checks(len(images), job.rows)
+    watch = AttackWatch(Model(model, view), job.rows, called)
     table, adversarial = _run(watch, backend, job, replace(block, clean=clean))
     eps = eps_text(job.threat.norm, job.threat.eps)
     seen, _ = watch.checks(images[: job.rows], clean[: job.rows])

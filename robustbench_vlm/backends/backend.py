@@ -29,7 +29,7 @@ from robustbench_vlm.types import Finding
 Name = Literal["native", "autoattack", "torchattacks"]
 Mode = Literal["fast", "reference"]
 
-NATIVE = {"fast": "native/2", "reference": "native-reference/1"}
+NATIVE = {"fast": "native/3", "reference": "native-reference/1"}
 """What results state about the native engine, by mode; to be raised whenever a mode may find otherwise."""
 ADAPTER = 1  # the same for the adapters of packages
 
@@ -96,9 +96,9 @@ class Backend:
         Raises:
             InputError: what cannot be done, and what to type instead.
         """
-        if not self.keyed and job.active_rows is not None:
+        if not self.keyed and job.batch_size is not None:
             found = f"{self.title} draws its noise in batches, of as many rows as the chain says"
-            raise InputError(f"--batch-size {job.active_rows}", found, do="leave it out")
+            raise InputError(f"--batch-size {job.batch_size}", found, do="leave it out")
         if self.mode == "reference":
             reference.require(job)
         if self.name != "native":

@@ -35,8 +35,9 @@ class AttackCard(Card):
     """A chain of attacks; each is given the images that survived the ones before.
 
     Attributes:
-        rows: images in every model call; smaller batches are padded to it. Logits depend on it in their last
-            bits, so it is part of the fingerprint.
+        rows: images in every call of the canonical pass, which decides; smaller batches are padded to it.
+            Logits depend on it in their last bits, so it is part of the fingerprint. Attacks see the model in
+            calls of other sizes (`--batch-size`).
         stop: when a trajectory ends: `first`, at the first misclassified iterate; `last`, after all steps,
             judged by its last iterate; `best`, after all steps, judged by the best misclassified one.
         plain_pgd: whether the chain is projected gradient descent and nothing else. A stronger chain should
@@ -47,7 +48,7 @@ class AttackCard(Card):
     name: str
     title: str
     version: int = 1
-    rows: int = Field(default=32, ge=1, le=MOST_ROWS)
+    rows: int = Field(default=16, ge=1, le=MOST_ROWS)
     stop: Literal["first", "last", "best"] = "first"
     plain_pgd: bool = False
     stage: tuple[Stage, ...]

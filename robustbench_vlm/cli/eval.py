@@ -15,9 +15,11 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cli.images import Images
 from robustbench_vlm.cli.options import (
     AsJson,
+    BatchSize,
     DataRoot,
     Device,
     Engine,
+    batch_size_of,
     comma_separated,
     device_of,
     print_grids,
@@ -82,9 +84,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
-    ] = None,
+    batch_size: BatchSize = "auto",
     workers: Annotated[
         str,
         typer.Option(
@@ -142,7 +142,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
         n=n,
         results=out,
         data_root=data_root,
-        active_rows=batch_size,
+        batch_size=batch_size_of(batch_size),
         save_images=save_adversarial,
         save_evidence=save_evidence,
         skip_missing=skip_missing,

@@ -50,7 +50,7 @@ CARDS: dict[str, dict[str, Any]] = {
 }
 """Example values of the cards that are written: each card can be listed, shown and run as it is."""
 
-CHAIN = {"rows": 64, "stop": "last"}
+CHAIN = {"rows": 16, "stop": "last"}
 STAGE = {"loss": "ce", "steps": 10, "step_size": "eps/4", "decay": 0.9}
 
 HEADING = "A card of kind {kind}. Replace the example values; keys in comments show their defaults."

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console
+from robustbench_vlm.errors import InputError
 
 
 def use_cards_of(root: Path) -> Path:
@@ -27,7 +28,30 @@ Device = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Engine = Annotated[str, typer.Option(help="native, or an attack package: autoattack or torchattacks.")]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="Most images in a call of the attacked model; auto: as many as there are and as are fast.",
+    ),
+]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+
+
+def batch_size_of(typed: str) -> int | None:
+    """The number of images that was typed; None for `auto`.
+
+    Raises:
+        InputError: neither `auto` nor a number of images.
+    """
+    from robustbench_vlm.cards.attack import MOST_ROWS
+
+    if typed == "auto":
+        return None
+    if not typed.isascii() or not typed.isdigit() or not 1 <= int(typed) <= MOST_ROWS:
+        raise InputError("--batch-size", repr(typed), f"auto, or a number of images from 1 to {MOST_ROWS}")
+    return int(typed)
 
 
 def comma_separated(typed: list[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustbench_vlm import console, one_writer
-from robustbench_vlm.cli.options import AsJson, DataRoot, Device, device_of
+from robustbench_vlm.cli.options import AsJson, BatchSize, DataRoot, Device, device_of
 
 PAIRS = ("A", "B", "images", "only A right", "only B right", "A-B, points", "E", "p (Holm)", "decided")
 MODELS = ("model", "images a dataset", "rank")
@@ -34,9 +34,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
         typer.Option(min=1, help="Images a dataset between two looks; default: the rows of the chain."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images under attack at once; never changes a verdict.")
-    ] = None,
+    batch_size: BatchSize = "auto",
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     as_json: AsJson = False,
@@ -47,7 +45,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
     goes on when the command is repeated, and a finished one is printed again.
     """
     from robustbench_vlm.cards import reader
-    from robustbench_vlm.cli.options import comma_separated
+    from robustbench_vlm.cli.options import batch_size_of, comma_separated
     from robustbench_vlm.evaluation import estimate, planning, sequential
     from robustbench_vlm.evaluation.run import prepared
     from robustbench_vlm.threat import parse_eps
@@ -63,7 +61,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
         n=n,
         results=out,
         data_root=data_root,
-        active_rows=batch_size,
+        batch_size=batch_size_of(batch_size),
     )
     plan = planning.plan(request, device_of(device))
     sequential.require_race(plan)

@@ -34,6 +34,8 @@ SHARE = 0.1
 """Share of kept gradients that may differ."""
 PARTS = 8
 """Points at which the gradient is taken along a line to a final image."""
+LINES = (2, 8)
+"""Least and most such lines; in between, one for every eight findings."""
 
 
 @dataclass
@@ -94,12 +96,14 @@ class AttackWatch:
 
     Attributes:
         model: the model that is attacked.
-        rows: the fixed shape of its calls.
+        rows: of the calls of the canonical pass.
+        called: rows of the calls in which the checks see the model.
         noted: number of findings so far.
     """
 
     model: Model
     rows: int
+    called: int
     noted: int = field(default=0, init=False)
     _gradients: GradientWatch = field(init=False)
     _survivors: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict, init=False)
@@ -111,7 +115,7 @@ class AttackWatch:
     def watched(self) -> Model:
         """The model to be given to the attack."""
         if self.model.plain:
-            return Model(self._gradients)
+            return dataclasses.replace(self.model, canonical=self._gradients)
         return dataclasses.replace(self.model, view=self._gradients)
 
     def note(self, finding: Finding, image: Tensor, label: int) -> None:
@@ -125,24 +129,24 @@ class AttackWatch:
         self.noted += 1
         if finding.broken or finding.error:
             self._survivors.pop(finding.key, None)
-        elif finding.key in self._survivors or len(self._survivors) < max(1, self.rows // PARTS):
+        elif finding.key in self._survivors or len(self._survivors) < LINES[1]:
             self._survivors[finding.key] = (image.clone(), finding.adv.clone(), label)
 
     def checks(self, images: Tensor, clean: Tensor) -> tuple[list[Check], Cost]:
         """What the attack brought to light, and the model calls that it took to see it.
 
         Args:
-            images: (n, 3, H, W) clean images, at most `rows` of them.
+            images: (n, 3, H, W) clean images.
             clean: (n, C) their canonical logits before the attack.
 
         Without a finding there was no attack, and nothing is checked.
         """
         if not self.noted:
             return [], Cost()
-        probe = Probe.of(self.model.canonical, self.rows)
-        again = probe.logits(images)
+        probe, canonically = (Probe.of(self.model.canonical, rows) for rows in (self.called, self.rows))
+        again = canonically.logits(images)
         change = float((again - clean).abs().nan_to_num(nan=0.0, posinf=0.0).max())
-        bound = probe.rounding(clean, UNITS)
+        bound = canonically.rounding(clean, UNITS)
         found = [
             check(
                 "outputs-changed",
@@ -152,7 +156,7 @@ class AttackWatch:
                 f"after the attack a clean logit differs by up to {change:.2g} from what it was before it",
             )
         ]
-        oracle = Oracle(self.model.attacked, once=not self.model.plain)
+        oracle = Oracle(self.model.attacked, once=not self.model.plain, fixed=self.model.fixed)
         try:
             found += self._repeated(oracle)
             found += (
@@ -160,7 +164,7 @@ class AttackWatch:
             )
         except AttackError as error:  # no gradient any more, where there was one before
             found.append(check(gradient_check.MISMATCH, "fail", None, AGREEMENT, str(error)))
-        calls = (oracle.calls, probe.oracle.calls)
+        calls = [one.calls for one in (oracle, probe.oracle, canonically.oracle)]
         return found, Cost(sum(call.forwards for call in calls), sum(call.gradients for call in calls))
 
     def _repeated(self, oracle: Oracle) -> list[Check]:
@@ -173,8 +177,8 @@ class AttackWatch:
         given = torch.cat([one.gradient for one in kept if one.gradient is not None])
         again = torch.cat(
             [
-                _weighted_gradient(oracle, images[part], weights[part], self.rows)
-                for part in torch.split(torch.arange(len(images), device=images.device), self.rows)
+                _weighted_gradient(oracle, images[part], weights[part], self.called)
+                for part in torch.split(torch.arange(len(images), device=images.device), self.called)
             ]
         )
         given, again = given.double().flatten(1), again.double().flatten(1)
@@ -191,7 +195,8 @@ class AttackWatch:
         """Integrals from clean images to those with which attacks failed."""
         if not self._survivors:
             return []
-        starts, ends, labels = zip(*self._survivors.values(), strict=True)
+        count = max(LINES[0], self.noted // 8)
+        starts, ends, labels = zip(*list(self._survivors.values())[:count], strict=True)
         line = Segments(
             torch.stack(starts).to(device),
             torch.stack(ends).to(device),
@@ -211,7 +216,7 @@ def _weighted_gradient(oracle: Oracle, images: Tensor, weights: Tensor, rows: in
         oracle: the model.
         images: (n, 3, H, W).
         weights: (n, C).
-        rows: the fixed shape, at least n.
+        rows: of the call, at least n.
     """
     padded = canonical.padded(weights, rows)
     found = oracle.gradient(canonical.padded(images, rows), lambda logits: (logits * padded).sum(1))

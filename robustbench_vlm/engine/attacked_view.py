@@ -58,6 +58,11 @@ class Precision:
                 )
 
     @property
+    def fixed(self) -> bool:
+        """Whether the view takes calls of one shape only."""
+        return self.compiled or self.graphs
+
+    @property
     def label(self) -> str:
         """The column `precision` of a result; names everything that may change rounding."""
         words = [self.format if self.format == "fp32" else f"{self.format}-find"]

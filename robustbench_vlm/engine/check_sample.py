@@ -1,4 +1,4 @@
-"""The images on which a model is checked: one batch of the fixed shape."""
+"""The images on which a model is checked, in calls of one shape."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NEAR = 10
 
 @dataclass(frozen=True)
 class CheckSample:
-    """Images in one batch of the fixed shape; the first `n` rows are checked, the others are copies.
+    """Images that fill calls of one shape; the first `n` are checked, the others are copies.
 
     Attributes:
         probe: the model.
-        images: (rows, 3, H, W).
-        labels: (rows,) int64.
+        images: (m, 3, H, W), m a multiple of the rows of a call.
+        labels: (m,) int64.
         keys: n names.
-        logits: (rows, C) of the first call.
+        logits: (m, C) of the first calls.
     """
 
     probe: Probe
@@ -37,10 +37,10 @@ class CheckSample:
 
     @staticmethod
     def of(classify: Classify, images: Tensor, labels: Tensor, keys: Sequence[str], rows: int) -> CheckSample:
-        """Of a classifier and at most `rows` images (n, 3, H, W) with labels (n,) and names."""
-        probe = Probe.of(classify, rows)
-        batch = canonical.padded(images, rows)
-        return CheckSample(probe, batch, canonical.padded(labels, rows), tuple(keys), probe.logits(batch))
+        """Of a classifier, images (n, 3, H, W) with labels (n,) and names, and the rows of a call."""
+        probe, whole = Probe.of(classify, rows), -(-len(keys) // rows) * rows
+        batch = canonical.padded(images, whole)
+        return CheckSample(probe, batch, canonical.padded(labels, whole), tuple(keys), probe.logits(batch))
 
     @property
     def n(self) -> int:
@@ -62,7 +62,7 @@ class CheckSample:
         """Largest change of a logit from the first call, where both are finite.
 
         Args:
-            other: (rows, C) logits of another call.
+            other: (m, C) logits of other calls.
             rows: (k,) int64 the rows to compare; all that are checked if None.
         """
         moved = (other - self.logits)[: self.n] if rows is None else (other - self.logits)[rows]

@@ -26,6 +26,10 @@ PATH_AGREEMENT = 0.3
 """Median relative error of integrals along segments above which the gradient is wrong."""
 UNITS = 1000
 """Rounding of a float32 logit between calls with and without a gradient, in units of the last place."""
+LEAST_POINTS = 4
+"""Points at which derivatives are compared, however few images there are; if there are as many."""
+LEAST_LINES = 2
+"""The same for segments of each kind."""
 
 MISMATCH = "gradient-mismatch"
 
@@ -40,12 +44,12 @@ def checks(sample: CheckSample, seed: int, noise: float, *, only_ce: bool) -> li
         only_ce: whether the attacks know no loss but cross-entropy.
     """
 
-    def objectives(logits: Tensor) -> Tensor:
+    def objectives(labels: Tensor, logits: Tensor) -> Tensor:
         both = (losses.attack_margin, losses.cross_entropy)
-        return torch.stack([loss(logits, sample.labels, sample.labels) for loss in both], 1)
+        return torch.stack([loss(logits, labels, labels) for loss in both], 1)
 
     try:
-        margin, ce = sample.probe.oracle.gradients(sample.images, objectives)
+        margin, ce = sample.probe.gradients(sample.images, sample.labels, objectives)
     except AttackError as error:
         return [check("no-gradient", "fail", 1.0, SHARE, str(error))]
     n = sample.n
@@ -78,7 +82,7 @@ def _saturated(sample: CheckSample, lost: Tensor, *, only_ce: bool) -> Check:
 
     Args:
         sample: model and images.
-        lost: (rows,) bool, the gradient of cross-entropy is exactly zero and that of the margin is not.
+        lost: (m,) bool, the gradient of cross-entropy is exactly zero and that of the margin is not.
         only_ce: whether this decides; a chain with a margin-type loss needs no cross-entropy.
     """
     right = sample.right
@@ -135,15 +139,15 @@ def judged(local: Tensor, along: Sequence[Tensor]) -> Check:
 
 
 def _points(sample: CheckSample, usable: Tensor, seed: int) -> Points:
-    """At most half as many images as rows, so that their differences need few calls."""
-    chosen = usable[: max(1, sample.probe.rows // 2)]
+    """At most half of the images, so that their differences need few calls."""
+    chosen = usable[: max(LEAST_POINTS, sample.n // 2)]
     keys = [sample.keys[i] for i in chosen.tolist()]
     return Points(sample.images[chosen], sample.labels[chosen], keys, seed)
 
 
 def _segments(sample: CheckSample, margin: Evaluation, usable: Tensor) -> list[Segments]:
     """Short segments along the sign of the gradient, and long ones to an image of another class."""
-    chosen = usable[: max(1, sample.probe.rows // 8)]
+    chosen = usable[: max(LEAST_LINES, sample.n // 8)]
     starts, labels = sample.images[chosen], sample.labels[chosen]
     short = (starts + derivatives.AWAY * margin.gradient[chosen].sign()).clamp(0, 1)
     others = sample.labels[None, : sample.n] != labels[:, None]

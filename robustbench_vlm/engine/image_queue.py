@@ -23,6 +23,7 @@ class ImageQueue:
         waiting: images, each with its trajectories in its next stage, of which none has started.
         running: images of which a trajectory has started.
         paused: trajectories that go on in the next free row.
+        full: rows of a full call of the attack.
         clean_calls: calls of the canonical pass that were made to find clean logits.
         first: the first block that holds an image; None before it is opened.
     """
@@ -32,6 +33,7 @@ class ImageQueue:
         self.waiting: deque[Trajectories] = deque()
         self.running: list[Trajectories] = []
         self.paused: deque[Trajectory] = deque()
+        self.full = max(job.rows, job.batch_size or 0)
         self.clean_calls = 0
         self.first: PreparedBlock | None = None
         self._model, self._blocks, self._on_finding = model, iter(blocks), on_finding
@@ -58,7 +60,7 @@ class ImageQueue:
 
     def open(self) -> bool:
         """Whether images are left; opens the next block before all rows could use up the last one."""
-        while len(self.waiting) < 2 * self.job.rows and (block := next(self._blocks, None)) is not None:
+        while len(self.waiting) < 2 * self.full and (block := next(self._blocks, None)) is not None:
             self._add(prepare(block, self._model, self.job))
         return bool(self.waiting or self.running)
 

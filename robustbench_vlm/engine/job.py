@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from robustbench_vlm.engine import canonical, losses
+from robustbench_vlm.engine import batch_shapes, canonical, losses
 from robustbench_vlm.engine.interface import Attack, Stop
 from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError
@@ -32,10 +32,15 @@ class Model:
             mode, parameters best frozen.
         view: the same classifier in lower precision, compiled or replayed, which attacks query and
             differentiate (`attacked_view.build`); None where attacks see `canonical` itself.
+        fixed: whether attacks see it in calls of one shape only, for which it was compiled or captured.
+        known: what runs found out about the shapes of its calls, by whether there were calls without
+            gradient and calls with it.
     """
 
     canonical: Classify
     view: Classify | None = None
+    fixed: bool = False
+    known: dict[tuple[bool, bool], batch_shapes.Known] = field(default_factory=dict, compare=False)
 
     @property
     def attacked(self) -> Classify:
@@ -56,10 +61,12 @@ class Job:
         stages: name and attack of each stage; each stage is given the survivors of the one before. The name
             is part of the noise's name.
         threat: norm and radius.
-        rows: fixed number of rows of every model call; packages and reference mode also attack the images in
-            batches of that many.
+        rows: fixed number of rows of every call of the canonical pass; packages and reference mode also
+            attack the images in batches of that many.
         n_classes: number of classes that the model tells apart.
-        active_rows: rows in use, at most `rows`; all of them if None. Changes speed, never a finding.
+        batch_size: most rows with an image in a call of the attacked view; None for `auto`: as many as there
+            are images, up to where more do not make a row cheaper (`batch_shapes`). Where the shapes give the
+            same bits, it changes speed and memory and no finding.
         stop: when a trajectory ends; see `interface.Rows`.
         seed: part of the noise's name.
         tied: classes that the model cannot tell apart; None if there are none. The attacked function has one
@@ -70,15 +77,15 @@ class Job:
     threat: Threat
     rows: int
     n_classes: int
-    active_rows: int | None = None
+    batch_size: int | None = None
     stop: Stop = "first"
     seed: int = 0
     tied: TiedClasses | None = None
 
     @property
-    def active(self) -> int:
-        """Rows in use, as a number."""
-        return self.rows if self.active_rows is None else self.active_rows
+    def full(self) -> int:
+        """Rows of a full call of the attacked view, as far as is known before a run."""
+        return batch_shapes.of_fixed(self.batch_size)
 
     def of(self, stages: Stages) -> Job:
         """The same job with other stages."""
@@ -89,7 +96,7 @@ class Job:
 
         Raises:
             InputError: an attack that does not support the norm, or that aims at no class with a loss that
-                does; more active rows than rows.
+                does; a batch size below 1.
         """
         for name, attack in self.stages:
             loss: losses.Name | None = getattr(attack, "loss", None)
@@ -101,9 +108,8 @@ class Job:
             if self.threat.norm not in attack.norms:
                 where = f"stage {name}, attack {type(attack).__name__.lower()}"
                 raise InputError(where, f"norm {self.threat.norm!r}", " or ".join(attack.norms))
-        if not 1 <= self.active <= self.rows:
-            wanted = f"1 to {self.rows}, the rows of every model call"
-            raise InputError("active rows", str(self.active), wanted)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError("batch size", str(self.batch_size), "a number of images, at least 1")
 
 
 @dataclass(frozen=True)
@@ -185,23 +191,23 @@ class Cost:
     """Model calls that a run really made; unlike findings they depend on scheduling.
 
     Attributes:
-        forwards: calls of the attacked view without gradient, each of the fixed shape or, at the end of a
-            run, of a smaller one.
-        gradients: calls of the attacked view with an image gradient, of the same shapes.
+        forwards: calls of the attacked view without gradient.
+        gradients: calls of the attacked view with an image gradient.
         canonical: calls of the canonical pass, the clean pass included.
         unconfirmed: successes that the canonical pass did not confirm; their rows went on.
+        largest: rows of the largest call of the attacked view.
     """
 
     forwards: int = 0
     gradients: int = 0
     canonical: int = 0
     unconfirmed: int = 0
+    largest: int = 0
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """The sum of the costs of several runs."""
-    summed = dict.fromkeys((field.name for field in dataclasses.fields(Cost)), 0)
-    for cost in costs:
-        for name in summed:
-            summed[name] += getattr(cost, name)
-    return Cost(**summed)
+    """The costs of several runs together: sums, and the largest call of all."""
+    made = list(costs)
+    names = [field.name for field in dataclasses.fields(Cost)]
+    summed = {name: sum(getattr(cost, name) for cost in made) for name in names}
+    return Cost(**summed | {"largest": max((cost.largest for cost in made), default=0)})

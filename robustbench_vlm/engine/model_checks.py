@@ -2,9 +2,9 @@
 
 Attacks assume a deterministic function that treats every row independently of the others, returns logits, and
 whose gradient is that of what it computes. If an assumption is wrong, a robust accuracy does not mean what it
-claims, so a failed examination becomes a flag of the result. All calls have the fixed shape of the canonical
-pass, and all random numbers are keyed by image. The results depend on the model, its images and the seed
-alone, not on the order of the images.
+claims, so a failed examination becomes a flag of the result. All random numbers are keyed by image. The
+results depend on the model, its images and the seed alone, and on the shape of calls as far as the numbers of
+the model do; not on the order of the images.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from robustbench_vlm.engine.check_sample import CheckSample
 from robustbench_vlm.engine.row_ops import spread
 from robustbench_vlm.types import Classify
 
+SAMPLE = 64
+"""Images that are used, if there are as many."""
 REPEATS = 5
 """How often the same call is made."""
 SUM = 1e-5
@@ -41,12 +43,12 @@ def examine(
     white_box: bool = True,
     only_ce: bool = False,
 ) -> Examined:
-    """Run every examination of one model on its own images: some 10 calls, more if `rows` is below 64.
+    """Run every examination of one model on its own images: some 10 calls for each `rows` images.
 
     Args:
         classify: (B, 3, H, W) in [0, 1] -> logits (B, C), the function that attacks are given.
-        images: (N, 3, H, W) float32 in [0, 1], on the model's device. At most `rows` of them are used: those
-            whose hashes of seed and key are smallest.
+        images: (N, 3, H, W) float32 in [0, 1], on the model's device. At most `SAMPLE` of them are used:
+            those whose hashes of seed and key are smallest.
         labels: (N,) int64.
         keys: N distinct names.
         rows: number of rows of every call.
@@ -57,7 +59,7 @@ def examine(
     Raises:
         AttackError: the model returns anything but logits (rows, C).
     """
-    positions = chosen(keys, rows, seed)
+    positions = chosen(keys, seed)
     index = torch.tensor(positions, device=images.device)
     before = module_checks.checksums(classify)
     sample = CheckSample.of(classify, images[index], labels[index], [keys[i] for i in positions], rows)
@@ -73,9 +75,9 @@ def examine(
     return Examined(tuple(found), calls.forwards, calls.gradients)
 
 
-def chosen(keys: Sequence[str], rows: int, seed: int) -> list[int]:
+def chosen(keys: Sequence[str], seed: int) -> list[int]:
     """Positions of the images that `examine` uses."""
-    return sorted(range(len(keys)), key=lambda i: rng.rank(seed, keys[i]))[:rows]
+    return sorted(range(len(keys)), key=lambda i: rng.rank(seed, keys[i]))[:SAMPLE]
 
 
 # --- a deterministic function of each row, whose outputs are logits ---------------------------------------

@@ -1,9 +1,16 @@
-"""The model as attacks call it: logits, or an image gradient, always for all rows."""
+"""The model as attacks call it: logits, or an image gradient, always for all rows.
+
+If memory runs out in a call, the call is made again in parts of half the rows. Attacks do not notice, and the
+run then takes a smaller shape (`row_table`).
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -33,10 +40,19 @@ class Evaluation:
 
 @dataclass
 class Calls:
-    """Model calls so far: forwards without gradient, and image gradients."""
+    """Model calls so far.
+
+    Attributes:
+        forwards: without gradient.
+        gradients: image gradients.
+        largest: rows of the largest call.
+        fitting: rows of the largest call for which there is memory, as far as is known.
+    """
 
     forwards: int = 0
     gradients: int = 0
+    largest: int = 0
+    fitting: int = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -48,17 +64,25 @@ class Oracle:
         calls: how often it was called.
         once: whether a forward can be differentiated only once, because a compiled or replayed model
             overwrites what further backward passes need. Then every gradient has a forward of its own.
+        fixed: whether the classifier takes calls of one shape only.
     """
 
     classify: Classify
     calls: Calls = field(default_factory=Calls)
     once: bool = False
+    fixed: bool = False
 
     def logits(self, images: Tensor) -> Tensor:
         """(S, 3, H, W) -> (S, C), without gradient."""
-        self.calls.forwards += 1
-        with torch.no_grad():
-            return self.classify(images.clone()).detach().float()  # a model may write into its input
+        while True:
+            try:
+                with torch.no_grad():  # a model may write into its input
+                    found = [self._classified(part.clone()).detach().float() for part in self._parts(images)]
+            except (RuntimeError, MemoryError) as error:
+                self._halve(len(images), error)
+            else:
+                self.calls.forwards += len(found)
+                return found[0] if len(found) == 1 else torch.cat(found)
 
     def gradient(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
         """Evaluate and differentiate `objective` (logits (S, C) -> (S,)) at `images`.
@@ -77,13 +101,64 @@ class Oracle:
 
         Evaluations are yielded one after the other, so that one gradient needs to be in memory at a time.
         """
+        done = 0
+        while True:
+            whole = len(images) <= self.calls.fitting
+            found = (self._evaluations if whole else self._evaluations_in_parts)(images, objectives)
+            try:
+                for evaluation in islice(found, done, None):
+                    done += 1
+                    yield evaluation
+            except (RuntimeError, MemoryError) as error:
+                self._halve(len(images), error)
+            else:
+                return
+
+    def _evaluations(self, images: Tensor, objectives: Callable[[Tensor], Tensor]) -> Iterator[Evaluation]:
         leaf, logits, values = self._forward(images, objectives)
         last = values.shape[1] - 1
         for number in range(last + 1):
             if number and self.once:
                 leaf, logits, values = self._forward(images, objectives)
             again = number < last and not self.once
-            yield self._differentiate(leaf, logits, values[:, number], again=again)
+            gradient = self._gradient(leaf, values[:, number].sum(), again=again)
+            yield _evaluation(logits, values[:, number], gradient)
+
+    def _evaluations_in_parts(
+        self, images: Tensor, objectives: Callable[[Tensor], Tensor]
+    ) -> Iterator[Evaluation]:
+        """The same by the chain rule: objectives need all rows, the model gets a part of them at a time."""
+        logits = self.logits(images).requires_grad_()
+        with torch.enable_grad():
+            values = objectives(logits)
+        for number in range(values.shape[1]):
+            (weights,) = torch.autograd.grad(values[:, number].sum(), logits, retain_graph=True)
+            gradients = []
+            for part, weight in zip(self._parts(images), self._parts(weights), strict=True):
+                leaf, _, weighted = self._forward(part, partial(torch.mul, weight))
+                gradients.append(self._gradient(leaf, weighted.sum(), again=False))
+            yield _evaluation(logits, values[:, number], torch.cat(gradients))
+
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The rows of a call in parts that fit into memory."""
+        return torch.split(tensor, min(max(len(tensor), 1), self.calls.fitting))
+
+    def _halve(self, rows: int, error: Exception) -> None:
+        """After a call failed: take half the rows from now on.
+
+        Raises:
+            Exception: it failed for something else than memory, or no smaller call can be made.
+        """
+        failed = min(rows, self.calls.fitting)
+        if self.fixed or failed < 2 or not out_of_memory(error):
+            raise error
+        self.calls.fitting = -(-failed // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _classified(self, images: Tensor) -> Tensor:
+        self.calls.largest = max(self.calls.largest, len(images))
+        return self.classify(images)
 
     def _forward(
         self, images: Tensor, objectives: Callable[[Tensor], Tensor]
@@ -91,18 +166,28 @@ class Oracle:
         """Leaf, logits and values, with their graph."""
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self.classify(leaf.clone()).float()
+            logits = self._classified(leaf.clone()).float()
             return leaf, logits, objectives(logits)
 
-    def _differentiate(self, leaf: Tensor, logits: Tensor, values: Tensor, *, again: bool) -> Evaluation:
-        """The gradient of `values` (S,); `again` keeps the graph for another backward pass."""
+    def _gradient(self, leaf: Tensor, value: Tensor, *, again: bool) -> Tensor:
+        """The gradient of a number; `again` keeps the graph for another backward pass."""
         self.calls.gradients += 1
-        if not values.requires_grad:
+        if not value.requires_grad:
             raise AttackError("the model gives no gradient with respect to the image: is it under no_grad?")
-        (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=again, allow_unused=True)
+        (gradient,) = torch.autograd.grad(value, leaf, retain_graph=again, allow_unused=True)
         if gradient is None:
             raise AttackError("the model's logits do not depend on the image")
-        # One reduction gives both flags: a maximum passes on NaN and infinity.
-        largest = gradient.flatten(1).abs().amax(1)
-        finite = torch.isfinite(largest + logits.detach().sum(1))
-        return Evaluation(logits.detach(), values.detach(), gradient, finite, largest == 0)
+        return gradient
+
+
+def _evaluation(logits: Tensor, values: Tensor, gradient: Tensor) -> Evaluation:
+    # One reduction gives both flags: a maximum passes on NaN and infinity.
+    largest = gradient.flatten(1).abs().amax(1)
+    finite = torch.isfinite(largest + logits.detach().sum(1))
+    return Evaluation(logits.detach(), values.detach(), gradient, finite, largest == 0)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on a CPU or on another device."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)

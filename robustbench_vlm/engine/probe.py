@@ -1,14 +1,16 @@
-"""A model to be checked: counted calls of one fixed shape, and how much rounding is to be expected."""
+"""A model to be checked: counted calls of one shape, and how much rounding is to be expected."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_vlm.engine import canonical, losses
-from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.engine.oracle import Evaluation, Oracle
 from robustbench_vlm.types import Classify
 
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -59,7 +61,7 @@ class Probe:
 
     Attributes:
         oracle: its calls and counts.
-        rows: the fixed shape.
+        rows: of every call.
     """
 
     oracle: Oracle
@@ -93,13 +95,31 @@ class Probe:
         return (low_units if self.low else units) * self.eps * largest
 
     def logits(self, images: Tensor) -> Tensor:
-        """Canonical logits (n, C) of images (n, 3, H, W), in as few calls as the shape allows."""
+        """Logits (n, C) of images (n, 3, H, W), in as few calls as the shape allows."""
 
         def counted(batch: Tensor) -> Tensor:
             self.oracle.calls.forwards += 1
             return self.oracle.classify(batch)
 
         return canonical.logits(counted, images, self.rows)
+
+    def gradients(
+        self, images: Tensor, labels: Tensor, objectives: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Evaluation]:
+        """Evaluate and differentiate M objectives.
+
+        Args:
+            images: (n, 3, H, W), n a multiple of `rows`.
+            labels: (n,) int64.
+            objectives: labels (rows,) and logits (rows, C) of a call -> (rows, M).
+        """
+        parts = zip(torch.split(images, self.rows), torch.split(labels, self.rows), strict=True)
+        calls = [list(self.oracle.gradients(part, partial(objectives, own))) for part, own in parts]
+        names = [field.name for field in fields(Evaluation)]
+        return [
+            Evaluation(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+            for parts in zip(*calls, strict=True)
+        ]
 
     def margins(self, images: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
         """(n,) float64 logit of a fixed wrong class minus that of the true one.

@@ -1,4 +1,4 @@
-"""The rows of a run: one state of fixed shape, and which trajectory is in which row of it."""
+"""The rows of a run: one state for all of them, and which trajectory is in which row of it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class RowTable:
             ignored.
     """
 
-    def __init__(self, attack: Attack, queue: ImageQueue, shapes: Shapes | None) -> None:
+    def __init__(self, attack: Attack, queue: ImageQueue, shapes: Shapes) -> None:
         """A table without trajectories.
 
         Args:
             attack: steps the rows of all stages of the job.
             queue: gives the trajectories.
-            shapes: smaller shapes of the same bits; None where all calls have the full shape.
+            shapes: says how many rows the state has.
         """
         self.busy: dict[int, Trajectory] = {}
         self._attack, self._queue, self._shapes = attack, queue, shapes
@@ -39,11 +39,12 @@ class RowTable:
 
     def fill(self) -> None:
         """Give free rows the next trajectories, in the shape that fits them best."""
-        job, shape = self._queue.job, self._shape()
+        shape = self._shape()
+        self._queue.full = max(self._queue.full, self._shapes.largest)
         if self._state is not None and len(self._state.labels) != shape:
             self._resize(self._state, shape)
         given = []
-        for row in range(min(job.active, shape)):
+        for row in range(min(self._active, shape)):
             trajectory = self._queue.next() if row not in self.busy else None
             if trajectory is not None:
                 given.append((row, trajectory))
@@ -61,17 +62,38 @@ class RowTable:
         if isinstance(self._attack, LookaheadAttack) and self._state is not None:
             self._state = self._assign(self._attack, self._state)
 
+    @property
+    def full(self) -> bool:
+        """Whether the state has more rows than fit into memory, as a call has shown."""
+        return self._state is not None and len(self._state.labels) > self._shapes.largest
+
+    @property
+    def _active(self) -> int:
+        """Most rows with a trajectory."""
+        return self._queue.job.batch_size or self._shapes.largest
+
     def _shape(self) -> int:
-        """Rows of the next calls, with room for all that can start: in large calls a row costs less."""
-        job, queue = self._queue.job, self._queue
-        waiting = len(self.busy) + len(queue.waiting)
-        if self._shapes is None or 2 * waiting > job.rows == job.active:
-            return job.rows
-        return self._shapes.smallest(min(job.active, len(self.busy) + len(queue.paused) + queue.startable))
+        """Rows of the next calls.
+
+        On a CPU every row costs time, so there is one for each image, and rows that are left over by rounding
+        run ahead. Elsewhere a row costs little, and there is one for all that can start.
+        """
+        queue = self._queue
+        on_cpu = queue.device.type == "cpu"
+        wanted = len(self.busy) + len(queue.paused) + (len(queue.waiting) if on_cpu else queue.startable)
+        if not wanted and self._state is not None:
+            return len(self._state.labels)
+        return self._shapes.fit(wanted if queue.job.batch_size is None else min(wanted, self._active))
 
     def _resize(self, state: State, shape: int) -> None:
-        """Another number of rows: the busy ones first, the others copies of the first row."""
+        """Another number of rows: the busy ones first, the others copies of the first row.
+
+        Trajectories for which there is no row go on in one that becomes free.
+        """
         rows = sorted(self.busy)
+        for row in rows[shape:]:
+            self._queue.pause(self.busy.pop(row), take(state, [row]))
+        rows = rows[:shape]
         self._state = take(state, [*rows, *[0] * (shape - len(rows))])
         self.busy = {new: self.busy[old] for new, old in enumerate(rows)}
         self._leaders = None
@@ -82,7 +104,7 @@ class RowTable:
         leaders = list(alone)
         if not self._queue.waiting and not self._queue.paused and self.busy:
             busy = sorted(self.busy)
-            idle = [row for row in alone[: self._queue.job.active] if row not in self.busy]
+            idle = [row for row in alone[: self._active] if row not in self.busy]
             for number, row in enumerate(idle):
                 leaders[row] = busy[number % len(busy)]
         if self._leaders is not None and leaders == alone == (self._leaders or alone):

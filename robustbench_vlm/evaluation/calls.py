@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import attack_watch, batch_shapes
+from robustbench_vlm.engine import attack_watch, batch_shapes, derivatives, gradient_check, model_checks
 from robustbench_vlm.engine.interface import Attack, LookaheadAttack
 from robustbench_vlm.engine.job import Stages
 from robustbench_vlm.evaluation.chain import Chain
@@ -40,24 +40,34 @@ QUICK = 5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a backend puts images into calls.
+    """How a backend puts images into calls of the attacked model.
 
     Attributes:
         backend: who attacks.
-        rows: of every full call.
-        active: rows that may hold an image.
+        full: rows of a full call.
+        active: rows of it that may hold an image.
         shrinks: whether calls become smaller where few images are left, as they do on a CPU.
+        tries: whether the rows of a full call are found by trial, from `batch_shapes.FIRST` up.
     """
 
     backend: Backend
-    rows: int
+    full: int
     active: int
     shrinks: bool
+    tries: bool = False
+
+    @classmethod
+    def of(cls, backend: Backend, rows: int, batch_size: int | None, *, on_cpu: bool) -> Schedule:
+        """Of a backend, the rows of the canonical pass, what was asked for, and the device."""
+        if not backend.keyed:
+            return cls(backend, rows, rows, shrinks=False)
+        full, free = batch_shapes.of_fixed(batch_size), not backend.precision.fixed
+        return cls(backend, full, batch_size or full, on_cpu and free, batch_size is None and on_cpu and free)
 
     def shape(self, wanted: int) -> int:
         """Rows of a call with at least `wanted` images."""
-        smaller = batch_shapes.halves(self.rows) if self.shrinks else []
-        return min(shape for shape in (self.rows, *smaller) if shape >= wanted)
+        smaller = batch_shapes.halves(self.full) if self.shrinks else []
+        return min(shape for shape in (self.full, *smaller) if shape >= wanted)
 
     def stage(
         self, attack: Attack, n_classes: int, images: int, *, ahead: bool, worst: bool
@@ -68,12 +78,14 @@ class Schedule:
             attack: of the stage.
             n_classes: of the model.
             images: that enter the stage.
-            ahead: whether trajectories of one image run beside each other.
+            ahead: whether trajectories of one image run beside each other; on a CPU only in rows that
+                rounding leaves over.
             worst: whether rows that look ahead save no call.
         """
         count = len(attack.trajectories(range(n_classes - 1)))
         forwards, gradients = (total // count for total in attack.cost(n_classes))
-        turns, together = (1, images * count) if ahead else (count, images)
+        beside = ahead and not self.shrinks
+        turns, together = (1, images * count) if beside else (count, images)
         full, rest = divmod(together, self.active)
         if full:
             number = turns * full
@@ -82,25 +94,32 @@ class Schedule:
             shape = self.shape(rest)
             looks = isinstance(attack, LookaheadAttack) and self.backend.keyed and not worst
             saved = min(shape / rest, LOOKAHEAD) if looks else 1
+            if ahead and self.shrinks:
+                turns = math.ceil(turns * rest / min(shape, self.active))
             yield Calls(shape, math.ceil(turns * forwards / saved), turns * gradients)
 
     def shape_tests(self, group: Stages, called: list[Calls], *, all_of_them: bool) -> Iterator[Calls]:
-        """Calls that find out whether smaller shapes give the same bits.
+        """Calls that find out which shapes give the same bits, and which are fast.
 
         Args:
             group: stages that share rows.
             called: the calls that the group makes.
             all_of_them: whether every smaller shape will be wanted, as where images end one by one.
         """
-        wanted = {calls.rows for calls in called if calls.rows < self.rows}
-        if not wanted:
+        wanted = {calls.rows for calls in called}
+        if not self.shrinks or not wanted:
             return
-        gradients = int(any(attack.passes[1] for _, attack in group))
-        smaller = batch_shapes.halves(self.rows)
-        for shape in smaller if all_of_them else sorted(wanted):
-            yield Calls(shape, 1 + gradients, gradients)
-        if gradients:
-            yield Calls(self.rows, 1, 1)
+        largest = max(wanted)
+        if all_of_them:
+            wanted |= {*batch_shapes.halves(largest)}
+        begun = batch_shapes.FIRST if self.tries else self.full
+        wanted |= {shape for shape in batch_shapes.halves(largest) if self.tries and shape > begun}
+        if wanted <= {begun}:
+            return
+        passes = group[0][1].passes
+        forwards, gradients = int(passes[0] > passes[1]), int(passes[1] > 0)
+        for shape in sorted({*wanted, begun}):
+            yield Calls(shape, forwards + gradients, gradients)
 
 
 def before(rows: int, n: int, *, white_box: bool, worst: bool) -> Calls:
@@ -108,32 +127,55 @@ def before(rows: int, n: int, *, white_box: bool, worst: bool) -> Calls:
 
     Args:
         rows: of every call.
-        n: number of images, of which at most `rows` are used.
+        n: number of images, of which at most `model_checks.SAMPLE` are used.
         white_box: whether the chain takes gradients.
         worst: whether derivatives along lines disagree, so that the lines are cut into finer parts.
     """
+    used = min(n, model_checks.SAMPLE)
+
+    def calls(images: int) -> int:
+        return math.ceil(images / rows)
+
+    whole = calls(used)
     if not white_box:
-        return Calls(rows, 7)
-    ends = math.ceil(
-        8 * min(n, max(1, rows // 2)) / rows
-    )  # both ends of four steps from at most rows / 2 images
-    forwards, gradients = 12 + ends, 4
-    return Calls(rows, forwards + 5, gradients + 4) if worst else Calls(rows, forwards, gradients)
+        return Calls(rows, 7 * whole)
+    points = min(used, max(gradient_check.LEAST_POINTS, used // 2))
+    lines = min(used, max(gradient_check.LEAST_LINES, used // 8))
+    along = (2 + 6 * (used > 1)) * lines  # short lines in two parts, and lines to other images in six
+    ends = 2 * (1 + (used > 1)) * lines
+    gradients = whole + calls(points) + calls(along)  # the first with two backward passes
+    forwards = 7 * whole + gradients + calls(points) + calls(8 * points) + calls(ends)
+    if worst:
+        finer = calls(derivatives.FINER * along)
+        return Calls(rows, forwards + calls(ends) + finer, gradients + whole + finer)
+    return Calls(rows, forwards, gradients + whole)
 
 
-def after(rows: int, attack_gradients: int, *, worst: bool) -> Calls:
+def after(
+    rows: int, called: int, attack_gradients: int, images: int, stages: int, *, worst: bool
+) -> list[Calls]:
     """Calls of the checks after an attack that an image survived; they are made for each radius.
 
     Args:
-        rows: of every call.
+        rows: of calls of the canonical pass.
+        called: of calls in which the checks see the model.
         attack_gradients: gradient calls of the attack, some of which are made again.
+        images: that are attacked.
+        stages: of the attack.
         worst: as for `before`.
     """
+    again = [Calls(rows, 1)]
     if not attack_gradients:
-        return Calls(rows, 1)
-    again = math.ceil(attack_watch.ROWS * _kept(attack_gradients) / rows)
-    forwards, gradients = 3 + again, 1 + again
-    return Calls(rows, forwards + 5, gradients + 4) if worst else Calls(rows, forwards, gradients)
+        return again
+    least, most = attack_watch.LINES
+    lines = min(images, most, max(least, images * stages // 8))
+    kept = math.ceil(attack_watch.ROWS * _kept(attack_gradients) / called)
+    ends, along = math.ceil(2 * lines / called), math.ceil(attack_watch.PARTS * lines / called)
+    again.append(Calls(called, kept + ends + along, kept + along))
+    if worst:
+        finer = math.ceil(derivatives.FINER * attack_watch.PARTS * lines / called)
+        again.append(Calls(called, ends + finer, finer))
+    return again
 
 
 def _kept(calls: int) -> int:

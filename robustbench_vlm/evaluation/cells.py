@@ -50,8 +50,7 @@ class EvalSettings:
         results: folder of result files and ledgers.
         device: where to attack.
         backend: what runs the attacks, and in which precision the model is attacked.
-        active_rows: images under attack at once, at most the chain's `rows`; None for all rows. It changes
-            speed and memory, never a verdict.
+        batch_size: most images in a call of the attacked model; None for `auto`. See `Job.batch_size`.
         save_images: write the adversarial images too.
         suite: write a bundle of evidence too, as a result of this suite; None for no bundle.
         tags: further facts that tell results apart: protocol, list of images and stop rule; empty for none.
@@ -65,7 +64,7 @@ class EvalSettings:
     results: Path
     device: torch.device
     backend: Backend = field(default_factory=Backend)
-    active_rows: int | None = None
+    batch_size: int | None = None
     save_images: bool = False
     suite: Suite | None = None
     tags: Mapping[str, str] = field(default_factory=dict)

@@ -58,7 +58,7 @@ class Chain:
 
     @property
     def rows(self) -> int:
-        """Images in every model call."""
+        """Images in every call of the canonical pass."""
         return self.card.rows
 
     @property
@@ -129,9 +129,9 @@ class Chain:
         """Whether every attack of the chain knows the norm."""
         return all(norm in attack.norms for _, attack in self.stages)
 
-    def job(self, threat: Threat, n_classes: int, *, seed: int = 0, active_rows: int | None = None) -> Job:
+    def job(self, threat: Threat, n_classes: int, *, seed: int = 0, batch_size: int | None = None) -> Job:
         """The chain as an engine is given it; see `Job`."""
-        return Job(self.stages, threat, self.rows, n_classes, active_rows, self.stop, seed)
+        return Job(self.stages, threat, self.rows, n_classes, batch_size, self.stop, seed)
 
 
 def _runnable() -> Iterator[Chain]:

@@ -13,7 +13,7 @@ import torch
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset
-from robustbench_vlm.engine.attacked_view import PLAIN
+from robustbench_vlm.engine import batch_shapes
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import calls
 from robustbench_vlm.evaluation.calls import Calls
@@ -231,18 +231,15 @@ def _price_of(part: _Part, speed: Speed, settings: EvalSettings) -> Price:
 def _seconds_of(part: _Part, speed: Speed, settings: EvalSettings, share: float, *, worst: bool) -> float:
     """Seconds of the missing cells of a part if a share of the images meets every stage in full."""
     chain, n_classes, rows = part.chain, part.card.n_classes, part.chain.rows
-    plain = settings.backend.keyed and settings.backend.precision == PLAIN
-    schedule = calls.Schedule(
-        settings.backend,
-        rows,
-        min(settings.active_rows or rows, rows),
-        shrinks=plain and settings.device.type == "cpu",
-    )
-    cell = calls.of_cell(chain, n_classes, schedule, part.n, math.ceil(share * part.n), worst=worst)
+    on_cpu = settings.device.type == "cpu"
+    schedule = calls.Schedule.of(settings.backend, rows, settings.batch_size, on_cpu=on_cpu)
+    attacked = math.ceil(share * part.n)
+    cell = calls.of_cell(chain, n_classes, schedule, part.n, attacked, worst=worst)
     gradients = sum(made.gradients for made in cell)
-    cell.append(calls.after(rows, gradients, worst=worst))
+    called = batch_shapes.of_checks(part.n, rows)
+    cell += calls.after(rows, called, gradients, part.n, len(chain.stages), worst=worst)
     white_box = chain.needs(n_classes)["white_box"]
-    before = calls.before(rows, part.n, white_box=white_box, worst=worst)
+    before = calls.before(called, part.n, white_box=white_box, worst=worst)
     seconds = sum(map(speed.of, cell)) + PER_CELL + PER_IMAGE * part.n
     return speed.of(before) + part.missing * seconds
 

@@ -123,7 +123,7 @@ def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> Examined:
 def _examination(cell: Cell) -> ImageBlock:
     """The images on which a model is examined."""
     subject, keys = cell.subject, cell.subject.split.keys
-    positions = model_checks.chosen(keys, cell.chain.rows, cell.settings.seed)
+    positions = model_checks.chosen(keys, cell.settings.seed)
     images, labels = subject.images.floats(positions), subject.labels[positions]
     return ImageBlock(images, labels, [keys[i] for i in positions])
 
@@ -183,7 +183,7 @@ def _measure(run: CellRun, smaller: Cell | None, report: Report, examined: Exami
     outcome, facts = tally(cell, run.table, examined.failed), provenance.of_model(subject.loaded)
     content = Content(cell.config, outcome, facts, cell.chain.stage_records)
     seconds = time.perf_counter() - started
-    made = provenance.of_run(settings.device, seconds, settings.active_rows)
+    made = provenance.of_run(settings.device, seconds, settings.batch_size)
     made |= run.work.facts
     beside = {"checks": examined.record, "run": made | {"calls": asdict(total(costs))}}
     if settings.suite is not None:

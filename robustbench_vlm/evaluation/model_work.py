@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.backends.backend import Backend
-from robustbench_vlm.engine import attacked_view, canonical, model_checks
+from robustbench_vlm.engine import attacked_view, batch_shapes, canonical, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.check_record import Check, Examined
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
@@ -61,7 +61,7 @@ class AttackSetup:
     Attributes:
         bank: (C, D) unit text embeddings of the classes.
         backend: what runs the attacks.
-        job: all stages of the chain, the ball, the shape of calls, the seed and the tied classes.
+        job: all stages of the chain, the ball, the shapes of calls, the seed and the tied classes.
         needs: what the chain needs of a model, in the keywords of `model_checks.examine`.
         keeps: which adversarial images are kept.
     """
@@ -76,9 +76,8 @@ class AttackSetup:
     def of(cls, cell: Cell) -> AttackSetup:
         """The setup of a cell."""
         chain, settings, subject = cell.chain, cell.settings, cell.subject
-        active = None if settings.active_rows is None else min(settings.active_rows, chain.rows)
         n_classes = subject.card.n_classes
-        job = chain.job(cell.threat, n_classes, seed=settings.seed, active_rows=active)
+        job = chain.job(cell.threat, n_classes, seed=settings.seed, batch_size=settings.batch_size)
         keeps = [settings.keeps_image(broken=broken) for broken in (False, True)]
         return cls(
             subject.bank,
@@ -109,7 +108,8 @@ class CellModel:
         Args:
             loaded: the model.
             setup: of the cell.
-            first: (n, 3, H, W) float32, the first images of the cell, as many as a call has rows.
+            first: (n, 3, H, W) float32, the first images of the cell, as many as a call of the canonical pass
+                has rows.
             device: where to attack.
         """
         self.setup, self.device, self._loaded, self.first = setup, device, loaded, first
@@ -126,7 +126,7 @@ class CellModel:
             block.images.to(self.device),
             labels if tied is None else tied.labels(labels),
             block.keys,
-            rows=self.setup.job.rows,
+            rows=batch_shapes.of_checks(len(block.keys), self.setup.job.rows),
             seed=self.setup.job.seed,
             **self.setup.needs,
         )
@@ -138,10 +138,13 @@ class CellModel:
     @cached_property
     def watch(self) -> AttackWatch:
         """The model as attacks see it, and what the attacks bring to light about it."""
-        rows, precision = self.setup.job.rows, self.setup.backend.precision
-        sample = canonical.padded(self.first.to(self.device), rows)
+        job, precision = self.setup.job, self.setup.backend.precision
+        fixed = batch_shapes.of_fixed(job.batch_size)
+        sample = canonical.padded(self.first[:fixed].to(self.device), fixed)
         view = attacked_view.build(self.classifier, precision, sample, self._classifier(bf16=True))
-        return AttackWatch(Model(self.classifier, view), rows)
+        model = Model(self.classifier, view, fixed=precision.fixed)
+        called = fixed if precision.fixed else batch_shapes.of_checks(len(self.first), job.rows)
+        return AttackWatch(model, job.rows, called)
 
     def attack(self, stages: Stages, blocks: Iterable[Block], note: Note) -> Cost:
         """Run stages that share rows.
@@ -228,7 +231,7 @@ Works = Callable[[Cell], AbstractContextManager[ModelWork]]
 
 
 def first_images(cell: Cell) -> Tensor:
-    """(n, 3, H, W) the first images of a cell, as many as a call has rows."""
+    """(n, 3, H, W) the first images of a cell, as many as a call of the canonical pass has rows."""
     return cell.subject.images.floats(range(len(cell.subject.images))[: cell.chain.rows])
 
 

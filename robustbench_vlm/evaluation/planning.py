@@ -50,7 +50,7 @@ class EvalRequest:
         eps: radii, separated by commas; empty: the suite's.
         norm: of the ball; empty: the suite's.
         n: images of every dataset, 0 for all; None: the suite's number.
-        active_rows: images under attack at once; see `EvalSettings`.
+        batch_size: most images in a call of the attacked model; see `EvalSettings`.
         save_images: write the adversarial images too.
         save_evidence: write a bundle of evidence a result, too.
         skip_missing: leave out datasets that are not on disk.
@@ -71,7 +71,7 @@ class EvalRequest:
     eps: str = ""
     norm: str = ""
     n: int | None = None
-    active_rows: int | None = None
+    batch_size: int | None = None
     save_images: bool = False
     save_evidence: bool = False
     skip_missing: bool = False
@@ -146,7 +146,7 @@ def _settings(
         results=request.results,
         device=device,
         backend=request.backend,
-        active_rows=request.active_rows,
+        batch_size=request.batch_size,
         save_images=request.save_images,
         suite=suite if request.save_evidence else None,
         tags=protocols.tags(protocol, suite),
@@ -235,7 +235,7 @@ def require_supported(settings: EvalSettings, datasets: Sequence[DatasetCard]) -
     for chain in settings.chains:
         for card in datasets:
             side = card.native_px if card.canvas == "native" else None
-            job = chain.job(threat, card.n_classes, active_rows=settings.active_rows)
+            job = chain.job(threat, card.n_classes, batch_size=settings.batch_size)
             settings.backend.require(job, None if side is None else (side, side))
 
 

@@ -27,7 +27,7 @@ def of_model(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def of_run(device: torch.device, seconds: float, active_rows: int | None) -> dict[str, Any]:
+def of_run(device: torch.device, seconds: float, batch_size: int | None) -> dict[str, Any]:
     """When, where and with what a cell was measured; never part of a fingerprint."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -35,7 +35,7 @@ def of_run(device: torch.device, seconds: float, active_rows: int | None) -> dic
         "seconds": round(seconds, 3),
         "device": name,
         "threads": torch.get_num_threads(),
-        "active_rows": active_rows,
+        "batch_size": "auto" if batch_size is None else batch_size,
         "torch": torch.__version__,
         "vlmrob": __version__,
         "python": platform.python_version(),

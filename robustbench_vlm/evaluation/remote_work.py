@@ -132,7 +132,8 @@ class RemoteWork:
 
     def attack(self, stages: Stages, members: Sequence[int], read: Read, note: Note) -> Cost:
         """See `ModelWork`."""
-        rows, keyed = self.setup.job.rows, self.setup.backend.keyed
+        keyed = self.setup.backend.keyed
+        rows = self.setup.job.full if keyed else self.setup.job.rows
         costs = [attack.cost(self.setup.job.n_classes) for _, attack in stages]
         passes = sum(forwards + 2 * gradients for forwards, gradients in costs)
         unit = min(UNIT, rows) if keyed and self.on_cpu else rows

@@ -215,9 +215,9 @@ class Worker:
         cell = self._open(order, fetch)
         model, setup = cell.model, cell.model.setup
         with isolated(tf32=setup.backend.precision.tf32):
-            speed, rows = self._speed(order.model, cell), setup.job.rows
+            speed, rows = self._speed(order.model, cell), setup.job.full
             if isinstance(content, Tensor):
-                answer(Expected(speed.of(Calls(rows, -(-len(content) // rows)))))
+                answer(Expected(speed.of(Calls(setup.job.rows, -(-len(content) // setup.job.rows)))))
                 return model.logits(unpacked(content))
             if isinstance(content, Attack):
                 costs = [attack.cost(setup.job.n_classes) for _, attack in content.stages]

@@ -114,14 +114,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file atomically: into a temporary file beside it, flushed to disk, then renamed to `path`."""
+def write(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file atomically: into a temporary file beside it, flushed to disk, then renamed to `path`.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        content: the parts of the file, in order.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read

@@ -171,7 +171,10 @@ def planted(line):
         "edited": {**line, "broken": not line["broken"]},
         "too far": {**line, "distance": 0.9},
         "no distance": {name: value for name, value in line.items() if name != "distance"},
+        "no margin": {name: value for name, value in line.items() if name != "margin"},
         "wrong kind": {**line, "prediction": "1"},
+        "a number as text": {**line, "progress": "0.1"},
+        "a truth as number": {**line, "restart": False},
         "no such class": {**line, "prediction": 10_000},
     }
 

@@ -75,6 +75,16 @@ def raised() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def ignored() -> Iterator[None]:
+    """Inside, the signals do nothing: for the last line of a command, which takes a moment."""
+    restore = _install(lambda *_: None)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
     """Inside, the first signal only takes note, and a second one raises KeyboardInterrupt.
 

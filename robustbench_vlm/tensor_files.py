@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,25 @@ def checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors and facts with their checksum, whole or not at all."""
+    """Write tensors and facts with their checksum, whole or not at all; equal content gives equal bytes."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    store.write(path, save(plain, metadata={**facts, CHECKSUM: checksum(plain, facts)}))
+    content = save(plain, metadata={**facts, CHECKSUM: checksum(plain, facts)})
+    header, values = _sorted_metadata(content)
+    store.write(path, header, values)
+
+
+def _sorted_metadata(content: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with its metadata in sorted order, and the rest of the file.
+
+    The library keeps the metadata in a hash map, so their order differs from one call to the next. A file
+    begins with the length of its header, as 8 bytes; the header is JSON, with spaces up to a multiple of 8.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[8 + length :]
 
 
 def read(path: Path, do: str = "delete it") -> TensorFile:

@@ -46,8 +46,12 @@ def require_own(path: Path) -> None:
     Raises:
         InputError: it is one.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        found = "a symbolic link" if path.is_symlink() else "not a regular file"
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        found = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
         raise InputError(str(path), found, "a file that vlmrob wrote", "remove it")
 
 

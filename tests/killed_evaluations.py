@@ -1,9 +1,10 @@
-"""Evaluations that are killed during a model call, and a reader of everything that they leave behind."""
+"""Evaluations that are disturbed, as calls and as commands, and a reader of what they leave behind."""
 
 import json
 import multiprocessing
 import os
 import signal
+import sys
 
 import pytest
 import toys
@@ -56,3 +57,31 @@ def outcome(results):
         elif path.suffix == ".parquet":
             found[name] = path.read_bytes()
     return found
+
+
+def write_place(root, queries):
+    """Data, cards and a model for the `command` that evaluates them; `queries` are those of Square."""
+    card = toys.dataset_card()
+    toys.write(card, root / "data")
+    toys.save_model(root / "model")
+    chain = toys.chain("aa", "ce", "square")
+    square = chain.stage[1].model_copy(update={"queries": queries})
+    chain = chain.model_copy(update={"stage": (chain.stage[0], square)})
+    toys.write_include(root / "cards", [card], [chain], eps=["2/255", "4/255"])
+    return root
+
+
+def words(root, out):
+    """What a user types behind `vlmrob`."""
+    typed = f"--include {root / 'cards'} eval --model {root / 'model'} --attack aa --suite toys"
+    return [*typed.split(), "--data-root", str(root / "data"), "--out", str(out), "--device", "cpu"]
+
+
+def command(root, out):
+    """The same as a process."""
+    return [sys.executable, "-m", "robustbench_vlm", *words(root, out)]
+
+
+def lines(out):
+    """Number of complete lines of all ledgers."""
+    return sum(path.read_bytes().count(b"\n") for path in (out / "ledger").rglob("*.jsonl"))

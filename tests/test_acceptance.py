@@ -13,8 +13,8 @@
  6. Passes of an image that survives: here, with full budgets; against the reference's own count in
     `parity/test_parity_chain`.
  7. Few and many classes, the shipped chain: here; what stands in is written into the cell: `test_evaluate`.
- 8. Kills and resumes: `test_engine_invariance` (SIGKILL in the middle of a random model call; nothing of
-    another radius, norm, seed, shape, model, label or chain is taken over), `test_eval_killed` (the command).
+ 8. Kills and resumes: `test_kills` (SIGKILL at random moments), `test_engine_invariance` (nothing of another
+    radius, norm, seed, shape, model, label or chain is taken over).
  9. Models that must trip a check: NaN in `test_attacks` and `test_evaluate`, zero and missing gradients in
     `test_attacks`, constant predictors in `test_evaluate`; the rest with the checks themselves.
 10. Seeds of each side's own: `parity/test_parity_chain`; over three seeds at full budgets `make parity-full`.

@@ -1,9 +1,9 @@
 """Which worker gets which images: every image once, whatever dies, and workers that end together."""
 
-import heapq
+import importlib
 import random
-import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -136,121 +136,26 @@ def test_every_member_is_finished_once_in_any_order_of_deaths(shapes, workers, s
     assert finished == {(id(r), m): 1 for r in requests for m in r.members}
 
 
-class Simulation:
-    """Workers with made-up attack times that die at random; the scheduling is the real code.
-
-    Every cell has two stages: all images enter the first, and those with odd numbers survive it.
-    """
-
-    RESTART = 20.0  # time in which a new process loads the model; an image takes 1 to 9
-
-    def __init__(self, cells, images, workers, lifetime, seed=0):
-        self.chance, self.workers, self.lifetime = random.Random(seed), workers, lifetime
-        self.dispatch, self.of = Dispatch(), {}
-        self.events, self.order, self.now, self.started = [], 0, 0.0, 0
-        self.having, self.idle = {}, set()
-        self.verdicts, self.useful, self.last, self.deaths = Counter(), 0.0, 0.0, 0
-        for cell in range(cells):
-            self.enter(cell, 0, range(images))
-        for _ in range(workers):
-            self.start(0.0)
-
-    def enter(self, cell, stage, members):
-        request = Request(list(members), (1.0 + cell % 3) * (1, 3)[stage], unit=8, most=512)
-        self.of[request] = (cell, stage)
-        self.dispatch.add(request)
-        for worker in sorted(self.idle):
-            self.assign(worker)
-
-    def push(self, when, what, worker, found=None):
-        self.order += 1
-        heapq.heappush(self.events, (when, self.order, what, worker, found))
-
-    def start(self, when):
-        self.started += 1
-        self.push(when, "ready", self.started)
-        self.push(when + self.chance.expovariate(1 / self.lifetime), "dies", self.started)
-
-    def assign(self, worker):
-        block = self.dispatch.take(worker, self.workers)
-        if block is None:
-            self.idle.add(worker)
-            return
-        self.idle.discard(worker)
-        self.having[worker] = block
-        when = self.now
-        for member in block.members:
-            seconds = block.request.cost * self.chance.lognormvariate(0.0, 0.5)
-            when += seconds
-            self.push(when, "finds", worker, (member, seconds))
-        self.push(when, "ends", worker)
-
-    def run(self):
-        """The share of the workers' time that went into findings that count."""
-        while any(request.open for request in self.dispatch.requests):
-            self.now, _, what, worker, found = heapq.heappop(self.events)
-            if what == "ready":
-                self.assign(worker)
-            elif what == "dies":
-                self.die(worker)
-            elif worker in self.having:  # it is alive
-                if what == "finds":
-                    self.find(worker, *found)
-                else:
-                    assert self.dispatch.end(worker) == []
-                    del self.having[worker]
-                    self.assign(worker)
-        return self.useful / (self.workers * self.now)
-
-    def find(self, worker, member, seconds):
-        request = self.having[worker].request
-        assert self.dispatch.finish(worker, member)
-        self.verdicts[(*self.of[request], member)] += 1
-        self.useful += seconds
-        if not request.open:
-            self.dispatch.drop(request)
-            cell, stage = self.of[request]
-            if stage == 0:
-                self.enter(cell, 1, request.members[1::2])
-
-    def die(self, worker):
-        self.deaths += 1
-        assert self.dispatch.lose(worker) == []
-        self.having.pop(worker, None)
-        self.idle.discard(worker)
-        self.start(self.now + self.RESTART)
-        for waiting in sorted(self.idle):
-            self.assign(waiting)
+@pytest.fixture
+def simulated(monkeypatch):
+    """The simulation of `benchmarks/dispatch.py`, with made-up attack times and the real scheduling."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module("dispatch").simulated
 
 
-def simulated(cells, images, workers, lifetime):
-    """A simulation after its end; every image that entered a stage has one verdict of it."""
-    began = time.perf_counter()
-    simulation = Simulation(cells, images, workers, lifetime)
-    share = simulation.run()
-    first = {(cell, 0, i): 1 for cell in range(cells) for i in range(images)}
-    second = {(cell, 1, i): 1 for cell in range(cells) for i in range(1, images, 2)}
-    assert simulation.verdicts == first | second
-    print(  # noqa: T201 - what the simulation is for
-        f"{cells * images} images, {workers} workers, {simulation.deaths} deaths: "
-        f"{share:.1%} of the workers' time used; {time.perf_counter() - began:.1f} s for the simulation"
-    )
-    return share, simulation
-
-
-def test_a_hundred_workers_that_die_at_random_miss_no_verdict_and_make_none_twice():
+def test_a_hundred_workers_that_die_at_random_miss_no_verdict_and_make_none_twice(simulated):
     share, simulation = simulated(cells=16, images=2_500, workers=100, lifetime=1_000)
     assert simulation.deaths > 100
     assert share > 0.9
 
 
-def test_without_deaths_workers_end_together():
+def test_without_deaths_workers_end_together(simulated):
     share, _ = simulated(cells=5, images=1_000, workers=16, lifetime=1e9)
     assert share > 0.95
 
 
 @pytest.mark.slow
-def test_a_million_images():
+def test_a_million_images(simulated):
     share, simulation = simulated(cells=20, images=50_000, workers=100, lifetime=5_000)
     assert simulation.deaths > 500
     assert share > 0.95

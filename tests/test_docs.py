@@ -1,6 +1,7 @@
 """The reference in docs/ is what the code says."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,11 @@ def test_every_flag_is_explained():
     page = (DOCS / "attacks.md").read_text("utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [flag for flag in flags.WORDS if not any(f"`{flag}`" in row for row in rows)] == []
+
+
+@pytest.mark.parametrize("name", ["docs/reliability.md", "SECURITY.md"])
+def test_every_test_that_a_page_names_exists(name):
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (DOCS.parent / name).read_text("utf-8"))
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / "tests" / file).read_text("utf-8"), f"{file}::{test}"

@@ -4,8 +4,6 @@ Breakers, iterations, counts and adversarial images are compared, not verdicts a
 half are broken.
 """
 
-import multiprocessing
-import random
 import shutil
 import weakref
 
@@ -160,24 +158,6 @@ def order(results, *stages, norm="linf", eps=("4/255",), rows=16, stop="first", 
     ladder = [str(parse_eps(text, norm)) for text in eps]
     chain = toys.chain("aa", *(stages or ("ce", "t", "fab", "square")), rows=rows, stop=stop)
     return toys.request(results, chain, norm=norm, eps=ladder, save_images=True, **more)
-
-
-@forks
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kills_at_random_iterations_leave_no_trace(what, seed, tmp_path):
-    counted = multiprocessing.get_context("fork").Value("i", 0)
-    assert not killed(what, order(tmp_path / "whole", batch_size=5), 0, counted)
-    draw = random.Random(seed)
-    kills = [
-        killed(what, order(tmp_path / "torn", batch_size=live), draw.randint(1, counted.value // 2))
-        for live in (3, 12, 5, 7)
-    ]
-    assert sum(kills) >= 2
-    assert not killed(what, order(tmp_path / "torn"), 0)
-    whole = outcome(tmp_path / "whole")
-    assert outcome(tmp_path / "torn") == whole
-    (cell,) = [content for name, content in whole.items() if name.startswith("cells") and "json" in name]
-    assert 0 < cell["outcome"]["robust"]["square"] < 12
 
 
 CHANGES = {

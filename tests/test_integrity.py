@@ -1,7 +1,10 @@
 """What is read back is what was written: edited, planted and damaged files are refused or made again."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -168,7 +171,10 @@ def planted(line):
         "edited": {**line, "broken": not line["broken"]},
         "too far": {**line, "distance": 0.9},
         "no distance": {name: value for name, value in line.items() if name != "distance"},
+        "no margin": {name: value for name, value in line.items() if name != "margin"},
         "wrong kind": {**line, "prediction": "1"},
+        "a number as text": {**line, "progress": "0.1"},
+        "a truth as number": {**line, "restart": False},
         "no such class": {**line, "prediction": 10_000},
     }
 
@@ -250,6 +256,36 @@ def test_a_tensor_file_is_held_to_its_checksum(tmp_path):
     save_file(values, path)
     assert not tensor_files.read(path).sealed
     assert load_file(path).keys() == values.keys()
+
+
+FACTS = {"step": "7", "recipe": "ab", "größe": 'a "b" \\ \n', "d": "4", "e": "5", "f": "6"}
+SAVE = """
+import sys, torch
+from pathlib import Path
+from robustbench_vlm import tensor_files
+values = {"b": torch.arange(6.0), "a": torch.ones(2).bfloat16()}
+tensor_files.write(Path(sys.argv[1]), values, dict(zip(sys.argv[2::2], sys.argv[3::2])))
+"""
+
+
+def test_equal_content_gives_equal_bytes_in_every_process(tmp_path):
+    """Safetensors has its metadata in a hash map, with another order in every call."""
+    values = {"b": torch.arange(6.0), "a": torch.ones(2).bfloat16()}
+    found = set()
+    for i in range(8):
+        facts = dict(reversed(FACTS.items())) if i % 2 else FACTS
+        tensor_files.write(tmp_path / "x.safetensors", values, facts)
+        found.add((tmp_path / "x.safetensors").read_bytes())
+    words = [word for pair in FACTS.items() for word in pair]
+    path = tmp_path / "y.safetensors"
+    argv = [sys.executable, "-c", SAVE, str(path), *words]
+    environment = {**os.environ, "PYTHONHASHSEED": "12"}
+    assert subprocess.run(argv, check=False, env=environment).returncode == 0
+    assert found == {path.read_bytes()}
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    read = tensor_files.read(path)
+    assert (read.facts, read.sealed) == (FACTS, True)
+    assert all(torch.equal(read.tensors[name], value) for name, value in values.items())
 
 
 def test_a_damaged_line_in_the_middle_of_a_log_is_one_line(tmp_path):

@@ -24,6 +24,7 @@ from robustbench_vlm.results import (
     verdicts,
 )
 from robustbench_vlm.results.contest import Contest
+from robustbench_vlm.results.open_table import opened
 
 GOLDEN = Path(__file__).parent / "golden" / "leaderboard.csv"
 SUITE = Suite(
@@ -53,8 +54,9 @@ def table(dataset, clean, broken, eps="4/255", n=10, labels=None):
     fields = {"target": -1, "restart": 0, "iteration": 2, "forwards": 3, "backwards": 3}
     fields |= {"prediction": 1, "margin": -0.1, "zero_gradients": 0, "error": "", "distance": 4 / 255}
     fields["progress"] = 0.5
-    for i, stage in broken.items():
-        verdicts.enter(found, i, {**fields, "broken": True, "adv_sha256": sha([dataset, i])}, stage, eps)
+    with opened(found, eps) as entries:
+        for i, stage in broken.items():
+            entries.enter(i, {**fields, "broken": True, "adv_sha256": sha([dataset, i])}, stage)
     return found
 
 

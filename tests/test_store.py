@@ -64,6 +64,43 @@ def test_mending_cuts_the_torn_line_only(tmp_path, torn):
     assert path.read_bytes() == whole
 
 
+ODD = [
+    {},
+    {"a": 1},
+    {"z": 0.1},
+    {"a": [1, {"checksum": "f" * 32}], "z": {"b": None}},
+    {"a": '"checksum":"' + "0" * 32 + '",', "z": '\\"checksum\\":"'},
+    {"größe": "\u2028\x00\ud7ff", "z": -0.0},
+    {"a": 10**30, "b": 1e300, "c": -1e-300, "d": True, "z": ""},
+]
+
+
+def test_records_of_any_content_come_back(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for record in ODD:
+        store.append(path, record)
+    assert [line.damage for line in store.lines(path)] == [""] * len(ODD)
+    found = list(store.records(path))
+    assert found == ODD
+    assert [[type(value) for value in record.values()] for record in found] == [
+        [type(value) for value in record.values()] for record in ODD
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", [b"1e999", b"-1e999", b"NaN", b"Infinity", b'"\\ud800"', b"9" * 5000, b"[}"]
+)
+def test_what_json_cannot_say_is_damage_even_with_a_checksum_of_its_bytes(tmp_path, value):
+    path, rest = tmp_path / "log.jsonl", b',"z":0}'
+    body = b'{"a":' + value + rest
+    checksum = store.hashlib.sha256(b'["log.jsonl",' + body + b"]").hexdigest()[: store.DIGITS].encode()
+    path.write_bytes(b'{"a":' + value + b',"checksum":"' + checksum + b'"' + rest + b"\n")
+    (line,) = store.lines(path)
+    assert line.damage
+    path.write_bytes(path.read_bytes().replace(value, b"1"))
+    assert "checksum" in next(store.lines(path)).damage
+
+
 def test_mending_a_ledger_of_one_torn_line_or_none(tmp_path):
     path = tmp_path / "log.jsonl"
     store.mend(path)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from robustbench_vlm.results import columns, verdicts
+from robustbench_vlm.results.open_table import opened
 
 
 def line(**changes):
@@ -15,17 +16,23 @@ def line(**changes):
     return fields | changes
 
 
+def enter(table, i, line, stage, eps):
+    """One finding."""
+    with opened(table, eps) as entries:
+        entries.enter(i, line, stage)
+
+
 def by_hand():
     """Five images: wrong when clean, robust, broken first, broken second, and without verdict."""
     labels = np.array([1, 0, 0, 0, 0])
     margins = np.array([-1, 1, 1, 1, 1], dtype=np.float32)
     found = verdicts.begin(list("abcde"), labels, ["s"] * 5, np.zeros(5, dtype=np.int64), margins)
     for i in (1, 3):
-        verdicts.enter(found, i, line(), "one", "4/255")
-    verdicts.enter(found, 2, line(broken=True, prediction=1, margin=-0.5, iteration=3), "one", "4/255")
-    verdicts.enter(found, 4, line(error="one: not finite", margin=None, zero_gradients=1), "one", "4/255")
-    verdicts.enter(found, 1, line(), "two", "4/255")
-    verdicts.enter(found, 3, line(broken=True, prediction=2, target=2, restart=1), "two", "4/255")
+        enter(found, i, line(), "one", "4/255")
+    enter(found, 2, line(broken=True, prediction=1, margin=-0.5, iteration=3), "one", "4/255")
+    enter(found, 4, line(error="one: not finite", margin=None, zero_gradients=1), "one", "4/255")
+    enter(found, 1, line(), "two", "4/255")
+    enter(found, 3, line(broken=True, prediction=2, target=2, restart=1), "two", "4/255")
     return found
 
 
@@ -56,8 +63,8 @@ def test_the_mean_over_classes_by_hand():
 
 def test_progress_is_the_greatest_rise_over_the_stages_whose_gradients_did_not_break_an_image():
     found = by_hand()
-    verdicts.enter(found, 1, line(progress=0.0), "three", "4/255")  # it rose in the two stages before
-    verdicts.enter(found, 3, line(progress=0.0, backwards=0), "three", "4/255")  # black box: says nothing
+    enter(found, 1, line(progress=0.0), "three", "4/255")  # it rose in the two stages before
+    enter(found, 3, line(progress=0.0, backwards=0), "three", "4/255")  # black box: says nothing
     # wrong when clean, broken by a gradient at once or later, without verdict
     assert np.isnan(found.progress[[0, 2, 3, 4]]).all()
     assert found.progress[1] == 0.25
@@ -68,17 +75,17 @@ def test_progress_is_the_greatest_rise_over_the_stages_whose_gradients_did_not_b
 def test_an_image_whose_objective_never_rises_counts_until_a_gradient_breaks_it():
     found = verdicts.begin(list("ab"), np.zeros(2, int), ["s"] * 2, np.zeros(2, int), np.ones(2, np.float32))
     for i in (0, 1):
-        verdicts.enter(found, i, line(progress=0.0), "ce", "4/255")  # saturated
+        enter(found, i, line(progress=0.0), "ce", "4/255")  # saturated
     assert verdicts.no_progress_share(found) == 1
-    verdicts.enter(found, 0, line(broken=True, prediction=1, progress=2.0), "dlr", "4/255")
-    verdicts.enter(found, 1, line(progress=2.0), "dlr", "4/255")
+    enter(found, 0, line(broken=True, prediction=1, progress=2.0), "dlr", "4/255")
+    enter(found, 1, line(progress=2.0), "dlr", "4/255")
     assert verdicts.no_progress_share(found) == 0
 
 
 def test_few_zero_gradients_of_an_image_can_be_left_out():
     found = verdicts.begin(list("ab"), np.zeros(2, int), ["s"] * 2, np.zeros(2, int), np.ones(2, np.float32))
-    verdicts.enter(found, 0, line(zero_gradients=2), "one", "4/255")  # of 4
-    verdicts.enter(found, 1, line(zero_gradients=3), "one", "4/255")
+    enter(found, 0, line(zero_gradients=2), "one", "4/255")  # of 4
+    enter(found, 1, line(zero_gradients=3), "one", "4/255")
     assert [verdicts.zero_gradient_share(found, least) for least in (0, 0.5, 0.75)] == [1, 0.5, 0]
 
 
@@ -91,7 +98,7 @@ def test_broken_images_are_counted_by_stage_and_radius():
 def test_ledgers_of_the_first_version_go_on():
     found = by_hand()
     old = {name: value for name, value in line().items() if name != "progress"}
-    verdicts.enter(found, 1, old, "three", "4/255")
+    enter(found, 1, old, "three", "4/255")
     assert found.progress[1] == 0.25
 
 

@@ -21,6 +21,7 @@ from robustbench_vlm.evaluation import tensors
 from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.results import verdicts
+from robustbench_vlm.results.open_table import opened
 from robustbench_vlm.threat import Threat, eps_text
 from robustbench_vlm.types import Classify, Finding
 
@@ -201,17 +202,17 @@ def _run(watch: AttackWatch, backend: Backend, job: Job, block: ImageBlock) -> t
     originals = images.cpu()
     adversarial = originals.clone()
     position = {key: i for i, key in enumerate(block.keys)}
-    eps = eps_text(job.threat.norm, job.threat.eps)
 
     def enter(finding: Finding) -> None:
         i = position[finding.key]
         adversarial[i] = finding.adv
         watch.note(finding, originals[i], int(labels[i]))
         line = verdicts.line(finding, originals[i], shas[i], int(labels[i]), job.threat)
-        verdicts.enter(table, i, line, finding.stage, eps)
+        entries.enter(i, line, finding.stage)
 
     standing = [int(i) for i in table.index[verdicts.standing(table)]]
-    backend.run_chain(watch.watched, job, block.take(standing), enter)
+    with opened(table, eps_text(job.threat.norm, job.threat.eps)) as entries:
+        backend.run_chain(watch.watched, job, block.take(standing), enter)
     return table, adversarial
 
 

@@ -33,7 +33,8 @@ def main() -> None:
         try:
             code = _run(words)
         except (KeyboardInterrupt, SystemExit, Exception) as error:  # noqa: BLE001 - the end of the program
-            code = _end(error, words, stopped)
+            with interruption.ignored():  # a second Ctrl-C
+                code = _end(error, words, stopped)
         if stopped():
             atexit.register(_exit_code, code)
     sys.exit(code)

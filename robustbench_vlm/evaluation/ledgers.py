@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,21 @@ class Ledger:
 
     def lines(self) -> Iterator[tuple[store.Line, str]]:
         """Every complete line, and why it is not believed; empty for the lines that are."""
+        farthest = verdicts.farthest(self.threat)
         for line in store.lines(self.path):
-            yield line, line.damage or verdicts.line_fault(line.record, self.threat, self.n_classes)
+            yield line, line.damage or verdicts.line_fault(line.record, farthest, self.n_classes)
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """What the lines say that are believed."""
-        return (line.record for line, fault in self.lines() if not fault)
+    def records(self, fault: Callable[[str], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+        """What the lines say that are believed; `fault` gets a sentence about each other one."""
+        for line, why in self.lines():
+            if why:
+                fault(f"{self.path}, line {line.number}: {why}")
+            else:
+                yield line.record
 
-    def faults(self) -> list[str]:
-        """One sentence for each line that is not believed: where it is and why."""
-        return [f"{self.path}, line {line.number}: {fault}" for line, fault in self.lines() if fault]
-
-    def mend(self) -> None:
-        """Remove a half-written last line and every line that is not believed; others are then appended."""
-        store.mend(self.path)
-        lines = list(self.lines())
-        if any(fault for _, fault in lines):
-            store.write(self.path, b"".join(line.text for line, fault in lines if not fault))
+    def remove_faulty(self) -> None:
+        """Remove every line that is not believed."""
+        store.write(self.path, b"".join(line.text for line, fault in self.lines() if not fault))
 
     def image(self, record: dict[str, Any]) -> Tensor | None:
         """The saved adversarial image of a finding, (3, H, W); None if it is missing or is another one."""

@@ -20,6 +20,7 @@ from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.ledgers import Ledger, image_path
 from robustbench_vlm.evaluation.model_work import Block, Line, ModelWork
 from robustbench_vlm.results import verdicts
+from robustbench_vlm.results.open_table import OpenTable, opened
 from robustbench_vlm.threat import eps_text
 
 Report = Callable[[str, int, int], None]
@@ -73,14 +74,17 @@ class CellRun:
         for ledger in ledgers.values():
             text_files.require_own(ledger.path)
         standing = [int(i) for i in self.table.index[verdicts.standing(self.table)]]
-        begin = self.resume(ledgers, standing)
+        with opened(self.table, self.eps) as entries:
+            begin, faulty = self.resume(ledgers, standing, entries)
         names = [subject.loaded.card.name, subject.card.name, " + ".join(ledgers), str(self.cell.threat)]
         title, done = " · ".join(names), len(standing) - len(begin)
         report(title, done, len(standing))
         if not begin:
             return Cost()
         for ledger in ledgers.values():
-            ledger.mend()
+            store.mend(ledger.path)
+        for ledger in faulty:
+            ledger.remove_faulty()
 
         order = list(ledgers)
 
@@ -89,7 +93,8 @@ class CellRun:
             i = self.positions[line["key"]]
             if begin.get(i) != order.index(stage):  # it is known already
                 return
-            self.record(i, stage, line, image, ledgers[stage].path)
+            self.record(line, image, ledgers[stage].path)
+            entries.enter(i, line, stage)
             ended = line["broken"] or bool(line["error"]) or stage == order[-1]
             if ended:
                 del begin[i]
@@ -99,7 +104,8 @@ class CellRun:
             report(title, done, len(standing))
 
         members = settings.backend.batches(standing, begin, rows)
-        return self.work.attack(stages, members, lambda part: self.block(part, begin), note)
+        with opened(self.table, self.eps) as entries:
+            return self.work.attack(stages, members, lambda part: self.block(part, begin), note)
 
     def attack_checks(self) -> tuple[list[Check], Cost]:
         """Checks of model and attack after the last stage, and the model calls that they took."""
@@ -114,12 +120,10 @@ class CellRun:
         """The findings of stage `number`."""
         return Ledger(self.cell.ledger(number), self.cell.threat, self.cell.subject.card.n_classes)
 
-    def record(self, i: int, stage: str, line: Line, image: Tensor | None, ledger: Path) -> None:
-        """Write the finding of one stage on image `i` to its ledger and into the table.
+    def record(self, line: Line, image: Tensor | None, ledger: Path) -> None:
+        """Write a finding to its ledger.
 
         Args:
-            i: position of the image.
-            stage: name of the stage.
             line: of the ledger.
             image: (3, H, W) the adversarial image, if it is kept.
             ledger: of the stage.
@@ -127,7 +131,6 @@ class CellRun:
         if image is not None:  # before the line, which says that the image is there
             store.write(image_path(ledger, line), save({"adv": image.contiguous()}))
         store.append(ledger, line)
-        verdicts.enter(self.table, i, line, stage, self.eps)
 
     def block(self, members: Sequence[int], begin: Mapping[int, int]) -> Block:
         """Images that are read together.
@@ -149,45 +152,50 @@ class CellRun:
         again = frozenset(key for i, key in zip(members, keys, strict=True) if i not in begin)
         return Block(images, [subject.image_shas[i] for i in members], again)
 
-    def resume(self, ledgers: Mapping[str, Ledger], standing: Sequence[int]) -> dict[int, int]:
-        """Enter the findings that ledgers have about some images into the table.
+    def resume(
+        self, ledgers: Mapping[str, Ledger], standing: Sequence[int], entries: OpenTable
+    ) -> tuple[dict[int, int], list[Ledger]]:
+        """Enter the findings that ledgers have about some images.
 
         Args:
             ledgers: by name of the stage, in order.
             standing: positions of the images.
+            entries: of the table.
 
         Returns:
-            By position, the stage in which each image that is not finished begins.
+            By position, the stage in which each image that is not finished begins; and the ledgers with lines
+            that are not believed.
         """
-        begin = dict.fromkeys(standing, 0)
+        begin, faulty = dict.fromkeys(standing, 0), []
         for stage, (name, ledger) in enumerate(ledgers.items()):
-            for fault in ledger.faults():
-                self.remark(f"note: {fault}: left out, and its image is attacked again")
-            for i, line in self.recorded(ledger):
+            faults: list[str] = []
+            for i, line in self.recorded(ledger, faults.append):
                 if begin.get(i) != stage:
                     continue
-                verdicts.enter(self.table, i, line, name, self.eps)
+                entries.enter(i, line, name)
                 begin[i] = stage + 1
                 if line["broken"] or line["error"] or stage + 1 == len(ledgers):
                     del begin[i]
-        return begin
+            for fault in faults:
+                self.remark(f"note: {fault}: left out, and its image is attacked again")
+            faulty += [ledger] if faults else []
+        return begin, faulty
 
-    def recorded(self, ledger: Ledger) -> Iterator[tuple[int, Line]]:
+    def recorded(
+        self, ledger: Ledger, fault: Callable[[str], None] = lambda _: None
+    ) -> Iterator[tuple[int, Line]]:
         """Position and line of the images of this cell in a ledger.
 
         A line counts if it is about the same file with the same label and, where images are to be saved, if
-        its adversarial image was.
+        its adversarial image was. `fault` gets a sentence about each line that is not believed.
         """
-        subject = self.cell.subject
-        for line in ledger.records():
-            i = self.positions.get(line["key"])
-            if i is None or (line["image"], line["label"]) != (
-                subject.image_shas[i],
-                subject.split.labels[i],
-            ):
+        subject, settings = self.cell.subject, self.cell.settings
+        positions, shas, labels = self.positions, subject.image_shas, subject.split.labels.tolist()
+        for line in ledger.records(fault):
+            i = positions.get(line["key"])
+            if i is None or line["image"] != shas[i] or line["label"] != labels[i]:
                 continue
-            kept = self.cell.settings.keeps_image(broken=line["broken"])
-            if not kept or ledger.image(line) is not None:
+            if not settings.keeps_image(broken=line["broken"]) or ledger.image(line) is not None:
                 yield i, line
 
     def broken_images(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,16 +40,18 @@ FOUND = (
     *("broken_by", "broken_at_eps", "target", "restart", "iteration"),
     *("adv_prediction", "adv_margin", "distance", "adv_sha256"),
 )
+"""Columns about the adversarial image. An image that was broken at a smaller radius has them from there."""
+
 LINE: Mapping[tuple[type, ...], Sequence[str]] = {
     (str,): ("key", "image", "error", "adv_sha256"),
     (bool,): ("broken",),
     (int,): ("label", "target", "restart", "iteration", "prediction", *SPENT),
     (int, float): ("distance",),
-    (int, float, type(None)): ("margin",),
+    (int, float, type(None)): ("margin", "progress"),
 }
-"""Entries of a line of a ledger by the types that they may have; `progress` is not in the oldest."""
-
-"""Columns about the adversarial image. An image that was broken at a smaller radius has them from there."""
+"""Entries of a line of a ledger by the types that they may have."""
+OLDEST = {"progress": type(None)}
+"""Entries that are missing in ledgers of the first version, as if they had this type."""
 
 
 def begin(
@@ -152,37 +155,6 @@ def _distance(delta: Tensor, norm: str) -> float:
     if norm == "linf":
         return float(delta.abs().max())
     return float(delta.abs().sum() if norm == "l1" else delta.norm())
-
-
-def enter(table: pd.DataFrame, i: int, line: Mapping[str, Any], stage: str, eps: str) -> None:
-    """Write the finding of one stage on one image into the table.
-
-    Args:
-        table: is changed in place.
-        i: row of the image.
-        line: the finding as a line of the ledger.
-        stage: name of the stage.
-        eps: the radius as `threat.eps_text` writes it.
-    """
-    for column in SPENT:
-        table.at[i, column] += line[column]
-    table.at[i, "adv_prediction"] = line["prediction"]
-    table.at[i, "adv_margin"] = np.float32("nan" if line["margin"] is None else line["margin"])
-    table.at[i, "distance"] = np.float32(line["distance"])
-    table.at[i, "adv_sha256"] = line["adv_sha256"]
-    table.at[i, "error"] = line["error"]
-    several_steps = line["backwards"] > line["restart"] + 1  # a single step (FGSM) has no second value
-    if line["broken"] and line["backwards"]:
-        table.at[i, "progress"] = np.float32("nan")
-    elif several_steps and not line["broken"] and not line["error"]:
-        rise = line.get("progress")  # not in ledgers of the first version
-        greatest: Any = table.at[i, "progress"]
-        table.at[i, "progress"] = np.fmax(greatest, np.float32(math.nan if rise is None else rise))
-    if line["broken"]:
-        table.at[i, "broken_by"] = stage
-        table.at[i, "broken_at_eps"] = eps
-        for column in ("target", "restart", "iteration"):
-            table.at[i, column] = line[column]
 
 
 def robust_after(table: pd.DataFrame, stages: Iterable[str], eps: str) -> dict[str, int]:
@@ -307,21 +279,33 @@ def table_sha256(table: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def line_fault(line: Mapping[str, Any], threat: Threat, n_classes: int) -> str:
+@lru_cache(maxsize=64)  # a million lines have a handful of them
+def _wrong_kind(entries: tuple[str, ...], types: tuple[type, ...]) -> str:
+    """The first entry of a line that is missing or of another type than `LINE` says; empty if none is."""
+    found = OLDEST | dict(zip(entries, types, strict=True))
+    wrong = (name for kinds, names in LINE.items() for name in names if found.get(name) not in kinds)
+    return next(wrong, "")
+
+
+def farthest(threat: Threat) -> float:
+    """The largest distance that a line may state; adversarial images are rounded to float32."""
+    return float(threat.eps) + threat.slack
+
+
+def line_fault(line: Mapping[str, Any], farthest: float, n_classes: int) -> str:
     """What in a line of a ledger cannot be, whoever wrote it; empty if nothing.
 
     Args:
         line: as `line` makes it.
-        threat: the ball of the ledger.
+        farthest: see the function of that name; of the ball of the ledger.
         n_classes: of the dataset.
     """
-    for kinds, names in LINE.items():
-        for name in names:
-            if not isinstance(line.get(name), kinds) or (isinstance(line[name], bool) and bool not in kinds):
-                return f"{name} is {line.get(name)!r:.40}"
-    if not 0 <= line["distance"] <= float(threat.eps) + threat.slack:
-        return f"distance {line['distance']:.6g} is outside {threat}"
-    if any(line[name] < 0 for name in SPENT):
+    name = _wrong_kind(tuple(line), tuple(map(type, line.values())))
+    if name:
+        return f"{name} is {line[name]!r:.40}" if name in line else f"no {name}"
+    if not 0 <= line["distance"] <= farthest:
+        return f"distance {line['distance']:.6g} is outside the ball, whose radius is {farthest:.6g}"
+    if line["forwards"] < 0 or line["backwards"] < 0 or line["zero_gradients"] < 0:
         return "a negative count of model calls"
     if not 0 <= line["prediction"] < n_classes or not 0 <= line["label"] < n_classes:
         return f"a class outside 0 to {n_classes - 1}"

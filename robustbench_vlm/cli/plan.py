@@ -53,7 +53,7 @@ def plan(  # noqa: PLR0913 - one parameter a flag
         typer.Option(
             min=0.001,
             max=1,
-            help="With --gpu: share of the peak rate that model calls reach; default: an assumption, printed.",
+            help="With --gpu: share of the peak rate that model calls reach; default: an assumed one.",
         ),
     ] = None,
     out: Annotated[

@@ -21,7 +21,7 @@ import table
 import torch
 from engines import CHAIN, PACKAGES, REFERENCES, Size, judged, ours
 from process import alone, begun
-from subject import ROWS, Subject, load, radii, threat
+from subject import Subject, load, radii, threat
 from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
 
 from robustbench_vlm import store
@@ -38,11 +38,11 @@ Line = dict[str, Any]
 
 
 def measure(plan: Line, who: Subject) -> Line:
-    """One engine on one attack at one radius; called in a process of its own."""
+    """One engine on one attack at one radius; peak memory is that of the process since its start."""
     device, ball, size = who.images.device, threat(plan["eps255"]), Size(**plan["size"])
     names = CHAIN if plan["attack"] == WHOLE else (plan["attack"],)
     engine, _, mode = plan["engine"].partition(" ")
-    probe = Probe(canonical.padded(who.images[:ROWS], ROWS), plan["every"], whole=engine != "ours")
+    probe = Probe(canonical.padded(who.images[: who.rows], who.rows), plan["every"], whole=engine != "ours")
     counts, clock = Counts(), Clock()
     if engine in PACKAGES:
         importlib.import_module(PACKAGES[engine])
@@ -59,7 +59,7 @@ def measure(plan: Line, who: Subject) -> Line:
         with attacked_view.numerics(tf32=precision.tf32):
             outcome = clock.time(run, device)
     else:
-        _same_precision()
+        _same_precision(tf32=plan["precision"].get("tf32", False))
         who.model.requires_grad_(mode != "frozen")
         run = partial(REFERENCES[engine], who, Watched(who.model, counts, probe), ball, names, size)
         adv = clock.time(run, device)
@@ -70,6 +70,7 @@ def measure(plan: Line, who: Subject) -> Line:
     wall, cpu = probe.spent
     return {
         **{key: plan[key] for key in ("share", "eps255", "attack", "engine")},
+        "rows": who.rows,
         **asdict(counts),
         "wall": clock.wall - wall,
         "cpu": clock.cpu - cpu,
@@ -83,9 +84,10 @@ def measure(plan: Line, who: Subject) -> Line:
     }
 
 
-def _same_precision() -> None:
-    """fp32 in full, which is what ours works in."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def _same_precision(*, tf32: bool) -> None:
+    """What ours works in: fp32 in full, or products that round to TF32."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul.fp32_precision = conv.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def _measure(plan: Line, what: argparse.Namespace, index: list[int], labels: list[int]) -> Line:

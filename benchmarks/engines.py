@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from subject import ROWS, Subject
+from subject import Subject
 from torch import Tensor, nn
 
 from robustbench_vlm.cards import reader
@@ -65,13 +65,14 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
     """
     found: list[Finding] = []
     alive = list(range(len(who.keys)))
-    clean = canonical.logits(model.canonical, who.images, ROWS)
+    clean = canonical.logits(model.canonical, who.images, who.rows)
     unconfirmed = 0
     for group in trajectories.groups(stages(names, size)):
         if not alive:
             break
         block = ImageBlock(who.images, who.labels, who.keys, clean).take(alive)
-        cost = scheduler.run(model, Job(group, ball, ROWS, who.n_classes, seed=SEED), [block], found.append)
+        job = Job(group, ball, who.rows, who.n_classes, seed=SEED)
+        cost = scheduler.run(model, job, [block], found.append)
         unconfirmed += cost.unconfirmed
         lost = {finding.key for finding in found if finding.broken}
         alive = [i for i in alive if who.keys[i] not in lost]
@@ -108,7 +109,7 @@ def autoattack(who: Subject, model: nn.Module, ball: Threat, names: Sequence[str
         chain.fab.n_iter, chain.fab.n_target_classes = size.steps, size.targets
         chain.square.n_queries = size.queries
     chain.attacks_to_run = list(names)
-    adv, _ = chain.run_standard_evaluation(who.images.clone(), who.labels.clone(), batch_size=ROWS)
+    adv, _ = chain.run_standard_evaluation(who.images.clone(), who.labels.clone(), batch_size=who.rows)
     found: Tensor = adv
     return found
 
@@ -122,13 +123,13 @@ def torchattacks(who: Subject, model: nn.Module, ball: Threat, names: Sequence[s
         setattr(attack, *(("n_queries", size.queries) if name == "square" else ("steps", size.steps)))
     every["square"].rescale_schedule = False
     one = chain if len(names) > 1 else every[names[0]]
-    chunks = zip(who.images.split(ROWS), who.labels.split(ROWS), strict=True)
+    chunks = zip(who.images.split(who.rows), who.labels.split(who.rows), strict=True)
     return torch.cat([one(images, labels) for images, labels in chunks])
 
 
 def judged(who: Subject, adv: Tensor) -> Outcome:
     """What the canonical pass says about images that a reference returned."""
-    said = canonical.logits(who.model, adv.detach(), ROWS).argmax(1)
+    said = canonical.logits(who.model, adv.detach(), who.rows).argmax(1)
     return Outcome((said != who.labels).tolist())
 
 

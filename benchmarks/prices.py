@@ -82,7 +82,7 @@ class Case:
     """One evaluation."""
 
     model: str
-    dataset: str  # of the tiny world, or `flat`
+    dataset: str  # of the tiny world, or several with commas between them, or `flat`
     attack: str
     n: int
     eps: str
@@ -116,14 +116,14 @@ def planned(case: Case, root: Path) -> planning.Plan:
         evaluate_memory.write(root / "data", case.n, case.px, zoo.load(case.model))
         (root / "cache").rename(root / "used")  # the text bank is part of the price
     else:
-        write.make(root / "data", [case.dataset])
+        write.make(root / "data", case.dataset.split(","))
     request = planning.EvalRequest(
         models=(case.model,),
         attacks=(case.attack,),
         suite="flat" if case.dataset == "flat" else "tiny",
         results=root / "results",
         data_root=root / "data",
-        datasets=(case.dataset,),
+        datasets=tuple(case.dataset.split(",")),
         eps=case.eps,
         n=case.n,
     )

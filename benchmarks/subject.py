@@ -40,12 +40,14 @@ class Subject:
         images: (N, 3, px, px) float32 in [0, 1].
         labels: (N,) int64.
         index: position of each image in the split; names its noise.
+        rows: images in every full model call.
     """
 
     model: Classifier
     images: Tensor
     labels: Tensor
     index: tuple[int, ...]
+    rows: int = ROWS
 
     @property
     def lower(self) -> Classifier:
@@ -146,7 +148,7 @@ def _sound(who: Subject, ball: Threat) -> int:
     stages = [(loss, Apgd(loss, SOUNDING, 0.75, restarts=1, targets=0)) for loss in ("ce", "margin")]
     block = ImageBlock(who.images, who.labels, who.keys)
     scheduler.run(
-        Model(who.model), Job(stages, ball, ROWS, who.n_classes), [block],
+        Model(who.model), Job(stages, ball, who.rows, who.n_classes), [block],
         lambda finding: lost.append(finding.key) if finding.broken else None,
     )  # fmt: skip
     return len(who.labels) - len(lost)

@@ -97,8 +97,8 @@ def counted(line: Line, clock: str) -> float:
 def needed(line: Line, ours: Line, clock: str) -> float:
     """Seconds, in the process of a line, of full bare calls for the rows that our findings account for."""
     each = bare(line, clock)
-    rows = dict(zip(("forward", "gradient"), ours["needed"], strict=True))
-    return sum(count / ROWS * each[kind, ROWS] for kind, count in rows.items() if count)
+    full, rows = line.get("rows", ROWS), dict(zip(("forward", "gradient"), ours["needed"], strict=True))
+    return sum(count / full * each[kind, full] for kind, count in rows.items() if count)
 
 
 def _cells(line: Line, ours: Line | None) -> list[str]:

@@ -1,9 +1,10 @@
 """A training step of MMT-ARD compared with the released code and with the bare passes: `make bench-train`.
 
 One process takes a step in each way in turn, so that all share the same conditions. Then each way runs in a
-process of its own for its peak memory. `--arch ViT-B-32 --teacher ViT-L-14 --device cuda` measures the
-paper's sizes with random weights. The images are generated; every way gets the same ones. Every measurement
-is appended to the .jsonl file at once, and a run that was killed goes on from there.
+process of its own for its peak memory, unless that of the one process is enough (`--one-process`).
+`--arch ViT-B-32 --teacher ViT-L-14 --device cuda` measures the paper's sizes with random weights. The images
+are generated; every way gets the same ones. Every measurement is appended to the .jsonl file at once, and a
+run that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -124,28 +125,33 @@ def ways(what: argparse.Namespace, recipe: Recipe, root: Path) -> dict[str, Call
 
 
 def timed(what: argparse.Namespace, recipe: Recipe, root: Path) -> Line:
-    """Seconds of one step of every way: medians over rounds in which each takes one."""
+    """Seconds of one step of every way, medians over rounds in which each takes one, and memory."""
     torch.set_num_threads(what.threads)
     _in_full()
-    calls = ways(what, recipe, root)
+    calls, device = ways(what, recipe, root), torch.device(what.device)
+    before, _ = memory(device)
+    mib = dict.fromkeys(calls, 0.0)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for t in range(-2 * BATCHES, what.rounds):  # kernels are chosen and files filled before the count
+    for t in range(-what.warm * BATCHES, what.rounds):  # kernels are chosen, files filled before the count
         for name, call in calls.items():
             _settle(what.device)
+            if what.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             wall, cpu = time.perf_counter(), time.process_time()
             call(t)
             _settle(what.device)
             if t >= 0:
                 found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+                mib[name] = max(mib[name], memory(device)[1] - before)
     seconds = {
         name: {clock: float(np.median([s[i] for s in spent])) for i, clock in enumerate(CLOCKS)}
         for name, spent in found.items()
     }
-    return {"seconds": seconds}
+    return {"seconds": seconds, "mib": mib}
 
 
 def peak_mib(what: argparse.Namespace, recipe: Recipe, root: Path, way: str) -> float:
-    """Peak memory of one way beyond the loaded models, in MiB."""
+    """Peak memory of the process of one way beyond the loaded models, in MiB."""
     torch.set_num_threads(what.threads)
     _in_full()
     call = ways(what, recipe, root)[way]
@@ -158,7 +164,7 @@ def peak_mib(what: argparse.Namespace, recipe: Recipe, root: Path, way: str) -> 
 
 
 def _in_full() -> None:
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def _settle(device: str) -> None:
@@ -216,6 +222,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--compiled", action="store_true", help="our side through torch.compile")
     add("--steps", type=int, default=5, help="attack steps; 10 in the paper")
     add("--rounds", type=int, default=30, help="steps of every way that are timed")
+    add("--warm", type=int, default=2, help="times that every way takes every batch before")
+    add("--one-process", action="store_true", help="peak memory of each way from the process of all")
     add("--peak", type=float, nargs="*", default=[], help="TFLOP/s of the matrix units, one a precision")
     add("--threads", type=int, default=1)
     what = asked.parse_args(words)
@@ -242,7 +250,8 @@ def main(words: list[str] | None = None) -> None:
                 miniature.make(card, place, n=BATCHES * batch_size, split=recipe.data.split)
                 line = {"batch": batch_size, "precision": precision, "flops": flops(what, recipe)}
                 line |= alone(partial(timed, what, recipe, place))
-                line["mib"] = {way: alone(partial(peak_mib, what, recipe, place, way)) for way in WAYS}
+                if not what.one_process:
+                    line["mib"] = {way: alone(partial(peak_mib, what, recipe, place, way)) for way in WAYS}
                 store.append(lines, line)
                 print(f"batch {batch_size}, {precision}: {line['seconds']}", file=sys.stderr, flush=True)
     text = render(list(store.records(lines)))

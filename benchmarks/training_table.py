@@ -24,8 +24,8 @@ NOTES = """\
 - *Attainable* is the ratio of released to floor in FLOP of the cost model (`vlmrob show recipe`). *Reached*
   is the measured ratio of released to ours, divided by it. Both sides work in one precision.
 - *Peak* is the largest memory of the process beyond the loaded models (resident memory; on a GPU allocated
-  memory), each way in a process of its own. Seconds are medians over rounds in which every way takes a
-  step.
+  memory), each way in a process of its own, or with `--one-process` all in one, where each way is charged for
+  what the optimiser keeps. Seconds are medians over rounds in which every way takes a step.
 """
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -205,6 +208,108 @@ def test_every_way_takes_the_passes_that_it_is_charged_for(tmp_path, monkeypatch
     }
     for way, flops in training.flops(what, recipe).items():
         assert flops == student * (2 * k + 2 * 3) + teacher * passes[way][128]
+
+
+@pytest.fixture(scope="module")
+def gpu_parts(tmp_path_factory):
+    """The folder in which every part of the GPU script has been run at the smallest sizes on the CPU."""
+    out = tmp_path_factory.mktemp("gpu")
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        gpu, training = importlib.import_module("gpu"), importlib.import_module("training")
+        patch.setattr(training, "alone", lambda call: call())
+        patch.setattr(gpu, "REFERENCES", {"autoattack": gpu.REFERENCES["autoattack"]})
+        for part in ("attacks", "training", "page"):
+            gpu.main([part, "--device", "cpu", "--tiny", "--out", str(out)])
+        yield gpu, out
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_every_part_of_the_gpu_script_is_measured(gpu_parts):
+    _, out = gpu_parts
+    found = measured(out / "gpu-attacks.jsonl")
+    assert [line["engine"] for line in found] == ["ours", "autoattack", "ours bf16"]
+    assert {line["rows"] for line in found} == {2}
+    assert all(rows <= 2 for line in found for _, rows, _ in line["calls"])
+    _, step = lines(out / "gpu-training.jsonl")
+    assert (step["batch"], step["precision"]) == (4, "fp32")
+    page = (out / "gpu.md").read_text("utf-8")
+    assert "**No GPU was at hand**" in page
+    assert page.count("| 2 | fp32 | 50 % | 4 |") == 2
+    assert "| 4 | fp32 | released |" in page
+    assert "Not measured" not in page
+
+
+def test_the_page_of_the_gpu_names_what_is_missing(gpu_parts, tmp_path, capsys):
+    gpu, out = gpu_parts
+    whole = (out / "gpu-attacks.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "gpu-attacks.jsonl").write_text("".join(whole[:-1]), "utf-8")
+    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    gpu.main(["page", *words])
+    said = capsys.readouterr().out
+    assert "Not measured, for lack of time: 2 rows 50 % ours bf16." in said
+    assert "## A training step" not in said
+    gpu.main(["attacks", *words])  # goes on with what is missing
+    assert [line[:4] for line in capsys.readouterr().err.splitlines()] == ["1/1 "]
+
+
+def test_the_tests_of_the_gpu_script_are_those_that_need_a_gpu(gpu_parts, monkeypatch, tmp_path):
+    gpu, _ = gpu_parts
+    typed = []
+
+    def run(words, **_):
+        typed.append(words)
+        return subprocess.CompletedProcess(words, 1, "..F\n1 failed, 2 passed in 3 s\n", "")
+
+    monkeypatch.setattr(gpu, "about", lambda _: {"device": "a GPU", "commit": "c", "torch": "t", "cpu": "p"})
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    gpu.main(["tests", "--out", str(tmp_path)])
+    ((*_, first, second),) = typed
+    assert [Path(first).name, Path(second).name] == ["test_attacked_view.py", "test_training_speed.py"]
+    assert typed[0][1:-2] == ["-m", "pytest", "-n", "0", "-m", "gpu"]
+    assert "--collect-only" not in typed[0]
+    gpu.main(["page", "--out", str(tmp_path)])
+    page = (tmp_path / "gpu.md").read_text("utf-8")
+    assert "1 failed, 2 passed in 3 s (exit 1)" in page
+    assert "device a GPU" in page
+    assert "No GPU was at hand" not in page
+
+
+def test_the_gpu_script_gives_every_part_its_seconds_and_writes_the_page(tmp_path):
+    """With a stand-in for Python, whose part `attacks` ends as `timeout` ends what is too slow."""
+    python = tmp_path / "python"
+
+    def run(code):
+        python.write_text(f'#!/bin/sh\necho "$2 $3 $4"\n[ "$2" != attacks ] || exit {code}\n', "utf-8")
+        python.chmod(0o755)
+        own = {"PYTHON": str(python), "OUT": str(tmp_path)}
+        return subprocess.run(
+            ["bash", str(HERE / "gpu.sh")], env=os.environ | own, capture_output=True, text=True, check=False
+        )
+
+    ran = run(124)
+    assert ran.returncode == 0
+    parts = [f"{part} --device cuda" for part in ("tests", "attacks", "training", "page")]
+    assert ran.stdout.splitlines() == parts
+    assert ran.stderr == "gpu.sh: attacks stopped after 160 s\n"
+    ran = run(3)  # an error is no lack of time
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines() == parts
+    assert ran.stderr == "gpu.sh: attacks failed with exit code 3\n"
+    limits = re.findall(r"^part (\d+) ", (HERE / "gpu.sh").read_text("utf-8"), re.MULTILINE)
+    assert sum(map(int, limits)) + 20 <= 7 * 60  # the page takes the rest
+
+
+def test_a_gpu_that_is_not_there_is_one_line(gpu_parts, monkeypatch, capsys):
+    gpu, _ = gpu_parts
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["attacks"])
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].endswith("no CUDA device here; try the script itself with --device cpu --tiny")
 
 
 def test_races_are_simulated_and_their_page_is_written(tmp_path):

@@ -26,6 +26,7 @@ VERBS = (
     "lint",
     "verify",
     "submit",
+    "plan",
     "race",
     "demo",
     "crosscheck",

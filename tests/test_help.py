@@ -7,7 +7,7 @@ import sys
 import pytest
 
 VERBS = (
-    *("train", "eval", "leaderboard", "compare", "race", "demo", "crosscheck", "convert", "canary"),
+    *("train", "eval", "plan", "leaderboard", "compare", "race", "demo", "crosscheck", "convert", "canary"),
     *(
         "new",
         "list",

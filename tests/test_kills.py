@@ -118,14 +118,14 @@ def request(results, **more):
 def test_evaluations(images, tmp_path, seed, kills):
     counted, draw = FORK.Value("i", 0), random.Random(seed)
     began = time.perf_counter()
-    assert not killed_evaluations.killed(images, request(tmp_path / "whole", active_rows=5), 0, counted)
+    assert not killed_evaluations.killed(images, request(tmp_path / "whole", batch_size=5), 0, counted)
     calls, whole = counted.value, outcome(tmp_path / "whole")
     call = (time.perf_counter() - began) / calls
     (cell,) = [content for name, content in whole.items() if name.startswith("cells") and "json" in name]
     assert 0 < cell["outcome"]["robust"]["square"] < 12
 
     def attempt(folder):
-        order = request(folder, active_rows=draw.choice([3, 5, 7, 12]))
+        order = request(folder, batch_size=draw.choice([3, 5, 7, 12]))
 
         def work():
             killed_evaluations.evaluate(images, order, 0, counted)

@@ -27,6 +27,7 @@ from robustbench_vlm.cli.leaderboard import leaderboard
 from robustbench_vlm.cli.lint import lint
 from robustbench_vlm.cli.list import list_
 from robustbench_vlm.cli.new import new
+from robustbench_vlm.cli.plan import plan
 from robustbench_vlm.cli.plot import plot
 from robustbench_vlm.cli.race import race
 from robustbench_vlm.cli.show import show
@@ -98,6 +99,7 @@ def _root(
 
 app.command()(train)
 app.command("eval")(eval_)
+app.command()(plan)
 app.command()(leaderboard)
 app.command()(compare)
 app.command()(plot)

@@ -124,7 +124,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     images = Images(data, names, templates, columns, split)
     images.require_consistent(suite=suite, dataset=dataset, protocol=protocol)
     datasets, chains = comma_separated(dataset), comma_separated(attack)
-    models = comma_separated(model) or (_newest_checkpoint(),)
+    models = comma_separated(model) or (newest_checkpoint(),)
     _require_models(models, chains)
     from robustbench_vlm.backends.backend import Backend
     from robustbench_vlm.engine.attacked_view import Precision
@@ -157,7 +157,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
             root = Path(scratch) if dry_run else data_root
             request = replace(request, suite=images.add(root), data_root=root)
         elif not (suite or protocol):
-            request = replace(request, suite=_default_suite(datasets))
+            request = replace(request, suite=default_suite(datasets))
         plan = planning.plan(request, device_of(device))
         if dry_run:  # leaves nothing behind, so what would be rendered or exported counts as there
             for line in estimate.price(plan):
@@ -192,7 +192,7 @@ def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:
             model_ids.require(name)
 
 
-def _default_suite(datasets: tuple[str, ...]) -> str:
+def default_suite(datasets: tuple[str, ...]) -> str:
     """The suite to take when none was named: `tiny`, or the one dataset that was named and is not in it.
 
     Raises:
@@ -216,7 +216,7 @@ def _default_suite(datasets: tuple[str, ...]) -> str:
     return alone.name
 
 
-def _newest_checkpoint() -> str:
+def newest_checkpoint() -> str:
     """The newest checkpoint folder below runs/, or `tiny`; the choice is printed."""
     found = sorted(Path("runs").rglob("card.json"), key=lambda path: path.stat().st_mtime)
     if not found:

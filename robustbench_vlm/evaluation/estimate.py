@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +38,9 @@ PER_CELL = 0.3  # seconds of a cell beside its calls: opening data, verdicts, fi
 WORST = 1.2  # calls of an attack may be slower than the timed ones, which repeat one image
 SURVIVE = 0.5  # share of the images that meet every stage in the typical case
 
+Survive = Callable[[zoo.Loaded, DatasetCard], float]
+"""The share of a dataset's images on which a model survives every stage."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -66,7 +69,7 @@ class Speed:
     Attributes:
         forward: without gradient.
         gradient: with an image gradient, the forward pass included.
-        text: of one call of the text tower; 0 where no text bank is to be made.
+        text: of one call of the text tower; 0 where it is not known or no text bank is to be made.
     """
 
     forward: Line
@@ -86,7 +89,7 @@ class Price:
 
     Attributes:
         least: if every image is broken at once.
-        typical: if half of the images survive every attack.
+        typical: if as many images survive every attack as are expected to; half, unless told otherwise.
         worst: if all do, and some checks of the model are made with finer parts.
     """
 
@@ -101,7 +104,7 @@ class Price:
 
 def price(plan: Plan) -> list[str]:
     """Lines that say what an evaluation costs, checks of the models included."""
-    settings, sizes = plan.settings, [_size(plan, card) for card in plan.datasets]
+    settings, sizes = plan.settings, [size(plan, card) for card in plan.datasets]
     threats = [str(Threat(settings.norm, eps)) for eps in settings.ladder]
     count = len(plan.models) * len(plan.datasets) * len(settings.chains) * len(settings.ladder)
     lines = [
@@ -130,29 +133,60 @@ def price(plan: Plan) -> list[str]:
     return lines
 
 
-def total(plan: Plan) -> tuple[Price, int]:
-    """The price of what is not measured yet, and how many cells are."""
+def total(
+    plan: Plan,
+    survive: Survive = lambda *_: SURVIVE,
+    speed_of: Callable[[Plan, zoo.Loaded, DatasetCard], Speed] | None = None,
+) -> tuple[Price, int]:
+    """The price of what is not measured yet, and how many cells are.
+
+    Args:
+        plan: of the evaluation.
+        survive: share of the images that meet every stage in the typical case.
+        speed_of: seconds of the calls of a model on the canvas of a dataset; `measured_speed` by default.
+    """
     price, measured = Price(), 0
+    speed_of = speed_of or measured_speed
     for loaded in plan.models:
         parts = list(_parts(plan, loaded))
         measured += sum(len(plan.settings.ladder) - part.missing for part in parts)
         todo = [part for part in parts if part.missing]
         banks = {part.card.name: text_bank.calls(loaded.model, _sentences(part.card)) for part in todo}
         if todo:
-            card = todo[0].card
-            side = card.native_px if card.canvas == "native" else loaded.model.image_size
-            speed = timed(loaded.model, side, plan.settings.device)
-            speed = replace(speed, text=_seconds_of_text(loaded) if any(banks.values()) else 0.0)
-            price = sum((_price_of(part, speed, plan.settings) for part in todo), price)
+            speed = speed_of(plan, loaded, todo[0].card)
+            if not speed.text and any(banks.values()):
+                speed = replace(speed, text=_seconds_of_text(loaded))
+            for part in todo:
+                price += _price_of(part, speed, plan.settings, survive(loaded, part.card))
             seconds = speed.text * sum(banks.values())
             price += Price(seconds, seconds, seconds)
     return price, measured
 
 
+def measured_speed(plan: Plan, loaded: zoo.Loaded, card: DatasetCard) -> Speed:
+    """Time the calls of a model on the canvas of a dataset."""
+    return timed(loaded.model, side(card, loaded), plan.settings.device)
+
+
+def side(card: DatasetCard, loaded: zoo.Loaded) -> int:
+    """H and W of the images of a dataset as the model is given them."""
+    return card.native_px if card.canvas == "native" else loaded.model.image_size
+
+
+def most_rows(plan: Plan) -> int:
+    """Rows of the largest model call of an evaluation."""
+    found = [1]
+    for card in plan.datasets:
+        for chain in plan.settings.chains:
+            before, cell = _calls_of(_Part(card, chain, size(plan, card), 1), plan.settings, 1.0, worst=True)
+            found += [made.rows for made in (before, *cell)]
+    return max(found)
+
+
 def _sentence(price: Price, settings: EvalSettings) -> str:
     """The price in words."""
     where = f"on {settings.device} at its present speed, checks included and start-up not"
-    least, typical, worst = map(_duration, (price.least, price.typical, price.worst))
+    least, typical, worst = map(duration, (price.least, price.typical, price.worst))
     if all(chain.stop != "first" for chain in settings.chains):
         return f"about {typical if typical == worst else f'{typical} to {worst}'} {where}"
     return (
@@ -190,7 +224,7 @@ def _parts(plan: Plan, loaded: zoo.Loaded) -> Iterator[_Part]:
                 continue
         for chain in plan.settings.chains:
             missing = sum(contest not in known for contest in _contests(plan, chain))
-            yield _Part(card, chain, _size(plan, card), missing)
+            yield _Part(card, chain, size(plan, card), missing)
 
 
 def _contests(plan: Plan, chain: Chain) -> Iterator[Contest]:
@@ -215,21 +249,28 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _size(plan: Plan, card: DatasetCard) -> int:
+def size(plan: Plan, card: DatasetCard) -> int:
     """Number of images that are drawn from a dataset, as far as its card knows."""
     there, n = card.size.get(plan.suite.split, 0), plan.settings.n
     return min(n, there) if n and there else n or there
 
 
-def _price_of(part: _Part, speed: Speed, settings: EvalSettings) -> Price:
-    """Of the missing cells of a part."""
-    shares = (0.0, SURVIVE, 1.0) if part.chain.stop == "first" else (1.0, 1.0, 1.0)
+def _price_of(part: _Part, speed: Speed, settings: EvalSettings, survive: float) -> Price:
+    """Of the missing cells of a part, in the typical case with a share of survivors."""
+    shares = (0.0, survive, 1.0) if part.chain.stop == "first" else (1.0, 1.0, 1.0)
     least, typical = (_seconds_of(part, speed, settings, share, worst=False) for share in shares[:2])
     return Price(least, typical, WORST * _seconds_of(part, speed, settings, shares[2], worst=True))
 
 
 def _seconds_of(part: _Part, speed: Speed, settings: EvalSettings, share: float, *, worst: bool) -> float:
     """Seconds of the missing cells of a part if a share of the images meets every stage in full."""
+    before, cell = _calls_of(part, settings, share, worst=worst)
+    seconds = sum(map(speed.of, cell)) + PER_CELL + PER_IMAGE * part.n
+    return speed.of(before) + part.missing * seconds
+
+
+def _calls_of(part: _Part, settings: EvalSettings, share: float, *, worst: bool) -> tuple[Calls, list[Calls]]:
+    """Calls that are made once for all radii of a part, and those of each radius."""
     chain, n_classes, rows = part.chain, part.card.n_classes, part.chain.rows
     on_cpu = settings.device.type == "cpu"
     schedule = calls.Schedule.of(settings.backend, rows, settings.batch_size, on_cpu=on_cpu)
@@ -239,9 +280,7 @@ def _seconds_of(part: _Part, speed: Speed, settings: EvalSettings, share: float,
     called = batch_shapes.of_checks(part.n, rows)
     cell += calls.after(rows, called, gradients, part.n, len(chain.stages), worst=worst)
     white_box = chain.needs(n_classes)["white_box"]
-    before = calls.before(called, part.n, white_box=white_box, worst=worst)
-    seconds = sum(map(speed.of, cell)) + PER_CELL + PER_IMAGE * part.n
-    return speed.of(before) + part.missing * seconds
+    return calls.before(called, part.n, white_box=white_box, worst=worst), cell
 
 
 def _sentences(card: DatasetCard) -> list[list[str]]:
@@ -291,7 +330,8 @@ def _seconds_of_text(loaded: zoo.Loaded) -> float:
     return time.perf_counter() - started
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: whole seconds below two minutes, minutes below two hours, then hours."""
     if seconds < 120:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -319,3 +319,17 @@ def test_races_are_simulated_and_their_page_is_written(tmp_path):
         line for line in (tmp_path / "race.md").read_text("utf-8").splitlines() if line.startswith("| 10 ")
     ]
     assert "| 100.0 % | 6.4 % |" in rows[0]  # ten points are seen at the first look: 64 of 1000
+
+
+def test_few_images_are_compared_and_missed_targets_are_named(tmp_path):
+    out = tmp_path / "few.md"
+    words = ["--models", "tiny", "--attacks", "apgd", "--n", "1", "--steps", "2", "--repeats", "1"]
+    ran = script(*words, "--large", "0", "--out", out, name="few_images.py")
+    assert ran.returncode == 0, ran.stderr
+    (line,) = lines(out.with_suffix(".jsonl"))
+    # one image: two calls of 16 rows at least, and every call of the attack has four rows or more
+    assert line["ours_units"] > 32 + 2.2 * 4 * 3
+    assert 0 < line["reference_units"] < line["ours_units"]
+    text = out.read_text("utf-8")
+    assert f"--out {out}" in text
+    assert f"- tiny, apgd, 1 images: units {line['ours_units'] / line['reference_units']:.2f} times" in text

@@ -1,10 +1,13 @@
 """Shapes of the calls of attacks: of the same bits, no more rows than images need, and what fits memory."""
 
+import pandas as pd
 import pytest
 import torch
 from attack_models import blobs, classifier
 from torch import nn
 
+import robustbench_vlm
+from robustbench_vlm import load_model
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
@@ -273,3 +276,31 @@ def test_other_errors_and_calls_that_cannot_be_smaller_are_raised():
     view = Counted(little_memory(16))
     with pytest.raises(torch.OutOfMemoryError):
         run(Counted(), PLUGINS["apgd-ce"], 20, view=view, fixed=True)
+
+
+# --- the packaged model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 16, 70])
+def test_a_packaged_model_gets_the_same_verdicts_at_every_batch_size(n, tmp_path):
+    chain = tmp_path / "short.toml"
+    fields = "rho = 0.75\nrestarts = 1"
+    chain.write_text(
+        'name = "short"\ntitle = "short"\n'
+        f'[[stage]]\nname = "ce"\nattack = "apgd"\nloss = "ce"\nsteps = 6\ntargets = 0\n{fields}\n'
+        f'[[stage]]\nname = "t"\nattack = "apgd"\nloss = "targeted-dlr"\nsteps = 5\ntargets = 3\n{fields}\n'
+        '[[stage]]\nname = "square"\nattack = "square"\nqueries = 20\np = 0.8\nrestarts = 1\n'
+    )
+    model = load_model("tiny-robust-teacher").classifier(["red", "green", "blue", "one", "two"])
+    images = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = model(images).argmax(1)
+    found = {
+        size: robustbench_vlm.attack(model, images, labels, "1/1020", str(chain), batch_size=size)
+        for size in (8, 16, 64, None)
+    }
+    whole = found.pop(64)
+    assert n < 70 or 5 <= whole.robust["square"] <= 65, whole.robust
+    for other in found.values():
+        pd.testing.assert_frame_equal(other.verdicts, whole.verdicts, check_exact=True)
+        assert torch.equal(other.images, whole.images)
+        assert other.checks == whole.checks

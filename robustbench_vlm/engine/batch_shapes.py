@@ -23,6 +23,8 @@ FIRST = 8
 """Rows of the calls with which `auto` begins; larger ones are tried from there, and so is the smallest."""
 FIXED = 64
 """Rows of a full call if no number was asked for: as is expected, and of a view that takes one shape only."""
+TRIES, TRIAL = 2, 0.1
+"""Calls of each shape, and seconds, after which larger calls are not taken."""
 CHEAPER = 0.9
 """A call of twice the rows is taken where a row of it costs at most this part of what it cost before."""
 
@@ -137,14 +139,17 @@ class Shapes:
     def _cheaper(self, now: int, double: int) -> bool:
         """Whether a row costs less in calls of `double` rows.
 
-        It is measured again before it is denied, since the first call of a shape also chooses kernels.
+        Before it is denied, calls are repeated and the fastest of each shape count: the first call of a shape
+        also chooses kernels, and in any call another process may have had the core.
         """
-        for _ in range(2):
-            if self._called(double).seconds <= CHEAPER * self._called(now).seconds:
-                return True
-            again = [self._call(shape) for shape in (double, now)]
-            self._numbers |= dict(zip((double, now), again, strict=True))
-        return False
+        least = {shape: self._called(shape).seconds for shape in (double, now)}
+        tries, began = 1, time.perf_counter()
+        while least[double] > CHEAPER * least[now]:
+            if tries >= TRIES and time.perf_counter() - began >= TRIAL:
+                return False
+            least = {shape: min(least[shape], self._call(shape).seconds) for shape in least}
+            tries += 1
+        return True
 
     def _same_bits(self, large: int, small: int) -> bool:
         """Whether the last rows of a large call have the same bits in a small call of their own.

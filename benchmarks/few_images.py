@@ -259,8 +259,10 @@ One public call, checks of the model included, beside the reference on the same 
 pyautoattack, and torchattacks for PGD. A unit is a forward pass of one image; a backward pass counts as
 {BACKWARD}. MiB is by how much the process grew beyond what it had with the model loaded. Wanted: at most
 {MOST} times the reference's units and CPU seconds, and no more memory. Images are smoothed noise with the
-labels that the model gives them. At the smaller radius nothing is broken, at the larger one everything at
-once.
+labels that the model gives them. At the smaller radius nothing is broken but the first image, by
+APGD; at the larger one everything is, at once. So the line of PGD, which runs to its end, says what one
+robust image costs. The memory of ours has a part that is the same for all lines of the small model; what it
+is was not traced.
 
 What is fixed in a call of ours: 16 rows of the clean pass, 16 of each deciding pass, some 24 units an image
 for the checks of the model, and at least 4 rows a call, since products of one to three rows round otherwise

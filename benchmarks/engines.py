@@ -71,7 +71,9 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
         if not alive:
             break
         block = ImageBlock(who.images, who.labels, who.keys, clean).take(alive)
-        cost = scheduler.run(model, Job(group, ball, ROWS, who.n_classes, seed=SEED), [block], found.append)
+        cost = scheduler.run(
+            model, Job(group, ball, ROWS, who.n_classes, ROWS, seed=SEED), [block], found.append
+        )
         unconfirmed += cost.unconfirmed
         lost = {finding.key for finding in found if finding.broken}
         alive = [i for i in alive if who.keys[i] not in lost]

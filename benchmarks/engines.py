@@ -71,7 +71,7 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
         if not alive:
             break
         block = ImageBlock(who.images, who.labels, who.keys, clean).take(alive)
-        job = Job(group, ball, who.rows, who.n_classes, seed=SEED)
+        job = Job(group, ball, who.rows, who.n_classes, who.rows, seed=SEED)
         cost = scheduler.run(model, job, [block], found.append)
         unconfirmed += cost.unconfirmed
         lost = {finding.key for finding in found if finding.broken}

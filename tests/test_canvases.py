@@ -18,6 +18,7 @@ from killed_evaluations import forks, killed, outcome
 from robustbench_vlm.data import canvas_images, dataset
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.data.parallel import in_order
+from robustbench_vlm.engine import model_checks
 from robustbench_vlm.errors import DataError
 
 N = 14
@@ -125,6 +126,7 @@ def test_parts_of_any_size_find_the_same_to_the_last_byte(root, way, tmp_path, m
         with monkeypatch.context() as patch:
             read = streamed(patch, calls)
             assert evaluated(root, tmp_path / f"parts{calls}", way) == whole
+        read.remove(min(N, model_checks.SAMPLE))  # once, for the checks of the model
         assert max(read) == 4 * calls
         assert sum(read) > 3 * N  # read again for every stage
 

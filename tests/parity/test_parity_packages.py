@@ -150,7 +150,7 @@ def test_the_python_interface_takes_an_engine(chain):
     images, _ = blobs(24, 10, seed=1)
     labels = model(images).argmax(1)
     ways = {
-        "native/2": {},
+        "native/3": {},
         "native-reference/1": {"mode": "reference"},
         "autoattack/pyautoattack-": {"engine": "autoattack"},
         "torchattacks/torchattacks-": {"engine": "torchattacks"},

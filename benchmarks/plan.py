@@ -5,16 +5,13 @@ is made as the command makes it, its pilot included; then the evaluation runs. A
 of one thread, those that the forecast is made of too, since other programs were running on the machine.
 """
 
-import argparse
-import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import process
-from prices import Case, planned
+from prices import Case, planned, run
 
 from robustbench_vlm.evaluation import estimate, forecast, pilot, planning
 
@@ -97,26 +94,5 @@ def page(lines: list[process.Line], about: process.Line) -> str:
     return ABOUT.format(**head, **about) + "".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument(
-        "--only", type=int, nargs="*", help="numbers of cases, from 0; the page is then printed"
-    )
-    what = parser.parse_args()
-    lines = []
-    for number, case in enumerate(CASES):
-        if what.only is not None and number not in what.only:
-            continue
-        with tempfile.TemporaryDirectory() as root:
-            lines.append(process.alone(partial(measure, case, Path(root))))
-        print(lines[-1], flush=True)
-    text = page(lines, process.about(what))
-    if what.only is None:
-        what.out.write_text(text, "utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run(CASES, measure, page, __doc__, OUT)

@@ -9,6 +9,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -182,16 +183,31 @@ def page(lines: list[process.Line], about: process.Line) -> str:
     return ABOUT.format(**about) + "".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT)
+def run(
+    cases: Sequence[Case],
+    measure: Callable[[Case, Path], process.Line],
+    page: Callable[[list[process.Line], process.Line], str],
+    doc: str | None,
+    out: Path,
+) -> None:
+    """Measure the cases that the command line names, each in a process of its own, and write their page.
+
+    Args:
+        cases: all of them.
+        measure: gives the line of a case; it may write into a folder.
+        page: of all lines, and of what `process.about` says of the run.
+        doc: what the script is about.
+        out: file of the page, unless the command line names another one.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--device", default="cpu", choices=["cpu"])
     parser.add_argument(
         "--only", type=int, nargs="*", help="numbers of cases, from 0; the page is then printed"
     )
     what = parser.parse_args()
     lines = []
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         if what.only is not None and number not in what.only:
             continue
         with tempfile.TemporaryDirectory() as root:
@@ -199,9 +215,9 @@ def main() -> None:
         print(lines[-1], flush=True)
     text = page(lines, process.about(what))
     if what.only is None:
-        what.out.write_text(text)
+        what.out.write_text(text, "utf-8")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    run(CASES, measure, page, __doc__, OUT)

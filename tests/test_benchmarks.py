@@ -321,6 +321,7 @@ def test_races_are_simulated_and_their_page_is_written(tmp_path):
     assert "| 100.0 % | 6.4 % |" in rows[0]  # ten points are seen at the first look: 64 of 1000
 
 
+@pytest.mark.parity
 def test_few_images_are_compared_and_missed_targets_are_named(tmp_path):
     out = tmp_path / "few.md"
     words = [

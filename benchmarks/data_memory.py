@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from process import peak
 
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import check, layout
@@ -48,12 +49,6 @@ def write(root: Path, n: int) -> None:
     layout.write_texts(root / "wds_flat", card(n).names, card(n).templates)
     rows = ((f"s{i:07d}", images[i % 64], "png", i % 10) for i in range(n))
     layout.write_split(root / "wds_flat", "test", rows, 10_000)
-
-
-def peak() -> float:
-    """Highest resident memory of this process so far, MB; ru_maxrss would keep the parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(root: Path, n: int) -> None:

@@ -1,10 +1,11 @@
-"""What every benchmark needs: measurements in processes of their own, and a word on where they were made."""
+"""What benchmarks need: measurements in processes of their own, a look at others, and where it was."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -43,6 +44,45 @@ def alone(call: Callable[[], Any], *, copied: bool = False) -> Any:  # noqa: ANN
 
 def _send(end: Any, call: Callable[[], Any]) -> None:  # noqa: ANN401 - a pipe
     end.send(call())
+
+
+def workers_below(pid: int) -> list[int]:
+    """The Ray workers that a process has started, by their pids; Linux."""
+    above, workers = {}, []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            title = (path.parent / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        own = int(path.parent.name)
+        above[own] = parent
+        if title.startswith(b"ray::_Actor"):
+            workers.append(own)
+    return sorted(worker for worker in workers if pid in _ancestors(worker, above))
+
+
+def _ancestors(pid: int, above: dict[int, int]) -> set[int]:
+    found = set()
+    while pid in above:
+        pid = above[pid]
+        found.add(pid)
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that another process has had; 0 if it has ended; Linux."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak(pid: int | str = "self") -> float:
+    """Highest resident memory of a process so far, MiB; ru_maxrss would keep its parent's; Linux."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def about(what: argparse.Namespace) -> Line:

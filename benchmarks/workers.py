@@ -15,32 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-IMAGES = 96
+from process import cpu_seconds, workers_below
+
+IMAGES = 288
 EVAL = "eval --model tiny-robust-teacher --attack aa2 --suite tiny --eps 4 --device cpu"
 DATASETS = "tiny-digits,tiny-textures"
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def workers_of(pid: int) -> dict[int, float]:
-    """Seconds of processor time of every worker below a process."""
-    above, spent = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-            title = (path.parent / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-        above[int(path.parent.name)] = int(fields[1])
-        if title.startswith(b"ray::_Actor"):
-            spent[int(path.parent.name)] = (int(fields[11]) + int(fields[12])) / TICKS
-    found = {}
-    for worker, seconds in spent.items():
-        line = [worker]
-        while line[-1] in above:
-            line.append(above[line[-1]])
-        if pid in line:
-            found[worker] = seconds
-    return found
 
 
 def measured(number: int, root: Path) -> tuple[list[float], float]:
@@ -56,7 +35,7 @@ def measured(number: int, root: Path) -> tuple[list[float], float]:
     spent: dict[int, float] = {}
     began = None
     while process.poll() is None:
-        spent |= workers_of(process.pid)
+        spent |= {worker: cpu_seconds(worker) for worker in workers_below(process.pid)}
         first = {**spent, **first}
         if began is None and (out / "ledger").exists():
             began = time.perf_counter()
@@ -84,8 +63,8 @@ def main() -> None:
         f"| 1 | {one:.1f} | {clock_one:.0f} | {os.getloadavg()[0]:.1f} |",
         f"| 2 | {two[0]:.1f}, {two[1]:.1f} | {clock_two:.0f} | {os.getloadavg()[0]:.1f} |",
         "",
-        f"Speed-up by processor time: {one:.1f} / {two[1]:.1f} = {one / two[1]:.2f}, without the start of",
-        f"workers. All work together: {sum(two) / one:.2f} times that of one worker.",
+        f"Speed-up by processor time: {one:.1f} / {two[1]:.1f} = {one / two[1]:.2f}, without the start",
+        f"of the workers. All work together: {sum(two) / one:.2f} times that of one worker.",
         "",
     ]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines))

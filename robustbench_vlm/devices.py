@@ -1,8 +1,10 @@
-"""The name of a device -> `torch.device`."""
+"""The name of a device -> `torch.device`; and work in one thread."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,3 +40,14 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         found = f"{count} CUDA devices here" if count else "no CUDA device here"
         raise InputError(f"--device {name}", found, do="use cpu, or see vlmrob doctor")
     return device
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch works with one thread: bits depend on their number, which is another on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -22,10 +22,12 @@ def demo(
 ) -> None:
     """Do the whole job on the built-in tiny world: train two defenses, attack three models, print tables."""
     from robustbench_vlm.demo import whole_job
+    from robustbench_vlm.devices import one_thread
     from robustbench_vlm.results import compare
 
     folder = out or Path("runs") / ("demo-full" if full else "demo")
-    with console.meter() as meter:
+    # Its towers are so small that a second thread costs processor time and gains none.
+    with one_thread(), console.meter() as meter:
         shown = whole_job.run(folder, data_root, device_of("cpu"), meter, console.remark, full=full)
     print_grids(shown.rows)
     title = (

@@ -17,9 +17,10 @@ import torch
 from ray.exceptions import RayError
 
 from robustbench_vlm.cards import plugins, reader
+from robustbench_vlm.devices import one_thread
 from robustbench_vlm.errors import Incomplete, VlmrobError
 from robustbench_vlm.evaluation import workers
-from robustbench_vlm.studies.task import Resources, Task, one_thread
+from robustbench_vlm.studies.task import Resources, Task
 
 STARTED_AGAIN = 3  # times at most, after deaths of its worker
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,3 @@ class Task(Protocol):
         Raises:
             VlmrobError: it cannot be done.
         """
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch works with one thread: bits depend on their number, which is another on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

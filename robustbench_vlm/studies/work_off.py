@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from robustbench_vlm.devices import one_thread
 from robustbench_vlm.errors import Incomplete, VlmrobError
 from robustbench_vlm.evaluation import ray_settings
-from robustbench_vlm.studies.task import Resources, Task, one_thread
+from robustbench_vlm.studies.task import Resources, Task
 
 T = TypeVar("T", bound=Task)
 

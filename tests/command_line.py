@@ -28,21 +28,22 @@ def run_command(monkeypatch, *words):
 
 
 def fork_command(words, prepare=lambda: None):
-    """Run `vlmrob WORDS` in a forked process, which imports nothing again; its exit code and its stderr.
+    """Run `vlmrob WORDS` in a forked process, which imports nothing again, as `subprocess.run` would.
 
     Args:
         words: of the command line.
         prepare: called there first, to make something fail.
     """
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
 
         def main():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.default_int_handler)  # as in a terminal
-            os.dup2(file.fileno(), 2)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            sys.stdout = sys.stderr
+            for number, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.argv = ["vlmrob", *map(str, words)]
+            reader.include([])  # a test may have included its own
             prepare()
             cli.main()
 
@@ -50,7 +51,8 @@ def fork_command(words, prepare=lambda: None):
         child.start()
         child.join(TIMEOUT)
         assert child.exitcode is not None
-        return child.exitcode, Path(file.name).read_text()
+        texts = [Path(file.name).read_text() for file in (out, err)]
+        return subprocess.CompletedProcess(words, child.exitcode, *texts)
 
 
 def kill_command(command, progress, least):

@@ -1,4 +1,4 @@
-"""Numerics in tests are stricter than in use: one thread, deterministic kernels."""
+"""Numerics in tests are stricter than in use: one thread, deterministic kernels. Nothing is timed long."""
 
 import os
 
@@ -14,6 +14,16 @@ from robustbench_vlm.cards import reader
 def _strict_numerics():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_trials():
+    """Whether larger calls cost less, which no result depends on, is found out by two calls and not 0.1 s."""
+    from robustbench_vlm.engine import batch_shapes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_shapes, "TRIAL", 0.0)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -71,7 +71,8 @@ def whole(work, tmp_path_factory):
 
 def ran(work, out, prepare=lambda: None):
     """Exit code and stderr of the command in a forked process, in which something was prepared."""
-    return command_line.fork_command(work.words(out), prepare)
+    done = command_line.fork_command(work.words(out), prepare)
+    return done.returncode, done.stderr
 
 
 def require_recovery(work, whole, out, code, words, prepare, repair=lambda: None):

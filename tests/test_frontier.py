@@ -3,11 +3,10 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command_line import fork_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -518,10 +517,9 @@ b = ["one"]
 """
 
 
-def command(root, data, out, *options):
+def words(root, data, out):
     typed = f"--include {root / 'cards'} study small --data-root {data} --device cpu"
-    typed += f" --out {out}/runs --tables {out}/t"
-    return [sys.executable, "-m", "robustbench_vlm", *typed.split(), *options]
+    return [*typed.split(), "--out", f"{out}/runs", "--tables", f"{out}/t"]
 
 
 def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_same_bytes(
@@ -533,7 +531,7 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
     (root / "cards" / "heldout.toml").write_text(
         'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'
     )
-    ran = subprocess.run(command(root, data, tmp_path), capture_output=True, text=True, check=False)
+    ran = fork_command(words(root, data, tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert "1 trainings or measurements to do" in ran.stderr  # the teacher
     assert "3 trainings or measurements to do" in ran.stderr

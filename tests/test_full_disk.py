@@ -1,10 +1,10 @@
 """A full disk and a folder that cannot be written: told before the first load, or one line and exit 75."""
 
+import contextlib
 import errno
 import os
 import shutil
 import subprocess
-import sys
 
 import command_line
 import pytest
@@ -87,41 +87,31 @@ def small_disk(tmp_path):
 
 def test_a_cache_on_a_full_file_system_is_no_signal(toy, small_disk, tmp_path):
     """Rows that were never written are read, and written, where not a page is left."""
-    command = [sys.executable, "-m", "robustbench_vlm", *typed(toy, tmp_path, tmp_path / "run")]
-    environment = {**os.environ, "VLMROB_CACHE": str(small_disk)}
+    words = typed(toy, tmp_path, tmp_path / "run")
     embeddings = small_disk / "embeddings"
-    fill = "\n".join(
-        [
-            "import sys",
-            "from robustbench_vlm.training import teacher_cache",
-            "whole = teacher_cache.open_cache",
-            "def opened(*given):",
-            "    found = whole(*given)",
-            "    if found.path.parent.joinpath('first').exists():",
-            "        try:",
-            "            found.path.with_name('ballast').write_bytes(bytes(2**20))",
-            "        except OSError:",
-            "            pass",
-            "    found.path.with_name('first').touch()",
-            "    return found",
-            "teacher_cache.open_cache = opened",
-            "from robustbench_vlm import cli",
-            "sys.argv = ['vlmrob', *sys.argv[1:]]",
-            "cli.main()",
-        ]
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", fill, *command[3:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    whole = teacher_cache.open_cache
+
+    def in_small_cache():
+        os.environ["VLMROB_CACHE"] = str(small_disk)
+
+    def in_full_cache():
+        """From its second opening on."""
+
+        def opened(*given):
+            found = whole(*given)
+            if found.path.parent.joinpath("first").exists():
+                with contextlib.suppress(OSError):
+                    found.path.with_name("ballast").write_bytes(bytes(2**20))
+            found.path.with_name("first").touch()
+            return found
+
+        in_small_cache()
+        teacher_cache.open_cache = opened
+
+    ran = command_line.fork_command(words, in_full_cache)
     assert ran.returncode == 75, (ran.returncode, ran.stderr)
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: {embeddings}/")
     assert "No space left on device; make room or type --no-cache" in last
-    ran = subprocess.run(
-        [*command, "--no-cache"], capture_output=True, text=True, check=False, env=environment
-    )
+    ran = command_line.fork_command([*words, "--no-cache"], in_small_cache)
     assert ran.returncode == 0, ran.stderr

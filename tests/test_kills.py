@@ -317,8 +317,8 @@ def cells(out):
 def undisturbed(place, tmp_path_factory):
     """The results of the command that was never killed."""
     whole = tmp_path_factory.mktemp("whole")
-    code, err = command_line.fork_command(killed_evaluations.words(place, whole))
-    assert code == 0, err
+    done = command_line.fork_command(killed_evaluations.words(place, whole))
+    assert done.returncode == 0, done.stderr
     return whole
 
 
@@ -331,8 +331,8 @@ def test_the_command_that_evaluates(place, undisturbed, tmp_path, seed, kills):
         known = command_line.kill_command(command(place, tmp_path), lambda: lines(tmp_path), least)
         assert least <= known < total
     assert len(cells(tmp_path)) < 2
-    code, err = command_line.fork_command(killed_evaluations.words(place, tmp_path))
-    assert code == 0, err
+    done = command_line.fork_command(killed_evaluations.words(place, tmp_path))
+    assert done.returncode == 0, done.stderr
     assert lines(tmp_path) == total  # what was found before was not found again
     expected, found = cells(undisturbed), cells(tmp_path)
     assert len(expected) == 2
@@ -365,6 +365,6 @@ def test_the_command_that_trains(world, tmp_path, seed, kills):
     for _ in range(kills):
         command_line.kill_command(argv, logged, draw.randint(2, steps // 2))
     assert not (out / "card.json").exists()
-    code, err = command_line.fork_command(argv[3:])
-    assert code == 0, err
+    done = command_line.fork_command(argv[3:])
+    assert done.returncode == 0, done.stderr
     assert trained(out) == trained(whole)

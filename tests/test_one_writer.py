@@ -123,10 +123,10 @@ def vlmrob(*words):
 
 
 def begun(argv, file):
-    """A command, from the moment at which it holds its folder."""
+    """A command, from the moment at which it holds its folder and has said so in a file."""
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     since = time.monotonic()
-    while not file.exists():
+    while not file.exists() or not file.stat().st_size:
         assert process.poll() is None, "it ended before it held its folder"
         assert time.monotonic() - since < command_line.TIMEOUT
         time.sleep(0.01)
@@ -141,21 +141,19 @@ def test_a_second_eval_is_refused_and_a_leaderboard_is_not(place, tmp_path):
     first.send_signal(signal.SIGSTOP)
     try:
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        second = subprocess.run(argv, capture_output=True, text=True, check=False)
+        second = command_line.fork_command(argv[3:])
         assert second.returncode == 2, second.stderr
         (line,) = [line for line in second.stderr.splitlines() if line.startswith("error")]
         assert f"process {first.pid} on {platform.node()} writes to it since" in line
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
         words = f"--include {place / 'cards'} leaderboard --results {out} --suite toys"
-        read = subprocess.run(
-            vlmrob(*words.split(), "--out", tmp_path / "boards"), capture_output=True, text=True, check=False
-        )
+        read = command_line.fork_command([*words.split(), "--out", tmp_path / "boards"])
         assert "writes to it" not in read.stderr
         assert read.returncode in (0, 2), read.stderr  # 2: there is no finished result yet
     finally:
         first.kill()
         first.wait()
-    third = subprocess.run(argv, capture_output=True, text=True, check=False)
+    third = command_line.fork_command(argv[3:])
     assert third.returncode == 0, third.stderr
 
 
@@ -171,7 +169,7 @@ def test_a_second_training_is_refused(toy, tmp_path):
     )
     first = begun(vlmrob(*words.split()), out / "recipe.json")
     try:
-        second = subprocess.run(vlmrob(*words.split()), capture_output=True, text=True, check=False)
+        second = command_line.fork_command(words.split())
         assert second.returncode == 2, second.stderr
         assert f"process {first.pid} on {platform.node()} writes to it since" in second.stderr
     finally:

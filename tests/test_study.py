@@ -380,7 +380,7 @@ def test_a_study_killed_and_resumed_by_two_workers_has_the_tables_of_one_that_ra
     pytest.importorskip("ray")
     root, data = world_of_study
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    ran = subprocess.run(command(root, data, whole), capture_output=True, text=True, check=False)
+    ran = command_line.fork_command(command(root, data, whole)[3:])
     assert ran.returncode == 0, ran.stderr
     assert "study small: 4 runs, 0 finished" in ran.stderr
     assert command_line.kill_command(command(root, data, torn), lambda: steps_done(torn), 3) < 16
@@ -432,7 +432,7 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing_running(world_of_st
     out = tmp_path / "out"
     first = work_folder(root, out)
     store.write_json(first / "model" / "recipe.json", {"fingerprint": "another"})
-    ran = subprocess.run(command(root, data, out, *options), capture_output=True, text=True, check=False)
+    ran = command_line.fork_command(command(root, data, out, *options)[3:])
     assert ran.returncode == 1
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith("error: one, seed 0: --out ")

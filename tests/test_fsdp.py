@@ -105,15 +105,18 @@ def test_a_process_has_about_half_of_weights_gradients_and_moments(ranks, case):
 
 
 @pytest.mark.parametrize("case", quick_and_slow(fsdp_steps.CASES))
-def test_an_attack_gathers_weights_once_and_exchanges_no_gradient(ranks, case):
+def test_an_attack_gathers_weights_once_and_a_step_exchanges_gradients_once(ranks, case):
     for found in (rank["exchanges"] for rank in ranks):
-        attacked = case != "no attack"
-        assert found["groups"] > 2
-        assert found["attack"] == {
-            "allgather_base": found["groups"] if attacked else 0,
-            "reduce_scatter_base": 0,
-        }
-        assert found["step"]["reduce_scatter_base"] >= found["groups"] - 1
+        groups, attack, step = found["groups"], found["attack"], found["step"]
+        assert groups > 2
+        assert attack["allgather_base"] == (0 if case == "no attack" else groups)
+        assert attack["reduce_scatter_base"] == 0
+        in_loss = step["allgather_base"] - attack["allgather_base"]
+        assert (
+            in_loss == groups if "in parts" in case else in_loss >= 2 * groups - 1
+        )  # all but the root twice
+        trained = groups - 1 if "adapters" in case else groups  # the root has no adapters
+        assert step["reduce_scatter_base"] == trained
 
 
 # Files

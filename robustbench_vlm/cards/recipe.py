@@ -174,7 +174,7 @@ class Prompts(Card):
     init: str = "a photo of a"
 
 
-class Compute(Card):
+class Compute(Grown):
     """How the sums are done, where that is not fp32 as PyTorch does it; each may change last bits or more.
 
     Attributes:
@@ -183,12 +183,24 @@ class Compute(Card):
         compile: image towers through `torch.compile`.
         channels_last: memory format of the student's convolutions.
         fused_adamw: AdamW in one kernel.
+        fsdp: the weights of the student's image tower, their gradients and their moments are sharded over the
+            processes, by torch's FSDP2; with one process there is nothing to shard.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"fsdp"})
 
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     channels_last: bool = False
     fused_adamw: bool = False
+    fsdp: bool = False
+
+    @model_validator(mode="after")
+    def _what_goes_with_fsdp(self) -> Compute:
+        for name in ("compile", "channels_last"):
+            if self.fsdp and getattr(self, name):
+                raise ValueError(f"fsdp and {name} do not go together: leave one of them out")
+        return self
 
 
 class Probe(Card):
@@ -303,6 +315,8 @@ class Recipe(Grown):
             raise ValueError("[prompts] without a token trains nothing")
         if self.prompts is not None and self.interpolation != 1:
             raise ValueError("interpolation is of image towers, and [prompts] leaves the tower as it is")
+        if self.prompts is not None and self.compute.fsdp:
+            raise ValueError("compute.fsdp shards the weights that are trained, and [prompts] trains none")
         if self.compute.fused_adamw and self.optim.algorithm != "adamw":
             raise ValueError(f"compute.fused_adamw is of adamw, optim.algorithm is {self.optim.algorithm}")
         return self

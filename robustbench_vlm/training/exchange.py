@@ -35,7 +35,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _others_needed():
+    with others_needed():
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         # torchrun's store outlives the processes, and a name in it may lead to one of an earlier attempt
         own = dist.PrefixStore(f"attempt {world.attempt}", store)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _others_needed() -> Iterator[None]:
+def others_needed() -> Iterator[None]:
     """Inside, a failed exchange is one line.
 
     Raises:
@@ -84,7 +84,7 @@ class _Gather(torch.autograd.Function):
 def gathered(rows: Tensor, world: World) -> Tensor:
     """Rows (n, ...) of every process, in the order of the processes: (size, n, ...), without gradient."""
     whole = rows.new_empty((world.size, *rows.shape))
-    with _others_needed():
+    with others_needed():
         dist.all_gather(list(whole.unbind(0)), rows.detach().contiguous())
     return whole
 
@@ -118,7 +118,7 @@ def average(gradients: Sequence[Tensor], world: World) -> None:
         waiting.append(gradient)
         if position == len(gradients) or sum(g.numel() for g in waiting) >= BUCKET:
             flat = torch.cat([g.flatten() for g in waiting])
-            with _others_needed():
+            with others_needed():
                 dist.all_reduce(flat)
             means = torch.split(flat / world.size, [g.numel() for g in waiting])
             for g, mean in zip(waiting, means, strict=True):
@@ -131,7 +131,7 @@ def any_of(flag: bool, world: World) -> bool:
     if world.size == 1:
         return flag
     value = torch.tensor(float(flag))
-    with _others_needed():
+    with others_needed():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value > 0)
 

@@ -7,16 +7,24 @@ from pathlib import Path
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.models import checkpoint, zoo
 from robustbench_vlm.models.checkpoint_card import Parent
+from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.interpolation import interpolated
+from robustbench_vlm.training import fsdp
+from robustbench_vlm.training.prepare import attach_adapters
 from robustbench_vlm.training.setup import Setup
 
 
 def write_checkpoint_folder(out: Path, setup: Setup) -> None:
-    """Write the checkpoint folder: merged and interpolated weights first, the card last."""
+    """Write the checkpoint folder: merged and interpolated weights first, the card last.
+
+    All processes call it, and the first one writes.
+    """
     recipe = setup.recipe
-    model = setup.adapters.merged(setup.model) if setup.adapters else setup.model
+    model = _trained(setup)
+    if model is None:
+        return
     if recipe.interpolation < 1:
-        model = interpolated(zoo.load(recipe.student, setup.device).model, model, recipe.interpolation)
+        model = interpolated(zoo.load(recipe.student, model.device).model, model, recipe.interpolation)
     models = [("student", setup.student), *setup.teachers.items()]
     models += [(role, phase.loaded) for role, phases in setup.phases.items() for phase in phases]
     parents = tuple(
@@ -44,6 +52,23 @@ def write_checkpoint_folder(out: Path, setup: Setup) -> None:
         },
     )
     checkpoint.save_folder(out, model, card)
+
+
+def _trained(setup: Setup) -> Clip | None:
+    """The student with its trained weights, adapters merged; `None` in all processes but the first.
+
+    Sharded weights are gathered into another copy of the student, on the CPU.
+    """
+    model, adapters, recipe, first = setup.model, setup.adapters, setup.recipe, setup.share.world.first
+    if setup.sharded:
+        weights = fsdp.on_first(model.visual.state_dict(), first)
+        if first:
+            model = zoo.load(recipe.student).model
+            adapters = attach_adapters(model, recipe)
+            checkpoint.fill(model.visual, weights, f"student {recipe.student}")
+    if not first:
+        return None
+    return adapters.merged(model) if adapters else model
 
 
 def interpolate_folder(finished: Path, recipe: Recipe, share: float, out: Path) -> None:

@@ -85,10 +85,9 @@ def run(
     if world.first:
         store.write_json(out / "recipe.json", folder.facts(recipe))
         _announce(setup, out, state.step, threat, remark)
-    with interruption.deferred() as stopping:
+    with interruption.deferred() as stopping, exchange.others_needed():
         _train(setup, out, state, report, stopping)
-        if world.first:
-            write_checkpoint_folder(out, setup)
+        write_checkpoint_folder(out, setup)
     if world.first:
         remove_unscheduled(out, recipe.checkpoint_every, recipe.optim.steps)
     exchange.wait(world)
@@ -101,6 +100,7 @@ def _announce(setup: Setup, out: Path, step: int, threat: str, remark: Callable[
     remark(
         f"training {recipe.name}: {recipe.optim.steps} steps, {threat}, on {setup.device}, into {out}"
         + (f", in {size} processes" if (size := setup.share.world.size) > 1 else "")
+        + (" with sharded weights" if setup.sharded else "")
         + (f", going on at step {step}" if step else "")
     )
     if aside is not None:
@@ -118,8 +118,8 @@ def _train(
     """
     recipe, steps, first = setup.recipe, setup.recipe.optim.steps, setup.share.world.first
     try:
-        if state.step == 0 and recipe.probe and first:
-            _log(out, report, {"step": 0, "probe": probe(setup)})
+        if state.step == 0:
+            _probe(out, setup, 0, report)
         for batch, waited in _timed(_batches(setup, state.step)):
             _require_not_stopped(out, setup, state, stopping)
             started = time.perf_counter()
@@ -128,8 +128,8 @@ def _train(
                 rate = recipe.optim.batch_size / (time.perf_counter() - started)
                 times = {"images_per_second": round(rate, 1), "data_seconds": round(waited, 4)}
                 _log(out, report, {"step": state.step, **line, **times})
-            if recipe.probe and first and _due(state.step, recipe.probe.every, steps):
-                _log(out, report, {"step": state.step, "probe": probe(setup)})
+            if recipe.probe and _due(state.step, recipe.probe.every, steps):
+                _probe(out, setup, state.step, report)
             if recipe.checkpoint_every and _due(state.step, recipe.checkpoint_every, steps):
                 _save(out, setup, state)
     except KeyboardInterrupt:
@@ -153,12 +153,19 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         started = time.perf_counter()
 
 
+def _probe(out: Path, setup: Setup, step: int, report: Report) -> None:
+    """Log the accuracy on validation images, if the recipe has any."""
+    if setup.probe_batch is not None:
+        line = {"step": step, "probe": probe(setup)}
+        if setup.share.world.first:
+            _log(out, report, line)
+
+
 def _save(out: Path, setup: Setup, state: TrainingState) -> None:
     """Write a checkpoint file in the first process, if the processes agree on what it would hold."""
-    world = setup.share.world
-    exchange.require_same_weights(list(setup.parameters().values()), state.step, world)
-    if world.first:
-        save_state(out, setup, state)
+    if not setup.sharded:  # else no two of them have the same weights
+        exchange.require_same_weights(list(setup.parameters().values()), state.step, setup.share.world)
+    save_state(out, setup, state)
 
 
 def _require_not_stopped(out: Path, setup: Setup, state: TrainingState, stopping: Callable[[], bool]) -> None:
@@ -169,7 +176,7 @@ def _require_not_stopped(out: Path, setup: Setup, state: TrainingState, stopping
     """
     world = setup.share.world
     if exchange.any_of(stopping(), world):
-        if world.first and state.step > saved_step(out):
+        if exchange.any_of(world.first and state.step > saved_step(out), world):  # one looks, for all
             save_state(out, setup, state)
         exchange.wait(world)
         raise _stopped(out, state.step, setup.recipe.optim.steps) if world.first else Incomplete("")

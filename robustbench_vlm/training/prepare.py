@@ -22,7 +22,7 @@ from robustbench_vlm.models import lora, prompts, zoo
 from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank
-from robustbench_vlm.training import inputs, share, teacher_cache
+from robustbench_vlm.training import fsdp, inputs, share, teacher_cache
 from robustbench_vlm.training.resolve import defense_class
 from robustbench_vlm.training.setup import Setup, TeacherPhase
 from robustbench_vlm.training.teacher_cache import TeacherCache
@@ -80,7 +80,7 @@ def prepare(
         adapters,
         dataset,
         split,
-        _probe_batch(recipe, split.card, data_root, models.student.model, device) if world.first else None,
+        _probe_batch(recipe, world, split.card, data_root, models.student.model, device),
         device,
         prompt_tokens,
         phases=phases,
@@ -196,9 +196,7 @@ def _make_trainable(recipe: Recipe, defense: Defense, models: _Models) -> tuple[
     """The models with adapters or prompts attached, or with gradients for the student's whole image tower."""
     student, teachers = models.student, dict(models.teachers)
     if recipe.lora is not None:
-        chosen = recipe.lora
-        adapters = lora.attach(student.model, chosen.r, chosen.alpha, chosen.targets, chosen.dropout)
-        return models, adapters
+        return models, attach_adapters(student.model, recipe)
     if recipe.prompts is None:
         student.model.visual.requires_grad_(True)
         return models, None
@@ -210,11 +208,24 @@ def _make_trainable(recipe: Recipe, defense: Defense, models: _Models) -> tuple[
     return _Models(student, teachers), None
 
 
+def attach_adapters(model: Clip, recipe: Recipe) -> Adapters | None:
+    """The adapters of `[lora]`, attached to the image tower of `model`; `None` for a recipe without."""
+    wanted = recipe.lora
+    return lora.attach(model, wanted.r, wanted.alpha, wanted.targets, wanted.dropout) if wanted else None
+
+
+def _shards(recipe: Recipe, world: World) -> bool:
+    return recipe.compute.fsdp and world.size > 1
+
+
 def _probe_batch(
-    recipe: Recipe, card: DatasetCard, root: Path, model: Clip, device: torch.device
+    recipe: Recipe, world: World, card: DatasetCard, root: Path, model: Clip, device: torch.device
 ) -> Batch | None:
-    """The images of the probe: a fixed subset by hash, stratified by class."""
-    if recipe.probe is None:
+    """The images of the probe: a fixed subset by hash, stratified by class; `None` if this process has none.
+
+    The first process probes alone, but sharded weights are run by all processes together.
+    """
+    if recipe.probe is None or not (world.first or _shards(recipe, world)):
         return None
     split = open_split(card, root, recipe.probe.split)
     subset = split.subset(recipe.probe.n, recipe.seed, stratified=True)
@@ -241,7 +252,7 @@ def _open_cache(setup: Setup, teacher: zoo.Loaded, folder: Path) -> TeacherCache
         setup.split,
         setup.split.side(size),
         recipe.optim.batch_size // (setup.share.world.size * setup.share.parts),
-        recipe.compute.model_dump(mode="json"),
+        recipe.compute.model_dump(mode="json", exclude={"fsdp"}),  # which is about the student
         setup.device,
     )
     with torch.no_grad():
@@ -253,7 +264,10 @@ def _open_cache(setup: Setup, teacher: zoo.Loaded, folder: Path) -> TeacherCache
 
 
 def _apply_compute(setup: Setup) -> None:
-    """Apply memory format and compilation of `[compute]`; parameters stay the same objects."""
+    """Apply memory format, compilation and sharding of `[compute]`.
+
+    Sharding replaces the parameters of the student's image tower, all others stay the same objects.
+    """
     wanted = setup.recipe.compute
     if wanted.channels_last:
         setup.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -261,3 +275,5 @@ def _apply_compute(setup: Setup) -> None:
         staged = [phase.loaded for phases in setup.phases.values() for phase in phases]
         for model in (setup.model, *(loaded.model for loaded in (*setup.teachers.values(), *staged))):
             model.visual.compile(dynamic=False)
+    if _shards(setup.recipe, setup.share.world):
+        fsdp.shard(setup.model.visual, setup.device)

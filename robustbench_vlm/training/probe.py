@@ -10,6 +10,7 @@ from robustbench_vlm.defenses.losses import ce
 from robustbench_vlm.engine.geometry import uniform_start
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.models.clip import frozen
+from robustbench_vlm.training import fsdp
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.setup import Setup
 
@@ -17,12 +18,13 @@ from robustbench_vlm.training.setup import Setup
 def probe(setup: Setup) -> dict[str, float]:
     """Accuracy on the probe images, clean and under PGD in the ball of the recipe, as fractions in [0, 1].
 
+    Where the student's weights are sharded, all processes call it, on the same images.
     It shows the progress of a run and is no result: results come from `vlmrob eval`.
     """
     assert setup.probe_batch is not None
     assert setup.recipe.probe is not None
     batch = setup.probe_batch
-    with frozen(setup.model):
+    with fsdp.gathered_once(setup.model.visual), frozen(setup.model):
         with torch.no_grad():
             adv, roles = batch.images, setup.current_roles()
         inner = setup.recipe.inner

@@ -17,6 +17,7 @@ from robustbench_vlm.models import prompts, zoo
 from robustbench_vlm.models.clip import Clip, InBf16
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import untrained
+from robustbench_vlm.training import fsdp
 from robustbench_vlm.training.share import Gathered, Parted, Share
 from robustbench_vlm.training.teacher_cache import CachedTeacher, TeacherCache
 from robustbench_vlm.types import Batch, Encoder
@@ -52,7 +53,7 @@ class Setup:
         adapters: LoRA inside the student, or `None`.
         dataset: card of the training images, with the class names that count.
         split: the training images.
-        probe_batch: the images of the validation probe, or `None`.
+        probe_batch: the images of the validation probe, or `None`, also in a process that does not probe.
         device: where all of it is.
         prompt_tokens: token ids (C, L) of the class sentences, for every role whose prompts are trained.
         caches: stored outputs on clean images, by role of the teacher.
@@ -79,6 +80,11 @@ class Setup:
     def model(self) -> Clip:
         """The student's encoder."""
         return self.student.model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has only a part of the student's weights, so that all must run it together."""
+        return fsdp.is_sharded(self.model.visual)
 
     @property
     def notes(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustbench_vlm import tensor_files
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.models import checkpoint
+from robustbench_vlm.training import fsdp
 from robustbench_vlm.training.setup import Setup
 
 CPU = torch.device("cpu")
@@ -58,11 +59,12 @@ def resumed(setup: Setup, out: Path) -> TrainingState:
     if not files:
         return state
     found = _read(files[-1], setup)
-    tensors = {k: v.to(setup.device) for k, v in found.tensors.items()}
+    tensors = found.tensors  # on the CPU: a device may have no memory for all of them
     _require_known(tensors, setup, files[-1])
     _load_weights(tensors, setup, str(files[-1]))
     _load_moments(tensors, setup, state.optimiser)
-    state.carry = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
+    carried = {k.removeprefix("carry."): v for k, v in tensors.items() if k.startswith("carry.")}
+    state.carry = {name: value.to(setup.device) for name, value in carried.items()}
     state.step = int(found.facts["step"])
     return state
 
@@ -105,10 +107,12 @@ def _require_known(tensors: Mapping[str, Tensor], setup: Setup, path: Path) -> N
 
 def _load_weights(tensors: Mapping[str, Tensor], setup: Setup, where: str) -> None:
     """Fill the student's image tower, and prompts of any tower, from a checkpoint."""
+    own = setup.model.visual.state_dict()
     student = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    student = {k: fsdp.part_of(v, own[k]) if k in own else v for k, v in student.items()}
     checkpoint.fill(setup.model.visual, student, where)
     for name, parameter in setup.parameters().items():
-        if name in tensors:  # a prompt outside the student's image tower
+        if name in tensors and not name.startswith("student."):  # a prompt outside that tower
             parameter.data.copy_(tensors[name])
 
 
@@ -120,20 +124,30 @@ def _load_moments(tensors: Mapping[str, Tensor], setup: Setup, optimiser: torch.
         saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if saved:
             optimiser.state[parameter] = {
-                k: v.to(step_device) if k == "step" else v for k, v in saved.items()
+                k: v.to(step_device) if k == "step" else fsdp.part_of(v.to(setup.device), parameter)
+                for k, v in saved.items()
             }
 
 
 def save_state(out: Path, setup: Setup, state: TrainingState) -> None:
-    """Write one checkpoint file below `out`, whole or not at all."""
+    """Write one checkpoint file below `out`, whole or not at all.
+
+    All processes call it, and the first one writes. The file is the same one whether the weights are sharded
+    or not, so a run goes on from it with any number of processes.
+    """
+    first = setup.share.world.first
+    if not (first or setup.sharded):
+        return
     tensors = {f"student.{name}": value for name, value in setup.model.visual.state_dict().items()}
     tensors |= {f"carry.{name}": value for name, value in state.carry.items()}
     for index, (name, parameter) in enumerate(setup.parameters().items()):
         tensors |= {name: parameter} if name not in tensors else {}
         moments = state.optimiser.state.get(parameter, {})
         tensors |= {f"optim.{index}.{k}": v for k, v in moments.items() if v is not None}
+    tensors = fsdp.on_first(tensors, first)
     facts = {"step": str(state.step), "recipe": setup.recipe.fingerprint}
-    tensor_files.write(_path(out, state.step), tensors, facts)
+    if first:
+        tensor_files.write(_path(out, state.step), tensors, facts)
 
 
 def checkpoint_files(out: Path) -> list[Path]:

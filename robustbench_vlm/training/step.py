@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
@@ -22,7 +23,7 @@ from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.errors import AttackError, TrainingError
 from robustbench_vlm.models.clip import frozen
 from robustbench_vlm.threat import Threat
-from robustbench_vlm.training import dropout, exchange
+from robustbench_vlm.training import dropout, exchange, fsdp
 from robustbench_vlm.training.inner import ascend
 from robustbench_vlm.training.setup import Setup
 from robustbench_vlm.training.state import TrainingState
@@ -61,11 +62,15 @@ def train_step(setup: Setup, state: TrainingState, batch: Batch) -> dict[str, fl
     recipe, model = setup.recipe, setup.model
     progress = state.step / recipe.optim.steps
     whole = _whole(setup, state.step, batch)
-    targets, adv = _attacked(setup, state.step, batch)
+    with fsdp.gathered_once(model.visual):
+        targets, adv = _attacked(setup, state.step, batch)
     model.visual.train()
-    with dropout.keyed(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
-        given = Step(whole, adv, setup.share.gathered(targets), state.carry, progress)
-        terms = setup.defense.outer(setup.outer_roles(batch, progress), given)
+    state.optimiser.zero_grad(set_to_none=True)
+    with fsdp.gathered_once(model.visual) if setup.share.parts > 1 else nullcontext():
+        with dropout.keyed(f"{recipe.seed}/dropout/{state.step}", batch.images.device):
+            given = Step(whole, adv, setup.share.gathered(targets), state.carry, progress)
+            terms = setup.defense.outer(setup.outer_roles(batch, progress), given)
+        terms.total.backward()  # type: ignore[no-untyped-call]
     line = _update(setup, state, terms, whole)
     model.visual.eval()
     state.carry = terms.carry
@@ -101,16 +106,15 @@ def _attacked(setup: Setup, step: int, batch: Batch) -> tuple[dict[str, Tensor],
 
 
 def _update(setup: Setup, state: TrainingState, terms: Terms, batch: Batch) -> dict[str, float]:
-    """Change the weights by the gradient of `terms.total`; returns the numbers for the log."""
+    """Change the weights by their gradient, that of `terms.total`; returns the numbers for the log."""
     optim = setup.recipe.optim
     rate = learning_rate(state.step, optim)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
-    state.optimiser.zero_grad(set_to_none=True)
-    terms.total.backward()  # type: ignore[no-untyped-call]
     parameters = list(setup.parameters().values())
-    exchange.average([p.grad for p in parameters if p.grad is not None], setup.share.world)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+    if not setup.sharded:  # else the backward has done it
+        exchange.average([p.grad for p in parameters if p.grad is not None], setup.share.world)
+    norm = fsdp.whole(torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf))
     line = _finite_numbers(terms, norm, state.step, batch)  # before the update: a bad step changes nothing
     state.optimiser.step()
     return {"lr": rate, **line}

@@ -83,14 +83,20 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
     return Outcome([i not in standing for i in range(len(who.keys))], (forwards, gradients), unconfirmed)
 
 
-def stages(names: Sequence[str], size: Size) -> list[tuple[str, Attack]]:
-    """Stages of the shipped chain at another length."""
-    card = reader.read("attacks", "autoattack", AttackCard)
-    sizes = {"steps": size.steps, "queries": size.queries, "targets": size.targets}
+def stages(names: Sequence[str], size: Size, card_name: str = "autoattack") -> list[tuple[str, Attack]]:
+    """Stages of a shipped chain at another length; several runs of one trajectory keep their shares of it."""
+    card = reader.read("attacks", card_name, AttackCard)
     chosen = []
     for stage in card.stage:
         if stage.name in names:
-            own = {key: value for key, value in sizes.items() if stage.fields.get(key)}
+            fields = stage.fields
+            sizes = {"steps": size.steps, "queries": size.queries}
+            own: dict[str, Any] = {key: value for key, value in sizes.items() if fields.get(key)}
+            if isinstance(fields.get("steps"), Sequence):
+                whole = sum(fields["steps"])
+                own["steps"] = [max(size.steps * steps // whole, 1) for steps in fields["steps"]]
+            if fields.get("targets"):
+                own["targets"] = min(size.targets, fields["targets"])
             chosen.append(stage.model_copy(update=own))
     return list(Chain.of(card.model_copy(update={"stage": tuple(chosen)})).stages)
 

@@ -123,10 +123,8 @@ class RowTable:
 
     def step(self, oracle: Oracle, times: int) -> None:
         """Step all rows; between several steps rows that have ended stay as they ended."""
-        for _ in range(times if self._state is not None else 0):
-            assert self._state is not None
-            stepped = self._attack.step(self._state, oracle)
-            self._state = stepped if times == 1 else freeze(_active(self._state), self._state, stepped)
+        if self._state is not None:
+            self._state = steps(self._attack, self._state, oracle, times)
 
     def take_ended(self) -> list[tuple[Trajectory, State, End]]:
         """Free the rows whose trajectories have ended; each with its state of one row and its end."""
@@ -144,6 +142,14 @@ class RowTable:
     def drop_obsolete(self) -> None:
         """Free the rows of trajectories that an earlier one of the same image has made obsolete."""
         self.busy = {row: trajectory for row, trajectory in self.busy.items() if not trajectory.obsolete}
+
+
+def steps(attack: Attack, state: State, oracle: Oracle, times: int) -> State:
+    """The state after so many steps of all rows; between several steps rows that have ended stay so."""
+    for _ in range(times):
+        stepped = attack.step(state, oracle)
+        state = stepped if times == 1 else freeze(_active(state), state, stepped)
+    return state
 
 
 def _active(state: State) -> Tensor:

@@ -39,7 +39,7 @@ class Traffic(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 - an operator
         types: Sequence[type],

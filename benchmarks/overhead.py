@@ -24,12 +24,14 @@ from robustbench_vlm import store
 from robustbench_vlm.engine import row_table
 from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.engine.oracle import Oracle
-from robustbench_vlm.threat import Threat
+from robustbench_vlm.threat import Norm, Threat
 
 HERE = Path(__file__).parent
 ROWS, BETWEEN = 64, 8  # rows, and iterations between two looks
-BALLS = {"linf": Threat("linf", Fraction(1, 12750)), "l1": Threat("l1", Fraction(1, 1000))}  # nothing breaks
-CARDS = {"linf": "autoattack", "l1": "autoattack-l1"}
+BALLS: dict[Norm, Threat] = {
+    "linf": Threat("linf", Fraction(1, 12750)),
+    "l1": Threat("l1", Fraction(1, 1000)),
+}  # nothing breaks
 NAMES = ("apgd-t", "fab-t", "square")
 TIMES = {32: 40, 224: 12}  # timed iterations
 DEAREST = 5
@@ -62,11 +64,11 @@ def timed(attack: Attack, ball: Threat, px: int) -> float:
     return step - calls
 
 
-def measure(label: str, norms: list[str]) -> list[Line]:
+def measure(label: str, norms: list[Norm]) -> list[Line]:
     """Every attack in every norm at both sizes."""
     found = []
     for norm in norms:
-        for name, attack in stages(NAMES, Size(), CARDS[norm]):
+        for name, attack in stages(NAMES, Size(), norm):
             for px in TIMES:
                 line = {"label": label, "norm": norm, "attack": name, "px": px}
                 line |= counted(attack, BALLS[norm], px) | {"cpu_ms": timed(attack, BALLS[norm], px)}

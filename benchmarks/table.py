@@ -52,7 +52,8 @@ def render(lines: Sequence[Line]) -> str:
         "",
         f"`{command(settings)}`",
         "",
-        f"{model} at {settings['px']} px, {settings['n']} correctly classified images of tiny-seen, Linf,"
+        f"{model} at {settings['px']} px, {settings['n']} correctly classified images of tiny-seen,"
+        f" {settings.get('norm', 'linf').capitalize()},"
         f" batch {ROWS}, fp32; {settings['steps']} steps, {settings['queries']} queries,"
         f" {settings['targets']} targets.",
         f"Commit {head['commit']}; torch {head['torch']}, Python {head['python']}; {head['cpu']},"

@@ -29,7 +29,7 @@ from robustbench_vlm.threat import Norm, Threat
 
 DATASET, SPLIT, SIDE = "tiny-seen", "test", 32
 ROWS = 64
-LOWEST, HIGHEST = 2.0**-10, {"linf": 64.0, "l1": 2.0**16}  # radii between which to search, in 255ths
+SEARCHED = {"linf": (2.0**-10, 64.0), "l1": (2.0**6, 2.0**16)}  # radii between which to search, in 255ths
 FINE = 1.06  # the search ends when its bounds are this close
 SOUNDING = 12  # steps of the attack that the search goes by
 
@@ -135,10 +135,11 @@ def radii(who: Subject, shares: Sequence[float], norm: Norm = "linf") -> list[fl
         return known[eps255]
 
     found = []
+    lowest, highest = SEARCHED[norm]
     for share in shares:
         most = round(share * len(who.labels))
-        low = max([LOWEST, *(eps for eps, count in known.items() if count > most)])
-        high = min([HIGHEST[norm], *(eps for eps, count in known.items() if count <= most)])
+        low = max([lowest, *(eps for eps, count in known.items() if count > most)])
+        high = min([highest, *(eps for eps, count in known.items() if count <= most)])
         while high > FINE * low:
             middle = float(f"{(low * high) ** 0.5:.3g}")
             low, high = (middle, high) if robust(middle) > most else (low, middle)

@@ -57,12 +57,12 @@ class _Look:
 
     @staticmethod
     def of(state: State, busy: Iterable[int]) -> _Look:
-        """A look at a state that was just launched; nothing waits for the device."""
+        """A look at a state that was just launched; on a CUDA device nothing waits for it."""
         ended = state.done | state.nonfinite
         if state.stop == "first":
             ended = ended | state.broken
         copied = torch.cuda.Event() if ended.is_cuda else None  # type: ignore[no-untyped-call]
-        ended = ended.to("cpu", non_blocking=True)
+        ended = ended.to("cpu", non_blocking=ended.is_cuda)
         if copied is not None:
             copied.record()
         return _Look(state, ended, copied, set(busy))

@@ -19,7 +19,7 @@ from typing import Any
 
 import table
 import torch
-from engines import CHAIN, PACKAGES, REFERENCES, Size, judged, ours
+from engines import CARDS, CHAIN, PACKAGES, REFERENCES, Size, judged, ours
 from process import alone, begun
 from subject import Subject, load, radii, threat
 from watch import KINDS, Clock, Counts, Probe, Watched, bare, memory
@@ -39,7 +39,7 @@ Line = dict[str, Any]
 
 def measure(plan: Line, who: Subject) -> Line:
     """One engine on one attack at one radius; peak memory is that of the process since its start."""
-    device, ball, size = who.images.device, threat(plan["eps255"]), Size(**plan["size"])
+    device, ball, size = who.images.device, threat(plan["eps255"], plan["norm"]), Size(**plan["size"])
     names = CHAIN if plan["attack"] == WHOLE else (plan["attack"],)
     engine, _, mode = plan["engine"].partition(" ")
     probe = Probe(canonical.padded(who.images[: who.rows], who.rows), plan["every"], whole=engine != "ours")
@@ -112,7 +112,7 @@ def plans(what: argparse.Namespace, found: list[float]) -> Iterator[Line]:
                     names.append("autoattack frozen")
                 for name in names:
                     yield {
-                        "share": share, "eps255": eps255, "attack": attack, "engine": name,
+                        "share": share, "norm": what.norm, "eps255": eps255, "attack": attack, "engine": name,
                         "precision": precision,
                         "size": {"steps": what.steps, "queries": what.queries, "targets": what.targets},
                         "every": what.every,
@@ -127,6 +127,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--model", default="tiny-robust-teacher")
     add("--arch", default="", help="an open_clip architecture with random weights, instead of --model")
     add("--px", type=int, default=32)
+    add("--norm", default="linf", choices=tuple(CARDS), help="of the ball; torchattacks has no l1")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 adds ours, finding in bf16")
     add("--compiled", action="store_true", help="adds ours, finding through torch.compile")
@@ -136,7 +137,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     add("--queries", type=int, default=1000, help="of Square; the standard is 5000")
     add("--targets", type=int, default=9)
     add("--shares", type=float, nargs="+", default=SHARES, help="of images that stay robust")
-    add("--radii", type=float, nargs="+", default=[], help="in 255ths, one a share; by default looked for")
+    add("--radii", type=float, nargs="+", default=[], help="in 255ths, one a share; looked for if none")
     add("--attacks", nargs="+", default=[*CHAIN, WHOLE], choices=[*CHAIN, WHOLE])
     add("--engines", nargs="+", default=["ours", *REFERENCES], choices=["ours", *REFERENCES])
     add("--freeze-reference", action="store_true", help="the reference on frozen parameters throughout")
@@ -145,6 +146,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     what = asked.parse_args(words)
     if what.radii and len(what.radii) != len(what.shares):
         asked.error(f"{len(what.radii)} --radii for {len(what.shares)} --shares")
+    if what.norm == "l1" and "torchattacks" in what.engines:
+        asked.error("torchattacks has no attack in L1; choose other --engines")
     if what.graphs and what.device != "cuda":
         asked.error("--graphs needs --device cuda")
     for engine in what.engines:
@@ -167,7 +170,7 @@ def main(words: list[str] | None = None) -> None:
     for engine in set(what.engines) & set(PACKAGES):  # in memory for all, so that none is charged for it
         importlib.import_module(PACKAGES[engine])
     if found is None:
-        search = partial(radii, subject, what.shares)
+        search = partial(radii, subject, what.shares, what.norm)
         found = what.radii or (alone(search, copied=True) if copied else search())
         store.append(lines, {"radii": found})
     done = {_name(line) for line in known[1:] if "engine" in line}

@@ -21,10 +21,11 @@ from robustbench_vlm.engine import canonical, scheduler, trajectories
 from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.evaluation.chain import Chain
-from robustbench_vlm.threat import Threat
+from robustbench_vlm.threat import Norm, Threat
 from robustbench_vlm.types import Finding
 
 CHAIN = ("apgd-ce", "apgd-t", "fab-t", "square")
+CARDS: dict[Norm, str] = {"linf": "autoattack", "l1": "autoattack-l1"}
 SEED = 0
 
 
@@ -67,7 +68,7 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
     alive = list(range(len(who.keys)))
     clean = canonical.logits(model.canonical, who.images, who.rows)
     unconfirmed = 0
-    for group in trajectories.groups(stages(names, size)):
+    for group in trajectories.groups(stages(names, size, ball.norm)):
         if not alive:
             break
         block = ImageBlock(who.images, who.labels, who.keys, clean).take(alive)
@@ -83,14 +84,20 @@ def ours(who: Subject, model: Model, ball: Threat, names: Sequence[str], size: S
     return Outcome([i not in standing for i in range(len(who.keys))], (forwards, gradients), unconfirmed)
 
 
-def stages(names: Sequence[str], size: Size) -> list[tuple[str, Attack]]:
-    """Stages of the shipped chain at another length."""
-    card = reader.read("attacks", "autoattack", AttackCard)
-    sizes = {"steps": size.steps, "queries": size.queries, "targets": size.targets}
+def stages(names: Sequence[str], size: Size, norm: Norm = "linf") -> list[tuple[str, Attack]]:
+    """Stages of a shipped chain at another length; several runs of one trajectory keep their shares of it."""
+    card = reader.read("attacks", CARDS[norm], AttackCard)
     chosen = []
     for stage in card.stage:
         if stage.name in names:
-            own = {key: value for key, value in sizes.items() if stage.fields.get(key)}
+            fields = stage.fields
+            sizes = {"steps": size.steps, "queries": size.queries}
+            own: dict[str, Any] = {key: value for key, value in sizes.items() if fields.get(key)}
+            if isinstance(fields.get("steps"), Sequence):
+                whole = sum(fields["steps"])
+                own["steps"] = [max(size.steps * steps // whole, 1) for steps in fields["steps"]]
+            if fields.get("targets"):
+                own["targets"] = min(size.targets, fields["targets"])
             chosen.append(stage.model_copy(update=own))
     return list(Chain.of(card.model_copy(update={"stage": tuple(chosen)})).stages)
 
@@ -99,13 +106,15 @@ def autoattack(who: Subject, model: nn.Module, ball: Threat, names: Sequence[str
     """(N, 3, H, W) from the reference's own runner, over the same attacks and in batches of our rows."""
     package = importlib.import_module("pyautoattack")
     base, device = importlib.import_module("pyautoattack.autopgd_base"), who.images.device
-    common = {"norm": "Linf", "eps": float(ball.eps), "device": str(device), "seed": SEED}
+    common = {"norm": ball.norm.capitalize(), "eps": float(ball.eps), "device": str(device), "seed": SEED}
     chain = package.AutoAttack(model, version="standard", **common)
     chain.logger.setLevel(logging.ERROR)
     if size != Size():
         more = {"n_iter": size.steps, "logger": chain.logger, **common}
-        chain.apgd = base.APGDAttack(model, n_restarts=1, eot_iter=1, rho=0.75, **more)
-        chain.apgd_targeted = base.APGDAttack_targeted(model, n_target_classes=size.targets, **more)
+        large = {"use_largereps": ball.norm == "l1"}
+        restarts, targets = (5, min(size.targets, 5)) if ball.norm == "l1" else (1, size.targets)
+        chain.apgd = base.APGDAttack(model, n_restarts=restarts, eot_iter=1, rho=0.75, **large, **more)
+        chain.apgd_targeted = base.APGDAttack_targeted(model, n_target_classes=targets, **large, **more)
         chain.fab.n_iter, chain.fab.n_target_classes = size.steps, size.targets
         chain.square.n_queries = size.queries
     chain.attacks_to_run = list(names)

@@ -130,7 +130,7 @@ def run_attacks(what: Namespace, size: Line) -> None:
     for number, case in enumerate(ahead, 1):
         who = replace(subject.first(max(size["n"], case["rows"])), rows=case["rows"])
         plan = {
-            **{"share": case["share"], "eps255": eps[case["share"]], "attack": attacks.WHOLE},
+            **{"share": case["share"], "norm": "linf", "eps255": eps[case["share"]], "attack": attacks.WHOLE},
             **{"engine": case["engine"], "precision": case["numerics"]},
             **{"size": size["size"], "every": size["every"]},
         }

@@ -28,6 +28,7 @@ from robustbench_vlm.engine.interface import Attack, Rows
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.threat import Threat
 from robustbench_vlm.types import Classify
 
 STAGES = ("apgd-t", "fab-t", "square")
@@ -64,13 +65,24 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def steps(attack: Attack, classify: Classify, images: Tensor, labels: Tensor) -> list[str]:
-    """A line with the costs of an iteration, then its dearest operators."""
-    wrong = (labels + 1) % 10
+def rows_of(images: Tensor, labels: Tensor) -> Rows:
+    """Rows of a targeted attack on images, each with noise of its own."""
     names = tuple(f"0/{i}/profile/0/0" for i in range(len(images)))
-    rows = Rows(images, labels, wrong, Keyed(names), (0,) * len(images))
+    return Rows(images, labels, (labels + 1) % 10, Keyed(names), (0,) * len(images))
+
+
+def iterations(
+    attack: Attack, classify: Classify, ball: Threat, images: Tensor, labels: Tensor, times: int = STEPS
+) -> tuple[float, float, Callable[[], None]]:
+    """What an iteration costs.
+
+    Returns:
+        Milliseconds of an iteration and of its model calls alone, and a function that makes one more
+        iteration. They are medians, taken turn and turn about, so that a change of the machine's speed meets
+        both.
+    """
     oracle = Oracle(classify)
-    state = attack.start(rows, threat(EPS))
+    state = attack.start(rows_of(images, labels), ball)
     for _ in range(WARM):
         state = attack.step(state, oracle)
     forwards, gradients = oracle.calls.forwards // WARM, oracle.calls.gradients // WARM
@@ -84,10 +96,16 @@ def steps(attack: Attack, classify: Classify, images: Tensor, labels: Tensor) ->
         for kind in ["forward"] * forwards + ["gradient"] * gradients:
             bare(classify, images, kind)
 
-    for _ in range(STEPS):  # turn and turn about, so that a change of the machine's speed meets both
+    for _ in range(times):
         spent[0].append(timed(iterate, images.device))
         spent[1].append(timed(alone, images.device))
     step, model = map(statistics.median, spent)
+    return step, model, iterate
+
+
+def steps(attack: Attack, classify: Classify, images: Tensor, labels: Tensor) -> list[str]:
+    """A line with the costs of an iteration, then its dearest operators."""
+    step, model, iterate = iterations(attack, classify, threat(EPS), images, labels)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + images.is_cuda]) as trace:
         for _ in range(TRACED):
             iterate()

@@ -13,20 +13,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from robustbench_vlm.attacks.apgd import Apgd
+from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.loader import as_float
 from robustbench_vlm.data.tiny import worlds
 from robustbench_vlm.engine import canonical, scheduler
+from robustbench_vlm.engine.interface import Attack
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
+from robustbench_vlm.engine.losses import Name
 from robustbench_vlm.models import openclip, zoo
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.models.text_bank import render, text_bank
-from robustbench_vlm.threat import Threat
+from robustbench_vlm.threat import Norm, Threat
 
 DATASET, SPLIT, SIDE = "tiny-seen", "test", 32
 ROWS = 64
-LOWEST, HIGHEST = 2.0**-10, 64.0  # radii between which to search, in 255ths
+SEARCHED = {"linf": (2.0**-10, 64.0), "l1": (2.0**6, 2.0**16)}  # radii between which to search, in 255ths
 FINE = 1.06  # the search ends when its bounds are this close
 SOUNDING = 12  # steps of the attack that the search goes by
 
@@ -114,12 +117,12 @@ def _random(arch: str, px: int, device: torch.device) -> Classifier:
     return Classifier(model, functional.normalize(embeddings - embeddings.mean(0), dim=-1)).to(device)
 
 
-def threat(eps255: float) -> Threat:
-    """The Linf ball of that many 255ths, to three digits."""
-    return Threat("linf", Fraction(f"{eps255:.3g}") / 255)
+def threat(eps255: float, norm: Norm = "linf") -> Threat:
+    """The ball of that many 255ths, to three digits."""
+    return Threat(norm, Fraction(f"{eps255:.3g}") / 255)
 
 
-def radii(who: Subject, shares: Sequence[float]) -> list[float]:
+def radii(who: Subject, shares: Sequence[float], norm: Norm = "linf") -> list[float]:
     """For each share the smallest radius, in 255ths, at which at most that share stays robust.
 
     By a short untargeted attack, so the whole chain leaves a little less.
@@ -128,14 +131,15 @@ def radii(who: Subject, shares: Sequence[float]) -> list[float]:
 
     def robust(eps255: float) -> int:
         if eps255 not in known:
-            known[eps255] = _sound(who, threat(eps255))
+            known[eps255] = _sound(who, threat(eps255, norm))
         return known[eps255]
 
     found = []
+    lowest, highest = SEARCHED[norm]
     for share in shares:
         most = round(share * len(who.labels))
-        low = max([LOWEST, *(eps for eps, count in known.items() if count > most)])
-        high = min([HIGHEST, *(eps for eps, count in known.items() if count <= most)])
+        low = max([lowest, *(eps for eps, count in known.items() if count > most)])
+        high = min([highest, *(eps for eps, count in known.items() if count <= most)])
         while high > FINE * low:
             middle = float(f"{(low * high) ** 0.5:.3g}")
             low, high = (middle, high) if robust(middle) > most else (low, middle)
@@ -145,7 +149,16 @@ def radii(who: Subject, shares: Sequence[float]) -> list[float]:
 
 def _sound(who: Subject, ball: Threat) -> int:
     lost: list[str] = []
-    stages = [(loss, Apgd(loss, SOUNDING, 0.75, restarts=1, targets=0)) for loss in ("ce", "margin")]
+    losses: tuple[Name, ...] = ("ce", "margin")
+    stages: list[tuple[str, Attack]] = [
+        (
+            loss,
+            ApgdL1(loss, (SOUNDING,), (1.0,), 1, 0)
+            if ball.norm == "l1"
+            else Apgd(loss, SOUNDING, 0.75, 1, 0),
+        )
+        for loss in losses
+    ]
     block = ImageBlock(who.images, who.labels, who.keys)
     scheduler.run(
         Model(who.model), Job(stages, ball, who.rows, who.n_classes), [block],

@@ -8,6 +8,7 @@ from attack_models import blobs, classifier, findings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustbench_vlm.attacks import apgd_l1
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square, windows
@@ -63,6 +64,97 @@ def test_projection_onto_ball_and_box_is_the_bisection_in_float64(seed, scale, r
     own[1] = radius / 3
     assert torch.equal(l1.onto(delta, images, own)[2:], alike[2:])
     assert torch.allclose(l1.onto(delta, images, own)[1], l1.onto(delta, images, radius / 3)[1], atol=5e-7)
+
+
+def bisected_bits(size, beyond, radius):
+    """`l1.threshold` by a bisection over all positive float32 numbers."""
+
+    def left(m):
+        return torch.minimum((size - m[:, None]).clamp(min=0), size - beyond).sum(1)
+
+    high = size.amax(1).view(torch.int32)
+    low = torch.zeros_like(high)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        over = left(middle.view(torch.float32)) > radius
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    m = high.contiguous().view(torch.float32)
+    bound, free = beyond >= m[:, None], (size > m[:, None]) & (beyond < m[:, None])
+    total = (size * free + (size - beyond) * bound).sum(1, dtype=torch.float64)
+    exact = ((total - radius) / free.sum(1).clamp(min=1)).float()
+    m = torch.where(free.sum(1) > 0, exact.clamp(min=0), m)
+    return torch.where(left(torch.zeros_like(m)) <= radius, 0.0, m)
+
+
+KINDS = ("dense", "sparse", "ties", "nearly ties", "powers", "subnormal", "one entry", "zero")
+
+
+def sizes_of(kind, rows, entries, make):
+    """(rows, entries) absolute values of a change, awkward in one way."""
+    dense = torch.randn(rows, entries, generator=make).abs()
+    if kind == "sparse":
+        return dense * (torch.rand(rows, entries, generator=make) < 0.05)
+    if kind == "ties":
+        return (4 * dense).round() / 4
+    if kind == "nearly ties":
+        bits = torch.full((rows, entries), 0.1).view(torch.int32)
+        return (bits + torch.randint(0, 4, (rows, entries), generator=make).int()).view(torch.float32)
+    if kind == "powers":
+        return 2.0 ** torch.randint(-140, 3, (rows, entries), generator=make).float()
+    if kind == "subnormal":
+        return dense * 1e-41
+    if kind == "one entry":
+        return dense * (torch.arange(entries) == entries // 2)
+    return dense if kind == "dense" else torch.zeros_like(dense)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    kind=st.sampled_from(KINDS),
+    entries=st.sampled_from([1, 2, 7, 64, 300, 3072]),
+    share=st.sampled_from([1e-7, 1e-3, 0.1, 0.5, 0.999999, 1.0, 1.000001, 5.0]),
+    boxed=st.sampled_from([0.0, 0.3, 1.0]),
+    own=st.booleans(),
+)
+def test_newton_finds_the_bits_of_a_bisection_over_all_float32_numbers(
+    seed, kind, entries, share, boxed, own
+):
+    make = torch.Generator().manual_seed(seed)
+    size = sizes_of(kind, 5, entries, make)
+    gaps = torch.rand(5, entries, generator=make) * (2 if boxed < 1 else 0)
+    gaps[torch.rand(5, entries, generator=make) < boxed / 2] = 0
+    beyond = (size - gaps).clamp_(min=0) if boxed else torch.zeros_like(size)
+    sums = (size - beyond).sum(1)
+    radius = share * sums if own else share * float(sums.mean())
+    assert torch.equal(l1.threshold(size, beyond, radius), bisected_bits(size, beyond, radius))
+
+
+def test_a_search_of_few_steps_ends_inside_the_ball(monkeypatch):
+    """On a GPU nobody asks whether the search has ended, so that the number of steps is fixed."""
+    size = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).abs()
+    exact, behind = bisected_bits(size, torch.zeros_like(size), 4.0), []
+    for steps in range(l1.PROBES + 1):
+        monkeypatch.setattr(l1, "MOST", steps)
+        m = l1.threshold(size, torch.zeros_like(size), 4.0)
+        assert (m >= exact).all()
+        assert ((size - m[:, None]).clamp(min=0).sum(1) <= 4.0 * (1 + 1e-6)).all()
+        behind.append(int((m > exact).sum()))
+    assert behind == sorted(behind, reverse=True)
+    assert behind[0] == 40
+    assert behind[-1] == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), kind=st.sampled_from(KINDS), entries=st.sampled_from([1, 2, 300]))
+def test_the_entry_at_a_rank_is_that_of_the_sorted_row(seed, kind, entries):
+    make = torch.Generator().manual_seed(seed)
+    values = sizes_of(kind, 5, entries, make)
+    values[torch.rand(5, entries, generator=make) < 0.1] = torch.nan
+    values[torch.rand(5, entries, generator=make) < 0.1] = torch.inf
+    rank = torch.randint(0, entries, (5,), generator=make)
+    wanted = values.sort(dim=1).values.gather(1, rank[:, None]).squeeze(1)
+    assert torch.equal(apgd_l1._at_rank(values, rank).view(torch.int32), wanted.view(torch.int32))
 
 
 def test_projection_by_hand():

@@ -8,6 +8,7 @@ under every stopping rule: where a rule is missing in the table, with the config
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import EntryPoint, EntryPoints
+from itertools import cycle
 from typing import ClassVar
 
 import pytest
@@ -24,7 +25,7 @@ from robustbench_vlm.attacks.pgd import Pgd
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
-from robustbench_vlm.engine import canonical, geometry, losses, scheduler
+from robustbench_vlm.engine import canonical, geometry, losses, row_table
 from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.engine.oracle import Oracle
@@ -165,14 +166,20 @@ def test_every_image_stays_in_ball_and_box_and_the_verdict_is_the_canonical_one(
 
 
 @every
-def test_looking_at_the_flags_less_often_changes_nothing(name, monkeypatch):
-    attack, stop = PLUGINS[name]
+def test_reading_the_flags_an_iteration_behind_changes_nothing(name, monkeypatch):
+    """As on a GPU: always, and by turns; while rows become free, and with fewer rows than images."""
+    attack, own = PLUGINS[name]
     model, images, labels = _data()
-    often = findings(model, images, labels, attack, _home(attack), stop=stop)
-    monkeypatch.setitem(scheduler.POLL, "cpu", 5)
-    rarely = findings(model, images, labels, attack, _home(attack), stop=stop, batch_size=9)
-    for a, b in zip(often, rarely, strict=True):
-        _same(a, b)
+    turns = cycle([True, True, False, True, False, False])
+    for stop in STOPS:
+        at_once = findings(model, images, labels, attack, _home(attack), stop=stop, batch_size=9)
+        behinds = [lambda *_: True, *([lambda *_: next(turns)] if stop == own else [])]
+        for behind in behinds:
+            with monkeypatch.context() as patch:
+                patch.setattr(row_table, "reads_behind", behind)
+                later = findings(model, images, labels, attack, _home(attack), stop=stop, batch_size=9)
+            for a, b in zip(at_once, later, strict=True):
+                _same(a, b)
 
 
 def test_stopping_at_the_first_success_and_at_the_end_agree():

@@ -210,20 +210,20 @@ def _move(state: ApgdState, at: Tensor, gradient: Tensor, size: Tensor) -> Tenso
     Products and sums are separate operations, in this order: fused ones round differently, and then the
     iterates differ from those of the reference.
     """
-    first = state.iteration == 0
     weight = torch.where(state.iteration == 1, 1.0, MOMENTUM)  # the first move has no move before it
-    step = geometry.direction(gradient, state.threat).mul_(spread(size, at)).add_(at)
-    if state.threat.norm == "linf":
-        step.clamp_(state.lower, state.upper)
+    linf = state.threat.norm == "linf"
+    if linf:  # a product with a sign is exact, so the fused operation gives the bits of a product and a sum
+        step = gradient.sign()
+        torch.addcmul(at, step, spread(size, at), out=step).clamp_(state.lower, state.upper)
     else:
+        step = geometry.direction(gradient, state.threat).mul_(spread(size, at)).add_(at)
         step = geometry.project(step, state.images, state.threat)
-    inertia = (at - state.previous).mul_(spread(1 - weight, at))
-    step = step.sub_(at).mul_(spread(weight, at)).add_(at).add_(inertia)
-    if state.threat.norm == "linf":
-        step.clamp_(state.lower, state.upper)
-    else:
-        step = geometry.project(step, state.images, state.threat)
-    return pick(first, state.x, step)
+    step = step.sub_(at).mul_(spread(weight, at)).add_(at)
+    step.addcmul_(at - state.previous, spread(1 - weight, at))  # so is a product with a quarter, or with 0
+    if linf:
+        return step.clamp_(state.lower, state.upper)  # a fresh row has gradient 0 and is where it was
+    step = geometry.project(step, state.images, state.threat)
+    return pick(state.iteration == 0, state.x, step)
 
 
 plugin = Apgd

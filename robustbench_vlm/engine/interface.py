@@ -11,8 +11,8 @@ Rules for `step`:
 - No operation mixes rows, except those of one lookahead group (`LookaheadAttack`).
 - No random numbers: all noise is drawn in `start`.
 - Nothing waits for the device.
-- `step` may write into the memory of the state that it is given, but not into rows that have ended, since the
-  engine keeps those as they ended.
+- `step` may write into the memory of the state that it is given, but not into rows that have ended: the
+  engine may step those once more before it takes them from the state in which they ended.
 """
 
 from __future__ import annotations

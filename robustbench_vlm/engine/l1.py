@@ -7,9 +7,11 @@ A change v is projected to d, whose entries have the signs of v and
     |d_i| = min(max(|v_i| - m, 0), gap_i),
 
 where gap_i is how far entry i may go in its direction within the box, and m >= 0 is the smallest number with
-sum_i |d_i| <= radius. That sum falls as m grows, so m is found by a bisection over the float32 numbers with a
-fixed number of steps; then the linear piece that contains m is solved in float64. Rows never mix, and nothing
-waits for the device.
+sum_i |d_i| <= radius. That sum is convex, piecewise linear and falling in m. Newton's method, kept between
+two numbers of which one is too small and one is not, finds the linear piece that contains m; the piece is
+then solved in float64. In float32 the computed sum falls as well, whatever its rounding. So there is one
+float32 number at which it comes down to the radius, and any search that ends at its piece ends with the same
+bits: here those of a bisection over all float32 numbers. Rows never mix.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BITS = 31  # a positive float32 without its sign bit: so many halvings find it
+CLOSE = 2.0**-21  # relative error that a sum in float32 may have
+PROBES = 12  # steps of the search where asking whether it has ended would wait for the device
+MOST = 8 * 31  # steps on a CPU: every eighth halves what is left of the 31 bits of a positive number
 
 
 def onto(delta: Tensor, images: Tensor, radius: Tensor | float) -> Tensor:
@@ -44,7 +48,8 @@ def onto_counted(delta: Tensor, images: Tensor, radius: Tensor | float) -> tuple
     """
     v, centre = delta.flatten(1), images.flatten(1)
     back = _back(v, centre, radius)
-    counted = ((centre + v).sub_(back * v.sign()) != centre).sum(1).float()
+    moved = (centre + v).sub_(back * v.sign())
+    counted = torch.ne(moved, centre, out=moved).sum(1)
     return _changed(v, centre, back).view_as(images), counted
 
 
@@ -63,29 +68,67 @@ def _changed(v: Tensor, centre: Tensor, back: Tensor) -> Tensor:
 def threshold(size: Tensor, beyond: Tensor, radius: Tensor | float) -> Tensor:
     """(S,) the smallest m >= 0 with sum_i max(|v_i| - max(beyond_i, m), 0) <= radius.
 
+    On the CPU m is exact to float32. On other devices a row whose piece is not found in PROBES steps gets a
+    larger m, so that its point lies inside the ball.
+
     Args:
         size: (S, d) |v|.
         beyond: (S, d) by how much |v| exceeds the gap within the box, at least 0.
         radius: a number, or (S,).
     """
-    work, reach = torch.empty_like(size), size - beyond
+    reach, work = size - beyond, torch.empty_like(size)
+    limit = radius if isinstance(radius, Tensor) else size.new_full((len(size),), radius)
+    none, on_cpu = torch.zeros_like(limit), size.device.type == "cpu"
 
-    def left(m: Tensor) -> Tensor:
-        torch.sub(size, m[:, None], out=work).clamp_(min=0)
-        return torch.minimum(work, reach, out=work).sum(1)
+    def at(m: Tensor) -> Tensor:
+        """(4, S) m, by how much the sum exceeds the limit, and how many of |v| and of `beyond` exceed m."""
+        column = m[:, None]
+        torch.clamp(torch.sub(size, column, out=work), zero, reach, out=work)
+        over = work.sum(1).sub_(limit)
+        larger = [torch.gt(values, column, out=work).sum(1) for values in (size, beyond)]
+        return torch.stack([m, over, *larger])
 
-    # Positive floats have the order of their bits, read as integers.
-    high = size.amax(1).view(torch.int32)
-    low = torch.zeros_like(high)
-    for _ in range(BITS):
-        middle = low + (high - low) // 2
-        over = left(middle.view(torch.float32)) > radius
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    m = high.contiguous().view(torch.float32)
+    # The sum at `low` exceeds the limit, and at `high` it does not. A row that is inside at m = 0 is settled.
+    zero = none.new_zeros(())
+    low, high = at(none), torch.stack([size.amax(1), -limit, none, none])
+    inside = settled = ~(low[1] > 0)
+    for number in range(MOST if on_cpu else PROBES):
+        if on_cpu and bool(settled.all()):
+            break
+        found = at(_between(low, high, CLOSE * limit, middle=number % 8 == 7))
+        small = found[1] > 0
+        low, high = torch.where(small, found, low), torch.where(small, high, found)
+        # Settled: all numbers above `low` up to `high` are on one piece, or `high` is the only one.
+        neighbours = high[0].view(torch.int32) - low[0].view(torch.int32) <= 1
+        settled = (low[2:] == high[2:]).all(0) | neighbours | inside
+    m = high[0]
     # On this piece the sum is sum |v| of free entries - (their number) m + sum of gap of entries at the box.
-    bound, free = beyond >= m[:, None], (size > m[:, None]) & (beyond < m[:, None])
-    total = (size * free + reach * bound).sum(1, dtype=torch.float64)
-    count = free.sum(1)
-    exact = ((total - radius) / count.clamp(min=1)).float()
-    m = torch.where(count > 0, exact.clamp(min=0), m)
-    return torch.where(left(torch.zeros_like(m)) <= radius, 0.0, m)
+    free = torch.gt(size, m[:, None], out=torch.empty_like(size)).mul_(torch.lt(beyond, m[:, None], out=work))
+    entries = free.sum(1)
+    bound = torch.ge(beyond, m[:, None], out=work)
+    total = free.mul_(size).add_(bound.mul_(reach)).sum(1, dtype=torch.float64)
+    exact = ((total - radius) / entries.clamp(min=1)).float()
+    return torch.where(inside, 0.0, torch.where((entries > 0) & settled, exact.clamp(min=0), m))
+
+
+def _between(low: Tensor, high: Tensor, slack: Tensor, *, middle: bool) -> Tensor:
+    """(S,) the number to look at next, for `low` and `high` as in `threshold`.
+
+    Newton's step from `low`, else that from `high`, else the middle. A step goes beyond the root by what the
+    sum may be rounded, so that from the right piece it ends at the other side of the root. Positive floats
+    have the order of their bits, read as integers; so the middle alone would end after 31 steps.
+
+    Args:
+        low: (4, S).
+        high: (4, S).
+        slack: (S,) by how much the sum may be rounded.
+        middle: whether all rows take the middle.
+    """
+    bits = low[0].view(torch.int32)
+    half = (bits + ((high[0].view(torch.int32) - bits) >> 1)).view(torch.float32)
+    if middle:
+        return half
+    (least, most), slopes = (low[0], high[0]), (low[2] - low[3], high[2] - high[3])
+    up, down = least + (low[1] + slack) / slopes[0], most + (high[1] - slack) / slopes[1]
+    falling = torch.where((down > least) & (down < most), down, half)
+    return torch.where((up > least) & (up < most), up, falling)

@@ -181,8 +181,9 @@ class Oracle:
 
 
 def _evaluation(logits: Tensor, values: Tensor, gradient: Tensor) -> Evaluation:
-    # One reduction gives both flags: a maximum passes on NaN and infinity.
-    largest = gradient.flatten(1).abs().amax(1)
+    # The largest size gives both flags: a maximum passes on NaN and infinity.
+    flat = gradient.flatten(1)
+    largest = torch.maximum(flat.amax(1), -flat.amin(1))
     finite = torch.isfinite(largest + logits.detach().sum(1))
     return Evaluation(logits.detach(), values.detach(), gradient, finite, largest == 0)
 

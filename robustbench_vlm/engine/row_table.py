@@ -1,6 +1,17 @@
-"""The rows of a run: one state for all of them, and which trajectory is in which row of it."""
+"""The rows of a run: one state for all of them, and which trajectory is in which row of it.
+
+Which rows have ended is known on the device first. To read it at once, the device must wait until the next
+iteration is launched. Where that is a noticeable part of an iteration, the flags of a state are read after
+the next iteration was launched. Rows that have ended are taken from the state in which they ended, so
+results do not depend on it; such a row is stepped once more in vain.
+"""
 
 from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +21,57 @@ from robustbench_vlm.engine.batch_shapes import Shapes
 from robustbench_vlm.engine.image_queue import ImageQueue
 from robustbench_vlm.engine.interface import Attack, LookaheadAttack, State
 from robustbench_vlm.engine.oracle import Oracle
-from robustbench_vlm.engine.row_ops import freeze, scatter, single, take
+from robustbench_vlm.engine.row_ops import scatter, single, take
 from robustbench_vlm.engine.trajectories import End, Trajectory
+
+NOTICEABLE = 0.1
+"""Share of an iteration that launching it takes, from which on flags are read one iteration behind."""
+
+
+def reads_behind(device: torch.device, launched: float, waited: float) -> bool:
+    """Whether the flags of the next iteration are read after the one that follows it was launched.
+
+    Args:
+        device: of the rows; on a CPU nothing is launched and nothing waits.
+        launched: seconds that it took to launch the last iteration.
+        waited: seconds for which flags were then waited for.
+    """
+    return device.type != "cpu" and launched > NOTICEABLE * (launched + waited)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Which rows of a state have ended.
+
+    Attributes:
+        state: of S rows.
+        ended: (S,) bool on the CPU; valid once `copied` is over.
+        copied: the copy from the device, None if it is over already.
+        busy: rows with a trajectory that may have ended; without those that were given another one since.
+    """
+
+    state: State
+    ended: Tensor
+    copied: torch.cuda.Event | None
+    busy: set[int]
+
+    @staticmethod
+    def of(state: State, busy: Iterable[int]) -> _Look:
+        """A look at a state that was just launched; on a CUDA device nothing waits for it."""
+        ended = state.done | state.nonfinite
+        if state.stop == "first":
+            ended = ended | state.broken
+        copied = torch.cuda.Event() if ended.is_cuda else None  # type: ignore[no-untyped-call]
+        ended = ended.to("cpu", non_blocking=ended.is_cuda)
+        if copied is not None:
+            copied.record()
+        return _Look(state, ended, copied, set(busy))
+
+    def rows(self) -> list[int]:
+        """Rows with a trajectory that has ended; waits until it is known."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return [row for row in self.ended.nonzero().flatten().tolist() if row in self.busy]
 
 
 class RowTable:
@@ -33,6 +93,9 @@ class RowTable:
         self.busy: dict[int, Trajectory] = {}
         self._attack, self._queue, self._shapes = attack, queue, shapes
         self._state: State | None = None
+        self._looks: deque[_Look] = deque()  # that were not read yet, oldest first
+        self._ended: list[tuple[Trajectory, State, End]] = []
+        self._behind, self._launched = False, 0.0
         # The leader of each row's lookahead group: the row itself if it works alone. None once rows have
         # moved, which makes group assignments from before invalid.
         self._leaders: list[int] | None = []
@@ -42,6 +105,9 @@ class RowTable:
         shape = self._shape()
         self._queue.full = max(self._queue.full, self._shapes.largest)
         if self._state is not None and len(self._state.labels) != shape:
+            while self._looks:  # rows are about to get other numbers
+                self._read()
+            shape = self._shape()
             self._resize(self._state, shape)
         given = []
         for row in range(min(self._active, shape)):
@@ -57,6 +123,8 @@ class RowTable:
             self._state = scatter(self._state, [row for row, _ in own], begun)
         for row, trajectory in given:
             self.busy[row] = trajectory
+            for look in self._looks:
+                look.busy.discard(row)
             if trajectory.paused is not None and self._state is not None:
                 self._state, trajectory.paused = scatter(self._state, [row], trajectory.paused), None
         if isinstance(self._attack, LookaheadAttack) and self._state is not None:
@@ -121,32 +189,36 @@ class RowTable:
         )
         return assigned
 
-    def step(self, oracle: Oracle, times: int) -> None:
-        """Step all rows; between several steps rows that have ended stay as they ended."""
-        for _ in range(times if self._state is not None else 0):
-            assert self._state is not None
-            stepped = self._attack.step(self._state, oracle)
-            self._state = stepped if times == 1 else freeze(_active(self._state), self._state, stepped)
+    def step(self, oracle: Oracle) -> None:
+        """Step all rows."""
+        if self._state is not None:
+            started = time.perf_counter()
+            self._state = self._attack.step(self._state, oracle)
+            self._looks.append(_Look.of(self._state, self.busy))
+            self._launched = time.perf_counter() - started
 
     def take_ended(self) -> list[tuple[Trajectory, State, End]]:
         """Free the rows whose trajectories have ended; each with its state of one row and its end."""
-        if self._state is None:
-            return []
-        ended = [row for row in (~_active(self._state)).nonzero().flatten().tolist() if row in self.busy]
-        if not ended:
-            return []
-        rows = take(self._state, ended)
-        return [
-            (self.busy.pop(row), single(rows, i), end)
-            for i, (row, end) in enumerate(zip(ended, trajectories.ends(rows), strict=True))
-        ]
+        started, looked = time.perf_counter(), len(self._looks) > self._behind
+        while len(self._looks) > self._behind:
+            self._read()
+        if looked:
+            waited = time.perf_counter() - started
+            self._behind = reads_behind(self._queue.device, self._launched, waited)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _read(self) -> None:
+        """Read the oldest look."""
+        look = self._looks.popleft()
+        ended = [row for row in look.rows() if row in self.busy]
+        if ended:
+            rows = take(look.state, ended)
+            self._ended += [
+                (self.busy.pop(row), single(rows, i), end)
+                for i, (row, end) in enumerate(zip(ended, trajectories.ends(rows), strict=True))
+            ]
 
     def drop_obsolete(self) -> None:
         """Free the rows of trajectories that an earlier one of the same image has made obsolete."""
         self.busy = {row: trajectory for row, trajectory in self.busy.items() if not trajectory.obsolete}
-
-
-def _active(state: State) -> Tensor:
-    """(S,) bool: the row has not ended."""
-    ended = state.done | state.nonfinite
-    return ~(ended | state.broken) if state.stop == "first" else ~ended

@@ -23,9 +23,6 @@ from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.engine.row_table import RowTable
 from robustbench_vlm.engine.verifier import Verifier
 
-POLL = {"cpu": 1, "cuda": 8}
-"""Iterations between two reads of the rows' flags, which wait for the device."""
-
 
 def run(model: Model, job: Job, blocks: Iterable[ImageBlock], on_finding: OnFinding) -> Cost:
     """Attack every image, and report one finding for each stage that it enters.
@@ -56,16 +53,16 @@ def run(model: Model, job: Job, blocks: Iterable[ImageBlock], on_finding: OnFind
     known, first = model.known.setdefault(calls, Known()), queue.first
     shapes = Shapes(oracle, first.images, first.labels, *calls, job.batch_size, known)
     table, verifier = RowTable(attack, queue, shapes), Verifier(model, queue)
-    poll, on_cpu = POLL.get(queue.device.type, 1), queue.device.type == "cpu"
+    on_cpu = queue.device.type == "cpu"
     changed = True
     while queue.open():
         if changed or table.full:
             table.fill()
         if table.busy:
-            table.step(oracle, poll)
-            ended = table.take_ended()
-            verifier.add(ended)
-            changed = bool(ended)
+            table.step(oracle)
+        ended = table.take_ended()
+        verifier.add(ended)
+        changed = bool(ended)
         while verifier.due(len(table.busy), smaller_shapes=on_cpu):
             verifier.verify()
             table.drop_obsolete()

@@ -24,7 +24,7 @@ from torch import Tensor
 FLAT = 1e-8  # entries of a normal vector below this count as zero, except for Linf
 CLOSE = 2.0**-21  # relative error that a sum in float32 may have
 HUGE = 1e30  # stands for an infinite multiplier in finite arithmetic
-CORRECTIONS = 6  # where reading the device would wait; enough for moves of half of what the box allows
+CORRECTIONS = 3  # where reading the device would wait; enough for moves of half of what the box allows
 MOST = 64  # corrections of a row that is solved by itself; 17 were seen, at 0.9999 of what the box allows
 BITS = 31  # a positive float32 without its sign bit: so many halvings find it
 
@@ -136,7 +136,7 @@ def newton(
 ) -> Tensor:
     """`multiplier` from `m` by `corrections` corrections; on the CPU fewer if all rows are solved before."""
     work = torch.empty_like(breaks)
-    most = torch.mul(torch.gt(weights, 0), breaks, out=work).amax(-1)
+    most = torch.mul(weights.sign(), breaks, out=work).amax(-1)
     for _ in range(corrections):
         before, m = m, _corrected(weights, breaks, total, m, lower, most, work)
         if m.device.type == "cpu" and torch.equal(m, before):

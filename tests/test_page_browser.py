@@ -230,6 +230,21 @@ def test_contests_are_never_mixed(view):
     assert len(names(page)) == 5
 
 
+def test_the_page_opens_with_the_contest_of_most_images(browser, tmp_path):
+    from robustbench_vlm.results.page import render
+
+    for attack, stage, datasets in (("aa", (), ["one"]), ("pgd20", ("pgd20",), ["one", "two"])):
+        for dataset in datasets:
+            cell(tmp_path, "weak", dataset, 90, some(80, *stage), labels=[0] * N, attack=attack)
+    found = result_file.of_suite(result_file.read(tmp_path), SUITE)
+    path = tmp_path / "pair.html"
+    path.write_bytes(render.html(found, SUITE, leaderboard.table(found, SUITE)))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    assert page.inner_text("#summary").startswith("pgd20 ")
+    page.close()
+
+
 def test_a_link_leads_to_a_row_and_back(view):
     page = view("without=two&sort=model")
     page.click("#board a:text('middle')")

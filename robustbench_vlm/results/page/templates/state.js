@@ -2,15 +2,18 @@
 
 const data = JSON.parse(byId("data").textContent);
 const withBits = data.bits.length > 0;
-const BASE = { contest: data.contests[0].id, view: "table", without: "", off: "", sort: "robust", up: "",
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+// The page opens with the contest that has the most images under attack.
+const attacked = ({ n, rows }) => sum(n) * rows.length;
+const FIRST = data.contests.reduce((most, one) => attacked(one) > attacked(most) ? one : most);
+const BASE = { contest: FIRST.id, view: "table", without: "", off: "", sort: "robust", up: "",
   search: "", arch: "", kind: "", defense: "", trained: "", size: "", unflagged: "", complete: "",
   columns: "group,defense,arch,clean,sets,flags,evidence", a: "", b: "", model: "" };
 const SIZES = [["under 50 M", 0, 50], ["50 to 150 M", 50, 150], ["150 to 500 M", 150, 500],
   ["over 500 M", 500, Infinity]];
 const state = { ...BASE };
 let written = "";
-
-const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 // Of each result: images that are right when clean, that were then attacked, that survived each stage.
 for (const row of data.contests.flatMap(({ rows }) => rows)) {
@@ -47,7 +50,7 @@ function choose(changes) {
   draw();
 }
 
-const contest = () => data.contests.find((one) => one.id === state.contest) || data.contests[0];
+const contest = () => data.contests.find((one) => one.id === state.contest) || FIRST;
 
 // Numbers of the datasets that the contest has and the reader has not taken out.
 function chosenSets() {

@@ -1,7 +1,6 @@
 """Sharded weights: the steps of one process, less memory, and files for any number of processes."""
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -41,40 +40,30 @@ from robustbench_vlm.training.state import checkpoint_files, saved_step
 
 CPU = torch.device("cpu")
 SHARDED = {"compute": {"fsdp": True}}
-QUICK = ("two forwards, two teachers, in parts", "tower")  # starting two processes costs as much
-SLOW = tuple(name for name in (*fsdp_steps.CASES, *fsdp_steps.RUNS) if name not in QUICK)
-
-
-def quick_and_slow(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
 def launched(world, tmp_path_factory):
-    """Name of a case or run -> what each of two processes found, and the folder of runs; launched once."""
-
-    @functools.cache
-    def launch(names):
-        out = tmp_path_factory.mktemp("ranks") / "found.json"
-        made = json.dumps({name: str(value) for name, value in dataclasses.asdict(world).items()})
-        words, env = torchrun(2, Path(fsdp_steps.__file__), made, out, *names)
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(out.read_text()), out.parent
-
-    return lambda name: launch(QUICK if name in QUICK else SLOW)
+    """What each of two processes found, by the names of cases and runs, and the folder of the runs."""
+    out = tmp_path_factory.mktemp("ranks") / "found.json"
+    made = json.dumps({name: str(value) for name, value in dataclasses.asdict(world).items()})
+    names = (*fsdp_steps.CASES, *fsdp_steps.RUNS)
+    words, env = torchrun(2, Path(fsdp_steps.__file__), made, out, *names)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), out.parent
 
 
 @pytest.fixture
 def ranks(launched, case):
     """What each of two processes found of a case."""
-    return [rank[case] for rank in launched(case)[0]]
+    return [rank[case] for rank in launched[0]]
 
 
 @pytest.fixture
 def runs(launched, name):
     """The folders of a finished, a stopped and a continued run of two processes."""
-    found, folder = launched(name)
+    found, folder = launched
     finished, stopped, again = (folder / f"{name}-{end}" for end in ("finished", "stopped", "again"))
     line = (
         f"{stopped}: stopped after step 3 of 4, which is saved; type the same command again, and it goes on"
@@ -84,7 +73,8 @@ def runs(launched, name):
     return finished, stopped, again
 
 
-@pytest.mark.parametrize("case", quick_and_slow(fsdp_steps.CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", fsdp_steps.CASES)
 def test_two_processes_with_sharded_weights_take_the_steps_of_one(ranks, case):
     for found in ranks:
         print(f"{case}: weights {found['weights']:.1e} apart, {found['moved']:.1e} moved")  # noqa: T201
@@ -96,7 +86,8 @@ def test_two_processes_with_sharded_weights_take_the_steps_of_one(ranks, case):
     assert ranks[0]["lines"][1] == ranks[1]["lines"][1]
 
 
-@pytest.mark.parametrize("case", quick_and_slow(fsdp_steps.CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", fsdp_steps.CASES)
 def test_a_process_has_about_half_of_weights_gradients_and_moments(ranks, case):
     for kind in ("weights", "gradients", "moments"):
         shares = [rank["sizes"][kind] for rank in ranks]
@@ -104,7 +95,8 @@ def test_a_process_has_about_half_of_weights_gradients_and_moments(ranks, case):
         assert sum(shares) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("case", quick_and_slow(fsdp_steps.CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", fsdp_steps.CASES)
 def test_an_attack_gathers_weights_once_and_a_step_exchanges_gradients_once(ranks, case):
     for found in (rank["exchanges"] for rank in ranks):
         groups, attack, step = found["groups"], found["attack"], found["step"]
@@ -122,7 +114,8 @@ def test_an_attack_gathers_weights_once_and_a_step_exchanges_gradients_once(rank
 # Files
 
 
-@pytest.mark.parametrize("name", quick_and_slow(fsdp_steps.RUNS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fsdp_steps.RUNS)
 def test_a_run_gives_the_files_of_one_process(toy, runs, tmp_path, name):
     recipe = fsdp_steps.run_recipe(toy, fsdp_steps.RUNS[name])
     whole, (shared, _, _) = tmp_path / "whole", runs
@@ -135,7 +128,8 @@ def test_a_run_gives_the_files_of_one_process(toy, runs, tmp_path, name):
     assert zoo.load(str(shared)).card.trained_on == zoo.load(str(whole)).card.trained_on
 
 
-@pytest.mark.parametrize("name", quick_and_slow(fsdp_steps.RUNS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fsdp_steps.RUNS)
 def test_a_stopped_run_goes_on_with_one_process_and_with_two(toy, runs, tmp_path, name):
     finished, stopped, again = runs
     assert saved_step(stopped) == 3

@@ -81,7 +81,7 @@ def render(heads: list[Line], found: list[Line]) -> str:
     """The two tables."""
     told = {head["label"]: head for head in heads}
     by = {(line["label"], line["norm"], line["attack"], line["px"]): line for line in found}
-    keys = [key[1:] for key in by if key[0] == "after"]
+    keys = [key[1:] for key in by if key[0] == "after" and ("before", *key[1:]) in by]
     columns = ["norm", "attack", "px", "kernels", "GB", "image passes", "part", "CPU ms", "part"]
     out = [f"| {' | '.join(columns)} |", "|" + " --- |" * 2 + " ---: |" * (len(columns) - 2)]
     for key in keys:

@@ -1,6 +1,7 @@
 """Workers on a real local Ray, killed, stopped and interrupted: the files are those of one process."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -80,31 +81,12 @@ def wait_for(what, process):
     return found
 
 
-def parents():
-    """Parent of every process."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-def actors(pid):
-    """Processes of workers below a driver."""
-    above, found = parents(), []
-    for one in above:
-        try:
-            title = Path(f"/proc/{one}/cmdline").read_bytes()
-        except OSError:
-            continue
-        line = [one]
-        while line[-1] in above:
-            line.append(above[line[-1]])
-        if title.startswith(b"ray::_Actor") and pid in line:
-            found.append(one)
-    return found
+@pytest.fixture(scope="module")
+def workers_below():
+    """Pids of the workers below a driver, as the benchmarks find them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        return importlib.import_module("process").workers_below
 
 
 def assert_same(place, out):
@@ -122,11 +104,11 @@ def rendered(place, results):
     return (boards / "toys.csv").read_bytes()
 
 
-def test_a_worker_that_is_killed_in_the_middle_of_an_attack_changes_no_byte(place, tmp_path):
+def test_a_worker_that_is_killed_in_the_middle_of_an_attack_changes_no_byte(place, tmp_path, workers_below):
     out = tmp_path / "out"
     process = started(command(place, out, "--workers", 2, "--json"), tmp_path / "log")
     wait_for(lambda: lines(out), process)
-    (victim, *_) = wait_for(lambda: actors(process.pid), process)
+    (victim, *_) = wait_for(lambda: workers_below(process.pid), process)
     os.kill(victim, signal.SIGKILL)
     stdout, _ = process.communicate(timeout=command_line.TIMEOUT)
     log = (tmp_path / "log").read_text()
@@ -140,11 +122,11 @@ def test_a_worker_that_is_killed_in_the_middle_of_an_attack_changes_no_byte(plac
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(place, tmp_path):
+def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(place, tmp_path, workers_below):
     out = tmp_path / "out"
     process = started(command(place, out, "--workers", 2), tmp_path / "log")
     wait_for(lambda: lines(out) >= 3, process)
-    workers = actors(process.pid)
+    workers = workers_below(process.pid)
     assert len(workers) == 2
     process.kill()
     process.communicate()
@@ -168,7 +150,7 @@ def command_of(pid):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_75_and_one_process_may_go_on(place, tmp_path):
+def test_ctrl_c_ends_with_75_and_one_process_may_go_on(place, tmp_path, workers_below):
     out = tmp_path / "out"
     process = started(command(place, out, "--workers", 2), tmp_path / "log")
     wait_for(lambda: lines(out) >= 3, process)
@@ -181,18 +163,18 @@ def test_ctrl_c_ends_with_75_and_one_process_may_go_on(place, tmp_path):
         "error: vlmrob eval: stopped; type the same command again, and it goes on from what is saved"
     )
     assert "Traceback" not in log
-    assert not actors(process.pid)
+    assert not workers_below(process.pid)
     done = run(place, out)  # without workers: what they found counts
     assert done.returncode == 0, done.stderr
     assert_same(place, out)
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_replaced(place, tmp_path):
+def test_a_worker_that_hangs_is_replaced(place, tmp_path, workers_below):
     out = tmp_path / "out"
     process = started(command(place, out, "--workers", 2, least=20.0), tmp_path / "log")
     wait_for(lambda: lines(out), process)
-    (victim, *_) = wait_for(lambda: actors(process.pid), process)
+    (victim, *_) = wait_for(lambda: workers_below(process.pid), process)
     os.kill(victim, signal.SIGSTOP)
     process.communicate(timeout=command_line.TIMEOUT)
     log = (tmp_path / "log").read_text()
@@ -219,7 +201,7 @@ def node(*more):
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_the_cluster_is_used(place, tmp_path, monkeypatch):
+def test_a_node_that_joins_the_cluster_is_used(place, tmp_path, monkeypatch, workers_below):
     """A cluster of one node with one place; a second node joins while the first one attacks."""
     for name, value in ray_settings.SETTINGS.items():
         monkeypatch.setenv(name, value)
@@ -230,7 +212,7 @@ def test_a_node_that_joins_the_cluster_is_used(place, tmp_path, monkeypatch):
         wait_for(lambda: listens(6399), head)
         process = started(command(place, out, "--workers", "ray"), tmp_path / "log")
         wait_for(lambda: lines(out), process)
-        (first,) = actors(head.pid)
+        (first,) = workers_below(head.pid)
         os.kill(first, signal.SIGSTOP)  # so that the second one has something to do
         known = lines(out)
         with node("--address=127.0.0.1:6399"):

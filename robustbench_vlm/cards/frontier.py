@@ -72,14 +72,15 @@ class Measurement(Card):
         n: images a dataset; 0 for all.
         datasets: only these of the suite; empty: all.
         of: `line`, the chosen trial of each method at every interpolation; `chosen`, at the chosen one;
-            `compared`, the same for the methods of the comparisons alone.
+            `compared`, the same for the contenders of the comparisons alone; `front`, of these contenders,
+            every trial and interpolation that lies on the method's front on validation images.
     """
 
     attack: str
     suite: str
     n: int = Field(ge=0)
     datasets: tuple[str, ...] = ()
-    of: Literal["line", "chosen", "compared"] = "line"
+    of: Literal["line", "front", "chosen", "compared"] = "line"
 
 
 class Rule(Card):

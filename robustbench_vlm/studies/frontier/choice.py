@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from robustbench_vlm.cards.frontier import Frontier, Measurement, Method, Rule
+from robustbench_vlm.studies.frontier import fronts
 from robustbench_vlm.studies.frontier.outcomes import Id, Outcome
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
+
+ALL = ("line", "chosen")
+"""The tests that every method takes; the others are for the methods that are compared."""
 
 
 @dataclass(frozen=True)
@@ -101,32 +107,53 @@ def contenders(study: Frontier, made: Mapping[str, Candidate]) -> set[str]:
     return {name for family in families if (name := contender(study, family, made)) is not None}
 
 
-def judgings_of_chosen(study: Frontier, out: Path, made: Mapping[str, Candidate]) -> list[Judging]:
-    """Everything that is measured of the chosen trials: all of the test, and validation with further seeds.
+def on_front(one: MethodTrials) -> list[int]:
+    """The numbers of the candidates on a method's front on validation images, by rising clean accuracy."""
+    if not one.candidates:
+        return []
+    accuracies = np.array([(candidate.clean, candidate.robust) for candidate in one.candidates])
+    return [int(index) for index in fronts.on_front(accuracies)]
+
+
+def measured(measurement: Measurement, one: MethodTrials, best: Candidate) -> list[Candidate]:
+    """What a measurement is taken of: see `Measurement.of`.
+
+    Args:
+        measurement: a test.
+        one: a method's trials, complete.
+        best: the chosen candidate of the method.
+    """
+    if measurement.of == "front":
+        return [one.candidates[index] for index in on_front(one)]
+    if measurement.of == "line":
+        return [candidate for candidate in one.candidates if candidate.trial == best.trial]
+    return [best]
+
+
+def judgings_of_chosen(study: Frontier, out: Path, tried_: Sequence[MethodTrials]) -> list[Judging]:
+    """Everything that is measured of what was chosen: all tests, and validation with further seeds.
 
     Test images are looked at for these alone.
     """
-    found = []
+    found: dict[Id, Judging] = {}
+    made = choices(study, tried_)
     compared = contenders(study, made)
-    for name, best in made.items():
-        method = next(method for method in study.method if method.name == name)
-        for seed in seeds(study, name, made):
-            trial = trials(study, method, out, seed)[best.trial.number - 1]
-            validation = [Judging(trial, share, study.validation) for share in study.interpolation]
-            found += validation + [
-                Judging(trial, share, test)
-                for test in study.test
-                if test.of != "compared" or name in compared
-                for share in shares(study, test, best)
-            ]
-    return found
+    for one in tried_:
+        best = made.get(one.method.name)
+        if best is None:
+            continue
+        tests = [test for test in study.test if test.of in ALL or one.method.name in compared]
+        points = [(test, point) for test in tests for point in measured(test, one, best)]
+        for seed in seeds(study, one.method.name, made):
+            own = trials(study, one.method, out, seed)
+            chosen_trial = own[best.trial.number - 1]
+            wanted = [Judging(chosen_trial, share, study.validation) for share in study.interpolation]
+            wanted += [Judging(own[point.trial.number - 1], point.share, test) for test, point in points]
+            for judging in wanted:
+                found.setdefault(judging.id, judging)  # two tests may have a point in common
+    return list(found.values())
 
 
 def seeds(study: Frontier, method: str, made: Mapping[str, Candidate]) -> tuple[int, ...]:
     """The seeds of a method's chosen trial."""
     return study.seeds if method in contenders(study, made) else study.seeds[: study.repeats]
-
-
-def shares(study: Frontier, test: Measurement, best: Candidate) -> tuple[float, ...]:
-    """The interpolations at which a measurement is taken of a chosen trial."""
-    return study.interpolation if test.of == "line" else (best.share,)

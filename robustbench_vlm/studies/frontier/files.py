@@ -12,12 +12,12 @@ from markupsafe import Markup
 from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.results import leaderboard
-from robustbench_vlm.studies.frontier import outcomes, plot
+from robustbench_vlm.studies.frontier import choice, outcomes, plot
 from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import COMMAND, Section
 from robustbench_vlm.studies.frontier.perform import Places
 from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report, compared
-from robustbench_vlm.studies.frontier.sections import on_front, sections
+from robustbench_vlm.studies.frontier.sections import sections
 
 
 def write(study: Frontier, places: Places) -> list[Path]:
@@ -44,7 +44,7 @@ def points(report: Report) -> pd.DataFrame:
     """A row for each trial and interpolation; test accuracies stand in the rows of chosen ones."""
     rows = []
     for one in report.tried:
-        front = on_front(report, one)
+        front = choice.on_front(one)
         for index, found in enumerate(one.candidates):
             picked = report.made.get(one.method.name) == found
             row = {
@@ -59,10 +59,10 @@ def points(report: Report) -> pd.DataFrame:
                 "seeds": "1",
             }
             row |= {f"{part}_{kind}": "" for part in (SEEN, UNSEEN) for kind in KINDS}
-            if picked and report.line is not None:
-                row["seeds"] = str(len(report.measured_runs(one.method.name, report.line)) or 1)
+            if picked and report.test is not None:
+                row["seeds"] = str(len(report.seeds([found], report.test)) or 1)
                 for part in (SEEN, UNSEEN):
-                    models = report.of_chosen(one.method.name, report.line, part)
+                    models = report.of_chosen(one.method.name, report.test, part)
                     values = models.points()[0] if models is not None else ()
                     row |= {f"{part}_{k}": f"{v:.2f}" for k, v in zip(KINDS, values, strict=False)}
             rows.append({**row, "recipe_sha256": found.trial.sha256})
@@ -82,8 +82,8 @@ def comparisons(report: Report) -> pd.DataFrame:
                     "comparison": comparison.title,
                     "a": pair.a,
                     "b": pair.b,
-                    "seeds": str(pair.seeds),
-                    "images": str(pair.images[statement.part]),
+                    "seeds": str(statement.seeds),
+                    "images": str(statement.images),
                     "sets": statement.part,
                     "difference_of": statement.what,
                     "difference": f"{found.value:.3f}",

@@ -53,24 +53,34 @@ def at_equal(own: np.ndarray, kind: int, level: float) -> float:
     return float(np.interp(level, x[order], y[order]))
 
 
-def common_range(a: np.ndarray, b: np.ndarray) -> tuple[float, float] | None:
-    """The clean accuracies that two fronts share; None if there are none."""
-    low = max(a[:, CLEAN].min(), b[:, CLEAN].min())
-    high = min(a[:, CLEAN].max(), b[:, CLEAN].max())
+def common_range(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> tuple[float, float] | None:
+    """The clean (or robust) accuracies that two fronts share; None if there are none."""
+    low = max(a[:, kind].min(), b[:, kind].min())
+    high = min(a[:, kind].max(), b[:, kind].max())
     return (float(low), float(high)) if low <= high else None
 
 
-def height(own: np.ndarray, low: float, high: float) -> float:
-    """Mean robust accuracy of a front over the clean accuracies from `low` to `high`; NaN outside it."""
+def height(own: np.ndarray, low: float, high: float, kind: int = CLEAN) -> float:
+    """Mean robust accuracy of a front over the clean accuracies from `low` to `high`; NaN outside it.
+
+    With `kind` = `ROBUST`: mean clean accuracy over robust accuracies.
+    """
     if low == high:
-        return at_equal(own, CLEAN, low)
-    ends = at_equal(own, CLEAN, low), at_equal(own, CLEAN, high)
+        return at_equal(own, kind, low)
+    ends = at_equal(own, kind, low), at_equal(own, kind, high)
     if any(map(math.isnan, ends)):
         return math.nan
-    inside = own[(own[:, CLEAN] > low) & (own[:, CLEAN] < high)]
-    x = np.concatenate([[low], inside[:, CLEAN], [high]])
-    y = np.concatenate([[ends[0]], inside[:, ROBUST], [ends[1]]])
+    inside = own[(own[:, kind] > low) & (own[:, kind] < high)]
+    inside = inside[np.argsort(inside[:, kind])]
+    x = np.concatenate([[low], inside[:, kind], [high]])
+    y = np.concatenate([[ends[0]], inside[:, 1 - kind], [ends[1]]])
     return float(np.trapezoid(y, x) / (high - low))
+
+
+def above(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> float:
+    """Mean height of front A over front B, over the accuracies that they share; NaN where there are none."""
+    span = common_range(a, b, kind)
+    return math.nan if span is None else height(a, *span, kind) - height(b, *span, kind)
 
 
 def hypervolume(points: np.ndarray, reference: tuple[float, float]) -> float:

@@ -74,8 +74,7 @@ def _trials(study: Frontier, places: Places) -> list[Judging]:
 
 def _of_chosen(study: Frontier, places: Places) -> list[Judging]:
     known = outcomes.read(outcomes.ledger(places.tables, study.name))
-    made = choice.choices(study, choice.tried(study, places.out, known))
-    return choice.judgings_of_chosen(study, places.out, made)
+    return choice.judgings_of_chosen(study, places.out, choice.tried(study, places.out, known))
 
 
 def _tasks(study: Frontier, judgings: Sequence[Judging]) -> list[TrialTask]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from robustbench_vlm.results.figures.style import COLOURS
 from robustbench_vlm.results.figures.style import RC as STYLE
-from robustbench_vlm.studies.frontier import sections
+from robustbench_vlm.studies.frontier import choice, sections
 from robustbench_vlm.studies.frontier.choice import MethodTrials
 from robustbench_vlm.studies.frontier.report import Report
 
@@ -68,7 +68,7 @@ def _front(
     left: Axes | None, right: Axes, report: Report, one: MethodTrials, colour: str, marker: str
 ) -> None:
     """The front of a method, and its operating point if it was chosen."""
-    own = [one.candidates[i] for i in sections.on_front(report, one)]
+    own = [one.candidates[i] for i in choice.on_front(one)]
     best = report.made.get(one.method.name)
     for axes in (left, right):
         if axes is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from robustbench_vlm.studies.frontier.outcomes import KINDS, Id, Outcome
 from robustbench_vlm.studies.frontier.resampling import Estimate, Models
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
 
-SEEN, UNSEEN = "seen", "unseen"
+SEEN, UNSEEN, VALIDATION = "seen", "unseen", "validation"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Report:
     study: Frontier
     out: Path
     known: Mapping[Id, Outcome]
+    _seeded: dict[tuple[str, int], list[Trial]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def tried(self) -> list[MethodTrials]:
@@ -45,70 +46,73 @@ class Report:
         return choice.choices(self.study, self.tried)
 
     @property
-    def line(self) -> Measurement | None:
-        """The first test at all interpolations, by which methods are compared."""
-        return next((test for test in self.study.test if test.of == "line"), None)
+    def test(self) -> Measurement | None:
+        """The first test: operating points are compared by it."""
+        return next(iter(self.study.test), None)
 
-    def runs(self, method: str) -> list[Trial]:
-        """The chosen trial of a method with every seed that it has a validation outcome for."""
-        best = self.made[method]
-        found = []
-        for seed in choice.seeds(self.study, method, self.made):
-            card = next(one.method for one in self.tried if one.method.name == method)
-            trial = trials(self.study, card, self.out, seed)[best.trial.number - 1]
-            if Judging(trial, best.share, self.study.validation).id in self.known:
-                found.append(trial)
-        return found
+    @property
+    def front(self) -> Measurement | None:
+        """The test that fronts are read from: that of all that lies on them, or else the first one."""
+        return next((test for test in self.study.test if test.of == "front"), self.test)
+
+    def of(self, method: str) -> MethodTrials:
+        """The trials of a method."""
+        return next(one for one in self.tried if one.method.name == method)
+
+    def trial(self, point: Candidate, seed: int) -> Trial:
+        """A point's trial with another seed."""
+        place = (point.trial.method, seed)
+        if place not in self._seeded:
+            self._seeded[place] = trials(self.study, self.of(point.trial.method).method, self.out, seed)
+        return self._seeded[place][point.trial.number - 1]
+
+    def outcome(self, point: Candidate, seed: int, measurement: Measurement) -> Outcome:
+        """What came out for a point with a seed of `seeds`."""
+        return self.known[self._id(point, seed, measurement)]
+
+    def seeds(self, points: Sequence[Candidate], measurement: Measurement) -> list[int]:
+        """The seeds with which every one of some points of a method was measured."""
+        return [
+            seed
+            for seed in choice.seeds(self.study, points[0].trial.method, self.made)
+            if all(self._id(point, seed, measurement) in self.known for point in points)
+        ]
+
+    def _id(self, point: Candidate, seed: int, measurement: Measurement) -> Id:
+        return Judging(self.trial(point, seed), point.share, measurement).id
 
     def models(
-        self, runs: Sequence[Trial], shares: Sequence[float], measurement: Measurement, exposure: str = ""
+        self, points: Sequence[Candidate], seeds: Sequence[int], measurement: Measurement, exposure: str = ""
     ) -> Models | None:
-        """The verdicts of some runs at some interpolations; None unless all of them are known.
+        """The verdicts of a method's points; None without a seed, or without a dataset.
 
         Args:
-            runs: a trial with its seeds.
-            shares: of the trained weights.
+            points: of one method.
+            seeds: with which all of them were measured.
             measurement: which one.
             exposure: only the datasets that are `seen` or `unseen`; empty: all.
         """
-        ids = [[Judging(run, share, measurement).id for share in shares] for run in runs]
-        if not ids or any(id_ not in self.known for row in ids for id_ in row):
+        found = [[self.outcome(point, seed, measurement) for point in points] for seed in seeds]
+        if not found:
             return None
-        first = self.known[ids[0][0]].datasets
-        names = [name for name, one in first.items() if exposure in ("", one.exposure)]
-        if not names:
-            return None
+        names = [name for name, one in found[0][0].datasets.items() if exposure in ("", one.exposure)]
         verdicts = {
-            name: np.stack(
-                [
-                    np.stack(
-                        [np.stack([self.known[id_].datasets[name].of(kind) for kind in KINDS]) for id_ in row]
-                    )
-                    for row in ids
-                ]
+            name: np.array(
+                [[[one.datasets[name].of(kind) for kind in KINDS] for one in row] for row in found]
             )
             for name in names
         }
-        return Models(verdicts)
-
-    def measured_runs(self, method: str, measurement: Measurement) -> list[Trial]:
-        """The seeds of a method's chosen trial for which a measurement is complete."""
-        shares = choice.shares(self.study, measurement, self.made[method])
-        return [
-            run
-            for run in self.runs(method)
-            if all(Judging(run, share, measurement).id in self.known for share in shares)
-        ]
+        return Models(verdicts) if names else None
 
     def of_chosen(self, method: str, measurement: Measurement, exposure: str = "") -> Models | None:
-        """The chosen trial at the chosen interpolation."""
-        runs = self.measured_runs(method, measurement)
-        return self.models(runs, [self.made[method].share], measurement, exposure)
+        """The chosen point of a method with every seed that is known."""
+        best = [self.made[method]]
+        return self.models(best, self.seeds(best, measurement), measurement, exposure)
 
     @property
     def hidden(self) -> int:
         """Test outcomes in the ledger that belong to no chosen trial; they are not shown."""
-        chosen = {judging.id for judging in choice.judgings_of_chosen(self.study, self.out, self.made)}
+        chosen = {judging.id for judging in choice.judgings_of_chosen(self.study, self.out, self.tried)}
         validation = {
             Judging(trial, share, self.study.validation).id
             for one in self.tried
@@ -129,14 +133,18 @@ class Statement:
 
     Attributes:
         what: in words.
-        part: `seen` or `unseen`.
+        part: `seen` or `unseen` of the test, or `validation`.
         kind: `clean` or `robust`: what the difference is of.
+        seeds: number of seeds that both have.
+        images: number of images.
         estimate: A minus B, in points.
     """
 
     what: str
     part: str
     kind: str
+    seeds: int
+    images: int
     estimate: Estimate
 
 
@@ -147,68 +155,88 @@ class Compared:
     Attributes:
         comparison: the card's.
         a, b: the methods that the rule prefers.
-        seeds: seeds that both have.
-        images: by part.
-        statements: on test images.
+        statements: on test images, then on those of validation.
     """
 
     comparison: Comparison
     a: str
     b: str
-    seeds: int
-    images: Mapping[str, int]
     statements: tuple[Statement, ...]
 
 
 def compared(report: Report, comparison: Comparison) -> Compared | None:
     """A comparison, as far as its contenders are known and were tested; else None."""
     names = [choice.contender(report.study, family, report.made) for family in (comparison.a, comparison.b)]
-    line, shares = report.line, report.study.interpolation
-    if line is None or names[0] is None or names[1] is None:
+    if report.test is None or report.front is None or names[0] is None or names[1] is None:
         return None
     a, b = names[0], names[1]
-    both = [{run.seed: run for run in report.measured_runs(name, line)} for name in (a, b)]
-    seeds = [seed for seed in report.study.seeds if all(seed in one for one in both)]
-    if not seeds:
+    best = [[report.made[name]] for name in (a, b)]
+    curves = [choice.measured(report.front, report.of(name), report.made[name]) for name in (a, b)]
+    candidates = [report.of(name).candidates for name in (a, b)]
+    statements = [
+        statement
+        for part in (SEEN, UNSEEN)
+        for statement in (
+            *_at_points(_pair(report, best, report.test, part), part),
+            *_of_fronts(_pair(report, curves, report.front, part), part),
+        )
+    ]
+    if not statements:
         return None
-    statements: list[Statement] = []
-    images = {}
-    at = [shares.index(report.made[name].share) for name in (a, b)]
-    for part in (SEEN, UNSEEN):
-        found = [report.models([one[seed] for seed in seeds], shares, line, part) for one in both]
-        if found[0] is None or found[1] is None:
-            continue
-        images[part] = found[0].images
-        statements += _statements([found[0], found[1]], part, at)
-    return Compared(comparison, a, b, len(seeds), images, tuple(statements))
+    pair = _pair(report, candidates, report.study.validation, "", report.study.seeds[:1])
+    return Compared(comparison, a, b, (*statements, *_of_fronts(pair, VALIDATION)))
 
 
-def _statements(models: list[Models], part: str, at: list[int]) -> list[Statement]:
-    """Differences at the operating points, and of the fronts."""
-    points = [one.points() for one in models]
-    level = float(points[1][at[1], fronts.CLEAN])
-    words = [f"{kind} accuracy at the operating points" for kind in KINDS]
-    words += [f"robust accuracy at the clean accuracy of B's operating point, {level:.1f} %"]
-    span = fronts.common_range(*map(fronts.front, points))
-    between = f", {span[0]:.1f} to {span[1]:.1f} %" if span else ""
-    words += [f"robust accuracy, mean over the shared clean accuracies{between}"]
+def _pair(
+    report: Report,
+    points: Sequence[Sequence[Candidate]],
+    measurement: Measurement,
+    part: str,
+    of: Sequence[int] | None = None,
+) -> list[Models]:
+    """The models of both contenders, with the seeds that both have; empty where there are none."""
+    both = [report.seeds(own, measurement) for own in points]
+    seeds = [seed for seed in both[0] if seed in both[1] and (of is None or seed in of)]
+    found = [report.models(own, seeds, measurement, part) for own in points]
+    return [one for one in found if one is not None]
+
+
+def _at_points(models: Sequence[Models], part: str) -> list[Statement]:
+    """Differences at the operating points."""
+    if not models:
+        return []
 
     def differences(drawn: Sequence[np.ndarray]) -> list[float]:
-        a, b = (fronts.front(one) for one in drawn)
-        own = [float(drawn[0][at[0], kind] - drawn[1][at[1], kind]) for kind in range(len(KINDS))]
-        equal = fronts.at_equal(a, fronts.CLEAN, level) - fronts.at_equal(b, fronts.CLEAN, level)
-        return [*own, equal, _above(a, b)]
+        return [float(drawn[0][0, kind] - drawn[1][0, kind]) for kind in range(len(KINDS))]
 
     found = resampling.estimates(models, differences)
-    kinds = (*KINDS, "robust", "robust")
     return [
-        Statement(what, part, kind, estimate)
-        for what, kind, estimate in zip(words, kinds, found, strict=True)
-        if not math.isnan(estimate.value)
+        Statement(f"{kind} accuracy at the operating points", part, kind, *_size(models), estimate)
+        for kind, estimate in zip(KINDS, found, strict=True)
     ]
 
 
-def _above(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean height of front A over front B, over the clean accuracies that they share."""
-    span = fronts.common_range(a, b)
-    return math.nan if span is None else fronts.height(a, *span) - fronts.height(b, *span)
+def _of_fronts(models: Sequence[Models], part: str) -> list[Statement]:
+    """Differences at equal clean or robust accuracy, where the fronts share enough for an interval."""
+    if not models:
+        return []
+
+    def differences(drawn: Sequence[np.ndarray]) -> list[float]:
+        own = [fronts.front(points) for points in drawn]
+        return [fronts.above(own[0], own[1], kind) for kind in range(len(KINDS))]
+
+    own = [fronts.front(one.points()) for one in models]
+    found = []
+    for kind, estimate in enumerate(resampling.estimates(models, differences)):
+        span = fronts.common_range(own[0], own[1], kind)
+        if span is None or math.isnan(estimate.low):
+            continue
+        low, high = span
+        equal, other = KINDS[kind], KINDS[1 - kind]
+        what = f"{other} accuracy at equal {equal} accuracy, mean over {low:.1f} to {high:.1f} %"
+        found.append(Statement(what, part, other, *_size(models), estimate))
+    return found
+
+
+def _size(models: Sequence[Models]) -> tuple[int, int]:
+    return models[0].seeds, models[0].images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from robustbench_vlm.cards.frontier import Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.frontier import choice, curves, fronts, resampling
-from robustbench_vlm.studies.frontier.choice import Candidate, MethodTrials
+from robustbench_vlm.studies.frontier.choice import Candidate
 from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import (
     COMMAND,
@@ -23,7 +24,6 @@ from robustbench_vlm.studies.frontier.parts import (
     ratio,
 )
 from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Compared, Report, compared
-from robustbench_vlm.studies.frontier.trials import Judging
 
 CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
 """Clean accuracies, in points, at which the table of fronts reads robust accuracy."""
@@ -36,7 +36,7 @@ def sections(report: Report) -> Iterator[Section]:
     pairs = [compared(report, comparison) for comparison in report.study.comparison]
     known = [pair for pair in pairs if pair is not None]
     yield _rule(report)
-    yield from _comparisons(known)
+    yield from _comparisons(report, known)
     if known and report.study.claim:
         yield _claims(report, known[0])
     yield _chosen(report)
@@ -79,27 +79,33 @@ def _rule(report: Report) -> Section:
     return Section("The rule", tuple(lines))
 
 
-def _comparisons(pairs: Sequence[Compared]) -> Iterator[Section]:
+def _comparisons(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
+    """What is said of A against B, a section for each comparison."""
+    over = "the interpolations of its chosen trial"
+    if report.front and report.front.of == "front":
+        over = "the trials and interpolations on its validation front"
     for pair in pairs:
-        images = " and ".join(f"{n} images of the {part} sets" for part, n in pair.images.items())
         lines = (
-            f"A is {pair.a}, B is {pair.b}; {pair.seeds} seeds, {images}. Intervals (95 %) and p-values come "
-            f"from {resampling.DRAWS} draws of seeds and images together. At equal clean accuracy each "
-            "method's front over the interpolations of its chosen trial is read, linear between neighbours "
-            "and never beyond its ends. p is adjusted for this table (Holm).",
+            f"A is {pair.a}, B is {pair.b}. Intervals (95 %) and p-values come from {resampling.DRAWS} draws "
+            "of seeds and images together. At equal clean or robust accuracy a method's front is read, over "
+            f"{over}; on validation images over all of its trials, with one seed. It is linear between "
+            "neighbours and never read beyond its ends; where two fronts share too little for an interval, "
+            "nothing is said. p is adjusted for this table (Holm).",
         )
         adjusted = stats.holm([statement.estimate.p for statement in pair.statements])
         rows = tuple(
             (
                 Cell(statement.what),
                 Cell(statement.part),
+                Cell(str(statement.seeds)),
+                Cell(str(statement.images)),
                 Cell(interval(statement.estimate)),
                 Cell(p_value(statement.estimate.p)),
                 Cell(p_value(p)),
             )
             for statement, p in zip(pair.statements, adjusted, strict=True)
         )
-        columns = ("A minus B, points", "sets", "difference", "p", "p, Holm")
+        columns = ("A minus B, points", "sets", "seeds", "images", "difference", "p", "p, Holm")
         yield Section(pair.comparison.title, lines, columns, rows)
 
 
@@ -133,28 +139,22 @@ def _claims(report: Report, pair: Compared) -> Section:
 
 
 def _speed(report: Report, pair: Compared) -> str:
-    for speed in _pair_speeds(report, pair):
-        if (speed.kind, speed is _last(report, pair, speed.kind)) == ("robust", True):
-            return ratio(speed.steps)
-    return "not measured"
-
-
-def _last(report: Report, pair: Compared, kind: str) -> curves.Speed | None:
-    own = [speed for speed in _pair_speeds(report, pair) if speed.kind == kind]
-    return own[-1] if own else None
+    robust = [speed for speed in _pair_speeds(report, pair) if speed.kind == "robust"]
+    return ratio(robust[-1].steps)  # the last level is B's last accuracy
 
 
 def _pair_speeds(report: Report, pair: Compared) -> list[curves.Speed]:
     validation = report.study.validation
-    runs = [{run.seed: run for run in report.runs(name)} for name in (pair.a, pair.b)]
-    seeds = [seed for seed in report.study.seeds if all(seed in one for one in runs)]
-    own, other = ([report.known[Judging(one[seed], 1.0, validation).id] for seed in seeds] for one in runs)
+    ends = [replace(report.made[name], share=1.0) for name in (pair.a, pair.b)]
+    both = [report.seeds([end], validation) for end in ends]
+    seeds = [seed for seed in both[0] if seed in both[1]]
+    own, other = ([report.outcome(end, seed, validation) for seed in seeds] for end in ends)
     return curves.speeds(own, other)
 
 
 def _chosen(report: Report) -> Section:
     """Operating points: dials, validation and test accuracies, and the gap between the two."""
-    study, line = report.study, report.line
+    study, test = report.study, report.test
     columns = ["method", "dials", "interpolation", "seeds", "val clean", "val robust"]
     columns += ["seen clean", "seen robust", "unseen clean", "unseen robust", "seen minus val, robust"]
     rows = []
@@ -168,16 +168,16 @@ def _chosen(report: Report) -> Section:
         best = report.made[name]
         means = _means(report, name, study.validation, "")
         cells = [Cell(name), Cell(" ".join(best.trial.settings), f"#{anchor(best)}"), Cell(f"{best.share:g}")]
-        cells.append(Cell(str(len(report.measured_runs(name, study.validation)))))
+        cells.append(Cell(str(len(report.seeds([best], study.validation)))))
         cells += [Cell(mean_interval(mean)) for mean in means]
         gap = ""
         for part in (SEEN, UNSEEN):
-            tested = _means(report, name, line, part) if line else None
+            tested = _means(report, name, test, part) if test else None
             cells += [Cell("" if tested is None else mean_interval(mean)) for mean in tested or (None, None)]
             if part == SEEN and tested is not None and means[1] is not None and tested[1] is not None:
                 gap = f"{tested[1].value - means[1].value:+.1f}"
         rows.append((*cells, Cell(gap)))
-    words = f"Test: {line.attack} on suite {line.suite}, {_n(line.n)}. " if line else ""
+    words = f"Test: {test.attack} on suite {test.suite}, {_n(test.n)}. " if test else ""
     lines = (f"{words}Brackets are 95 % t intervals over seeds, where there are two.",)
     return Section("Operating points, %", lines, tuple(columns), tuple(rows))
 
@@ -204,9 +204,10 @@ def _fronts(report: Report) -> Section:
     for one in report.tried:
         if not one.candidates:
             continue
-        models = candidates_models(report, one)
+        models = report.models(one.candidates, study.seeds[:1], study.validation)
+        assert models is not None  # it has candidates
         volume, *at = resampling.estimates([models], lambda points: _heights(points[0], study.reference))
-        own = [one.candidates[i] for i in on_front(report, one)]
+        own = [one.candidates[i] for i in choice.on_front(one)]
         dials = "; ".join(f"{' '.join(c.trial.settings)} x{c.share:g}" for c in own)
         trials = len({c.trial.number for c in one.candidates})
         cells = [one.method.name, f"{trials} of {len(one.trials)}", interval(volume, "")]
@@ -220,24 +221,6 @@ def _fronts(report: Report) -> Section:
         f"clean and {y:g} % robust accuracy, in squared points.",
     )
     return Section("Fronts on validation images", lines, columns, tuple(rows), f"{study.name}.svg")
-
-
-def candidates_models(report: Report, one: MethodTrials) -> resampling.Models:
-    """All candidates of a method as models of one seed."""
-    parts = [report.models([c.trial], [c.share], report.study.validation) for c in one.candidates]
-    names = list(parts[0].verdicts) if parts[0] else []
-    joined = {
-        name: np.concatenate([part.verdicts[name] for part in parts if part is not None], axis=1)
-        for name in names
-    }
-    return resampling.Models(joined)
-
-
-def on_front(report: Report, one: MethodTrials) -> list[int]:
-    """The numbers of the candidates that lie on a method's front, by rising clean accuracy."""
-    if not one.candidates:
-        return []
-    return [int(i) for i in fronts.on_front(candidates_models(report, one).points())]
 
 
 def _heights(points: np.ndarray, reference: tuple[float, float]) -> list[float]:
@@ -268,14 +251,14 @@ def _speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
 def _finals(report: Report) -> Iterator[Section]:
     """Further tests of the chosen models, one section each."""
     for test in report.study.test:
-        if test.of == "line":
+        if test == report.test or test.of == "front":
             continue
         rows = []
         for name in report.made:
-            runs = report.measured_runs(name, test)
-            if not runs:
+            seeds = report.seeds([report.made[name]], test)
+            if not seeds:
                 continue
-            cells = [name, str(len(runs))]
+            cells = [name, str(len(seeds))]
             for part in (SEEN, UNSEEN):
                 cells += [mean_interval(mean) for mean in _means(report, name, test, part)]
             rows.append(tuple(map(Cell, cells)))
@@ -291,7 +274,7 @@ def _trials(report: Report) -> Section:
     for one in report.tried:
         if not one.candidates:
             continue
-        own = on_front(report, one)
+        own = choice.on_front(one)
         for index, candidate in enumerate(one.candidates):
             picked = report.made.get(one.method.name) == candidate
             marks = [*(["front"] if index in own else []), *(["chosen"] if picked else [])]

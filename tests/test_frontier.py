@@ -359,6 +359,21 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
 
 
+def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
+    study = card(test=[LINE])
+    whole = next(iter(sections(Report(study, tmp_path, ledger(study, tmp_path)))))
+    assert whole.title == "In short"
+    (said,) = whole.sentences
+    assert said.startswith(
+        "two above one: on the seen sets mmt-ard-static has more robust accuracy at equal clean accuracy "
+        "than single-teacher, by +7.4 ["
+    )
+    points = card(test=[LINE | {"of": "chosen"}])  # one point of each: no front
+    (said,) = next(iter(sections(Report(points, tmp_path, ledger(points, tmp_path))))).sentences
+    words = "the tested fronts share too little for a statement"
+    assert said == f"two above one: on the seen sets {words}; on the unseen sets {words}."
+
+
 def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):
     """On validation A has 82 / 44, 92 / 30, 75 / 46 and 88 / 36; B has 80 / 40, 90 / 25, 70 / 42 and 85 / 30.
 

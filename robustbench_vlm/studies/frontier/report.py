@@ -135,6 +135,7 @@ class Statement:
         what: in words.
         part: `seen` or `unseen` of the test, or `validation`.
         kind: `clean` or `robust`: what the difference is of.
+        equal: `clean` or `robust`: the accuracy that is equal; empty at the operating points.
         seeds: number of seeds that both have.
         images: number of images.
         estimate: A minus B, in points.
@@ -143,6 +144,7 @@ class Statement:
     what: str
     part: str
     kind: str
+    equal: str
     seeds: int
     images: int
     estimate: Estimate
@@ -211,7 +213,7 @@ def _at_points(models: Sequence[Models], part: str) -> list[Statement]:
 
     found = resampling.estimates(models, differences)
     return [
-        Statement(f"{kind} accuracy at the operating points", part, kind, *_size(models), estimate)
+        Statement(f"{kind} accuracy at the operating points", part, kind, "", *_size(models), estimate)
         for kind, estimate in zip(KINDS, found, strict=True)
     ]
 
@@ -234,7 +236,7 @@ def _of_fronts(models: Sequence[Models], part: str) -> list[Statement]:
         low, high = span
         equal, other = KINDS[kind], KINDS[1 - kind]
         what = f"{other} accuracy at equal {equal} accuracy, mean over {low:.1f} to {high:.1f} %"
-        found.append(Statement(what, part, other, *_size(models), estimate))
+        found.append(Statement(what, part, other, equal, *_size(models), estimate))
     return found
 
 

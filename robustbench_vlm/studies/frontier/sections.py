@@ -23,7 +23,7 @@ from robustbench_vlm.studies.frontier.parts import (
     p_value,
     ratio,
 )
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Compared, Report, compared
+from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Compared, Report, Statement, compared
 
 CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
 """Clean accuracies, in points, at which the table of fronts reads robust accuracy."""
@@ -35,6 +35,8 @@ def sections(report: Report) -> Iterator[Section]:
     """All sections, in their order."""
     pairs = [compared(report, comparison) for comparison in report.study.comparison]
     known = [pair for pair in pairs if pair is not None]
+    if known:
+        yield _in_short(known)
     yield _rule(report)
     yield from _comparisons(report, known)
     if known and report.study.claim:
@@ -44,6 +46,30 @@ def sections(report: Report) -> Iterator[Section]:
     yield from _speeds(report, known)
     yield from _finals(report)
     yield _trials(report)
+
+
+def _in_short(pairs: Sequence[Compared]) -> Section:
+    """A sentence for each comparison: the fronts at equal accuracy, on the test."""
+    lines = []
+    for pair in pairs:
+        said = [f"on the {part} sets {_of_part(pair, part)}" for part in (SEEN, UNSEEN)]
+        lines.append(f"{pair.comparison.title}: {'; '.join(said)}.")
+    return Section("In short", tuple(lines))
+
+
+def _of_part(pair: Compared, part: str) -> str:
+    found = [_told(one, pair) for one in pair.statements if one.part == part and one.equal]
+    return " and ".join(found) if found else "the tested fronts share too little for a statement"
+
+
+def _told(one: Statement, pair: Compared) -> str:
+    where = f"{one.kind} accuracy at equal {one.equal} accuracy"
+    points = interval(one.estimate)
+    if one.estimate.low > 0:
+        return f"{pair.a} has more {where} than {pair.b}, by {points} points"
+    if one.estimate.high < 0:
+        return f"{pair.a} has less {where} than {pair.b}, by {points} points"
+    return f"no difference in {where} can be shown ({points} points)"
 
 
 def words_of(rule: Rule) -> str:
@@ -120,9 +146,7 @@ def _claims(report: Report, pair: Compared) -> Section:
             continue
         part, kind = MEASURES[claim.measure]
         estimates = [
-            one.estimate
-            for one in pair.statements
-            if (one.part, one.kind) == (part, kind) and one.what.endswith("at the operating points")
+            one.estimate for one in pair.statements if (one.part, one.kind, one.equal) == (part, kind, "")
         ]
         text = interval(estimates[0]) if estimates else "not measured"
         rows.append([claim.words, claim.source, f"{kind} accuracy on {part} sets: {text}"])

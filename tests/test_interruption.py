@@ -17,7 +17,7 @@ from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
 from robustbench_vlm.models import zoo
-from robustbench_vlm.training import folder, log, loop
+from robustbench_vlm.training import folder, log, loop, world
 
 CPU = torch.device("cpu")
 
@@ -230,3 +230,14 @@ def test_a_dry_training_names_everything_that_is_missing_before_anything_is_load
     assert command_line.run_command(monkeypatch, *words) == 0
     assert "steps of 8 images" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+
+
+@pytest.mark.parametrize(("launched", "code"), [(True, 0), (False, 99)])
+def test_a_process_of_a_launch_ends_before_what_python_does_at_its_end(launched, code, monkeypatch):
+    """There PyTorch's process group may abort it, since caches keep the group's threads."""
+    for name in world.NEEDED:
+        monkeypatch.setenv(name, "1" if launched else "")
+    last = "import atexit, os, sys; atexit.register(os._exit, 99); from robustbench_vlm.cli import main; "
+    words = "sys.argv = ['vlmrob', 'list', 'attacks']; main()"
+    ran = subprocess.run([sys.executable, "-c", last + words], capture_output=True, text=True)
+    assert (ran.returncode, "autoattack" in ran.stdout) == (code, True)

@@ -35,16 +35,23 @@ def main() -> None:
         except (KeyboardInterrupt, SystemExit, Exception) as error:  # noqa: BLE001 - the end of the program
             with interruption.ignored():  # a second Ctrl-C
                 code = _end(error, words, stopped)
-        if stopped():
+        if stopped() or _in_launch():
             atexit.register(_exit_code, code)
     sys.exit(code)
+
+
+def _in_launch() -> bool:
+    from robustbench_vlm.training import world  # the cards that it imports take their time
+
+    return world.in_launch()
 
 
 def _exit_code(code: int) -> None:
     """End the process with an exit code.
 
     Python ends a process by SIGINT, whatever its exit code should be, if the interrupt passed through an
-    extension module that runs Python code, as some do while they are imported.
+    extension module that runs Python code, as some do while they are imported. And it may abort a process of
+    a launch, whose process group keeps its threads until the end, since caches of PyTorch hold the group.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -41,6 +41,11 @@ ALONE = World()
 """The only process of a training."""
 
 
+def in_launch(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process."""
+    return all(environment.get(name) for name in NEEDED)
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> World:
     """What the launcher says about this process; `ALONE` for one that no launcher started.
 
@@ -50,7 +55,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> World:
     Raises:
         InputError: a variable that is no such number.
     """
-    if not all(environment.get(name) for name in NEEDED):
+    if not in_launch(environment):
         return ALONE
     rank, size = _number("RANK", environment), _number("WORLD_SIZE", environment)
     local = _number("LOCAL_RANK", environment, rank)

@@ -33,7 +33,7 @@ demo: $(READY) ## the whole loop on the built-in tiny world: train, attack, comp
 	@$(BIN)/vlmrob demo
 
 test: lint ## lint, type check and tests
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY) ## ruff, ruff format and mypy
 	@$(BIN)/ruff check

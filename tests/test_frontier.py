@@ -260,6 +260,19 @@ def test_a_teacher_of_the_study_is_known_by_its_recipe_and_not_by_its_folder(tmp
         trials(card(), method, tmp_path, 0)
 
 
+def test_a_teacher_of_the_study_may_teach_first(tmp_path):
+    method = card().method[1]
+    staged = method.model_copy(
+        update={"set": (*method.set, "phases.robust=[{ until = 0.3, model = '@early' }]")}
+    )
+    study = card(teacher=[{"name": "early", "recipe": "tiny-tecoa", "set": ["optim.steps=50"]}])
+    trial = trials(study, staged, tmp_path, 0)[0]
+    (phase,) = trial.recipe.phases["robust"]
+    assert (phase.until, phase.model) == (0.3, str(trial.needs[0].model))
+    assert trial.recipe.models == ("tiny", "tiny-robust-teacher", "tiny-clean-teacher", phase.model)
+    assert trial.sha256 == trials(study, staged, tmp_path / "elsewhere", 0)[0].sha256
+
+
 # --- the rule ----------------------------------------------------------------------------------------------
 
 
@@ -365,13 +378,20 @@ def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
     assert whole.title == "In short"
     (said,) = whole.sentences
     assert said.startswith(
-        "two above one: on the seen sets mmt-ard-static has more robust accuracy at equal clean accuracy "
+        "two above one: on seen images mmt-ard-static has more robust accuracy at equal clean accuracy "
         "than single-teacher, by +7.4 ["
     )
     points = card(test=[LINE | {"of": "chosen"}])  # one point of each: no front
     (said,) = next(iter(sections(Report(points, tmp_path, ledger(points, tmp_path))))).sentences
-    words = "the tested fronts share too little for a statement"
-    assert said == f"two above one: on the seen sets {words}; on the unseen sets {words}."
+    words = "the fronts share too little for a statement"
+    assert said == f"two above one: on seen images {words}; on unseen images {words}."
+    (said,) = next(iter(sections(Report(study, tmp_path, ledger(study, tmp_path, tested=False))))).sentences
+    assert (
+        said == "two above one: on seen images it is not tested yet; on unseen images it is not tested yet."
+    )
+    alone = card(test=[], claim=[])
+    (said,) = next(iter(sections(Report(alone, tmp_path, ledger(alone, tmp_path))))).sentences
+    assert said.startswith("two above one: on validation images mmt-ard-static has more robust accuracy at")
 
 
 def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):

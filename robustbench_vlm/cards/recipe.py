@@ -322,6 +322,12 @@ class Recipe(Grown):
         return self
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that the training loads, once: the student, the teachers, and those of phases."""
+        staged = [phase.model for phases in self.phases.values() for phase in phases]
+        return tuple(dict.fromkeys([self.student, *self.teachers.values(), *staged]))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the resolved recipe, and of the correction of its loss where there was one."""
         table = self.model_dump(mode="json")

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def study(  # noqa: PLR0913 - options of a command
-    name: Annotated[str, typer.Argument(help="frontier, teacher-map, efficiency, ablation, or a TOML file.")],
+    name: Annotated[
+        str, typer.Argument(help="frontier, teacher-map, options, efficiency, ablation, or a TOML file.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the runs; studies share it.")] = Path("runs/study"),
     tables: Annotated[
         Path, typer.Option(help="Folder of tables, pages and plots, and of a frontier study's outcomes.")

@@ -23,8 +23,7 @@ def missing(recipe: Recipe, data_root: Path) -> list[InputError]:
         CardError: no such dataset, or names or a resize that it does not take.
     """
     found: list[InputError] = []
-    staged = [phase.model for phases in recipe.phases.values() for phase in phases]
-    for name in dict.fromkeys([recipe.student, *recipe.teachers.values(), *staged]):
+    for name in recipe.models:
         try:
             _require_model(name)
         except WeightsError as error:

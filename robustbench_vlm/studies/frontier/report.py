@@ -167,15 +167,23 @@ class Compared:
 
 
 def compared(report: Report, comparison: Comparison) -> Compared | None:
-    """A comparison, as far as its contenders are known and were tested; else None."""
+    """A comparison; None while a contender is not known."""
     names = [choice.contender(report.study, family, report.made) for family in (comparison.a, comparison.b)]
-    if report.test is None or report.front is None or names[0] is None or names[1] is None:
+    if names[0] is None or names[1] is None:
         return None
     a, b = names[0], names[1]
+    candidates = [report.of(name).candidates for name in (a, b)]
+    pair = _pair(report, candidates, report.study.validation, "", report.study.seeds[:1])
+    return Compared(comparison, a, b, (*_tested(report, a, b), *_of_fronts(pair, VALIDATION)))
+
+
+def _tested(report: Report, a: str, b: str) -> list[Statement]:
+    """What test images say of two contenders, as far as they were tested."""
+    if report.test is None or report.front is None:
+        return []
     best = [[report.made[name]] for name in (a, b)]
     curves = [choice.measured(report.front, report.of(name), report.made[name]) for name in (a, b)]
-    candidates = [report.of(name).candidates for name in (a, b)]
-    statements = [
+    return [
         statement
         for part in (SEEN, UNSEEN)
         for statement in (
@@ -183,10 +191,6 @@ def compared(report: Report, comparison: Comparison) -> Compared | None:
             *_of_fronts(_pair(report, curves, report.front, part), part),
         )
     ]
-    if not statements:
-        return None
-    pair = _pair(report, candidates, report.study.validation, "", report.study.seeds[:1])
-    return Compared(comparison, a, b, (*statements, *_of_fronts(pair, VALIDATION)))
 
 
 def _pair(

@@ -23,7 +23,15 @@ from robustbench_vlm.studies.frontier.parts import (
     p_value,
     ratio,
 )
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Compared, Report, Statement, compared
+from robustbench_vlm.studies.frontier.report import (
+    SEEN,
+    UNSEEN,
+    VALIDATION,
+    Compared,
+    Report,
+    Statement,
+    compared,
+)
 
 CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
 """Clean accuracies, in points, at which the table of fronts reads robust accuracy."""
@@ -36,7 +44,7 @@ def sections(report: Report) -> Iterator[Section]:
     pairs = [compared(report, comparison) for comparison in report.study.comparison]
     known = [pair for pair in pairs if pair is not None]
     if known:
-        yield _in_short(known)
+        yield _in_short(report, known)
     yield _rule(report)
     yield from _comparisons(report, known)
     if known and report.study.claim:
@@ -48,18 +56,22 @@ def sections(report: Report) -> Iterator[Section]:
     yield _trials(report)
 
 
-def _in_short(pairs: Sequence[Compared]) -> Section:
-    """A sentence for each comparison: the fronts at equal accuracy, on the test."""
+def _in_short(report: Report, pairs: Sequence[Compared]) -> Section:
+    """A sentence for each comparison: the fronts at equal accuracy, on the test if there is one."""
+    parts = (SEEN, UNSEEN) if report.test else (VALIDATION,)
     lines = []
     for pair in pairs:
-        said = [f"on the {part} sets {_of_part(pair, part)}" for part in (SEEN, UNSEEN)]
+        said = [f"on {part} images {_of_part(pair, part)}" for part in parts]
         lines.append(f"{pair.comparison.title}: {'; '.join(said)}.")
     return Section("In short", tuple(lines))
 
 
 def _of_part(pair: Compared, part: str) -> str:
-    found = [_told(one, pair) for one in pair.statements if one.part == part and one.equal]
-    return " and ".join(found) if found else "the tested fronts share too little for a statement"
+    own = [one for one in pair.statements if one.part == part]
+    found = [_told(one, pair) for one in own if one.equal]
+    if found:
+        return " and ".join(found)
+    return "the fronts share too little for a statement" if own else "it is not tested yet"
 
 
 def _told(one: Statement, pair: Compared) -> str:

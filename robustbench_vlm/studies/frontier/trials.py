@@ -137,8 +137,7 @@ def _needs(recipe: Recipe, teachers: Mapping[str, TeacherRun], where: str) -> tu
     Raises:
         CardError: one that the study does not have.
     """
-    ids = dict.fromkeys([recipe.student, *recipe.teachers.values()])
-    names = [id_.removeprefix("@") for id_ in ids if id_.startswith("@")]
+    names = [id_.removeprefix("@") for id_ in recipe.models if id_.startswith("@")]
     for name in names:
         if name not in teachers:
             raise CardError(where, f"no teacher {name!r:.80} of the study", do=nearest(name, teachers))
@@ -149,8 +148,12 @@ def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
     """The recipe with other words for `@name`."""
     spoken = {f"@{name}": text for name, text in models.items()}
     teachers = {role: spoken.get(id_, id_) for role, id_ in recipe.teachers.items()}
-    changes = {"student": spoken.get(recipe.student, recipe.student), "teachers": teachers}
-    return recipe.model_copy(update=changes)
+    phases = {
+        role: tuple(one.model_copy(update={"model": spoken.get(one.model, one.model)}) for one in staged)
+        for role, staged in recipe.phases.items()
+    }
+    student = spoken.get(recipe.student, recipe.student)
+    return recipe.model_copy(update={"student": student, "teachers": teachers, "phases": phases})
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,18 @@ def height(own: np.ndarray, low: float, high: float, kind: int = CLEAN) -> float
     return float(np.trapezoid(y, x) / (high - low))
 
 
-def above(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> float:
-    """Mean height of front A over front B, over the accuracies that they share; NaN where there are none."""
+def above(a: np.ndarray, b: np.ndarray, within: tuple[float, float], kind: int = CLEAN) -> float:
+    """Mean height of front A over front B, over what they share of an interval; NaN where that is nothing.
+
+    Args:
+        a: (K, 2) a front.
+        b: another one.
+        within: the interval of clean accuracy, or of robust accuracy with `kind` = `ROBUST`.
+        kind: the accuracy that is equal.
+    """
     span = common_range(a, b, kind)
-    return math.nan if span is None else height(a, *span, kind) - height(b, *span, kind)
+    low, high = (max(within[0], span[0]), min(within[1], span[1])) if span else (1.0, 0.0)
+    return height(a, low, high, kind) - height(b, low, high, kind) if low <= high else math.nan
 
 
 def hypervolume(points: np.ndarray, reference: tuple[float, float]) -> float:

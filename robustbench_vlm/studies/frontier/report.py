@@ -17,6 +17,7 @@ from robustbench_vlm.studies.frontier.outcomes import KINDS, Id, Outcome
 from robustbench_vlm.studies.frontier.resampling import Estimate, Models
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
 
+Span = tuple[float, float]
 SEEN, UNSEEN, VALIDATION = "seen", "unseen", "validation"
 
 
@@ -226,21 +227,22 @@ def _of_fronts(models: Sequence[Models], part: str) -> list[Statement]:
     """Differences at equal clean or robust accuracy, where the fronts share enough for an interval."""
     if not models:
         return []
-
-    def differences(drawn: Sequence[np.ndarray]) -> list[float]:
-        own = [fronts.front(points) for points in drawn]
-        return [fronts.above(own[0], own[1], kind) for kind in range(len(KINDS))]
-
-    own = [fronts.front(one.points()) for one in models]
     found = []
-    for kind, estimate in enumerate(resampling.estimates(models, differences)):
+    own = [fronts.front(one.points()) for one in models]
+    for kind, equal in enumerate(KINDS):
         span = fronts.common_range(own[0], own[1], kind)
-        if span is None or math.isnan(estimate.low):
+        if span is None:
             continue
-        low, high = span
-        equal, other = KINDS[kind], KINDS[1 - kind]
-        what = f"{other} accuracy at equal {equal} accuracy, mean over {low:.1f} to {high:.1f} %"
-        found.append(Statement(what, part, other, equal, *_size(models), estimate))
+
+        def above(drawn: Sequence[np.ndarray], kind: int = kind, span: Span = span) -> list[float]:
+            a, b = (fronts.front(points) for points in drawn)
+            return [fronts.above(a, b, span, kind)]
+
+        (estimate,) = resampling.estimates(models, above)
+        other = KINDS[1 - kind]
+        what = f"{other} accuracy at equal {equal} accuracy, mean over {span[0]:.1f} to {span[1]:.1f} %"
+        if not math.isnan(estimate.low):
+            found.append(Statement(what, part, other, equal, *_size(models), estimate))
     return found
 
 

@@ -44,7 +44,7 @@ def sections(report: Report) -> Iterator[Section]:
     pairs = [compared(report, comparison) for comparison in report.study.comparison]
     known = [pair for pair in pairs if pair is not None]
     if known:
-        yield _in_short(report, known)
+        yield _in_short(known)
     yield _rule(report)
     yield from _comparisons(report, known)
     if known and report.study.claim:
@@ -56,22 +56,18 @@ def sections(report: Report) -> Iterator[Section]:
     yield _trials(report)
 
 
-def _in_short(report: Report, pairs: Sequence[Compared]) -> Section:
-    """A sentence for each comparison: the fronts at equal accuracy, on the test if there is one."""
-    parts = (SEEN, UNSEEN) if report.test else (VALIDATION,)
+def _in_short(pairs: Sequence[Compared]) -> Section:
+    """A sentence for each comparison: the fronts at equal accuracy, as far as they share any."""
     lines = []
     for pair in pairs:
-        said = [f"on {part} images {_of_part(pair, part)}" for part in parts]
-        lines.append(f"{pair.comparison.title}: {'; '.join(said)}.")
+        said = [
+            f"on {part} images " + " and ".join(_told(one, pair) for one in own)
+            for part in (SEEN, UNSEEN, VALIDATION)
+            if (own := [one for one in pair.statements if one.part == part and one.equal])
+        ]
+        words = "; ".join(said) or "the fronts share too little for a statement, or are not tested yet"
+        lines.append(f"{pair.comparison.title}: {words}.")
     return Section("In short", tuple(lines))
-
-
-def _of_part(pair: Compared, part: str) -> str:
-    own = [one for one in pair.statements if one.part == part]
-    found = [_told(one, pair) for one in own if one.equal]
-    if found:
-        return " and ".join(found)
-    return "the fronts share too little for a statement" if own else "it is not tested yet"
 
 
 def _told(one: Statement, pair: Compared) -> str:

@@ -478,6 +478,24 @@ def test_the_paper_stands_beside_what_was_found_and_p_values_are_adjusted(tmp_pa
     assert re.match(r"steps to B's last robust accuracy: \d\.\d\dx", rows[2][2])
 
 
+def test_robust_training_curves_are_compared_at_one_radius_alone(tmp_path):
+    """A training's probe attacks at the radius of the training."""
+
+    def kinds(study):
+        told = {one.title: one for one in sections(Report(study, tmp_path, ledger(study, tmp_path)))}
+        rows = told["How soon: two above one"].rows
+        return {row[0].text for row in rows}, told["What the paper claims"].rows[2][2].text
+
+    study = card()
+    assert kinds(study)[0] == {"robust", "clean"}
+    smaller = study.method[0].model_copy(update={"grid": {"inner.eps": ("3/255", "6/255")}})
+    other = study.model_copy(update={"method": (smaller, *study.method[1:])})
+    assert kinds(other) == (
+        {"clean"},
+        "steps to B's last robust accuracy: not comparable: their probes attack at two radii",
+    )
+
+
 # --- the ledger's file -------------------------------------------------------------------------------------
 
 

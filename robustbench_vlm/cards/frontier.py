@@ -1,4 +1,4 @@
-"""The records of a frontier study: methods with dials, a rule that chooses, and what is compared."""
+"""The records of a frontier study: methods with hyperparameters, a rule that chooses, and comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = Annotated[str, BeforeValidator(str)]
 
 
 class Method(Card):
-    """A way to train, with the dials that are tried.
+    """A way to train, with the hyperparameters that are tried.
 
     Attributes:
         name: name of the method in tables and folders.
@@ -33,7 +33,7 @@ class Method(Card):
 
     @property
     def trials(self) -> tuple[tuple[str, ...], ...]:
-        """The changes of every trial; the last dial of the grid varies fastest."""
+        """The changes of every trial; the last hyperparameter of the grid varies fastest."""
         keys = list(self.grid)
         combinations = itertools.product(*self.grid.values())
         return tuple(
@@ -90,7 +90,7 @@ class Rule(Card):
         highest: what the chosen one has the highest value of: `mean` of clean and robust accuracy, `clean`
             or `robust`.
         floor: points that the other accuracy must have, where `highest` is `clean` or `robust`.
-        fixed: the date on which the rule was written down, before any test image was looked at.
+        fixed: the date on which the rule was written down, before a model of the study was tested.
     """
 
     highest: Literal["mean", "clean", "robust"] = "mean"
@@ -118,7 +118,7 @@ class Comparison(Card):
 
 
 class Frontier(Card):
-    """Methods ranked by what clean accuracy costs them in robust accuracy, each at its best dials.
+    """Methods ranked by what clean accuracy costs them in robust accuracy, each at its best hyperparameters.
 
     Attributes:
         kind: `frontier`; the other kind of study is `arms`.

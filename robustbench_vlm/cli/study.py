@@ -119,7 +119,7 @@ def _frontier_state(card: Frontier, places: Places, methods: list[str]) -> None:
 
     _require_methods(card, methods)
     rows = perform.state(card, places, methods)
-    console.show(f"study {card.name}", ["method", "seed", "trial", "dials", "state"], rows)
+    console.show(f"study {card.name}", ["method", "seed", "trial", "hyperparameters", "state"], rows)
 
 
 def _frontier(card: Frontier, places: Places, where: Resources, methods: list[str], *, render: bool) -> None:

@@ -13,6 +13,9 @@ from robustbench_vlm.studies.frontier.outcomes import Outcome
 LEVELS = (0.8, 0.9, 0.95, 1.0)
 """Shares of the other method's last accuracy."""
 
+COLUMNS = {"clean": 1, "robust": 2}
+"""Of a point of a training curve."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -48,10 +51,20 @@ def settled_at(steps: Sequence[float], values: Sequence[float], level: float) ->
     return steps[last] + share * (steps[last + 1] - steps[last])
 
 
-def speeds(own: Sequence[Outcome], other: Sequence[Outcome]) -> list[Speed]:
-    """How soon a method is where another one ends, at each of `LEVELS`; runs are paired by seed."""
+def speeds(
+    own: Sequence[Outcome], other: Sequence[Outcome], kinds: Sequence[str] = ("robust", "clean")
+) -> list[Speed]:
+    """How soon a method is where another one ends, at each of `LEVELS`.
+
+    Args:
+        own: outcomes of one method.
+        other: of another one, with the same seeds.
+        kinds: which accuracies. Robust accuracies are comparable only if both trained at one radius, which
+            is the one that their probes attack at.
+    """
     found = []
-    for kind, column in (("robust", 2), ("clean", 1)):
+    for kind in kinds:
+        column = COLUMNS[kind]
         ends = [100 * run.curve[-1][column] for run in other]
         for share in LEVELS:
             level = share * sum(ends) / len(ends)

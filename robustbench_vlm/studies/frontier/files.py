@@ -50,7 +50,7 @@ def points(report: Report) -> pd.DataFrame:
             row = {
                 "method": one.method.name,
                 "trial": str(found.trial.number),
-                "dials": " ".join(found.trial.settings),
+                "hyperparameters": " ".join(found.trial.settings),
                 "interpolation": f"{found.share:g}",
                 "val_clean": f"{found.clean:.2f}",
                 "val_robust": f"{found.robust:.2f}",

@@ -124,7 +124,7 @@ def _work_off(
 
 
 def state(study: Frontier, places: Places, methods: Sequence[str] = ()) -> list[list[str]]:
-    """A row for each training that is known to be needed: method, seed, trial, dials, and what is left."""
+    """A row for each training that is needed: method, seed, trial, hyperparameters, and what is left."""
     known = outcomes.read(outcomes.ledger(places.tables, study.name))
     judgings: dict[Path, list[Judging]] = {}
     for judging in [*_trials(study, places), *_of_chosen(study, places)]:

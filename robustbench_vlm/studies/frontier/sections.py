@@ -99,8 +99,8 @@ def _rule(report: Report) -> Section:
     recipe = report.tried[0].trials[0].recipe
     lines = [
         f"Operating point of a method: {words_of(study.rule)}. The rule was written down on "
-        f"{study.rule.fixed}, before a test image was looked at; test images are attacked for the chosen "
-        "trials alone.",
+        f"{study.rule.fixed}, before a model of this study was tested; test images are attacked for what the "
+        "rule chooses and, of compared methods, for what lies on their validation fronts.",
         f"Trials a method: {numbers}. {judged} of {sum(len(one.trials) for one in report.tried)} are done, "
         f"and {done} of {len(report.tried)} methods are complete. Every training has {recipe.optim.steps} "
         f"steps of {recipe.optim.batch_size} images from {recipe.student}, and gives a model for each "
@@ -171,8 +171,16 @@ def _claims(report: Report, pair: Compared) -> Section:
 
 
 def _speed(report: Report, pair: Compared) -> str:
+    if not _one_radius(report, pair):
+        return "not comparable: their probes attack at two radii"
     robust = [speed for speed in _pair_speeds(report, pair) if speed.kind == "robust"]
     return ratio(robust[-1].steps)  # the last level is B's last accuracy
+
+
+def _one_radius(report: Report, pair: Compared) -> bool:
+    """Whether both contenders were trained at one radius, which is the one that their probes attack at."""
+    a, b = (report.made[name].trial.recipe.inner for name in (pair.a, pair.b))
+    return a is not None and b is not None and a.threat == b.threat
 
 
 def _pair_speeds(report: Report, pair: Compared) -> list[curves.Speed]:
@@ -181,14 +189,21 @@ def _pair_speeds(report: Report, pair: Compared) -> list[curves.Speed]:
     both = [report.seeds([end], validation) for end in ends]
     seeds = [seed for seed in both[0] if seed in both[1]]
     own, other = ([report.outcome(end, seed, validation) for seed in seeds] for end in ends)
-    return curves.speeds(own, other)
+    return curves.speeds(own, other, ("robust", "clean") if _one_radius(report, pair) else ("clean",))
 
 
 def _chosen(report: Report) -> Section:
-    """Operating points: dials, validation and test accuracies, and the gap between the two."""
+    """Operating points: hyperparameters, validation and test accuracies, and the gap between the two."""
     study, test = report.study, report.test
-    columns = ["method", "dials", "interpolation", "seeds", "val clean", "val robust"]
-    columns += ["seen clean", "seen robust", "unseen clean", "unseen robust", "seen minus val, robust"]
+    columns = ["method", "hyperparameters", "interpolation", "seeds, val", "val clean", "val robust"]
+    columns += [
+        "seeds, test",
+        "seen clean",
+        "seen robust",
+        "unseen clean",
+        "unseen robust",
+        "seen minus val, robust",
+    ]
     rows = []
     for one in report.tried:
         name = one.method.name
@@ -202,6 +217,7 @@ def _chosen(report: Report) -> Section:
         cells = [Cell(name), Cell(" ".join(best.trial.settings), f"#{anchor(best)}"), Cell(f"{best.share:g}")]
         cells.append(Cell(str(len(report.seeds([best], study.validation)))))
         cells += [Cell(mean_interval(mean)) for mean in means]
+        cells.append(Cell(str(len(report.seeds([best], test))) if test else ""))
         gap = ""
         for part in (SEEN, UNSEEN):
             tested = _means(report, name, test, part) if test else None
@@ -210,7 +226,7 @@ def _chosen(report: Report) -> Section:
                 gap = f"{tested[1].value - means[1].value:+.1f}"
         rows.append((*cells, Cell(gap)))
     words = f"Test: {test.attack} on suite {test.suite}, {_n(test.n)}. " if test else ""
-    lines = (f"{words}Brackets are 95 % t intervals over seeds, where there are two.",)
+    lines = (f"{words}Brackets are 95 % t intervals over seeds, where there are at least two.",)
     return Section("Operating points, %", lines, tuple(columns), tuple(rows))
 
 
@@ -228,10 +244,10 @@ def _means(report: Report, name: str, measurement: object, part: str) -> list[Me
 
 
 def _fronts(report: Report) -> Section:
-    """The validation fronts of all methods: hypervolume, robust accuracy at equal clean accuracy, dials."""
+    """The validation fronts of all methods: hypervolume, height, hyperparameters."""
     study = report.study
     columns = ("method", "trials", "hypervolume", *(f"at {level:g} % clean" for level in CLEAN_LEVELS))
-    columns = (*columns, "dials on the front")
+    columns = (*columns, "hyperparameters on the front")
     rows = []
     for one in report.tried:
         if not one.candidates:
@@ -240,10 +256,10 @@ def _fronts(report: Report) -> Section:
         assert models is not None  # it has candidates
         volume, *at = resampling.estimates([models], lambda points: _heights(points[0], study.reference))
         own = [one.candidates[i] for i in choice.on_front(one)]
-        dials = "; ".join(f"{' '.join(c.trial.settings)} x{c.share:g}" for c in own)
+        hyperparameters = "; ".join(f"{' '.join(c.trial.settings)} x{c.share:g}" for c in own)
         trials = len({c.trial.number for c in one.candidates})
         cells = [one.method.name, f"{trials} of {len(one.trials)}", interval(volume, "")]
-        rows.append(tuple(map(Cell, (*cells, *(interval(e, "") for e in at), dials))))
+        rows.append(tuple(map(Cell, (*cells, *(interval(e, "") for e in at), hyperparameters))))
     x, y = study.reference
     lines = (
         "The Pareto front of a method is over all of its trials and interpolations, on validation images, "
@@ -270,11 +286,17 @@ def _speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
         for speed in _pair_speeds(report, pair):
             cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), ratio(speed.steps))
             rows.append(tuple(map(Cell, (*cells, ratio(speed.time)))))
+        radii = (
+            ""
+            if _one_radius(report, pair)
+            else " Robust accuracies are left out: the two were trained at two radii, and a training's probe "
+            "attacks at its own."
+        )
         lines = (
             f"B's steps to an accuracy on the probe images over A's, from runs of one seed; A is {pair.a}, B "
-            f"is {pair.b}, each with its chosen dials and all of its trained weights. The levels are shares "
-            "of B's last accuracy. A level counts as reached from where the curve stays above it. Time is "
-            "processor time of training steps.",
+            f"is {pair.b}, each with its chosen hyperparameters and all of its trained weights. The levels "
+            "are shares of B's last accuracy. A level counts as reached from where the curve stays above it. "
+            f"Time is processor time of training steps.{radii}",
         )
         columns = ("accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
         yield Section(f"How soon: {pair.comparison.title}", lines, columns, tuple(rows))
@@ -321,7 +343,7 @@ def _trials(report: Report) -> Section:
                 Cell(candidate.trial.command(candidate.share, report.study), code=True),
             ]
             rows.append(tuple(cells))
-    columns = ("trial", "dials", "interpolation", "val clean", "val robust", "rule", "", COMMAND)
+    columns = ("trial", "hyperparameters", "interpolation", "val clean", "val robust", "rule", "", COMMAND)
     return Section("All trials", (), columns, tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""The trials of a frontier study: a method at one setting of its dials, trained with one seed, and judged."""
+"""The trials of a frontier study: a method with some hyperparameters and one seed, trained and judged."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class TeacherRun:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of a method's dials with one seed.
+    """One setting of a method's hyperparameters with one seed.
 
     Attributes:
         method: name of the method.
         number: of the setting, from 1, in the order of the grid.
-        settings: the dials, as `--set` takes them.
+        settings: the hyperparameters, as `--set` takes them.
         seed: of the recipe.
         recipe: resolved, with interpolation 1; teachers of the study are its checkpoint folders.
         sha256: fingerprint of what changes the weights: a recipe with another title trains the same model.
@@ -75,8 +75,8 @@ class Trial:
     @property
     def name(self) -> str:
         """What progress lines and errors call it."""
-        dials = ", ".join(self.settings) or "as its recipe is"
-        return f"{self.method} {self.number} ({dials}), seed {self.seed}"
+        hyperparameters = ", ".join(self.settings) or "as its recipe is"
+        return f"{self.method} {self.number} ({hyperparameters}), seed {self.seed}"
 
     def command(self, share: float, study: Frontier) -> str:
         """The command that trains this model again."""
@@ -124,7 +124,8 @@ def trials(study: Frontier, method: Method, out: Path, seed: int) -> list[Trial]
         sha256 = trained(_with_models(named, {one.name: f"recipe {trained(one.recipe)}" for one in needs}))
         if sha256 in found:
             other = found[sha256].number
-            raise CardError(where, f"trials {other} and {number} are one recipe", "dials that change it")
+            do = "hyperparameters that change it"
+            raise CardError(where, f"trials {other} and {number} are one recipe", do)
         recipe = _with_models(named, {one.name: str(one.model) for one in needs})
         folder = out / f"{store.file_name(recipe.name)}-s{seed}-{sha256[:12]}"
         found[sha256] = Trial(method.name, number, settings, seed, recipe, sha256, needs, folder)

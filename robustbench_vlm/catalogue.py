@@ -221,7 +221,12 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
     if passes is None:
         return {"unknown": f"defense {recipe.defense['name']} does not say what a step costs"}
     towers = {}
-    for role, model in {"student": recipe.student, **recipe.teachers}.items():
+    staged = {
+        f"{role} until {phase.until:g}": phase.model
+        for role, phases in recipe.phases.items()
+        for phase in phases
+    }
+    for role, model in {"student": recipe.student, **recipe.teachers, **staged}.items():
         config = _config(model)
         if config is None:
             return {"unknown": f"the architecture of {role} {model!r}, which is not on this machine"}

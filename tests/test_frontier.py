@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,6 +195,21 @@ def test_a_speed_up_is_the_others_steps_over_the_own_ones():
     assert curves.speeds([other], [own])[3].steps is None  # 40 of 60 %: it never gets there
 
 
+def test_a_level_is_that_of_the_runs_of_one_seed():
+    """B ends at 40 and at 50 %, A reaches these at 150 and 200 of 200 steps; the levels are 45 on average."""
+    b = [outcome_with_curve(0.4), outcome_with_curve(0.5)]
+    a = [outcome_with_curve(0.4 * 200 / 150), outcome_with_curve(0.5)]
+    last = curves.speeds(a, b)[3]
+    assert (last.kind, last.reached) == ("robust", 2)
+    assert last.level == pytest.approx(45)
+    assert last.steps.value == pytest.approx(math.sqrt(200 / 150 * 1))
+
+
+def outcome_with_curve(robust):
+    """Robust accuracy rises from 0 at step 0, linearly."""
+    return Outcome({}, ((0, 0.9, 0.0), (200, 0.9, robust)), 0.3, (0.1, 0.1))
+
+
 # --- the card ----------------------------------------------------------------------------------------------
 
 
@@ -284,6 +301,23 @@ def test_a_teacher_of_the_study_may_teach_first(tmp_path):
     assert trial.sha256 == trials(study, staged, tmp_path / "elsewhere", 0)[0].sha256
 
 
+def test_the_command_of_a_trial_can_be_typed(tmp_path):
+    """Settings may have quotes; a trial that needs a teacher of the study is made by the study."""
+    study = card(set=["teachers.robust=it's here"])
+    words = shlex.split(trials(study, study.method[0], tmp_path, 0)[1].command(0.5, study))
+    assert words[:5] == ["vlmrob", "train", "single-teacher", "--recipe", "tiny-single-teacher"]
+    assert words[5:] == [
+        word
+        for change in ["teachers.robust=it's here", "inner.eps=6/255", "seed=0", "interpolation=0.5"]
+        for word in ("--set", change)
+    ]
+    method = card().method[0].model_copy(update={"set": ("student=@weak",)})
+    study = card(teacher=[{"name": "weak", "recipe": "tiny-tecoa"}])
+    trial = trials(study, method, tmp_path, 0)[0]
+    assert trial.command(1.0, study) == "vlmrob study frontier --method single-teacher"
+    assert trial.start == "weak"
+
+
 # --- the rule ----------------------------------------------------------------------------------------------
 
 
@@ -345,6 +379,43 @@ def ledger(study, tmp_path, *, tested=True):
                         for test in study.test:
                             known[Judging(trial, share, test).id] = one
     return known
+
+
+def test_a_family_whose_member_reaches_no_floor_is_compared_by_the_others(tmp_path):
+    """Only static has a point with at least 91 % clean."""
+    floor = {"highest": "robust", "floor": 91, "fixed": "2026-01-01"}
+    study = card(rule=floor, test=[LINE])
+    report = Report(study, tmp_path, ledger(study, tmp_path))
+    assert {name: one and one.trial.number for name, one in report.choices.items()} == {
+        "single-teacher": None,
+        "mmt-ard-static": 1,
+        "mmt-ard-released": None,
+    }
+    assert choice.contenders(study, report.choices) == {"mmt-ard-static"}
+    text = files.markdown(study, list(sections(report))).decode()
+    assert "| single-teacher | no trial reaches the floor |" in text
+
+
+def test_validation_outcomes_of_a_trial_that_is_gone_are_no_hidden_tests(tmp_path):
+    study = card(test=[LINE])
+    known = ledger(study, tmp_path, tested=False)
+    fewer = study.method[0].model_copy(update={"grid": {"inner.eps": ("4/255",)}})
+    now = study.model_copy(update={"method": (fewer, *study.method[1:])})
+    assert Report(now, tmp_path, known).hidden == 0
+
+
+def test_sets_are_seen_or_unseen_if_they_are_so_for_every_model(tmp_path):
+    study = card(test=[LINE])
+    known = ledger(study, tmp_path)
+    trial = trials(study, study.method[0], tmp_path, 1)[0]
+    id_ = Judging(trial, 1.0, study.test[0]).id
+    met = {name: replace(one, exposure="unknown") for name, one in known[id_].datasets.items() if name == "u"}
+    known[id_] = replace(known[id_], datasets={**known[id_].datasets, **met})
+    report = Report(study, tmp_path, known)
+    assert report.names(study.test[0], "seen") == ["s"]
+    assert report.names(study.test[0], "unseen") == []
+    pair = compared(report, study.comparison[0])
+    assert {one.part for one in pair.statements} == {"seen", "validation"}
 
 
 LINE = {"attack": "pgd20", "suite": "tiny", "n": 0, "of": "line"}
@@ -465,7 +536,7 @@ def test_a_method_with_a_trial_to_do_has_no_choice_and_no_test(tmp_path):
     assert "single-teacher" not in report.made
     assert compared(report, study.comparison[0]) is None
     text = files.markdown(study, list(sections(report))).decode()
-    assert "| single-teacher | 0 of 2 trials to do |" in text
+    assert "| single-teacher | 1 of 2 trials to do |" in text
 
 
 def test_the_paper_stands_beside_what_was_found_and_p_values_are_adjusted(tmp_path):

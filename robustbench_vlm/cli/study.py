@@ -56,6 +56,9 @@ def study(  # noqa: PLR0913 - options of a command
     if isinstance(card, Frontier):
         if seeds is not None:
             raise InputError("--seeds", f"{card.name} is a frontier study", "seeds as its card says")
+        if render and (method or dry_run):
+            other = "--method" if method else "--dry-run"
+            raise InputError(f"--render {other}", "the pages have all methods", "one of the two options")
     elif refused := [flag for flag, there in given if there]:
         raise InputError(refused[0], f"{card.name} is no frontier study", 'a card with kind = "frontier"')
     from robustbench_vlm.studies.frontier.perform import Places

@@ -157,6 +157,8 @@ class Pool:
         """See `remote_work.Workers`; a worker that is lost before it answers is left out."""
         replies: list[SimpleQueue[Answer]] = []
         with self._changed:
+            if self._error is not None:  # nobody serves the workers any more
+                raise self._error
             for live in self._live:
                 if cell in live.attacked:
                     replies.append(SimpleQueue())

@@ -79,7 +79,10 @@ class Target:
     def _below(cls, folder: Path) -> Target:
         bundles = tuple(sorted(folder.rglob(f"*{evidence.SUFFIX}")))
         proved = {evidence.result_of(path) for path in bundles}
-        cells = sorted(path for path in folder.rglob("*.json") if result_file.FOLDER in path.parts)
+        below = folder.parent  # what lies above it has a name of its own
+        cells = sorted(
+            path for path in folder.rglob("*.json") if result_file.FOLDER in path.relative_to(below).parts
+        )
         submitted = folder if (folder / submission.FILE).is_file() else None
         tables = tuple(sorted(folder.glob("*.csv")))
         return cls(bundles, tuple(path for path in cells if path not in proved), tables, submitted)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class FinishedRun:
         timed: number of steps that the mean is over.
         clock: `processor`, of a process of one thread; `wall`, on an accelerator.
         verdicts: by dataset, columns `key`, `clean` and `robust` (bool: right), ordered by key.
-        exposure: by dataset: `seen`, `unseen` or `unknown`.
+        exposure: by dataset: `seen`, `unseen` or `unknown`; `unknown` too where runs of the study differ.
     """
 
     run: StudyRun
@@ -189,7 +189,13 @@ def read(study: Study, runs: Sequence[StudyRun]) -> Findings:
         DataError: a log that cannot be read, or verdicts that a result was not counted from.
     """
     finished = {(run.arm, run.seed): _finished(study, run) for run in runs}
-    return Findings(study, finished, tuple(dict.fromkeys(run.seed for run in runs)))
+    said = [run.exposure for run in finished.values()]
+    common = {
+        name: exposure if all(one[name] == exposure for one in said) else "unknown"
+        for name, exposure in said[0].items()
+    }
+    alike = {key: replace(run, exposure=common) for key, run in finished.items()}
+    return Findings(study, alike, tuple(dict.fromkeys(run.seed for run in runs)))
 
 
 def _finished(study: Study, run: StudyRun) -> FinishedRun:

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from robustbench_vlm import one_writer
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.devices import one_thread
 from robustbench_vlm.errors import Incomplete, VlmrobError
 from robustbench_vlm.evaluation import workers
+from robustbench_vlm.evaluation.worker import Failed
 from robustbench_vlm.studies.task import Resources, Task
 
 STARTED_AGAIN = 3  # times at most, after deaths of its worker
@@ -72,27 +74,31 @@ def _result(task: Task, reference: Any) -> tuple[Any, float]:  # noqa: ANN401 - 
 
     Raises:
         VlmrobError: it failed.
-        Incomplete: its worker died again and again.
+        Incomplete: it stopped, or its worker died again and again.
     """
     try:
-        error, found, seconds = ray.get(reference)
+        found, seconds = ray.get(reference)
+    except RayTaskError as failed:  # of Python, in the worker
+        lines = str(failed.cause or failed).strip().splitlines() or ["no message"]
+        raise VlmrobError(f"{task.name}: {type(failed.cause or failed).__name__}: {lines[0]}") from failed
     except RayError as died:
         message = f"{task.name}: its worker died {STARTED_AGAIN + 1} times; the same command goes on"
         raise Incomplete(message) from died
-    if error:
-        raise VlmrobError(f"{task.name}: {error}")
+    if isinstance(found, Failed):
+        error = found.raised
+        raise error if isinstance(error, Incomplete) else VlmrobError(f"{task.name}: {error}")
     return found, seconds
 
 
-def _perform(task: Task, place: Place) -> tuple[str, Any, float]:
-    """Do a task in a worker: its error if it has a known one, what it returned, and its seconds."""
+def _perform(task: Task, place: Place) -> tuple[Any, float]:
+    """Do a task in a worker: what it returned, or how it failed, and its seconds."""
     reader.include(list(place.cards))
     reader.use_cards_of(place.resources.data_root)
     plugins.allow_code(place.code)
     begun = time.perf_counter()
-    with one_thread():
-        try:
+    try:
+        with one_thread(), one_writer.locked(task.folder):
             found = task.perform(place.resources)
-        except VlmrobError as error:
-            return str(error), None, 0.0
-    return "", found, time.perf_counter() - begun
+    except VlmrobError as error:
+        return Failed(type(error).__name__, str(error), ""), 0.0
+    return found, time.perf_counter() - begun

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from robustbench_vlm import one_writer
 from robustbench_vlm.devices import one_thread
 from robustbench_vlm.errors import Incomplete, VlmrobError
 from robustbench_vlm.evaluation import ray_settings
@@ -23,7 +24,8 @@ def perform(tasks: Sequence[T], resources: Resources) -> Iterator[tuple[T, Any, 
     Raises:
         VlmrobError: a task failed; those beside it are stopped.
         Incomplete: a signal came; in this process the state of a training is saved.
-        InputError: a cluster that cannot be joined, or a device that cannot be shared out.
+        InputError: a cluster that cannot be joined, a device that cannot be shared out, or a folder that
+            another command writes to.
     """
     if resources.workers:
         ray_settings.prepare(resources.workers)
@@ -33,7 +35,7 @@ def perform(tasks: Sequence[T], resources: Resources) -> Iterator[tuple[T, Any, 
         return
     for task in tasks:
         begun = time.perf_counter()
-        with one_thread():
+        with one_thread(), one_writer.locked(task.folder):
             try:
                 found = task.perform(resources)
             except Incomplete:

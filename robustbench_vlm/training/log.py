@@ -31,7 +31,9 @@ def continue_at(out: Path, step: int) -> Path | None:
     number = 1
     while (aside := out / f"log-{number}.jsonl").exists():
         number += 1
-    log.rename(aside)
+    store.write(aside, log.read_bytes())  # first the copy: a kill between the two loses no line
     if valid:
         store.write(log, content)
+    else:
+        log.unlink()
     return aside

@@ -73,6 +73,8 @@ def run(
     folder.refuse_other_runs(out, recipe)
     if (out / "card.json").exists():
         remark(f"{out} is finished already, by this very recipe: nothing is trained again")
+        if world.first:  # a kill after the card left the last checkpoints
+            remove_unscheduled(out, recipe.checkpoint_every, recipe.optim.steps)
         return out
     threat = recipe.inner.described if recipe.inner else "no adversary"  # refuses a radius that is none
     setup = prepare(

@@ -16,6 +16,9 @@ from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
 ALL = ("line", "chosen")
 """The tests that every method takes; the others are for the methods that are compared."""
 
+Choices = Mapping[str, "Candidate | None"]
+"""See `choices`."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -83,25 +86,27 @@ def chosen(rule: Rule, candidates: Sequence[Candidate]) -> Candidate | None:
     return None if best is None or value(rule, best) == float("-inf") else best
 
 
-def choices(study: Frontier, tried_: Sequence[MethodTrials]) -> dict[str, Candidate]:
-    """What was chosen for every method whose trials are complete, by method."""
-    found = {}
-    for one in tried_:
-        if one.complete(len(study.interpolation)):
-            best = chosen(study.rule, one.candidates)
-            if best is not None:
-                found[one.method.name] = best
-    return found
+def choices(study: Frontier, tried_: Sequence[MethodTrials]) -> dict[str, Candidate | None]:
+    """What was chosen for every method whose trials are complete; None where nothing reaches the floor."""
+    return {
+        one.method.name: chosen(study.rule, one.candidates)
+        for one in tried_
+        if one.complete(len(study.interpolation))
+    }
 
 
-def contender(study: Frontier, family: Sequence[str], made: Mapping[str, Candidate]) -> str | None:
-    """The member of a family that the rule prefers; None while a member's trials are incomplete."""
+def contender(study: Frontier, family: Sequence[str], made: Choices) -> str | None:
+    """The member of a family that the rule prefers.
+
+    None while a member's trials are incomplete, or where no member has a choice.
+    """
     if any(name not in made for name in family):
         return None
-    return max(family, key=lambda name: value(study.rule, made[name]))
+    best = {name: candidate for name in family if (candidate := made[name]) is not None}
+    return max(best, key=lambda name: value(study.rule, best[name]), default=None)
 
 
-def contenders(study: Frontier, made: Mapping[str, Candidate]) -> set[str]:
+def contenders(study: Frontier, made: Choices) -> set[str]:
     """The methods that comparisons are between, as far as they are known."""
     families = [family for pair in study.comparison for family in (pair.a, pair.b)]
     return {name for family in families if (name := contender(study, family, made)) is not None}
@@ -154,6 +159,6 @@ def judgings_of_chosen(study: Frontier, out: Path, tried_: Sequence[MethodTrials
     return list(found.values())
 
 
-def seeds(study: Frontier, method: str, made: Mapping[str, Candidate]) -> tuple[int, ...]:
+def seeds(study: Frontier, method: str, made: Choices) -> tuple[int, ...]:
     """The seeds of a method's chosen trial."""
     return study.seeds if method in contenders(study, made) else study.seeds[: study.repeats]

@@ -23,7 +23,8 @@ class Speed:
 
     Attributes:
         kind: `clean` or `robust`.
-        level: accuracy on the probe images, in points.
+        level: accuracy on the probe images, in points: a share of the other method's last one, which differs
+            from seed to seed; the mean over seeds.
         reached: number of seeds in which the method reaches it.
         steps, time: the other method's steps, or processor time, over this one's; the geometric mean over
             seeds. None where one of the two never reaches the level in some seed.
@@ -67,9 +68,9 @@ def speeds(
         column = COLUMNS[kind]
         ends = [100 * run.curve[-1][column] for run in other]
         for share in LEVELS:
-            level = share * sum(ends) / len(ends)
-            at = [_settled(run, column, level) for run in own]
-            theirs = [_settled(run, column, level) for run in other]
+            levels = [share * end for end in ends]
+            at = [_settled(run, column, level) for run, level in zip(own, levels, strict=True)]
+            theirs = [_settled(run, column, level) for run, level in zip(other, levels, strict=True)]
             ratios = [
                 None if a is None or b is None else max(b, 1.0) / max(a, 1.0)
                 for a, b in zip(at, theirs, strict=True)
@@ -77,6 +78,7 @@ def speeds(
             costs = [_cost(a, b) for a, b in zip(own, other, strict=True)]
             timed = [None if r is None or c is None else r * c for r, c in zip(ratios, costs, strict=True)]
             reached = sum(a is not None for a in at)
+            level = sum(levels) / len(levels)
             found.append(Speed(kind, level, reached, geometric(ratios), geometric(timed)))
     return found
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import DataError
@@ -61,10 +62,9 @@ class Outcome:
     step_seconds: float | None
     hours: tuple[float, float]
 
-    def mean(self, kind: str, exposure: str = "") -> float:
-        """Accuracy in points: the mean over the datasets, or over those with one exposure."""
-        chosen = [one for one in self.datasets.values() if exposure in ("", one.exposure)]
-        return 100 * float(np.mean([one.of(kind).mean() for one in chosen]))
+    def mean(self, kind: str) -> float:
+        """Accuracy in points: the mean over the datasets."""
+        return 100 * float(np.mean([one.of(kind).mean() for one in self.datasets.values()]))
 
 
 def packed(result: Result) -> dict[str, Any]:
@@ -95,10 +95,12 @@ def ledger(tables: Path, study: str) -> Path:
 
 
 def append(path: Path, found: Iterable[Mapping[str, Any]]) -> None:
-    """Add outcomes; called by the one process that a study's command runs in."""
-    store.mend(path)
-    for record in found:
-        store.append(path, record)
+    """Add outcomes. Several commands may do so at once, each for other methods."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # mending cuts a line that another one is writing
+        store.mend(path)
+        for record in found:
+            store.append(path, record)
 
 
 def read(path: Path) -> dict[Id, Outcome]:

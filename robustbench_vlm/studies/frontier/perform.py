@@ -10,6 +10,7 @@ from pathlib import Path
 from robustbench_vlm import devices
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.frontier import Frontier
+from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.studies import work_off
 from robustbench_vlm.studies.frontier import choice, outcomes
@@ -55,10 +56,11 @@ def perform(
         known = outcomes.read(outcomes.ledger(places.tables, study.name))
         tasks = _tasks(study, [one for one in judgings if one.id not in known])
         needed = {teacher.name: teacher for task in tasks for teacher in task.trial.needs}
-        teachers = [one for one in needed.values() if not (one.model / "card.json").exists()]
+        teachers = [one for one in needed.values() if not one.trained]
+        check(tasks, teachers, resources)
         if teachers:
             _work_off(study, teachers, places, resources, remark)
-        check(tasks, resources)
+            check(tasks, [], resources)  # the methods that waited for them
         _work_off(study, tasks, places, resources, remark)
 
 
@@ -91,19 +93,30 @@ def _tasks(study: Frontier, judgings: Sequence[Judging]) -> list[TrialTask]:
     return [TrialTask(found[place][0].trial, tuple(found[place])) for place in order]
 
 
-def check(tasks: Sequence[TrialTask], resources: Resources) -> None:
+def check(tasks: Sequence[TrialTask], teachers: Sequence[TeacherRun], resources: Resources) -> None:
     """Load once what every method needs, so that what cannot be used is found before the first training.
+
+    Args:
+        tasks: to do.
+        teachers: to be trained before them; what needs one of them is not looked at yet.
+        resources: what they are done with.
 
     Raises:
         InputError: see `perform`.
     """
     device = devices.choose_device(resources.device)
-    firsts = {task.trial.method: task.trial for task in reversed(tasks)}
-    for trial in firsts.values():
-        prepare.prepare(trial.recipe, resources.data_root, device)
+    firsts = {task.trial.method: task.trial for task in reversed(tasks)}.values()
+    recipes = [one.recipe for one in teachers]
+    recipes += [trial.recipe for trial in firsts if all(one.trained for one in trial.needs)]
+    for recipe in recipes:
+        prepare.prepare(recipe, resources.data_root, device)
     for measurement in {judging.measurement for task in tasks for judging in task.judgings}:
-        student = tasks[0].trial.recipe.student
-        planning.require_data(planning.plan(request(measurement, student, Path(), resources), device))
+        plan = planning.plan(request(measurement, recipes[0].student, Path(), resources), device)
+        if len(plan.settings.ladder) > 1:
+            radii = " ".join(str(eps) for eps in plan.settings.ladder)
+            do = "name a suite with one radius"
+            raise InputError(f"study, suite {measurement.suite}", f"radii {radii}", "one radius", do)
+        planning.require_data(plan)
 
 
 def _work_off(
@@ -143,6 +156,8 @@ def state(study: Frontier, places: Places, methods: Sequence[str] = ()) -> list[
 
 def datasets(study: Frontier, places: Places) -> list[str]:
     """Names of all datasets that a study trains or measures on."""
-    trained = {judging.trial.recipe.data.dataset for judging in _trials(study, places)}
+    trials = [judging.trial for judging in _trials(study, places)]
+    recipes = [trial.recipe for trial in trials] + [one.recipe for trial in trials for one in trial.needs]
+    trained = {recipe.data.dataset for recipe in recipes}
     measured = {name for one in (study.validation, *study.test) for name in reader.suite(one.suite).datasets}
     return sorted(trained | measured)

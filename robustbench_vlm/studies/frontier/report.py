@@ -15,7 +15,7 @@ from robustbench_vlm.studies.frontier import choice, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate, MethodTrials
 from robustbench_vlm.studies.frontier.outcomes import KINDS, Id, Outcome
 from robustbench_vlm.studies.frontier.resampling import Estimate, Models
-from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
+from robustbench_vlm.studies.frontier.trials import Judging, Trial, fingerprint, trials
 
 Span = tuple[float, float]
 SEEN, UNSEEN, VALIDATION = "seen", "unseen", "validation"
@@ -42,9 +42,14 @@ class Report:
         return choice.tried(self.study, self.out, self.known)
 
     @cached_property
-    def made(self) -> dict[str, Candidate]:
-        """The choice of every method whose trials are complete."""
+    def choices(self) -> dict[str, Candidate | None]:
+        """See `choice.choices`."""
         return choice.choices(self.study, self.tried)
+
+    @cached_property
+    def made(self) -> dict[str, Candidate]:
+        """The choice of every method that has one."""
+        return {name: best for name, best in self.choices.items() if best is not None}
 
     @property
     def test(self) -> Measurement | None:
@@ -75,12 +80,22 @@ class Report:
         """The seeds with which every one of some points of a method was measured."""
         return [
             seed
-            for seed in choice.seeds(self.study, points[0].trial.method, self.made)
+            for seed in choice.seeds(self.study, points[0].trial.method, self.choices)
             if all(self._id(point, seed, measurement) in self.known for point in points)
         ]
 
     def _id(self, point: Candidate, seed: int, measurement: Measurement) -> Id:
         return Judging(self.trial(point, seed), point.share, measurement).id
+
+    def names(self, measurement: Measurement, exposure: str = "") -> list[str]:
+        """The datasets of a measurement; with an exposure, those that have it for every model."""
+        judged = fingerprint(measurement)
+        measured = [outcome.datasets for id_, outcome in self.known.items() if id_[2] == judged]
+        return [
+            name
+            for name in (measured[0] if measured else ())
+            if not exposure or all(one[name].exposure == exposure for one in measured)
+        ]
 
     def models(
         self, points: Sequence[Candidate], seeds: Sequence[int], measurement: Measurement, exposure: str = ""
@@ -91,12 +106,12 @@ class Report:
             points: of one method.
             seeds: with which all of them were measured.
             measurement: which one.
-            exposure: only the datasets that are `seen` or `unseen`; empty: all.
+            exposure: only the datasets that are `seen` or `unseen` for every model; empty: all.
         """
         found = [[self.outcome(point, seed, measurement) for point in points] for seed in seeds]
         if not found:
             return None
-        names = [name for name, one in found[0][0].datasets.items() if exposure in ("", one.exposure)]
+        names = self.names(measurement, exposure)
         verdicts = {
             name: np.array(
                 [[[one.datasets[name].of(kind) for kind in KINDS] for one in row] for row in found]
@@ -112,15 +127,10 @@ class Report:
 
     @property
     def hidden(self) -> int:
-        """Test outcomes in the ledger that belong to no chosen trial; they are not shown."""
+        """Test outcomes in the ledger of what was not chosen; they are not shown."""
+        tests = {fingerprint(test) for test in self.study.test}
         chosen = {judging.id for judging in choice.judgings_of_chosen(self.study, self.out, self.tried)}
-        validation = {
-            Judging(trial, share, self.study.validation).id
-            for one in self.tried
-            for trial in one.trials
-            for share in self.study.interpolation
-        }
-        return len(self.known.keys() - chosen - validation)
+        return sum(id_[2] in tests and id_ not in chosen for id_ in self.known)
 
     def hours(self) -> float:
         """Processor hours of all trainings and measurements."""
@@ -169,7 +179,9 @@ class Compared:
 
 def compared(report: Report, comparison: Comparison) -> Compared | None:
     """A comparison; None while a contender is not known."""
-    names = [choice.contender(report.study, family, report.made) for family in (comparison.a, comparison.b)]
+    names = [
+        choice.contender(report.study, family, report.choices) for family in (comparison.a, comparison.b)
+    ]
     if names[0] is None or names[1] is None:
         return None
     a, b = names[0], names[1]

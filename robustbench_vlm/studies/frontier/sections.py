@@ -1,14 +1,14 @@
-"""What the pages of a frontier study say, section by section; `pages` writes it as Markdown and as HTML."""
+"""What the pages of a frontier study say, section by section; `files` writes it as Markdown and as HTML."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from robustbench_vlm.cards.frontier import Rule
+from robustbench_vlm.cards.frontier import Measurement, Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.frontier import choice, curves, fronts, resampling
@@ -60,24 +60,26 @@ def _in_short(pairs: Sequence[Compared]) -> Section:
     """A sentence for each comparison: the fronts at equal accuracy, as far as they share any."""
     lines = []
     for pair in pairs:
+        adjusted = stats.holm([one.estimate.p for one in pair.statements])
+        rows = list(zip(pair.statements, adjusted, strict=True))
         said = [
-            f"on {part} images " + " and ".join(_told(one, pair) for one in own)
+            f"on {part} images " + " and ".join(_told(one, pair, p) for one, p in own)
             for part in (SEEN, UNSEEN, VALIDATION)
-            if (own := [one for one in pair.statements if one.part == part and one.equal])
+            if (own := [(one, p) for one, p in rows if one.part == part and one.equal])
         ]
         words = "; ".join(said) or "the fronts share too little for a statement, or are not tested yet"
         lines.append(f"{pair.comparison.title}: {words}.")
     return Section("In short", tuple(lines))
 
 
-def _told(one: Statement, pair: Compared) -> str:
+def _told(one: Statement, pair: Compared, p: float) -> str:
+    """What a statement says; `p` is adjusted for the comparison."""
     where = f"{one.kind} accuracy at equal {one.equal} accuracy"
     points = interval(one.estimate)
-    if one.estimate.low > 0:
-        return f"{pair.a} has more {where} than {pair.b}, by {points} points"
-    if one.estimate.high < 0:
-        return f"{pair.a} has less {where} than {pair.b}, by {points} points"
-    return f"no difference in {where} can be shown ({points} points)"
+    if not p < stats.LEVEL:
+        return f"no difference in {where} can be shown ({points} points)"
+    more = "more" if one.estimate.value > 0 else "less"
+    return f"{pair.a} has {more} {where} than {pair.b}, by {points} points"
 
 
 def words_of(rule: Rule) -> str:
@@ -96,21 +98,30 @@ def _rule(report: Report) -> Section:
     judged = sum(len({c.trial.number for c in one.candidates}) for one in report.tried)
     numbers = ", ".join(f"{one.method.name} {len(one.trials)}" for one in report.tried)
     shares = ", ".join(f"{share:g}" for share in study.interpolation)
-    recipe = report.tried[0].trials[0].recipe
+    every = [trial for one in report.tried for trial in one.trials]
+    steps = _one_of(trial.recipe.optim.steps for trial in every)
+    sizes = _one_of(trial.recipe.optim.batch_size for trial in every)
+    starts = _one_of(trial.start for trial in every)
     lines = [
         f"Operating point of a method: {words_of(study.rule)}. The rule was written down on "
         f"{study.rule.fixed}, before a model of this study was tested; test images are attacked for what the "
         "rule chooses and, of compared methods, for what lies on their validation fronts.",
         f"Trials a method: {numbers}. {judged} of {sum(len(one.trials) for one in report.tried)} are done, "
-        f"and {done} of {len(report.tried)} methods are complete. Every training has {recipe.optim.steps} "
-        f"steps of {recipe.optim.batch_size} images from {recipe.student}, and gives a model for each "
-        f"interpolation of trained and initial weights ({shares}; WiSE-FT, arXiv:2109.01903).",
-        f"Validation: {study.validation.attack} on suite {study.validation.suite}. Processor time so far: "
-        f"{report.hours():.1f} hours of one core.",
+        f"and {done} of {len(report.tried)} methods are complete. Every training has {steps} steps of "
+        f"{sizes} images from {starts}, and gives a model for each interpolation of trained and initial "
+        f"weights ({shares}; WiSE-FT, arXiv:2109.01903).",
+        f"Validation: {study.validation.attack} on suite {study.validation.suite}. So far "
+        f"{report.hours():.1f} hours of one core: processor time of training steps, and measurements by the "
+        "clock.",
     ]
     if report.hidden:
         lines.append(f"{report.hidden} test outcomes of trials that the rule does not choose are not shown.")
     return Section("The rule", tuple(lines))
+
+
+def _one_of(values: Iterable[object]) -> str:
+    """Values that differ, in words: `100`, `100 or 200`."""
+    return " or ".join(map(str, dict.fromkeys(values)))
 
 
 def _comparisons(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
@@ -208,8 +219,9 @@ def _chosen(report: Report) -> Section:
     for one in report.tried:
         name = one.method.name
         if name not in report.made:
-            left = len(one.trials) - len({c.trial.number for c in one.candidates})
-            words = f"{left} of {len(one.trials)} trials to do"
+            judged = [candidate.trial.number for candidate in one.candidates]
+            left = sum(judged.count(trial.number) < len(study.interpolation) for trial in one.trials)
+            words = f"{left} of {len(one.trials)} trials to do" if left else "no trial reaches the floor"
             rows.append((Cell(name), Cell(words), *[Cell("")] * (len(columns) - 2)))
             continue
         best = report.made[name]
@@ -234,9 +246,9 @@ def _n(n: int) -> str:
     return f"{n} images a set" if n else "all images"
 
 
-def _means(report: Report, name: str, measurement: object, part: str) -> list[Mean | None]:
+def _means(report: Report, name: str, measurement: Measurement, part: str) -> list[Mean | None]:
     """Clean and robust accuracy of the chosen models, over seeds."""
-    models = report.of_chosen(name, measurement, part)  # type: ignore[arg-type]
+    models = report.of_chosen(name, measurement, part)
     if models is None:
         return [None, None]
     values = models.of_seeds()[:, 0]

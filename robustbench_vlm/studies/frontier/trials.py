@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class TeacherRun:
         """Its checkpoint folder."""
         return self.folder / "model"
 
+    @property
+    def trained(self) -> bool:
+        """Whether that is done."""
+        return (self.model / "card.json").exists()
+
     def perform(self, resources: Resources) -> list[dict[str, Any]]:
         """Train it, if that is not done; it has no outcome."""
         runner.train(self.recipe, self.folder, resources)
@@ -78,13 +84,22 @@ class Trial:
         hyperparameters = ", ".join(self.settings) or "as its recipe is"
         return f"{self.method} {self.number} ({hyperparameters}), seed {self.seed}"
 
+    @property
+    def start(self) -> str:
+        """What the student is before training; a teacher of the study by its name."""
+        return {str(one.model.resolve()): one.name for one in self.needs}.get(
+            self.recipe.student, self.recipe.student
+        )
+
     def command(self, share: float, study: Frontier) -> str:
-        """The command that trains this model again."""
+        """The command that trains this model again: the study's own where it needs a teacher of the study."""
         method = next(method for method in study.method if method.name == self.method)
+        if self.needs:
+            return shlex.join(["vlmrob", "study", study.name, "--method", method.name])
         changes = [*study.set, *method.set, *self.settings, f"seed={self.seed}"]
         changes += [f"interpolation={share:g}"] if share < 1 else []
-        recipe = f"{self.recipe.defense['name']} --recipe {method.recipe}"
-        return f"vlmrob train {recipe} " + " ".join(f"--set '{change}'" for change in changes)
+        words = ["vlmrob", "train", str(self.recipe.defense["name"]), "--recipe", method.recipe]
+        return shlex.join(words + [word for change in changes for word in ("--set", change)])
 
 
 def trained(recipe: Recipe) -> str:
@@ -126,7 +141,8 @@ def trials(study: Frontier, method: Method, out: Path, seed: int) -> list[Trial]
             other = found[sha256].number
             do = "hyperparameters that change it"
             raise CardError(where, f"trials {other} and {number} are one recipe", do)
-        recipe = _with_models(named, {one.name: str(one.model) for one in needs})
+        # as a path from the root, so that a run goes on however `--out` is spelled
+        recipe = _with_models(named, {one.name: str(one.model.resolve()) for one in needs})
         folder = out / f"{store.file_name(recipe.name)}-s{seed}-{sha256[:12]}"
         found[sha256] = Trial(method.name, number, settings, seed, recipe, sha256, needs, folder)
     return list(found.values())

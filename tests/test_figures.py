@@ -97,7 +97,8 @@ def test_curves_of_a_training_run_are_those_of_its_log(tmp_path, monkeypatch, ca
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"step": 0, "probe": {"clean": 0.9, "robust": 0.0}}]
-    lines += [{"step": i, "loss": 3.0 / i, "kl_adv": 1.0 / i, "lr": 0.1, "grad_norm": 1.0} for i in (1, 2, 3)]
+    others = {"lr": 0.1, "grad_norm": 1.0, "images_per_second": 90.0, "data_seconds": 0.2}
+    lines += [{"step": i, "loss": 3.0 / i, "kl_adv": 1.0 / i} | others for i in (1, 2, 3)]
     lines += [{"step": 3, "probe": {"clean": 0.8, "robust": 0.4}}]
     for line in lines:
         store.append(run / "log.jsonl", line)

@@ -1,6 +1,7 @@
 """Signals: a stopped training saves its state, says where it goes on, and ends as if it never stopped."""
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,37 @@ def test_lines_after_the_last_checkpoint_stay_in_a_second_log(toy, tmp_path):
     log = (tmp_path / "log.jsonl").read_bytes()
     loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert (tmp_path / "log-1.jsonl").read_bytes() == log
+
+
+def test_a_kill_while_a_log_is_put_aside_loses_no_line(tmp_path, monkeypatch):
+    """The copy is whole before the log is cut."""
+    for step in (1, 2, 3):
+        store.append(tmp_path / "log.jsonl", {"step": step, "loss": 1.0})
+    whole, write = (tmp_path / "log.jsonl").read_bytes(), store.write
+
+    def killed(path, content):
+        if path.name == "log.jsonl":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log.continue_at(tmp_path, 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == whole
+    log.continue_at(tmp_path, 2)
+    assert [line["step"] for line in store.records(tmp_path / "log.jsonl")] == [1, 2]
+    assert (tmp_path / "log-2.jsonl").read_bytes() == whole
+
+
+def test_checkpoints_that_a_kill_left_after_the_end_are_taken_away(toy, whole, recipe, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    extra = tmp_path / "run" / "checkpoints" / "step_0000005.safetensors"
+    extra.parent.mkdir(exist_ok=True)
+    before = files(tmp_path / "run")
+    extra.write_bytes(b"left")
+    loop.run(recipe, tmp_path / "run", toy.data, CPU, quiet)
+    assert files(tmp_path / "run") == before
 
 
 def test_an_ignored_signal_stays_ignored():

@@ -504,6 +504,17 @@ def test_one_name_of_two_models_is_refused_with_their_fingerprints(tmp_path):
         compare.compare(found, "defended", "clean")
 
 
+def test_contests_with_one_title_are_told_apart(tmp_path):
+    """In bf16 the two models change places, and there is a sentence for each precision."""
+    for precision, broken in (("fp32", ({}, {0: "apgd-ce"})), ("bf16-find", ({0: "apgd-ce"}, {}))):
+        for model, found in zip("ab", broken, strict=True):
+            cell(tmp_path, model, "one", 9, found, precision=precision)
+    lines = compare.compare(cells(tmp_path), "a", "b")
+    assert len({line.attack for line in lines}) == 2
+    assert len(compare.conclusion(lines, "a", "b")) == 2
+    assert {precision for line in lines for precision in ("fp32", "bf16-find") if precision in line.attack}
+
+
 def test_models_without_a_contest_in_common_are_refused(tmp_path):
     cell(tmp_path, "a", "one", 9, {})
     cell(tmp_path, "b", "two", 9, {})

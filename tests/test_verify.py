@@ -95,6 +95,15 @@ def test_honest_results_pass_and_survive_a_second_attack(results, check):
     assert any(cell.kinds for cell in report.cells)
 
 
+def test_a_stopped_evaluation_is_verified(home, check, tmp_path, vlmrob):
+    words = ["--model", f"{home}/models/m0", *EVAL.split(), "--eps", "4", "--until", "20"]
+    vlmrob("--include", home / "cards", "eval", *words, "--data-root", home / "data", "--out", tmp_path / "r")
+    reader.include([home / "cards"])  # the command has left none
+    report = check(tmp_path / "r")
+    assert report.faults() == []
+    assert all(cell.result.contest.stop_rule.startswith("until 20 points") for cell in report.cells)
+
+
 def test_one_bundle_alone_is_enough(honest, check, tmp_path):
     alone = tmp_path / f"anything{evidence.SUFFIX}"
     shutil.copyfile(bundle_of(honest / "4"), alone)
@@ -497,7 +506,7 @@ def test_a_submission_is_complete_and_verified(submitted, check):
     record = json.loads((submitted / submission.FILE).read_text())
     assert record["licence"] == "MIT"
     assert record["models"] == ["random0", "random1"]
-    assert "vlmrob eval --model random0 --suite toys --attack aa" in record["commands"][0]
+    assert "vlmrob eval --suite toys --model random0 --attack aa" in record["commands"][0]
     cards = sorted(path.name for path in submitted.glob("MODEL-*.md"))
     assert len(cards) == 2
     assert "- licence of the weights: MIT" in (submitted / cards[0]).read_text()

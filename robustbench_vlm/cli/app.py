@@ -53,7 +53,7 @@ app.add_typer(data_app, name="data")
 
 ROOT_FLAGS = ("--quiet", "--verbose", "--allow-code")
 
-INTERRUPTED = 130
+TYPER_INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
 
 UsageError: Any = typer.BadParameter.__base__
@@ -171,6 +171,6 @@ def run(words: list[str]) -> int:
             return int(error.exit_code)
         command = error.ctx.command_path if error.ctx else NAME
         raise InputError(command, message.rstrip("."), do=f"see {command} --help") from None
-    if code == INTERRUPTED:
+    if code == TYPER_INTERRUPTED:
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

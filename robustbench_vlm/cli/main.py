@@ -15,12 +15,9 @@ from typing import Any
 
 from robustbench_vlm import interruption, threads
 
-INTERRUPTED = 75
-"""Exit code of a command that was stopped; that of `errors.Incomplete`."""
-
 SAVES_NOTHING = (
     *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
-    *("export", "lint", "plot", "slurm", "submit", "verify"),
+    *("export", "lint", "plan", "plot", "slurm", "submit", "verify"),
 )
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
 
@@ -77,7 +74,7 @@ def _end(error: BaseException, words: Sequence[str], stopped: Callable[[], bool]
         sys.stderr.write(
             f"error: {_interrupted(words)}\n"
         )  # not by Rich: its import may have been interrupted
-        return INTERRUPTED
+        return interruption.EXIT_CODE
     if isinstance(error, errors.VlmrobError):
         return _print(error)
     if isinstance(error, OSError) and error.errno in store.FULL:

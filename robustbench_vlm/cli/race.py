@@ -48,7 +48,7 @@ def race(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.cli.options import batch_size_of, comma_separated
     from robustbench_vlm.evaluation import estimate, planning, sequential
     from robustbench_vlm.evaluation.run import prepared
-    from robustbench_vlm.threat import parse_eps
+    from robustbench_vlm.threat import Threat, parse_eps
 
     chosen = reader.suite(suite)
     request = planning.EvalRequest(
@@ -76,7 +76,8 @@ def race(  # noqa: PLR0913 - one parameter a flag
     if as_json:
         console.result_json(record(found))
         return
-    title = f"{attack} {plan.settings.ladder[0]} on {len(present.datasets)} datasets of {suite}"
+    threat = Threat(plan.settings.norm, plan.settings.ladder[0])
+    title = f"{attack} {threat} on {len(present.datasets)} datasets of {suite}"
     lines = [[str(value) for value in line] for line in _pairs(found)]
     console.show(f"{title}: every pair", [*PAIRS], lines)
     models = zip(found.names, found.images, found.rank_sets, strict=True)

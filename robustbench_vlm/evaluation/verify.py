@@ -192,7 +192,9 @@ class Verifier:
         plan, ladder = self.at_hand.plans[asked], contest.ladder
         if protocol and plan.settings.ladder[: len(ladder)] != ladder:
             return Claim("configuration", f"radii {' '.join(contest.radii)} are not those of {protocol}")
-        return replace(plan, settings=replace(plan.settings, ladder=ladder))
+        stopped = {"stop_rule": contest.stop_rule} if contest.stop_rule else {}
+        tags = {**plan.settings.tags, **stopped}
+        return replace(plan, settings=replace(plan.settings, ladder=ladder, tags=tags))
 
     def _cell(self, result: Result, plan: Plan) -> Cell:
         loaded = protocols.with_protocol_resize(self._model(result), plan.protocol)

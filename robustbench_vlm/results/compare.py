@@ -30,7 +30,7 @@ class Comparison:
     """One line of a comparison.
 
     Attributes:
-        attack: title of the contest.
+        attack: title of the contest, which no other contest of the comparison has.
         dataset: its name; `POOLED`, the images of every dataset that both models have together, each of
             which counts alike; or `MEAN`, the mean over these datasets, each of which counts alike.
         clean: paired test of clean correctness.
@@ -106,16 +106,29 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[Comparison]:
     if not shared:
         raise InputError(f"compare {a} {b}", "no dataset and attack in common", do="evaluate both alike")
     lines: list[Comparison] = []
-    for contest in dict.fromkeys(contest for contest, _ in shared):
+    titles = _titles(list(dict.fromkeys(contest for contest, _ in shared)))
+    for contest, title in titles.items():
         datasets = [dataset for at, dataset in shared if at == contest]
         pairs = [_joined(of_a[contest, dataset], of_b[contest, dataset]) for dataset in datasets]
         tests = [_test(pair) for pair in pairs]
-        lines += [Comparison(contest.title, name, *both) for name, both in zip(datasets, tests, strict=True)]
+        lines += [Comparison(title, name, *both) for name, both in zip(datasets, tests, strict=True)]
         if len(pairs) > 1:
-            lines.append(Comparison(contest.title, POOLED, *_test(pd.concat(pairs))))
+            lines.append(Comparison(title, POOLED, *_test(pd.concat(pairs))))
             clean, robust = (stats.stratified(part) for part in zip(*tests, strict=True))
-            lines.append(Comparison(contest.title, MEAN, clean, robust))
+            lines.append(Comparison(title, MEAN, clean, robust))
     return lines
+
+
+def _titles(contests: Sequence[Contest]) -> dict[Contest, str]:
+    """A title for each contest; what else tells them apart where several have one title."""
+    titles = [contest.title for contest in contests]
+    return {
+        contest: contest.title
+        if titles.count(contest.title) == 1
+        else f"{contest.title} {contest.engine} {contest.precision} chain={contest.attack_sha256[:8]} "
+        f"seed={contest.seed} split={contest.split}"
+        for contest in contests
+    }
 
 
 def _of(results: Sequence[Result], name: str) -> ByContest:

@@ -17,6 +17,7 @@ from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.errors import DataError, InputError
 from robustbench_vlm.results import evidence, leaderboard, result_file, verification
+from robustbench_vlm.results.page import command
 from robustbench_vlm.results.result_file import Result
 
 FILE = "submission.json"
@@ -142,11 +143,8 @@ def _record(results: Sequence[Result], suites: Sequence[str], answers: Answers) 
 
 def _command(result: Result) -> str:
     """The command that makes a result again, with all datasets of its suite."""
-    contest, suite = result.contest, _suite_of(result)
-    asked = f"--protocol {contest.protocol.partition('/')[0]}" if contest.protocol else ""
-    radii = ",".join(contest.radii)
-    typed = f"--attack {contest.attack} --norm {contest.norm} --eps {radii} --n {contest.n_requested}"
-    return f"vlmrob eval --model {result.model[0]} --suite {suite} {asked or typed} --save-evidence"
+    before, after = command.parts(result.contest, _suite_of(result))
+    return f"{before} {command.quoted([result.model[0]])} {after} --save-evidence"
 
 
 def _cards(results: Sequence[Result], answers: Answers) -> dict[str, str]:

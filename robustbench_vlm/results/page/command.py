@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from robustbench_vlm import safe_text
 from robustbench_vlm.results.contest import Contest
+
+UNTIL = re.compile(r"until (?P<points>[0-9.]+) points;")
+"""The rule of an evaluation with `--until`. That of a race names no models, so it cannot be typed again."""
 
 REFERENCE = "native-reference"
 """Engine of rows that were measured with `--mode reference`."""
@@ -21,7 +25,8 @@ def parts(contest: Contest, suite: str) -> list[str]:
     else:
         radii = ",".join(contest.radii)
         after = ["--attack", contest.attack, "--norm", contest.norm, "--eps", radii]
-        after += ["--n", str(contest.n_requested)]
+        stopped = UNTIL.match(contest.stop_rule)
+        after += ["--until", stopped["points"]] if stopped else ["--n", str(contest.n_requested)]
     engine = contest.engine.partition("/")[0]
     if engine == REFERENCE:
         after += ["--mode", "reference"]

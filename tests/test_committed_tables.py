@@ -2,10 +2,17 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from command_line import run_command
+
+from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.results import leaderboard
+from robustbench_vlm.studies.frontier import files, outcomes
+from robustbench_vlm.studies.frontier.report import Report
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "leaderboards"
@@ -44,3 +51,44 @@ def test_the_table_of_the_readme_has_the_committed_numbers():
         dataset = LABELS.get(label, f"tiny-{label}")
         found = [numbers[model, dataset] for model in MODELS]
         assert cells == [f"{float(clean):.0f} / {float(robust):.0f}" for clean, robust in found], label
+
+
+# --- studies -----------------------------------------------------------------------------------------------
+
+STUDIES = [path.name.removesuffix("-outcomes.jsonl") for path in sorted(COMMITTED.glob("*-outcomes.jsonl"))]
+FRONTIER = {
+    "tiny-single-teacher": "single-teacher",
+    "tiny-mmt-ard": "mmt-ard-static",
+    "tiny-mmt-ard-released": "mmt-ard-released",
+    **{f"tiny-{name}": name for name in ("rslad", "trades", "tecoa", "ard", "mtard", "b-mtard", "pmg-aft")},
+}
+"""Recipes whose hyperparameters the frontier study chose, and its methods."""
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_rows_of_a_committed_study_are_those_of_its_outcomes(name, tmp_path):
+    known = outcomes.read(outcomes.ledger(COMMITTED, name))
+    rows = files.points(Report(reader.study(name), tmp_path, known))
+    assert leaderboard.csv(rows) == (COMMITTED / f"{name}.csv").read_bytes()
+
+
+@pytest.mark.slow  # 20 seconds a study: every interval is of 2000 draws
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_committed_study_is_rendered_again_to_the_same_bytes(name, tmp_path, monkeypatch):
+    shutil.copyfile(outcomes.ledger(COMMITTED, name), outcomes.ledger(tmp_path, name))
+    assert run_command(monkeypatch, "study", name, "--render", "--tables", tmp_path) == 0
+    for file in (f"{name}.csv", f"{name}-comparisons.csv", f"{name}.md", f"{name}.html"):
+        assert (tmp_path / file).read_bytes() == (COMMITTED / file).read_bytes(), file
+
+
+def test_tiny_recipes_have_what_the_frontier_study_chose(tmp_path):
+    known = outcomes.read(outcomes.ledger(COMMITTED, "frontier"))
+    report = Report(reader.study("frontier"), tmp_path, known)
+    for name, method in FRONTIER.items():
+        best = report.made[method]
+        table = reader.table("recipes", reader.path("recipes", name))
+        recipe = reader.parse(table, Recipe, name)
+        chosen = reader.parse(overrides.override(table, list(best.trial.settings)), Recipe, name)
+        assert recipe.model_dump() == chosen.model_dump()
+        assert any(f"{best.clean:.1f} / {best.robust:.1f}" in note for note in recipe.notes), name
+        assert (recipe.optim.steps, recipe.optim.warmup) == (200, 14)

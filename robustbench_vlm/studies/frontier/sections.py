@@ -46,7 +46,9 @@ def sections(report: Report) -> Iterator[Section]:
     if known:
         yield _in_short(known)
     yield _rule(report)
-    yield from _comparisons(report, known)
+    if known:
+        yield _method_of_comparing(report)
+    yield from _comparisons(known)
     if known and report.study.claim:
         yield _claims(report, known[0])
     yield _chosen(report)
@@ -124,19 +126,26 @@ def _one_of(values: Iterable[object]) -> str:
     return " or ".join(map(str, dict.fromkeys(values)))
 
 
-def _comparisons(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
-    """What is said of A against B, a section for each comparison."""
-    over = "the interpolations of its chosen trial"
+def _method_of_comparing(report: Report) -> Section:
+    """What the tables of the comparisons have in common."""
+    over = "the interpolations of the chosen trial"
     if report.front and report.front.of == "front":
-        over = "the trials and interpolations on its validation front"
+        over = "what lies on the method's validation front"
+    tested = f"On test images it is that of {over}; on" if report.test else "On"
+    lines = (
+        f"Intervals (95 %) and p-values come from {resampling.DRAWS} draws of seeds and images together; "
+        "with two seeds they are little more than those of the images. p is adjusted within a table (Holm).",
+        f"A front is linear between neighbours and never read beyond its ends. {tested} validation images it "
+        "is that of all trials of the method, with one seed. A difference at equal accuracy is the mean over "
+        "what two fronts share; where they share too little for an interval, nothing is said.",
+    )
+    return Section("How methods are compared", lines)
+
+
+def _comparisons(pairs: Sequence[Compared]) -> Iterator[Section]:
+    """What is said of A against B, a section for each comparison."""
     for pair in pairs:
-        lines = (
-            f"A is {pair.a}, B is {pair.b}. Intervals (95 %) and p-values come from {resampling.DRAWS} draws "
-            "of seeds and images together. At equal clean or robust accuracy a method's front is read, over "
-            f"{over}; on validation images over all of its trials, with one seed. It is linear between "
-            "neighbours and never read beyond its ends; where two fronts share too little for an interval, "
-            "nothing is said. p is adjusted for this table (Holm).",
-        )
+        lines = (f"A is {pair.a}, B is {pair.b}.",)
         adjusted = stats.holm([statement.estimate.p for statement in pair.statements])
         rows = tuple(
             (

@@ -8,6 +8,7 @@ from robustbench_vlm import store
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import result_file
 from robustbench_vlm.results.figures import board, style, training
+from robustbench_vlm.training import log
 
 TOML = 'name = "pair"\ntitle = "A pair"\nversion = 3\ndatasets = ["one", "two"]\neps = ["4/255"]\nn = 10\n'
 
@@ -102,6 +103,8 @@ def test_curves_of_a_training_run_are_those_of_its_log(tmp_path, monkeypatch, ca
     lines += [{"step": 3, "probe": {"clean": 0.8, "robust": 0.4}}]
     for line in lines:
         store.append(run / "log.jsonl", line)
+    assert training.OTHERS >= log.TIMES
+    assert training.LOG == log.NAME
     made = training.figure(run)
     above, below = made.axes
     curves = {line.get_label(): line for line in [*above.lines, *below.lines]}

@@ -18,8 +18,9 @@ from robustbench_vlm.cards.frontier import Frontier, Rule
 from robustbench_vlm.errors import CardError, DataError, InputError
 from robustbench_vlm.studies.frontier import choice, curves, files, fronts, outcomes, perform, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
+from robustbench_vlm.studies.frontier.compared import compared
 from robustbench_vlm.studies.frontier.outcomes import OnDataset, Outcome
-from robustbench_vlm.studies.frontier.report import Report, compared
+from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.sections import sections
 from robustbench_vlm.studies.frontier.trials import Judging, trained, trials

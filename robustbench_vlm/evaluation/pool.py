@@ -157,12 +157,11 @@ class Pool:
         """See `remote_work.Workers`; a worker that is lost before it answers is left out."""
         replies: list[SimpleQueue[Answer]] = []
         with self._changed:
-            if self._error is not None:  # nobody serves the workers any more
-                raise self._error
-            for live in self._live:
-                if cell in live.attacked:
-                    replies.append(SimpleQueue())
-                    live.own_orders.append((order, replies[-1]))
+            if self._error is not None:
+                raise self._error  # nobody serves the workers any more
+            for live in (one for one in self._live if cell in one.attacked):
+                replies.append(SimpleQueue())
+                live.own_orders.append((order, replies[-1]))
             self._changed.notify_all()
         for reply in replies:
             answer = reply.get()

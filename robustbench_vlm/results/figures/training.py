@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from robustbench_vlm import safe_text, store
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results.figures import style
-from robustbench_vlm.training import log
 
-OTHERS = log.TIMES | {"grad_norm", "lr"}
+LOG = "log.jsonl"
+OTHERS = frozenset({"grad_norm", "lr", "images_per_second", "data_seconds"})
 """Numbers of a step that are no term of the loss."""
 
 
@@ -27,7 +27,7 @@ def figure(run: Path) -> Figure:
     Raises:
         DataError: no log there, or no step in it.
     """
-    path = run / log.NAME
+    path = run / LOG
     if not path.is_file():
         raise DataError(str(path), "no such file", "the log of a training run", "name the folder of a run")
     lines = list(store.records(path))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from robustbench_vlm.cards.frontier import Measurement, Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.frontier import choice, curves, fronts, resampling
+from robustbench_vlm.studies.frontier import choice, compared_sections, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
+from robustbench_vlm.studies.frontier.compared import compared
 from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import (
     COMMAND,
@@ -20,23 +19,11 @@ from robustbench_vlm.studies.frontier.parts import (
     Section,
     interval,
     mean_interval,
-    p_value,
-    ratio,
 )
-from robustbench_vlm.studies.frontier.report import (
-    SEEN,
-    UNSEEN,
-    VALIDATION,
-    Compared,
-    Report,
-    Statement,
-    compared,
-)
+from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
 
 CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
 """Clean accuracies, in points, at which the table of fronts reads robust accuracy."""
-
-MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
 
 
 def sections(report: Report) -> Iterator[Section]:
@@ -44,44 +31,18 @@ def sections(report: Report) -> Iterator[Section]:
     pairs = [compared(report, comparison) for comparison in report.study.comparison]
     known = [pair for pair in pairs if pair is not None]
     if known:
-        yield _in_short(known)
+        yield compared_sections.in_short(known)
     yield _rule(report)
     if known:
-        yield _method_of_comparing(report)
-    yield from _comparisons(known)
+        yield compared_sections.how(report)
+    yield from compared_sections.comparisons(known)
     if known and report.study.claim:
-        yield _claims(report, known[0])
+        yield compared_sections.claims(report, known[0])
     yield _chosen(report)
     yield _fronts(report)
-    yield from _speeds(report, known)
+    yield from compared_sections.speeds(report, known)
     yield from _finals(report)
     yield _trials(report)
-
-
-def _in_short(pairs: Sequence[Compared]) -> Section:
-    """A sentence for each comparison: the fronts at equal accuracy, as far as they share any."""
-    lines = []
-    for pair in pairs:
-        adjusted = stats.holm([one.estimate.p for one in pair.statements])
-        rows = list(zip(pair.statements, adjusted, strict=True))
-        said = [
-            f"on {part} images " + " and ".join(_told(one, pair, p) for one, p in own)
-            for part in (SEEN, UNSEEN, VALIDATION)
-            if (own := [(one, p) for one, p in rows if one.part == part and one.equal])
-        ]
-        words = "; ".join(said) or "the fronts share too little for a statement, or are not tested yet"
-        lines.append(f"{pair.comparison.title}: {words}.")
-    return Section("In short", tuple(lines))
-
-
-def _told(one: Statement, pair: Compared, p: float) -> str:
-    """What a statement says; `p` is adjusted for the comparison."""
-    where = f"{one.kind} accuracy at equal {one.equal} accuracy"
-    points = interval(one.estimate)
-    if not p < stats.LEVEL:
-        return f"no difference in {where} can be shown ({points} points)"
-    more = "more" if one.estimate.value > 0 else "less"
-    return f"{pair.a} has {more} {where} than {pair.b}, by {points} points"
 
 
 def words_of(rule: Rule) -> str:
@@ -124,92 +85,6 @@ def _rule(report: Report) -> Section:
 def _one_of(values: Iterable[object]) -> str:
     """Values that differ, in words: `100`, `100 or 200`."""
     return " or ".join(map(str, dict.fromkeys(values)))
-
-
-def _method_of_comparing(report: Report) -> Section:
-    """What the tables of the comparisons have in common."""
-    over = "the interpolations of the chosen trial"
-    if report.front and report.front.of == "front":
-        over = "what lies on the method's validation front"
-    tested = f"On test images it is that of {over}; on" if report.test else "On"
-    lines = (
-        f"Intervals (95 %) and p-values come from {resampling.DRAWS} draws of seeds and images together; "
-        "with two seeds they are little more than those of the images. p is adjusted within a table (Holm).",
-        f"A front is linear between neighbours and never read beyond its ends. {tested} validation images it "
-        "is that of all trials of the method, with one seed. A difference at equal accuracy is the mean over "
-        "what two fronts share; where they share too little for an interval, nothing is said.",
-    )
-    return Section("How methods are compared", lines)
-
-
-def _comparisons(pairs: Sequence[Compared]) -> Iterator[Section]:
-    """What is said of A against B, a section for each comparison."""
-    for pair in pairs:
-        lines = (f"A is {pair.a}, B is {pair.b}.",)
-        adjusted = stats.holm([statement.estimate.p for statement in pair.statements])
-        rows = tuple(
-            (
-                Cell(statement.what),
-                Cell(statement.part),
-                Cell(str(statement.seeds)),
-                Cell(str(statement.images)),
-                Cell(interval(statement.estimate)),
-                Cell(p_value(statement.estimate.p)),
-                Cell(p_value(p)),
-            )
-            for statement, p in zip(pair.statements, adjusted, strict=True)
-        )
-        columns = ("A minus B, points", "sets", "seeds", "images", "difference", "p", "p, Holm")
-        yield Section(pair.comparison.title, lines, columns, rows)
-
-
-def _claims(report: Report, pair: Compared) -> Section:
-    """The paper's numbers beside the differences at the operating points."""
-    rows, p_values = [], []
-    for claim in report.study.claim:
-        if claim.measure == "speed":
-            found = _speed(report, pair)
-            rows.append([claim.words, claim.source, f"steps to B's last robust accuracy: {found}"])
-            p_values.append(math.nan)
-            continue
-        part, kind = MEASURES[claim.measure]
-        estimates = [
-            one.estimate for one in pair.statements if (one.part, one.kind, one.equal) == (part, kind, "")
-        ]
-        text = interval(estimates[0]) if estimates else "not measured"
-        rows.append([claim.words, claim.source, f"{kind} accuracy on {part} sets: {text}"])
-        p_values.append(estimates[0].p if estimates else math.nan)
-    cells = tuple(
-        (*map(Cell, row), Cell(p_value(p))) for row, p in zip(rows, stats.holm(p_values), strict=True)
-    )
-    lines = (
-        f"{pair.a} against {pair.b}, each at its operating point. The paper has other models, other data and "
-        "another budget: these runs neither confirm nor refute its numbers.",
-    )
-    columns = ("the paper says", "where", "found here", "p, Holm")
-    return Section("What the paper claims", lines, columns, cells)
-
-
-def _speed(report: Report, pair: Compared) -> str:
-    if not _one_radius(report, pair):
-        return "not comparable: their probes attack at two radii"
-    robust = [speed for speed in _pair_speeds(report, pair) if speed.kind == "robust"]
-    return ratio(robust[-1].steps)  # the last level is B's last accuracy
-
-
-def _one_radius(report: Report, pair: Compared) -> bool:
-    """Whether both contenders were trained at one radius, which is the one that their probes attack at."""
-    a, b = (report.made[name].trial.recipe.inner for name in (pair.a, pair.b))
-    return a is not None and b is not None and a.threat == b.threat
-
-
-def _pair_speeds(report: Report, pair: Compared) -> list[curves.Speed]:
-    validation = report.study.validation
-    ends = [replace(report.made[name], share=1.0) for name in (pair.a, pair.b)]
-    both = [report.seeds([end], validation) for end in ends]
-    seeds = [seed for seed in both[0] if seed in both[1]]
-    own, other = ([report.outcome(end, seed, validation) for seed in seeds] for end in ends)
-    return curves.speeds(own, other, ("robust", "clean") if _one_radius(report, pair) else ("clean",))
 
 
 def _chosen(report: Report) -> Section:
@@ -299,28 +174,6 @@ def _heights(points: np.ndarray, reference: tuple[float, float]) -> list[float]:
         fronts.hypervolume(own, reference),
         *(fronts.at_equal(own, fronts.CLEAN, level) for level in CLEAN_LEVELS),
     ]
-
-
-def _speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
-    for pair in pairs:
-        rows = []
-        for speed in _pair_speeds(report, pair):
-            cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), ratio(speed.steps))
-            rows.append(tuple(map(Cell, (*cells, ratio(speed.time)))))
-        radii = (
-            ""
-            if _one_radius(report, pair)
-            else " Robust accuracies are left out: the two were trained at two radii, and a training's probe "
-            "attacks at its own."
-        )
-        lines = (
-            f"B's steps to an accuracy on the probe images over A's, from runs of one seed; A is {pair.a}, B "
-            f"is {pair.b}, each with its chosen hyperparameters and all of its trained weights. The levels "
-            "are shares of B's last accuracy. A level counts as reached from where the curve stays above it. "
-            f"Time is processor time of training steps.{radii}",
-        )
-        columns = ("accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
-        yield Section(f"How soon: {pair.comparison.title}", lines, columns, tuple(rows))
 
 
 def _finals(report: Report) -> Iterator[Section]:

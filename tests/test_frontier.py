@@ -455,23 +455,40 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
 
 
+def opening(study, tmp_path):
+    (first, *_) = sections(Report(study, tmp_path, ledger(study, tmp_path)))
+    assert first.title == "In short"
+    return first
+
+
 def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
-    study = card(test=[LINE])
-    whole = next(iter(sections(Report(study, tmp_path, ledger(study, tmp_path)))))
-    assert whole.title == "In short"
-    (said,) = whole.sentences
-    assert said.startswith(
-        "two above one: on seen images mmt-ard-static has more robust accuracy at equal clean accuracy "
-        "than single-teacher, by +7.4 ["
-    )
-    points = card(test=[LINE | {"of": "chosen"}])  # one point of each: no front on the test
-    (said,) = next(iter(sections(Report(points, tmp_path, ledger(points, tmp_path))))).sentences
-    assert said.startswith("two above one: on validation images mmt-ard-static has more robust accuracy at")
-    single = card(test=[], claim=[], interpolation=[1.0])
-    short = [m.model_copy(update={"grid": {"inner.eps": ("4/255",)}}) for m in single.method]
-    single = single.model_copy(update={"method": tuple(short)})
-    (said,) = next(iter(sections(Report(single, tmp_path, ledger(single, tmp_path))))).sentences
-    assert said == "two above one: the fronts share too little for a statement, or are not tested yet."
+    whole = opening(card(test=[LINE]), tmp_path)
+    start, above = "two above one: the front of mmt-ard-static", "lies above that of single-teacher on"
+    assert whole.sentences[0] == f"{start} {above} seen, unseen and validation images."
+    cells = dict(zip(whole.columns, (cell.text for cell in whole.rows[0]), strict=True))
+    assert cells["comparison"] == "two above one"
+    assert cells["seen: robust at equal clean"].startswith("+7.4 [")
+    points = opening(
+        card(test=[LINE | {"of": "chosen"}]), tmp_path
+    )  # one point of each: no front on the test
+    assert points.sentences[0] == f"{start} {above} validation images."
+    assert points.columns[1:] == ("validation: robust at equal clean", "validation: clean at equal robust")
+    study = card(test=[], claim=[], interpolation=[1.0])
+    short = [m.model_copy(update={"grid": {"inner.eps": ("4/255",)}}) for m in study.method]
+    single = opening(study.model_copy(update={"method": tuple(short)}), tmp_path)
+    said = "two above one: the fronts share too little for a statement, or are not tested yet."
+    assert (single.sentences, single.columns) == ((said,), ("comparison",))
+
+
+def test_what_cannot_be_told_apart_is_said_so(tmp_path):
+    """The same methods, compared the other way, and one with itself under another name."""
+    study = card(test=[LINE], comparison=[{"title": "x", "a": ["single-teacher"], "b": ["mmt-ard-static"]}])
+    below = opening(study, tmp_path).sentences[0]
+    assert below.startswith("x: the front of single-teacher lies below that of mmt-ard-static on seen,")
+    near = {"title": "y", "a": ["mmt-ard-released"], "b": ["single-teacher"]}
+    same = opening(card(test=[LINE], comparison=[near]), tmp_path).sentences[0]
+    assert "the front of mmt-ard-released lies above that of single-teacher on unseen images" not in same
+    assert "cannot be told from that of single-teacher on" in same
 
 
 def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):

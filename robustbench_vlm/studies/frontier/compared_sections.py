@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from robustbench_vlm.results import stats
 from robustbench_vlm.studies.frontier import curves, resampling
-from robustbench_vlm.studies.frontier.compared import VALIDATION, Compared, Statement
+from robustbench_vlm.studies.frontier.compared import VALIDATION, Compared
+from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import Cell, Section, interval, p_value, ratio
 from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
 
@@ -16,29 +17,54 @@ MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
 
 
 def in_short(pairs: Sequence[Compared]) -> Section:
-    """A sentence for each comparison: the fronts at equal accuracy, as far as they share any."""
-    lines = []
+    """A sentence and a row for each comparison: the fronts at equal accuracy, as far as they share any."""
+    shown = [
+        (part, equal)
+        for part in (SEEN, UNSEEN, VALIDATION)
+        for equal in KINDS
+        if any((one.part, one.equal) == (part, equal) for pair in pairs for one in pair.statements)
+    ]
+    rows = []
     for pair in pairs:
-        adjusted = stats.holm([one.estimate.p for one in pair.statements])
-        rows = list(zip(pair.statements, adjusted, strict=True))
-        said = [
-            f"on {part} images " + " and ".join(_told(one, pair, p) for one, p in own)
-            for part in (SEEN, UNSEEN, VALIDATION)
-            if (own := [(one, p) for one, p in rows if one.part == part and one.equal])
-        ]
-        words = "; ".join(said) or "the fronts share too little for a statement, or are not tested yet"
-        lines.append(f"{pair.comparison.title}: {words}.")
-    return Section("In short", tuple(lines))
+        found = {(one.part, one.equal): one for one in pair.statements}
+        cells = [interval(found[key].estimate) if key in found else "" for key in shown]
+        rows.append(tuple(map(Cell, (pair.comparison.title, *cells))))
+    columns = tuple(f"{part}: {_other(equal)} at equal {equal}" for part, equal in shown)
+    lines = (
+        *map(_sentence, pairs),
+        *(["Points of accuracy, the first method minus the second."] if shown else []),
+    )
+    return Section("In short", lines, ("comparison", *columns), tuple(rows))
 
 
-def _told(one: Statement, pair: Compared, p: float) -> str:
-    """What a statement says; `p` is adjusted for the comparison."""
-    where = f"{one.kind} accuracy at equal {one.equal} accuracy"
-    points = interval(one.estimate)
-    if not p < stats.LEVEL:
-        return f"no difference in {where} can be shown ({points} points)"
-    more = "more" if one.estimate.value > 0 else "less"
-    return f"{pair.a} has {more} {where} than {pair.b}, by {points} points"
+def _other(kind: str) -> str:
+    return KINDS[1 - KINDS.index(kind)]
+
+
+def _sentence(pair: Compared) -> str:
+    """Where the front of A lies above or below that of B, by p-values adjusted for the comparison."""
+    adjusted = stats.holm([one.estimate.p for one in pair.statements])
+    signs: dict[str, set[int]] = {}
+    for one, p in zip(pair.statements, adjusted, strict=True):
+        if one.equal:
+            sign = int(math.copysign(1, one.estimate.value)) if p < stats.LEVEL else 0
+            signs.setdefault(one.part, set()).add(sign)
+    words = {
+        f"lies above that of {pair.b} on": [part for part, own in signs.items() if own in ({1}, {0, 1})],
+        f"lies below that of {pair.b} on": [part for part, own in signs.items() if own in ({-1}, {-1, 0})],
+        f"crosses that of {pair.b} on": [part for part, own in signs.items() if {-1, 1} <= own],
+        f"cannot be told from that of {pair.b} on": [part for part, own in signs.items() if own == {0}],
+    }
+    said = [f"{verb} {_listed(parts)} images" for verb, parts in words.items() if parts]
+    if not said:
+        return f"{pair.comparison.title}: the fronts share too little for a statement, or are not tested yet."
+    return f"{pair.comparison.title}: the front of {pair.a} {', and '.join(said)}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def how(report: Report) -> Section:

@@ -29,6 +29,8 @@ from robustbench_vlm.studies.runner import StudyRun
 
 SEEN, UNSEEN, VAL = "seen", "unseen", "val"
 KINDS = ("clean", "robust")
+MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
+"""What a claim of a paper is compared with: part of the test, kind of accuracy."""
 
 
 @dataclass(frozen=True)

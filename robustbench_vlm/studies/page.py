@@ -10,10 +10,9 @@ from robustbench_vlm import safe_text, store
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.safe_text import code
 from robustbench_vlm.studies import levels
-from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN, VAL, Findings, geometric, median
+from robustbench_vlm.studies.findings import KINDS, MEASURES, SEEN, UNSEEN, VAL, Findings, geometric, median
 
 PART_TITLES = {VAL: "val probe", SEEN: "seen test", UNSEEN: "unseen test"}
-MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
 OURS = {
     "robust": "robust accuracy on the seen test set, points above the baseline",
     "zeroshot": "clean accuracy on the unseen test sets, points above the baseline",

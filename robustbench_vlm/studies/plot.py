@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -13,17 +12,15 @@ from matplotlib.figure import Figure
 
 from robustbench_vlm import safe_text
 from robustbench_vlm.results import stats
+from robustbench_vlm.results.figures import style
 from robustbench_vlm.results.figures.style import COLOURS, DASHES
-from robustbench_vlm.results.figures.style import RC as STYLE
 from robustbench_vlm.studies.findings import Findings
 
 
 def svg(findings: Findings) -> bytes:
     """The picture of `figure` as bytes, without a date or anything else that differs between two calls."""
-    with mpl.rc_context(STYLE):
-        file = io.BytesIO()
-        figure(findings).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
+    with mpl.rc_context(style.RC):
+        return style.content(figure(findings), "svg")
 
 
 def figure(findings: Findings) -> Figure:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from robustbench_vlm.cards.frontier import Comparison, Measurement
+from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import choice, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
-from robustbench_vlm.studies.frontier.outcomes import KINDS
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
+from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.resampling import Estimate, Models
 
 Span = tuple[float, float]

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from robustbench_vlm.results import stats
+from robustbench_vlm.studies.findings import KINDS, MEASURES, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import curves, resampling
 from robustbench_vlm.studies.frontier.compared import VALIDATION, Compared
-from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import Cell, Section, interval, p_value, ratio
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
-
-MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
+from robustbench_vlm.studies.frontier.report import Report
 
 
 def in_short(pairs: Sequence[Compared]) -> Section:

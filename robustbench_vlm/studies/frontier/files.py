@@ -12,12 +12,12 @@ from markupsafe import Markup
 from robustbench_vlm import safe_text, store
 from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.results import leaderboard
+from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import choice, outcomes, plot
 from robustbench_vlm.studies.frontier.compared import compared
-from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import COMMAND, Section
 from robustbench_vlm.studies.frontier.perform import Places
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
+from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.sections import sections
 
 

@@ -20,8 +20,6 @@ from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.results.result_file import Result
 
-KINDS = ("clean", "robust")
-
 Id = tuple[str, float, str]
 """Fingerprint of the recipe, share of the trained weights, fingerprint of the measurement."""
 

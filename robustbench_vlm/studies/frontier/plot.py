@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from robustbench_vlm.results.figures import style
 from robustbench_vlm.results.figures.style import COLOURS
-from robustbench_vlm.results.figures.style import RC as STYLE
 from robustbench_vlm.studies.frontier import choice, sections
 from robustbench_vlm.studies.frontier.choice import MethodTrials
 from robustbench_vlm.studies.frontier.report import Report
@@ -20,10 +18,8 @@ MARKERS = "osD^vPX*<>hp"
 
 def svg(report: Report) -> bytes:
     """The picture as bytes, without a date or anything else that differs between two calls."""
-    with mpl.rc_context(STYLE):
-        file = io.BytesIO()
-        figure(report).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
+    with mpl.rc_context(style.RC):
+        return style.content(figure(report), "svg")
 
 
 def figure(report: Report) -> Figure:

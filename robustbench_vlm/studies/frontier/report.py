@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from robustbench_vlm.cards.frontier import Frontier, Measurement
+from robustbench_vlm.studies.findings import KINDS
 from robustbench_vlm.studies.frontier import choice
 from robustbench_vlm.studies.frontier.choice import Candidate, MethodTrials
-from robustbench_vlm.studies.frontier.outcomes import KINDS, Id, Outcome
+from robustbench_vlm.studies.frontier.outcomes import Id, Outcome
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, fingerprint, trials
-
-SEEN, UNSEEN = "seen", "unseen"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 from robustbench_vlm.cards.frontier import Measurement, Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
+from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import choice, compared_sections, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
 from robustbench_vlm.studies.frontier.compared import compared
-from robustbench_vlm.studies.frontier.outcomes import KINDS
 from robustbench_vlm.studies.frontier.parts import (
     COMMAND,
     Cell,
@@ -20,7 +20,7 @@ from robustbench_vlm.studies.frontier.parts import (
     interval,
     mean_interval,
 )
-from robustbench_vlm.studies.frontier.report import SEEN, UNSEEN, Report
+from robustbench_vlm.studies.frontier.report import Report
 
 CLEAN_LEVELS = (70.0, 75.0, 80.0, 85.0, 90.0)
 """Clean accuracies, in points, at which the table of fronts reads robust accuracy."""

@@ -206,6 +206,14 @@ def test_a_level_is_that_of_the_runs_of_one_seed():
     assert last.steps.value == pytest.approx(math.sqrt(200 / 150 * 1))
 
 
+def test_a_level_that_a_method_never_loses_is_no_speed_up():
+    """A starts at 90 % clean and ends at 90 %, B falls to 50 and comes back to 80 %."""
+    a = Outcome({}, ((0, 0.9, 0.0), (100, 0.85, 0.3), (200, 0.9, 0.4)), 0.3, (0.1, 0.1))
+    b = Outcome({}, ((0, 0.9, 0.0), (100, 0.5, 0.3), (200, 0.8, 0.4)), 0.3, (0.1, 0.1))
+    clean = [speed for speed in curves.speeds([a], [b]) if speed.kind == "clean"]
+    assert {(speed.held, speed.steps) for speed in clean} == {(1, None)}
+
+
 def outcome_with_curve(robust):
     """Robust accuracy rises from 0 at step 0, linearly."""
     return Outcome({}, ((0, 0.9, 0.0), (200, 0.9, robust)), 0.3, (0.1, 0.1))

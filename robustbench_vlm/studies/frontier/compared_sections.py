@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from robustbench_vlm.results import stats
+from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.findings import KINDS, MEASURES, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import curves, resampling
 from robustbench_vlm.studies.frontier.compared import VALIDATION, Compared
@@ -134,8 +135,8 @@ def speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
     for pair in pairs:
         rows = []
         for speed in _pair_speeds(report, pair):
-            cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), ratio(speed.steps))
-            rows.append(tuple(map(Cell, (*cells, ratio(speed.time)))))
+            cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), _speed_up(speed, speed.steps))
+            rows.append(tuple(map(Cell, (*cells, _speed_up(speed, speed.time)))))
         radii = (
             ""
             if _one_radius(report, pair)
@@ -146,17 +147,22 @@ def speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
             f"B's steps to an accuracy on the probe images over A's, from runs of one seed; A is {pair.a}, B "
             f"is {pair.b}, each with its chosen hyperparameters and all of its trained weights. The levels "
             "are shares of B's last accuracy. A level counts as reached from where the curve stays above it. "
+            "It is never lost where one of the two is not below it at any probe. "
             f"Time is processor time of training steps.{radii}",
         )
         columns = ("accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
         yield Section(f"How soon: {pair.comparison.title}", lines, columns, tuple(rows))
 
 
+def _speed_up(speed: curves.Speed, mean: Mean | None) -> str:
+    return "never lost" if speed.held else ratio(mean)
+
+
 def _speed(report: Report, pair: Compared) -> str:
     if not _one_radius(report, pair):
         return "not comparable: their probes attack at two radii"
     robust = [speed for speed in _pair_speeds(report, pair) if speed.kind == "robust"]
-    return ratio(robust[-1].steps)  # the last level is B's last accuracy
+    return _speed_up(robust[-1], robust[-1].steps)  # the last level is B's last accuracy
 
 
 def _one_radius(report: Report, pair: Compared) -> bool:

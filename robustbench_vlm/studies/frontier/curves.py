@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
 from robustbench_vlm.studies.findings import geometric
 from robustbench_vlm.studies.frontier.outcomes import Outcome
@@ -26,13 +25,16 @@ class Speed:
         level: accuracy on the probe images, in points: a share of the other method's last one, which differs
             from seed to seed; the mean over seeds.
         reached: number of seeds in which the method reaches it.
+        held: number of seeds in which one of the two is never below the level, from the start on, so that
+            there is nothing to be reached.
         steps, time: the other method's steps, or processor time, over this one's; the geometric mean over
-            seeds. None where one of the two never reaches the level in some seed.
+            seeds. None where one of the two holds or never reaches the level in some seed.
     """
 
     kind: str
     level: float
     reached: int
+    held: int
     steps: Mean | None
     time: Mean | None
 
@@ -72,14 +74,15 @@ def speeds(
             at = [_settled(run, column, level) for run, level in zip(own, levels, strict=True)]
             theirs = [_settled(run, column, level) for run, level in zip(other, levels, strict=True)]
             ratios = [
-                None if a is None or b is None else max(b, 1.0) / max(a, 1.0)
+                None if a is None or b is None or not a or not b else b / max(a, 1.0)
                 for a, b in zip(at, theirs, strict=True)
             ]
             costs = [_cost(a, b) for a, b in zip(own, other, strict=True)]
             timed = [None if r is None or c is None else r * c for r, c in zip(ratios, costs, strict=True)]
             reached = sum(a is not None for a in at)
             level = sum(levels) / len(levels)
-            found.append(Speed(kind, level, reached, geometric(ratios), geometric(timed)))
+            held = sum(0.0 in pair for pair in zip(at, theirs, strict=True))
+            found.append(Speed(kind, level, reached, held, geometric(ratios), geometric(timed)))
     return found
 
 
@@ -92,9 +95,3 @@ def _cost(own: Outcome, other: Outcome) -> float | None:
     if own.step_seconds is None or other.step_seconds is None:
         return None
     return other.step_seconds / own.step_seconds
-
-
-def cost(own: Sequence[Outcome], other: Sequence[Outcome]) -> Mean | None:
-    """Processor time of a step over that of the other method, mean over seeds; None where it is unknown."""
-    ratios = [_cost(b, a) for a, b in zip(own, other, strict=True)]
-    return None if None in ratios else stats.t_mean([ratio for ratio in ratios if ratio is not None])

@@ -65,10 +65,14 @@ def _rule(report: Report) -> Section:
     steps = _one_of(trial.recipe.optim.steps for trial in every)
     sizes = _one_of(trial.recipe.optim.batch_size for trial in every)
     starts = _one_of(trial.start for trial in every)
+    tested = "No test image is attacked in this study."
+    if study.test:
+        tested = "Test images are attacked for what the rule chooses alone"
+        fronts_too = any(test.of == "front" for test in study.test)
+        tested += ", and for what lies on the validation fronts of compared methods." if fronts_too else "."
     lines = [
         f"Operating point of a method: {words_of(study.rule)}. The rule was written down on "
-        f"{study.rule.fixed}, before a model of this study was tested; test images are attacked for what the "
-        "rule chooses and, of compared methods, for what lies on their validation fronts.",
+        f"{study.rule.fixed}, before a model of this study was tested. {tested}",
         f"Trials a method: {numbers}. {judged} of {sum(len(one.trials) for one in report.tried)} are done, "
         f"and {done} of {len(report.tried)} methods are complete. Every training has {steps} steps of "
         f"{sizes} images from {starts}, and gives a model for each interpolation of trained and initial "

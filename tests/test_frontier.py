@@ -43,14 +43,15 @@ def test_a_point_that_another_one_dominates_is_not_on_the_front():
         (fronts.CLEAN, 85, 35),
         (fronts.CLEAN, 75, 41),
         (fronts.CLEAN, 90, 30),
-        (fronts.CLEAN, 69.9, math.nan),
+        (fronts.CLEAN, 60, 42),  # (70, 42) has more
         (fronts.CLEAN, 90.1, math.nan),
         (fronts.ROBUST, 35, 85),
         (fronts.ROBUST, 41, 75),
-        (fronts.ROBUST, 29, math.nan),
+        (fronts.ROBUST, 29, 90),
+        (fronts.ROBUST, 42.1, math.nan),
     ],
 )
-def test_accuracy_at_equal_accuracy_is_linear_between_neighbours_and_never_beyond(kind, level, expected):
+def test_accuracy_at_equal_accuracy_is_linear_between_neighbours_and_never_read_beyond(kind, level, expected):
     assert fronts.at_equal(fronts.front(POINTS), kind, level) == pytest.approx(expected, nan_ok=True)
 
 
@@ -59,20 +60,21 @@ def test_the_height_of_a_front_is_its_mean_over_clean_accuracies():
     own = fronts.front(POINTS)
     assert fronts.height(own, 75, 85) == pytest.approx((40.5 * 5 + 37.5 * 5) / 10)
     assert fronts.height(own, 80, 80) == 40
-    assert math.isnan(fronts.height(own, 60, 80))
-    assert fronts.common_range(own, np.array([[75.0, 50.0], [95.0, 10.0]])) == (75, 90)
-    assert fronts.common_range(own, np.array([[95.0, 10.0]])) is None
+    assert fronts.height(own, 60, 80) == pytest.approx((42 * 10 + 41 * 10) / 20)
+    assert math.isnan(fronts.height(own, 80, 91))
+    assert fronts.common_range(own, np.array([[75.0, 50.0], [95.0, 10.0]])) == (70, 90)
+    assert fronts.common_range(own, np.array([[95.0, 10.0]])) == (70, 90)
 
 
-def test_a_front_is_above_another_one_over_what_they_share_of_an_interval():
+def test_a_front_is_above_another_one_over_what_both_have_of_an_interval():
     a, b = np.array([[70.0, 40.0], [90.0, 20.0]]), np.array([[75.0, 30.0], [95.0, 10.0]])
-    assert fronts.above(a, b, (0, 100)) == pytest.approx(5)  # a falls from 35 to 20, b from 30 to 15
+    assert fronts.above(a, b, (75, 100)) == pytest.approx(5)  # a falls from 35 to 20, b from 30 to 15
+    assert fronts.above(a, b, (70, 75)) == pytest.approx(7.5)  # a falls from 40 to 35, b has 30
     assert fronts.above(a, a - [0, 10], (80, 85)) == pytest.approx(10)
-    assert fronts.above(a, b, (80, 200), fronts.ROBUST) is math.nan  # 20 to 30 % robust is what they share
-    assert fronts.above(a, b, (25, 200), fronts.ROBUST) == pytest.approx(
-        5
-    )  # a has 80 to 85 % clean, b 75 to 80
-    assert math.isnan(fronts.above(a, np.array([[91.0, 10.0]]), (0, 100)))
+    assert fronts.above(a, b, (80, 200), fronts.ROBUST) is math.nan  # nothing is so robust
+    assert fronts.above(a, b, (25, 200), fronts.ROBUST) == pytest.approx(5)  # 80 to 85 % clean, 75 to 80
+    point = np.array([[91.0, 50.0]])  # better than all of a
+    assert fronts.above(point, a, (70, 90)) == pytest.approx(50 - 30)
 
 
 def test_the_hypervolume_is_the_area_between_front_and_reference():
@@ -445,8 +447,8 @@ def test_the_contender_of_a_family_is_the_one_that_the_rule_prefers(tmp_path):
 def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path):
     """Points: 82 / 44 against 80 / 40. Fronts: A (82, 44) to (92, 30), B (80, 40) to (90, 25).
 
-    From 82 to 90 % clean A falls from 44 to 32.8, and B from 37 to 25: A is above by 7.4 on average. From 30
-    to 40 % robust A falls from 92 to 84.857 % clean, and B from 86.667 to 80.
+    From 80 to 82 % clean A has 44, then falls to 32.8 at 90, and B from 40 to 25. From 25 to 30 % robust A
+    has 92 % clean, then falls to 84.857 at 40, and B from 90 to 80.
     """
     study = card(test=[LINE])
     pair = compared(Report(study, tmp_path, ledger(study, tmp_path)), study.comparison[0])
@@ -456,10 +458,11 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     found = {(s.part, s.what): s.estimate.value for s in pair.statements}
     assert found["seen", "clean accuracy at the operating points"] == pytest.approx(2)
     assert found["seen", "robust accuracy at the operating points"] == pytest.approx(4)
-    equal = "robust accuracy at equal clean accuracy, mean over 82.0 to 90.0 %"
-    assert found["seen", equal] == pytest.approx(7.4)
-    reverse = "clean accuracy at equal robust accuracy, mean over 30.0 to 40.0 %"
-    assert found["seen", reverse] == pytest.approx((92 + 84.857) / 2 - (86.667 + 80) / 2, abs=1e-3)
+    equal = "robust accuracy at equal clean accuracy, mean over 80.0 to 90.0 %"
+    assert found["seen", equal] == pytest.approx((2 * 44 + 8 * (44 + 32.8) / 2) / 10 - 32.5)
+    reverse = "clean accuracy at equal robust accuracy, mean over 25.0 to 40.0 %"
+    a = (5 * 92 + 10 * (92 + 84.857) / 2) / 15
+    assert found["seen", reverse] == pytest.approx(a - 85, abs=1e-3)
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
 
 
@@ -475,7 +478,7 @@ def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
     assert whole.sentences[0] == f"{start} {above} seen, unseen and validation images."
     cells = dict(zip(whole.columns, (cell.text for cell in whole.rows[0]), strict=True))
     assert cells["comparison"] == "two above one"
-    assert cells["seen: robust at equal clean"].startswith("+7.4 [")
+    assert cells["seen: robust at equal clean"].startswith("+7.0 [")
     points = opening(
         card(test=[LINE | {"of": "chosen"}]), tmp_path
     )  # one point of each: no front on the test
@@ -484,7 +487,7 @@ def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
     study = card(test=[], claim=[], interpolation=[1.0])
     short = [m.model_copy(update={"grid": {"inner.eps": ("4/255",)}}) for m in study.method]
     single = opening(study.model_copy(update={"method": tuple(short)}), tmp_path)
-    said = "two above one: the fronts share too little for a statement, or are not tested yet."
+    said = "two above one: there is no statement yet."
     assert (single.sentences, single.columns) == ((said,), ("comparison",))
 
 
@@ -517,10 +520,10 @@ def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):
     assert len(judged) == 2 * 4 * 3  # methods, points, seeds
     pair = compared(report, study.comparison[0])
     found = {(s.part, s.what): s.estimate.value for s in pair.statements}
-    # They share 75 to 90 % clean. A: 46 at 75, 44 at 82, 36 at 88, 33 at 90. B: 41, 40 at 80, 30 at 85, 25.
-    a = (7 * (46 + 44) / 2 + 6 * (44 + 36) / 2 + 2 * (36 + 33) / 2) / 15
-    b = (5 * (41 + 40) / 2 + 5 * (40 + 30) / 2 + 5 * (30 + 25) / 2) / 15
-    equal = "robust accuracy at equal clean accuracy, mean over 75.0 to 90.0 %"
+    # From 70 to 90 % clean. A: 46 to 75, 44 at 82, 36 at 88, 33 at 90. B: 42, 40 at 80, 30 at 85, 25.
+    a = (5 * 46 + 7 * (46 + 44) / 2 + 6 * (44 + 36) / 2 + 2 * (36 + 33) / 2) / 20
+    b = (10 * (42 + 40) / 2 + 5 * (40 + 30) / 2 + 5 * (30 + 25) / 2) / 20
+    equal = "robust accuracy at equal clean accuracy, mean over 70.0 to 90.0 %"
     assert found["seen", equal] == pytest.approx(a - b)
     assert found["validation", equal] == pytest.approx(a - b)
     lacking = Judging(trials(study, study.method[0], tmp_path, 2)[1], 0.5, study.test[1]).id

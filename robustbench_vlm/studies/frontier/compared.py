@@ -124,8 +124,6 @@ def _of_fronts(models: Sequence[Models], part: str) -> list[Statement]:
     own = [fronts.front(one.points()) for one in models]
     for kind, equal in enumerate(KINDS):
         span = fronts.common_range(own[0], own[1], kind)
-        if span is None:
-            continue
 
         def above(drawn: Sequence[np.ndarray], kind: int = kind, span: Span = span) -> list[float]:
             a, b = (fronts.front(points) for points in drawn)

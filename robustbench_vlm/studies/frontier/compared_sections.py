@@ -56,7 +56,7 @@ def _sentence(pair: Compared) -> str:
     }
     said = [f"{verb} {_listed(parts)} images" for verb, parts in words.items() if parts]
     if not said:
-        return f"{pair.comparison.title}: the fronts share too little for a statement, or are not tested yet."
+        return f"{pair.comparison.title}: there is no statement yet."
     return f"{pair.comparison.title}: the front of {pair.a} {', and '.join(said)}."
 
 
@@ -75,9 +75,10 @@ def how(report: Report) -> Section:
     lines = (
         f"Intervals (95 %) and p-values come from {resampling.DRAWS} draws of seeds and images together; "
         "with two seeds they are little more than those of the images. p is adjusted within a table (Holm).",
-        f"A front is linear between neighbours and never read beyond its ends. {tested} validation images it "
-        "is that of all trials of the method, with one seed. A difference at equal accuracy is the mean over "
-        "what two fronts share; where they share too little for an interval, nothing is said.",
+        "A front is linear between neighbours. Below its lowest point it is flat, since that one has more of "
+        "one accuracy and as much of the other; beyond its highest ones it is never read. "
+        f"{tested} validation images it is that of all trials of the method, with one seed. A difference at "
+        "equal accuracy is the mean from where the first of the two fronts begins to where the first ends.",
     )
     return Section("How methods are compared", lines)
 

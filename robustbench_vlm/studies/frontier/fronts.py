@@ -1,8 +1,9 @@
 """Pareto fronts of clean and robust accuracy: who lies on them, how high they are, and what they enclose.
 
 A front is an array (K, 2) of points (clean, robust), by rising clean accuracy and so by falling robust
-accuracy. Between neighbours it is taken as linear. Outside its points it has no value: nothing is
-extrapolated.
+accuracy. Between neighbours it is taken as linear. Below its lowest clean accuracy it is flat: that point has
+more clean accuracy than is asked for, and its robust accuracy. The same holds below its lowest robust
+accuracy. Above its highest ones it has no value: nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def front(points: np.ndarray) -> np.ndarray:
 
 
 def at_equal(own: np.ndarray, kind: int, level: float) -> float:
-    """The other accuracy of a front where one accuracy is `level`; NaN outside the front.
+    """The other accuracy of a front where one accuracy is at least `level`; NaN above the front.
 
     Args:
         own: (K, 2) a front.
@@ -47,29 +48,27 @@ def at_equal(own: np.ndarray, kind: int, level: float) -> float:
         level: accuracy of that kind.
     """
     x, y = (own[:, kind], own[:, 1 - kind])
-    if not x.min() <= level <= x.max():
+    if level > x.max():
         return math.nan
     order = np.argsort(x)
-    return float(np.interp(level, x[order], y[order]))
+    return float(np.interp(level, x[order], y[order]))  # below the first point: its own value
 
 
-def common_range(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> tuple[float, float] | None:
-    """The clean (or robust) accuracies that two fronts share; None if there are none."""
-    low = max(a[:, kind].min(), b[:, kind].min())
+def common_range(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> tuple[float, float]:
+    """The clean (or robust) accuracies that both fronts have, from where the first of them begins."""
+    low = min(a[:, kind].min(), b[:, kind].min())
     high = min(a[:, kind].max(), b[:, kind].max())
-    return (float(low), float(high)) if low <= high else None
+    return float(low), float(high)
 
 
 def height(own: np.ndarray, low: float, high: float, kind: int = CLEAN) -> float:
-    """Mean robust accuracy of a front over the clean accuracies from `low` to `high`; NaN outside it.
+    """Mean robust accuracy of a front over the clean accuracies from `low` to `high`; NaN if it ends below.
 
     With `kind` = `ROBUST`: mean clean accuracy over robust accuracies.
     """
-    if low == high:
-        return at_equal(own, kind, low)
     ends = at_equal(own, kind, low), at_equal(own, kind, high)
-    if any(map(math.isnan, ends)):
-        return math.nan
+    if low == high or math.isnan(ends[1]):
+        return ends[1]
     inside = own[(own[:, kind] > low) & (own[:, kind] < high)]
     inside = inside[np.argsort(inside[:, kind])]
     x = np.concatenate([[low], inside[:, kind], [high]])
@@ -78,7 +77,7 @@ def height(own: np.ndarray, low: float, high: float, kind: int = CLEAN) -> float
 
 
 def above(a: np.ndarray, b: np.ndarray, within: tuple[float, float], kind: int = CLEAN) -> float:
-    """Mean height of front A over front B, over what they share of an interval; NaN where that is nothing.
+    """Mean height of front A over front B, over what both have of an interval; NaN where that is nothing.
 
     Args:
         a: (K, 2) a front.
@@ -86,8 +85,7 @@ def above(a: np.ndarray, b: np.ndarray, within: tuple[float, float], kind: int =
         within: the interval of clean accuracy, or of robust accuracy with `kind` = `ROBUST`.
         kind: the accuracy that is equal.
     """
-    span = common_range(a, b, kind)
-    low, high = (max(within[0], span[0]), min(within[1], span[1])) if span else (1.0, 0.0)
+    low, high = within[0], min(within[1], common_range(a, b, kind)[1])
     return height(a, low, high, kind) - height(b, low, high, kind) if low <= high else math.nan
 
 

@@ -50,9 +50,9 @@ class Section:
 
 
 def interval(found: Estimate, sign: str = "+") -> str:
-    """`+4.0 [+1.2, +6.8]`; `outside` where a front has no value."""
+    """`+4.0 [+1.2, +6.8]`; `beyond` where a front has no value."""
     if math.isnan(found.value):
-        return "outside"
+        return "beyond"
     if math.isnan(found.low):
         return f"{found.value:{sign}.1f}"
     return f"{found.value:{sign}.1f} [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"

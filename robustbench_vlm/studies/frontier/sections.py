@@ -146,7 +146,12 @@ def _means(report: Report, name: str, measurement: Measurement, part: str) -> li
 def _fronts(report: Report) -> Section:
     """The validation fronts of all methods: hypervolume, height, hyperparameters."""
     study = report.study
-    columns = ("method", "trials", "hypervolume", *(f"at {level:g} % clean" for level in CLEAN_LEVELS))
+    columns = (
+        "method",
+        "trials",
+        "hypervolume",
+        *(f"from {level:g} % clean" for level in CLEAN_LEVELS),
+    )
     columns = (*columns, "hyperparameters on the front")
     rows = []
     for one in report.tried:
@@ -165,7 +170,7 @@ def _fronts(report: Report) -> Section:
         "The Pareto front of a method is over all of its trials and interpolations, on validation images, "
         "with one seed: the intervals are over images alone, and a front of many points is somewhat too "
         "high, since the best of noisy points are on it. Robust accuracy is read at equal clean accuracy, "
-        f"linear between neighbours and never beyond the ends. The hypervolume is measured from {x:g} % "
+        f"linear between neighbours and never beyond the highest. The hypervolume is measured from {x:g} % "
         f"clean and {y:g} % robust accuracy, in squared points.",
     )
     return Section("Fronts on validation images", lines, columns, tuple(rows), f"{study.name}.svg")

@@ -16,7 +16,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = (
     {"safe_text"},
     {"errors"},
-    {"threat", "types", "rng", "version", "interruption", "text_files", "threads"},
+    {"threat", "types", "rng", "version", "interruption", "text_files", "threads", "launcher"},
     {"store", "devices", "console", "one_writer"},
     {"tensor_files"},
     {"cards", "engine", "defenses"},

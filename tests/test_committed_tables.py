@@ -92,3 +92,20 @@ def test_tiny_recipes_have_what_the_frontier_study_chose(tmp_path):
         assert recipe.model_dump() == chosen.model_dump()
         assert any(f"{best.clean:.1f} / {best.robust:.1f}" in note for note in recipe.notes), name
         assert (recipe.optim.steps, recipe.optim.warmup) == (200, 14)
+
+
+INTERVAL = re.compile(r"([+-]\d+\.\d) \(([+-]\d+\.\d) to ([+-]\d+\.\d)\)")
+
+
+def test_the_figures_of_the_frontier_studies_in_the_docs_are_the_committed_ones():
+    """Every `+1.2 (+0.3 to +2.1)` of docs/mmt-ard.md, but for those of the older studies."""
+    text = (ROOT / "docs" / "mmt-ard.md").read_text("utf-8")
+    new, old = text.split("**Methods at their best.**")[1].split("**Both methods at one setting**")
+    quoted = set(INTERVAL.findall(new + old.split("## Options beyond the paper")[1]))
+    known = set()
+    for name in STUDIES:
+        with (COMMITTED / f"{name}-comparisons.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        known |= {tuple(f"{float(row[key]):+.1f}" for key in ("difference", "low", "high")) for row in rows}
+    assert len(quoted) > 30
+    assert quoted <= known

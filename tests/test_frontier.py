@@ -4,18 +4,21 @@ import json
 import math
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import fork_command
+from command_line import fork_command, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_vlm import store
+from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.frontier import Frontier, Rule
-from robustbench_vlm.errors import CardError, DataError, InputError
+from robustbench_vlm.errors import CardError, DataError, Incomplete, InputError, VlmrobError
+from robustbench_vlm.evaluation.worker import Failed
+from robustbench_vlm.studies import work_off
 from robustbench_vlm.studies.frontier import choice, curves, files, fronts, outcomes, perform, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
 from robustbench_vlm.studies.frontier.compared import compared
@@ -24,6 +27,7 @@ from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.sections import sections
 from robustbench_vlm.studies.frontier.trials import Judging, trained, trials
+from robustbench_vlm.studies.task import Resources
 
 POINTS = np.array([[90.0, 30.0], [80.0, 40.0], [85.0, 30.0], [80.0, 35.0], [70.0, 42.0], [90.0, 30.0]])
 
@@ -749,3 +753,57 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
         reader.include([])
     assert {name: (tmp_path / "t" / name).read_bytes() for name in names} == first
     assert {row[-1] for row in state} == {"done"}
+
+
+# --- who works, and what failed ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    folder: Path
+    name: str = "a task"
+
+    def perform(self, resources):
+        return 7
+
+
+def test_a_folder_that_another_command_works_in_is_refused(tmp_path):
+    resources = Resources(tmp_path)
+    with (
+        one_writer.locked(tmp_path / "run"),
+        pytest.raises(InputError, match=r"run: process \d+ .* writes to it"),
+    ):
+        list(work_off.perform([Work(tmp_path / "run")], resources))
+    ((_, found, _),) = work_off.perform([Work(tmp_path / "run")], resources)
+    assert found == 7
+
+
+def test_what_failed_in_a_worker_is_named_as_it_is(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    remote_tasks = pytest.importorskip("robustbench_vlm.studies.remote_tasks")
+
+    def ended(value):
+        def get(reference):
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        monkeypatch.setattr(remote_tasks.ray, "get", get)
+        return remote_tasks._result(Work(tmp_path), None)
+
+    assert ended((7, 1.0)) == (7, 1.0)
+    broken = ray.exceptions.RayTaskError("perform", "trace", ValueError("no such layer"))
+    with pytest.raises(VlmrobError, match=r"^a task: ValueError: no such layer$"):
+        ended(broken)
+    with pytest.raises(Incomplete, match="its worker died 4 times"):
+        ended(ray.exceptions.WorkerCrashedError())
+    with pytest.raises(Incomplete, match=r"^the disk is full$"):
+        ended((Failed("Incomplete", "the disk is full", ""), 0.0))
+    with pytest.raises(VlmrobError, match=r"^a task: model x: not there$"):
+        ended((Failed("InputError", "model x: not there", ""), 0.0))
+
+
+@pytest.mark.parametrize("flag", [["--method", "rslad"], ["--dry-run"]])
+def test_pages_are_rendered_of_all_methods(flag, monkeypatch, capsys):
+    assert run_command(monkeypatch, "study", "frontier", "--render", *flag) == 2
+    assert f"--render {flag[0]}: the pages have all methods" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def runs(launched, name):
 def test_two_processes_with_sharded_weights_take_the_steps_of_one(ranks, case):
     for found in ranks:
         apart, moved = found["weights"], found["moved"]
-        print(f"{case}: {apart:.1e} apart, {moved:.1e} moved")  # noqa: T201 - the figure of the page
+        print(f"{case}: {apart:.1e} apart, {moved:.1e} moved")  # noqa: T201 - docs/training-many.md quotes what `pytest -rP` shows
         assert found["moved"] > 1e-4  # else nothing was compared
         assert found["weights"] < NEAR
         for whole, shared in zip(*found["lines"], strict=True):

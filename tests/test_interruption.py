@@ -13,12 +13,12 @@ import pytest
 import torch
 import toys
 
-from robustbench_vlm import catalogue, interruption, store, text_files
+from robustbench_vlm import catalogue, interruption, launcher, store, text_files
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import Incomplete, InputError
 from robustbench_vlm.models import zoo
-from robustbench_vlm.training import folder, log, loop, world
+from robustbench_vlm.training import folder, log, loop
 
 CPU = torch.device("cpu")
 
@@ -267,7 +267,7 @@ def test_a_dry_training_names_everything_that_is_missing_before_anything_is_load
 @pytest.mark.parametrize(("launched", "code"), [(True, 0), (False, 99)])
 def test_a_process_of_a_launch_ends_before_what_python_does_at_its_end(launched, code, monkeypatch):
     """There PyTorch's process group may abort it, since caches keep the group's threads."""
-    for name in world.NEEDED:
+    for name in launcher.NEEDED:
         monkeypatch.setenv(name, "1" if launched else "")
     last = "import atexit, os, sys; atexit.register(os._exit, 99); from robustbench_vlm.cli import main; "
     words = "sys.argv = ['vlmrob', 'list', 'attacks']; main()"

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from test_defense_loop import Stopped
 
+from robustbench_vlm import catalogue
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data import loader
@@ -154,3 +155,13 @@ def test_a_teacher_whose_prompts_are_trained_has_no_phases(toy):
     phases = {"clean": [{"until": 0.5, "model": toy.robust}]}
     with pytest.raises(CardError, match=r"phases for \['clean'\]; expected none: apd trains"):
         prepare(toy.recipe("apd", "clean", prompts=prompts, phases=phases), toy.data, CPU)
+
+
+def test_models_of_phases_count_in_the_memory_of_a_training():
+    table = reader.table("recipes", reader.path("recipes", "tiny-mmt-ard"))
+    staged = {"robust": [{"until": 0.5, "model": "tiny-clean-teacher"}]}
+    weights = []
+    for changes in ({}, {"phases": staged}):
+        recipe = reader.parse(table | changes, Recipe, "a test")
+        weights.append(catalogue.estimate(recipe, catalogue._defense(recipe))["gib"]["weights"])
+    assert weights[1] > weights[0]

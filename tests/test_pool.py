@@ -356,3 +356,10 @@ def test_python_refuses_what_are_no_workers():
 
     with pytest.raises(InputError, match="--workers two: not a number of workers"):
         robustbench_vlm.evaluate("tiny", "fgsm", workers="two")
+
+
+def test_a_question_that_no_worker_can_answer_any_more_is_the_pools_error():
+    pool = object.__new__(Pool)
+    pool._changed, pool._live, pool._error = threading.Condition(), [], VlmrobError("no worker is left")
+    with pytest.raises(VlmrobError, match="no worker is left"):
+        list(pool.ask_all(0, None))

@@ -679,3 +679,11 @@ def test_a_submission_does_not_bring_its_own_verification(submitted):
     store.write_json(submitted / submission.FILE, record)
     (fault,) = submission.faults(submitted)
     assert "does not bring its own verification" in fault
+
+
+def test_results_may_lie_below_a_folder_that_is_called_cells(tmp_path):
+    results = tmp_path / "cells" / "run"
+    (results / "cells").mkdir(parents=True)
+    for path in (results / "verification.json", results / "cells" / "one.json"):
+        path.write_text("{}")
+    assert Target.of(results, results).bare == (results / "cells" / "one.json",)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from robustbench_vlm import interruption, threads
+from robustbench_vlm import interruption, launcher, threads
 
 SAVES_NOTHING = (
     *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
@@ -32,15 +32,9 @@ def main() -> None:
         except (KeyboardInterrupt, SystemExit, Exception) as error:  # noqa: BLE001 - the end of the program
             with interruption.ignored():  # a second Ctrl-C
                 code = _end(error, words, stopped)
-        if stopped() or _in_launch():
+        if stopped() or launcher.launched():
             atexit.register(_exit_code, code)
     sys.exit(code)
-
-
-def _in_launch() -> bool:
-    from robustbench_vlm.training import world  # the cards that it imports take their time
-
-    return world.in_launch()
 
 
 def _exit_code(code: int) -> None:

@@ -6,11 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from robustbench_vlm import launcher
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.errors import CardError, InputError
-
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that a launcher sets for every process, by which the processes find each other."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ ALONE = World()
 """The only process of a training."""
 
 
-def in_launch(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process."""
-    return all(environment.get(name) for name in NEEDED)
-
-
 def launched(environment: Mapping[str, str] = os.environ) -> World:
     """What the launcher says about this process; `ALONE` for one that no launcher started.
 
@@ -55,7 +48,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> World:
     Raises:
         InputError: a variable that is no such number.
     """
-    if not in_launch(environment):
+    if not launcher.launched(environment):
         return ALONE
     rank, size = _number("RANK", environment), _number("WORLD_SIZE", environment)
     local = _number("LOCAL_RANK", environment, rank)

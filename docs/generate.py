@@ -13,7 +13,6 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.fields import Field, attributes, fields, words
-from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.cards.template import toml
 from robustbench_vlm.cli.app import app
 from robustbench_vlm.results import columns
@@ -122,8 +121,6 @@ def cards() -> str:
     for kind, (folder, record) in reader.FOLDERS.items():
         where = f"suites/{'' if folder == '.' else folder + '/'}NAME.toml"
         lines += ["", f"## {kind}", "", f"`{where}`", *_record(record, seen)]
-        if kind == "studies":
-            lines += ["", '### Frontier: a study with `kind = "frontier"`', *_record(Frontier, seen)]
     for kind in ("attacks", "defenses"):
         table = "[[stage]]` of an attack" if kind == "attacks" else "[defense]` of a recipe"
         lines += [

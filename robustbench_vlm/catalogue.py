@@ -68,7 +68,7 @@ def _shown(kind: str) -> list[str]:
 
 
 def _card(kind: str, name: str) -> Card:
-    return reader.study(name) if kind == "studies" else reader.read(kind, name, CARDS[kind])
+    return reader.read(kind, name, CARDS[kind])
 
 
 def models() -> list[dict[str, str]]:

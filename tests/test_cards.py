@@ -93,7 +93,7 @@ def all_cards():
 
 @pytest.mark.parametrize(("kind", "name"), all_cards())
 def test_every_card_is_read_and_bears_the_name_of_its_file(kind, name):
-    card = reader.study(name) if kind == "studies" else reader.read(kind, name, reader.FOLDERS[kind][1])
+    card = reader.read(kind, name, reader.FOLDERS[kind][1])
     assert card.name == name
     assert card.title
     assert "\n" not in card.title

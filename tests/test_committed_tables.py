@@ -10,6 +10,7 @@ from command_line import run_command
 
 from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.study import Study
 from robustbench_vlm.results import leaderboard
 from robustbench_vlm.studies.frontier import files, outcomes
 from robustbench_vlm.studies.frontier.report import Report
@@ -68,7 +69,7 @@ FRONTIER = {
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_rows_of_a_committed_study_are_those_of_its_outcomes(name, tmp_path):
     known = outcomes.read(outcomes.ledger(COMMITTED, name))
-    rows = files.points(Report(reader.study(name), tmp_path, known))
+    rows = files.points(Report(reader.read("studies", name, Study), tmp_path, known))
     assert leaderboard.csv(rows) == (COMMITTED / f"{name}.csv").read_bytes()
 
 
@@ -83,7 +84,7 @@ def test_a_committed_study_is_rendered_again_to_the_same_bytes(name, tmp_path, m
 
 def test_tiny_recipes_have_what_the_frontier_study_chose(tmp_path):
     known = outcomes.read(outcomes.ledger(COMMITTED, "frontier"))
-    report = Report(reader.study("frontier"), tmp_path, known)
+    report = Report(reader.read("studies", "frontier", Study), tmp_path, known)
     for name, method in FRONTIER.items():
         best = report.made[method]
         table = reader.table("recipes", reader.path("recipes", name))

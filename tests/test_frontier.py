@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.frontier import Frontier, Rule
+from robustbench_vlm.cards.study import Rule, Study
 from robustbench_vlm.errors import CardError, DataError, Incomplete, InputError, VlmrobError
 from robustbench_vlm.evaluation.worker import Failed
 from robustbench_vlm.studies import work_off
@@ -66,14 +66,15 @@ def test_the_height_of_a_front_is_its_mean_over_clean_accuracies():
     assert fronts.height(own, 80, 80) == 40
     assert fronts.height(own, 60, 80) == pytest.approx((42 * 10 + 41 * 10) / 20)
     assert math.isnan(fronts.height(own, 80, 91))
-    assert fronts.common_range(own, np.array([[75.0, 50.0], [95.0, 10.0]])) == (70, 90)
-    assert fronts.common_range(own, np.array([[95.0, 10.0]])) == (70, 90)
+    assert fronts.common_range(own, np.array([[75.0, 50.0], [95.0, 10.0]])) == (75, 90)
+    assert fronts.common_range(own, np.array([[95.0, 10.0]])) == (95, 90)  # nothing
 
 
 def test_a_front_is_above_another_one_over_what_both_have_of_an_interval():
     a, b = np.array([[70.0, 40.0], [90.0, 20.0]]), np.array([[75.0, 30.0], [95.0, 10.0]])
     assert fronts.above(a, b, (75, 100)) == pytest.approx(5)  # a falls from 35 to 20, b from 30 to 15
-    assert fronts.above(a, b, (70, 75)) == pytest.approx(7.5)  # a falls from 40 to 35, b has 30
+    assert fronts.above(a, b, (70, 80)) == pytest.approx(5)  # b begins at 75
+    assert math.isnan(fronts.above(a, b, (70, 74)))
     assert fronts.above(a, a - [0, 10], (80, 85)) == pytest.approx(10)
     assert fronts.above(a, b, (80, 200), fronts.ROBUST) is math.nan  # nothing is so robust
     assert fronts.above(a, b, (25, 200), fronts.ROBUST) == pytest.approx(5)  # 80 to 85 % clean, 75 to 80
@@ -235,7 +236,7 @@ def card(**changes):
     small = [method | {"grid": {"inner.eps": ["4/255", "6/255"]}} for method in methods]
     pair = {"title": "two above one", "a": list(wanted[1:]), "b": ["single-teacher"]}
     usual = {"method": small, "comparison": [pair], "seeds": [0, 1, 2], "interpolation": [1.0, 0.5]}
-    return reader.parse(table | usual | changes, Frontier, "a test")
+    return reader.parse(table | usual | changes, Study, "a test")
 
 
 @pytest.mark.parametrize(
@@ -260,14 +261,16 @@ def test_a_frontier_study_that_cannot_be_is_one_line(changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_every_frontier_study_has_trials_that_differ_and_as_many_for_each_compared_method(tmp_path):
-    known = [reader.study(name) for name in reader.names("studies")]
-    for study in (one for one in known if isinstance(one, Frontier)):
+def test_every_study_has_trials_that_differ_and_as_many_for_what_is_compared_first(tmp_path):
+    """As many for each method, or for both families together."""
+    for study in (reader.read("studies", name, Study) for name in reader.names("studies")):
         found = choice.tried(study, tmp_path, {})
         folders = [trial.folder for one in found for trial in one.trials]
         assert len(set(folders)) == len(folders)
         numbers = {one.method.name: len(one.trials) for one in found}
-        assert len({numbers[name] for name in study.compared}) == 1
+        first = study.comparison[0]
+        both = {sum(numbers[name] for name in family) for family in (first.a, first.b)}
+        assert len({numbers[name] for name in study.compared}) == 1 or len(both) == 1
         for measurement in (study.validation, *study.test):
             assert set(measurement.datasets) <= set(reader.suite(measurement.suite).datasets)
         assert reader.suite(study.validation.suite).split != "test"
@@ -451,8 +454,8 @@ def test_the_contender_of_a_family_is_the_one_that_the_rule_prefers(tmp_path):
 def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path):
     """Points: 82 / 44 against 80 / 40. Fronts: A (82, 44) to (92, 30), B (80, 40) to (90, 25).
 
-    From 80 to 82 % clean A has 44, then falls to 32.8 at 90, and B from 40 to 25. From 25 to 30 % robust A
-    has 92 % clean, then falls to 84.857 at 40, and B from 90 to 80.
+    From 82 to 90 % clean A falls from 44 to 32.8, and B from 37 to 25. From 30 to 40 % robust A falls from
+    92 to 84.857 % clean, and B from 86.667 to 80.
     """
     study = card(test=[LINE])
     pair = compared(Report(study, tmp_path, ledger(study, tmp_path)), study.comparison[0])
@@ -462,12 +465,21 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     found = {(s.part, s.what): s.estimate.value for s in pair.statements}
     assert found["seen", "clean accuracy at the operating points"] == pytest.approx(2)
     assert found["seen", "robust accuracy at the operating points"] == pytest.approx(4)
-    equal = "robust accuracy at equal clean accuracy, mean over 80.0 to 90.0 %"
-    assert found["seen", equal] == pytest.approx((2 * 44 + 8 * (44 + 32.8) / 2) / 10 - 32.5)
-    reverse = "clean accuracy at equal robust accuracy, mean over 25.0 to 40.0 %"
-    a = (5 * 92 + 10 * (92 + 84.857) / 2) / 15
-    assert found["seen", reverse] == pytest.approx(a - 85, abs=1e-3)
+    equal = "robust accuracy at equal clean accuracy, mean over 82.0 to 90.0 %"
+    assert found["seen", equal] == pytest.approx((44 + 32.8) / 2 - (37 + 25) / 2)
+    reverse = "clean accuracy at equal robust accuracy, mean over 30.0 to 40.0 %"
+    found_above = (92 + 84.857) / 2 - (86.667 + 80) / 2
+    assert found["seen", reverse] == pytest.approx(found_above, abs=1e-3)
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
+
+
+def test_fronts_that_share_less_than_a_point_are_not_compared(tmp_path, monkeypatch):
+    """B ends at 82.5 % clean, where A begins at 82, and at 30.5 % robust, where A begins at 30."""
+    narrow = {**ACCURACIES, "single-teacher": {n: {1.0: (0.8, 0.305), 0.5: (0.825, 0.25)} for n in (1, 2)}}
+    monkeypatch.setitem(globals(), "ACCURACIES", narrow)
+    study = card(test=[LINE])
+    pair = compared(Report(study, tmp_path, ledger(study, tmp_path)), study.comparison[0])
+    assert {s.equal for s in pair.statements if s.part != "validation"} == {""}
 
 
 def opening(study, tmp_path):
@@ -482,7 +494,7 @@ def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
     assert whole.sentences[0] == f"{start} {above} seen, unseen and validation images."
     cells = dict(zip(whole.columns, (cell.text for cell in whole.rows[0]), strict=True))
     assert cells["comparison"] == "two above one"
-    assert cells["seen: robust at equal clean"].startswith("+7.0 [")
+    assert cells["seen: robust at equal clean"].startswith("+7.4 [")
     points = opening(
         card(test=[LINE | {"of": "chosen"}]), tmp_path
     )  # one point of each: no front on the test
@@ -524,10 +536,10 @@ def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):
     assert len(judged) == 2 * 4 * 3  # methods, points, seeds
     pair = compared(report, study.comparison[0])
     found = {(s.part, s.what): s.estimate.value for s in pair.statements}
-    # From 70 to 90 % clean. A: 46 to 75, 44 at 82, 36 at 88, 33 at 90. B: 42, 40 at 80, 30 at 85, 25.
-    a = (5 * 46 + 7 * (46 + 44) / 2 + 6 * (44 + 36) / 2 + 2 * (36 + 33) / 2) / 20
-    b = (10 * (42 + 40) / 2 + 5 * (40 + 30) / 2 + 5 * (30 + 25) / 2) / 20
-    equal = "robust accuracy at equal clean accuracy, mean over 70.0 to 90.0 %"
+    # From 75 to 90 % clean. A: 46, 44 at 82, 36 at 88, 33 at 90. B: 41, 40 at 80, 30 at 85, 25.
+    a = (7 * (46 + 44) / 2 + 6 * (44 + 36) / 2 + 2 * (36 + 33) / 2) / 15
+    b = (5 * (41 + 40) / 2 + 5 * (40 + 30) / 2 + 5 * (30 + 25) / 2) / 15
+    equal = "robust accuracy at equal clean accuracy, mean over 75.0 to 90.0 %"
     assert found["seen", equal] == pytest.approx(a - b)
     assert found["validation", equal] == pytest.approx(a - b)
     lacking = Judging(trials(study, study.method[0], tmp_path, 2)[1], 0.5, study.test[1]).id
@@ -747,8 +759,12 @@ def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_s
     ledger_file.write_bytes(b"".join(reversed(lines)))  # their order means nothing
     reader.include([root / "cards"])
     try:
-        files.write(reader.study("small"), perform.Places(tmp_path / "nowhere", tmp_path / "t"))
-        state = perform.state(reader.study("small"), perform.Places(tmp_path / "nowhere", tmp_path / "t"))
+        files.write(
+            reader.read("studies", "small", Study), perform.Places(tmp_path / "nowhere", tmp_path / "t")
+        )
+        state = perform.state(
+            reader.read("studies", "small", Study), perform.Places(tmp_path / "nowhere", tmp_path / "t")
+        )
     finally:
         reader.include([])
     assert {name: (tmp_path / "t" / name).read_bytes() for name in names} == first

@@ -18,6 +18,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import export, layout
 from robustbench_vlm.errors import CardError, DataError
@@ -25,7 +26,7 @@ from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.models import public
 from robustbench_vlm.results import leaderboard, result_file
-from robustbench_vlm.studies import render, runner
+from robustbench_vlm.studies.frontier import files, outcomes, perform
 from robustbench_vlm.training import resolve
 from robustbench_vlm.training.folder import folder_of
 
@@ -110,8 +111,6 @@ def test_no_writer_makes_a_path_of_a_name(name, tmp_path):
     require_inside(tmp_path / "ledger" / store.file_name(name) / "x.jsonl", tmp_path)
     recipe = SimpleNamespace(name=name, fingerprint="f" * 64)
     require_inside(folder_of(recipe), Path("runs"))
-    study = runner.StudyRun("arm", 0, recipe, tmp_path)
-    assert study.folder == tmp_path
     folder = export.write_cards(tmp_path / "data", printable, "test", ("a",), 1)
     for path in folder.rglob("*.toml"):
         require_inside(path, tmp_path / "data")
@@ -121,15 +120,12 @@ def test_no_writer_makes_a_path_of_a_name(name, tmp_path):
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_no_further_writer_makes_a_path_of_a_name(name, tmp_path, monkeypatch, capsys):
     """Tables of studies, folders of weights, splits, and what `new` and `data export` are told to write."""
-    for part in ("svg", "markdown", "curve", "summary", "seconds"):
-        module = {"svg": render.plot, "markdown": render.page}.get(part, render.tables)
-        monkeypatch.setattr(module, part, lambda _: b"")
-    monkeypatch.setattr(render.tables, "csv", lambda _: b"")
-    study = SimpleNamespace(study=SimpleNamespace(name=name, curves=True))
-    for path in render.write(study, tmp_path / "tables"):
+    study = reader.read("studies", "efficiency", Study).model_copy(update={"name": name})
+    for path in files.write(study, perform.Places(tmp_path / "runs", tmp_path / "tables")):
         assert path.parent == tmp_path / "tables"
         assert path.is_file()
         require_inside(path.with_suffix(".other"), tmp_path)
+    require_inside(outcomes.ledger(tmp_path / "tables", name), tmp_path)
     card = ModelCard.model_construct(name=name, file="x.pt", loader="weights")
     monkeypatch.setenv("VLMROB_MODELS", str(tmp_path / "models"))
     require_inside(public.folder(card), tmp_path / "models")

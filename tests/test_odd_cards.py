@@ -39,9 +39,9 @@ CARDS = {
     },
     "prompts": {"name": "x", "title": "X", "templates": {"tiny-seen": ["a {c}"]}},
     "studies": {
-        **{"name": "x", "title": "X", "baseline": "a", "seeds": [0], "probe": {"every": 1}},
-        **{"final": {"attack": "pgd10", "suite": "tiny", "n": 4}},
-        **{"arm": [{"name": "a", "title": "A", "recipe": "tiny-tecoa"}]},
+        **{"kind": "frontier", "name": "x", "title": "X", "seeds": [0], "probe": {"every": 1}},
+        **{"validation": {"attack": "pgd10", "suite": "tiny-val", "n": 4}, "rule": {"fixed": "2026-01-01"}},
+        **{"method": [{"name": "a", "title": "A", "recipe": "tiny-tecoa"}]},
     },
 }
 """A card of each kind that is read as it is."""
@@ -112,7 +112,7 @@ OWN = {
     "a template without a place": ("recipes", {"data": {"dataset": "d", "template": "a"}}, "contains {c}"),
     "protocol without eps": ("protocols", {"eps": []}, "eps is empty"),
     "templates that are a list": ("prompts", {"templates": ["a {c}"]}, "templates = "),
-    "a study without arms": ("studies", {"arm": []}, "baseline 'a' is no arm"),
+    "a study without methods": ("studies", {"method": []}, "there must be one"),
     "a key of 1 MB": ("suites", {"k" * 2**20: 1}, "text of 1048576 characters"),
     "a key of 100,000 parts": ("suites", {"RAW": f"RAW 1\n{'a.' * 100_000}a = 1"}, "too many parts"),
 }

@@ -13,7 +13,7 @@ from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError
-from robustbench_vlm.studies import runner
+from robustbench_vlm.studies.frontier.trials import trials
 from robustbench_vlm.training import resolve
 from robustbench_vlm.training.folder import folder_of
 
@@ -94,8 +94,9 @@ def test_a_recipe_on_such_a_dataset_is_another_recipe(folder):
     assert folder_of(found).name.startswith("tiny-tecoa@include-")
     study = read("studies", "efficiency")
     assert study.name == "efficiency@include"
-    assert all(arm.recipe.endswith("@include") for arm in study.arm)
-    assert all(run.recipe.name.endswith("@include") for run in runner.runs(study, folder, 1))
+    assert all(method.recipe.endswith("@include") for method in study.method)
+    tried = [trial for method in study.method for trial in trials(study, method, folder, 0)]
+    assert all(trial.recipe.name.endswith("@include") for trial in tried)
 
 
 def test_a_recipe_of_an_included_file_keeps_its_other_name_with_settings(folder):

@@ -79,7 +79,7 @@ def test_every_card_in_the_wheel_is_readable(typed):
         "assert reader.home().name == '_suites', reader.home()\n"
         "for kind, (_, record) in reader.FOLDERS.items():\n"
         "    for name in reader.names(kind):\n"
-        "        card = reader.study(name) if kind == 'studies' else reader.read(kind, name, record)\n"
+        "        card = reader.read(kind, name, record)\n"
         "        print(kind, card.name)\n"
     )
     assert "datasets imagenet" in typed(code=code)

@@ -20,7 +20,6 @@ from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.cards.card import PLAIN
 from robustbench_vlm.cards.card import Card as Card
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.cards.frontier import Frontier
 from robustbench_vlm.cards.model import ModelCard
 from robustbench_vlm.cards.overrides import override as override
 from robustbench_vlm.cards.protocol import PromptPack as PromptPack
@@ -63,9 +62,12 @@ REFERENCES: Mapping[str, Sequence[tuple[tuple[str, ...], str]]] = {
     "protocols": ((("suite",), "suites"), (("attack",), "attacks"), (("prompts",), "prompts")),
     "recipes": ((("student",), "models"), (("teachers",), "models"), (("data", "dataset"), "datasets")),
     "studies": (
-        (("arm", "recipe"), "recipes"),
-        (("final", "attack"), "attacks"),
-        (("final", "suite"), "suites"),
+        (("method", "recipe"), "recipes"),
+        (("teacher", "recipe"), "recipes"),
+        (("validation", "attack"), "attacks"),
+        (("validation", "suite"), "suites"),
+        (("test", "attack"), "attacks"),
+        (("test", "suite"), "suites"),
     ),
 }
 """Keys at which a card names other cards, and of which kind those are."""
@@ -251,18 +253,6 @@ def suite(name: str) -> Suite:
         return read("suites", name, Suite)
     alone = shown("datasets", name)
     return Suite(name=alone, title=f"{alone} alone", datasets=(alone,), eps=("4/255",))
-
-
-def study(name: str) -> Study | Frontier:
-    """The study called `name`, or the TOML file at the path `name`; its `kind` says which record it is.
-
-    Raises:
-        CardError: see `read`; or a kind of study that there is not.
-    """
-    kind = toml(path("studies", name)).get("kind", "arms")
-    if kind == "frontier":
-        return read("studies", name, Frontier)
-    return read("studies", name, Study)
 
 
 def suites_with(dataset: str) -> list[str]:

@@ -14,10 +14,6 @@ from numpy.typing import ArrayLike
 from scipy.special import erfc
 from scipy.stats import binom, binomtest, t
 
-from robustbench_vlm import rng
-
-DRAWS = 4000  # of a bootstrap
-
 LEVEL = 0.05
 """p below which a difference is claimed."""
 
@@ -188,54 +184,3 @@ def t_mean(values: Sequence[float]) -> Mean:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Mean(mean, mean - half, mean + half)
-
-
-def crossed_mean(tables: Sequence[np.ndarray], name: str) -> Mean:
-    """Mean over tables of the mean of each, with a 95 % interval over rows and columns together.
-
-    Both are drawn anew with replacement, the rows of all tables as one and the columns of each table for
-    itself: the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386). Of S rows S - 1 are drawn, which
-    makes the variance over rows unbiased (Rao and Wu 1988). The limits are percentiles of 4,000 draws; with
-    few rows they are narrower than Student's t would have them.
-
-    Args:
-        tables: one or more (S, n_t), a row a repetition and a column an image; S is the same in all.
-        name: what the random numbers are a function of.
-
-    Raises:
-        ValueError: no tables, or tables of different numbers of rows.
-    """
-    rows = {len(table) for table in tables}
-    if len(rows) != 1:
-        raise ValueError(f"{len(tables)} tables with {sorted(rows)} rows, expected one number of rows")
-    (count,) = rows
-    draw = rng.generator(f"bootstrap/{name}")
-    drawn = max(count - 1, 1)
-    chosen = draw.multinomial(drawn, np.full(count, 1 / count), DRAWS) / drawn
-    means = np.zeros(DRAWS)
-    for table in tables:
-        n = table.shape[1]
-        images = draw.multinomial(n, np.full(n, 1 / n), DRAWS) / n
-        means += ((chosen @ table) * images).sum(1) / len(tables)
-    value = math.fsum(float(table.mean()) for table in tables) / len(tables)
-    if count == 1:
-        return Mean(value, math.nan, math.nan)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(value, float(low), float(high))
-
-
-def first_reach(steps: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """The step at which a curve, linear between its points, first reaches `target`; None if it never does.
-
-    Raises:
-        ValueError: lists of different length, or empty ones.
-    """
-    if len(steps) != len(values) or not steps:
-        raise ValueError(f"{len(steps)} steps and {len(values)} values, expected equally many, at least one")
-    if values[0] >= target:
-        return float(steps[0])
-    for i in range(1, len(steps)):
-        if values[i] >= target:
-            share = (target - values[i - 1]) / (values[i] - values[i - 1])
-            return steps[i - 1] + share * (steps[i] - steps[i - 1])
-    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robustbench_vlm.cards.frontier import Frontier, Measurement, Method, Rule
+from robustbench_vlm.cards.study import Measurement, Method, Rule, Study
 from robustbench_vlm.studies.frontier import fronts
 from robustbench_vlm.studies.frontier.outcomes import Id, Outcome
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, trials
@@ -49,7 +49,7 @@ class MethodTrials:
         return len(self.candidates) == len(self.trials) * shares
 
 
-def tried(study: Frontier, out: Path, known: Mapping[Id, Outcome]) -> list[MethodTrials]:
+def tried(study: Study, out: Path, known: Mapping[Id, Outcome]) -> list[MethodTrials]:
     """The trials of every method of a study.
 
     Raises:
@@ -86,7 +86,7 @@ def chosen(rule: Rule, candidates: Sequence[Candidate]) -> Candidate | None:
     return None if best is None or value(rule, best) == float("-inf") else best
 
 
-def choices(study: Frontier, tried_: Sequence[MethodTrials]) -> dict[str, Candidate | None]:
+def choices(study: Study, tried_: Sequence[MethodTrials]) -> dict[str, Candidate | None]:
     """What was chosen for every method whose trials are complete; None where nothing reaches the floor."""
     return {
         one.method.name: chosen(study.rule, one.candidates)
@@ -95,7 +95,7 @@ def choices(study: Frontier, tried_: Sequence[MethodTrials]) -> dict[str, Candid
     }
 
 
-def contender(study: Frontier, family: Sequence[str], made: Choices) -> str | None:
+def contender(study: Study, family: Sequence[str], made: Choices) -> str | None:
     """The member of a family that the rule prefers.
 
     None while a member's trials are incomplete, or where no member has a choice.
@@ -106,7 +106,7 @@ def contender(study: Frontier, family: Sequence[str], made: Choices) -> str | No
     return max(best, key=lambda name: value(study.rule, best[name]), default=None)
 
 
-def contenders(study: Frontier, made: Choices) -> set[str]:
+def contenders(study: Study, made: Choices) -> set[str]:
     """The methods that comparisons are between, as far as they are known."""
     families = [family for pair in study.comparison for family in (pair.a, pair.b)]
     return {name for family in families if (name := contender(study, family, made)) is not None}
@@ -135,7 +135,7 @@ def measured(measurement: Measurement, one: MethodTrials, best: Candidate) -> li
     return [best]
 
 
-def judgings_of_chosen(study: Frontier, out: Path, tried_: Sequence[MethodTrials]) -> list[Judging]:
+def judgings_of_chosen(study: Study, out: Path, tried_: Sequence[MethodTrials]) -> list[Judging]:
     """Everything that is measured of what was chosen: all tests, and validation with further seeds.
 
     Test images are looked at for these alone.
@@ -159,6 +159,6 @@ def judgings_of_chosen(study: Frontier, out: Path, tried_: Sequence[MethodTrials
     return list(found.values())
 
 
-def seeds(study: Frontier, method: str, made: Choices) -> tuple[int, ...]:
+def seeds(study: Study, method: str, made: Choices) -> tuple[int, ...]:
     """The seeds of a method's chosen trial."""
     return study.seeds if method in contenders(study, made) else study.seeds[: study.repeats]

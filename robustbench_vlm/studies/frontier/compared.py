@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robustbench_vlm.cards.frontier import Comparison, Measurement
-from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
+from robustbench_vlm.cards.study import Comparison, Measurement
 from robustbench_vlm.studies.frontier import choice, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
+from robustbench_vlm.studies.frontier.outcomes import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.resampling import Estimate, Models
+
+LEAST = 1.0
+"""Points of accuracy that two fronts must share: over less, a mean is that of a few images."""
 
 Span = tuple[float, float]
 VALIDATION = "validation"
@@ -124,6 +127,8 @@ def _of_fronts(models: Sequence[Models], part: str) -> list[Statement]:
     own = [fronts.front(one.points()) for one in models]
     for kind, equal in enumerate(KINDS):
         span = fronts.common_range(own[0], own[1], kind)
+        if span[1] - span[0] < LEAST:
+            continue
 
         def above(drawn: Sequence[np.ndarray], kind: int = kind, span: Span = span) -> list[float]:
             a, b = (fronts.front(points) for points in drawn)

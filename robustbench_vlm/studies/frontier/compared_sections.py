@@ -8,11 +8,14 @@ from dataclasses import replace
 
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.findings import KINDS, MEASURES, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import curves, resampling
-from robustbench_vlm.studies.frontier.compared import VALIDATION, Compared
+from robustbench_vlm.studies.frontier.compared import LEAST, VALIDATION, Compared
+from robustbench_vlm.studies.frontier.outcomes import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier.parts import Cell, Section, interval, p_value, ratio
 from robustbench_vlm.studies.frontier.report import Report
+
+MEASURES = {"robust": (SEEN, "robust"), "zeroshot": (UNSEEN, "clean")}
+"""What a claim of a paper is compared with: part of the test, kind of accuracy."""
 
 
 def in_short(pairs: Sequence[Compared]) -> Section:
@@ -75,10 +78,10 @@ def how(report: Report) -> Section:
     lines = (
         f"Intervals (95 %) and p-values come from {resampling.DRAWS} draws of seeds and images together; "
         "with two seeds they are little more than those of the images. p is adjusted within a table (Holm).",
-        "A front is linear between neighbours. Below its lowest point it is flat, since that one has more of "
-        "one accuracy and as much of the other; beyond its highest ones it is never read. "
+        "A front is linear between neighbours, and it is never read beyond its ends. "
         f"{tested} validation images it is that of all trials of the method, with one seed. A difference at "
-        "equal accuracy is the mean from where the first of the two fronts begins to where the first ends.",
+        "equal accuracy is the mean over the accuracies that both fronts reach; where they share less than "
+        f"{LEAST:g} point, there is no statement.",
     )
     return Section("How methods are compared", lines)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.findings import geometric
 from robustbench_vlm.studies.frontier.outcomes import Outcome
 
 LEVELS = (0.8, 0.9, 0.95, 1.0)
@@ -82,7 +83,7 @@ def speeds(
             reached = sum(a is not None for a in at)
             level = sum(levels) / len(levels)
             held = sum(0.0 in pair for pair in zip(at, theirs, strict=True))
-            found.append(Speed(kind, level, reached, held, geometric(ratios), geometric(timed)))
+            found.append(Speed(kind, level, reached, held, _geometric(ratios), _geometric(timed)))
     return found
 
 
@@ -95,3 +96,14 @@ def _cost(own: Outcome, other: Outcome) -> float | None:
     if own.step_seconds is None or other.step_seconds is None:
         return None
     return other.step_seconds / own.step_seconds
+
+
+def _geometric(ratios: Sequence[float | None]) -> Mean | None:
+    """Geometric mean of ratios with the t interval of their logarithms; None if a ratio is missing.
+
+    A run that never reached its target has no ratio, and a mean over the others would flatter.
+    """
+    if any(ratio is None for ratio in ratios):
+        return None
+    mean = stats.t_mean([math.log(ratio) for ratio in ratios if ratio is not None])
+    return Mean(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high))

@@ -10,18 +10,18 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from robustbench_vlm import safe_text, store
-from robustbench_vlm.cards.frontier import Frontier
+from robustbench_vlm.cards.study import Study
 from robustbench_vlm.results import leaderboard
-from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import choice, outcomes, plot
 from robustbench_vlm.studies.frontier.compared import compared
+from robustbench_vlm.studies.frontier.outcomes import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier.parts import COMMAND, Section
 from robustbench_vlm.studies.frontier.perform import Places
 from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.sections import sections
 
 
-def write(study: Frontier, places: Places) -> list[Path]:
+def write(study: Study, places: Places) -> list[Path]:
     """Write `<study>.csv`, `<study>-comparisons.csv`, `<study>.md`, `<study>.html` and `<study>.svg`.
 
     The same outcomes give the same bytes (of the SVG, with one version of matplotlib).
@@ -109,7 +109,7 @@ def comparisons(report: Report) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
-def markdown(study: Frontier, told: Sequence[Section]) -> bytes:
+def markdown(study: Study, told: Sequence[Section]) -> bytes:
     """The page as Markdown, without the commands, which are long."""
     lines = [f"# {safe_text.markdown(study.title)}", ""]
     lines += [
@@ -136,7 +136,7 @@ def markdown(study: Frontier, told: Sequence[Section]) -> bytes:
     return ("\n".join(lines).rstrip() + "\n").encode()
 
 
-def html(study: Frontier, told: Sequence[Section], picture: bytes) -> bytes:
+def html(study: Study, told: Sequence[Section], picture: bytes) -> bytes:
     """The page as one HTML file; every text is escaped by the template."""
     environment = Environment(
         loader=PackageLoader("robustbench_vlm.studies.frontier"),

@@ -1,9 +1,8 @@
 """Pareto fronts of clean and robust accuracy: who lies on them, how high they are, and what they enclose.
 
 A front is an array (K, 2) of points (clean, robust), by rising clean accuracy and so by falling robust
-accuracy. Between neighbours it is taken as linear. Below its lowest clean accuracy it is flat: that point has
-more clean accuracy than is asked for, and its robust accuracy. The same holds below its lowest robust
-accuracy. Above its highest ones it has no value: nothing is extrapolated.
+accuracy. Between neighbours it is taken as linear. Two fronts are compared where both have points, from the
+higher of their lowest accuracies to the lower of their highest ones: nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -42,6 +41,8 @@ def front(points: np.ndarray) -> np.ndarray:
 def at_equal(own: np.ndarray, kind: int, level: float) -> float:
     """The other accuracy of a front where one accuracy is at least `level`; NaN above the front.
 
+    Below the front's lowest point it is that of this point, which has more than is asked for.
+
     Args:
         own: (K, 2) a front.
         kind: `CLEAN` to read robust accuracy at equal clean accuracy, `ROBUST` for the reverse.
@@ -55,8 +56,8 @@ def at_equal(own: np.ndarray, kind: int, level: float) -> float:
 
 
 def common_range(a: np.ndarray, b: np.ndarray, kind: int = CLEAN) -> tuple[float, float]:
-    """The clean (or robust) accuracies that both fronts have, from where the first of them begins."""
-    low = min(a[:, kind].min(), b[:, kind].min())
+    """The clean (or robust) accuracies that both fronts reach; the first is above the second if none."""
+    low = max(a[:, kind].min(), b[:, kind].min())
     high = min(a[:, kind].max(), b[:, kind].max())
     return float(low), float(high)
 
@@ -85,7 +86,8 @@ def above(a: np.ndarray, b: np.ndarray, within: tuple[float, float], kind: int =
         within: the interval of clean accuracy, or of robust accuracy with `kind` = `ROBUST`.
         kind: the accuracy that is equal.
     """
-    low, high = within[0], min(within[1], common_range(a, b, kind)[1])
+    shared = common_range(a, b, kind)
+    low, high = max(within[0], shared[0]), min(within[1], shared[1])
     return height(a, low, high, kind) - height(b, low, high, kind) if low <= high else math.nan
 
 

@@ -20,6 +20,9 @@ from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.results.result_file import Result
 
+KINDS = ("clean", "robust")
+SEEN, UNSEEN = "seen", "unseen"  # whether a model or one of its parents was trained on a dataset
+
 Id = tuple[str, float, str]
 """Fingerprint of the recipe, share of the trained weights, fingerprint of the measurement."""
 

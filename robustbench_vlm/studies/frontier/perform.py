@@ -9,7 +9,7 @@ from pathlib import Path
 
 from robustbench_vlm import devices
 from robustbench_vlm.cards import reader
-from robustbench_vlm.cards.frontier import Frontier
+from robustbench_vlm.cards.study import Study
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.studies import work_off
@@ -35,7 +35,7 @@ class Places:
 
 
 def perform(
-    study: Frontier, places: Places, resources: Resources, remark: Remark, methods: Sequence[str] = ()
+    study: Study, places: Places, resources: Resources, remark: Remark, methods: Sequence[str] = ()
 ) -> None:
     """Train and judge what has no outcome yet.
 
@@ -64,7 +64,7 @@ def perform(
         _work_off(study, tasks, places, resources, remark)
 
 
-def _trials(study: Frontier, places: Places) -> list[Judging]:
+def _trials(study: Study, places: Places) -> list[Judging]:
     """Every trial at every interpolation, on validation images."""
     return [
         Judging(trial, share, study.validation)
@@ -74,12 +74,12 @@ def _trials(study: Frontier, places: Places) -> list[Judging]:
     ]
 
 
-def _of_chosen(study: Frontier, places: Places) -> list[Judging]:
+def _of_chosen(study: Study, places: Places) -> list[Judging]:
     known = outcomes.read(outcomes.ledger(places.tables, study.name))
     return choice.judgings_of_chosen(study, places.out, choice.tried(study, places.out, known))
 
 
-def _tasks(study: Frontier, judgings: Sequence[Judging]) -> list[TrialTask]:
+def _tasks(study: Study, judgings: Sequence[Judging]) -> list[TrialTask]:
     """One task for each trial and measurement: first one measurement of all trials, then the next.
 
     So outcomes are recorded as soon as they are there, and the dearest attacks come last.
@@ -120,7 +120,7 @@ def check(tasks: Sequence[TrialTask], teachers: Sequence[TeacherRun], resources:
 
 
 def _work_off(
-    study: Frontier,
+    study: Study,
     tasks: Sequence[TrialTask | TeacherRun],
     places: Places,
     resources: Resources,
@@ -136,7 +136,7 @@ def _work_off(
         remark(f"{task.name}: done in {seconds:.0f} s; {done} of {len(tasks)}, {last}")
 
 
-def state(study: Frontier, places: Places, methods: Sequence[str] = ()) -> list[list[str]]:
+def state(study: Study, places: Places, methods: Sequence[str] = ()) -> list[list[str]]:
     """A row for each training that is needed: method, seed, trial, hyperparameters, and what is left."""
     known = outcomes.read(outcomes.ledger(places.tables, study.name))
     judgings: dict[Path, list[Judging]] = {}
@@ -154,7 +154,7 @@ def state(study: Frontier, places: Places, methods: Sequence[str] = ()) -> list[
     return rows
 
 
-def datasets(study: Frontier, places: Places) -> list[str]:
+def datasets(study: Study, places: Places) -> list[str]:
     """Names of all datasets that a study trains or measures on."""
     trials = [judging.trial for judging in _trials(study, places)]
     recipes = [trial.recipe for trial in trials] + [one.recipe for trial in trials for one in trial.needs]

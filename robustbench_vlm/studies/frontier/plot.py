@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from robustbench_vlm import safe_text
 from robustbench_vlm.results.figures import style
 from robustbench_vlm.results.figures.style import COLOURS
 from robustbench_vlm.studies.frontier import choice, sections
@@ -35,14 +36,15 @@ def figure(report: Report) -> Figure:
         _front(left if one.method.name in report.study.compared else None, right, report, one, colour, marker)
     left.set_title("compared methods: all trials and their fronts")
     right.set_title("all methods: fronts")
-    left.set_ylabel(f"robust accuracy ({report.study.validation.attack}), %")
+    attack = safe_text.line(report.study.validation.attack)
+    left.set_ylabel(f"robust accuracy ({attack}), %", parse_math=False)
     for axes in (left, right):
         axes.set_xlabel("clean accuracy, %")
         axes.grid(alpha=0.25, linewidth=0.5)
     handles, labels = right.get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     words = "validation images, one seed; a star is the operating point"
-    made.suptitle("\n".join([report.study.title, words]), fontsize=10)
+    made.suptitle(f"{safe_text.line(report.study.title)}\n{words}", fontsize=10, parse_math=False)
     return made
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from robustbench_vlm.cards.frontier import Frontier, Measurement
-from robustbench_vlm.studies.findings import KINDS
+from robustbench_vlm.cards.study import Measurement, Study
 from robustbench_vlm.studies.frontier import choice
 from robustbench_vlm.studies.frontier.choice import Candidate, MethodTrials
-from robustbench_vlm.studies.frontier.outcomes import Id, Outcome
+from robustbench_vlm.studies.frontier.outcomes import KINDS, Id, Outcome
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.trials import Judging, Trial, fingerprint, trials
 
@@ -28,7 +27,7 @@ class Report:
         known: outcomes.
     """
 
-    study: Frontier
+    study: Study
     out: Path
     known: Mapping[Id, Outcome]
     _seeded: dict[tuple[str, int], list[Trial]] = field(default_factory=dict, repr=False, compare=False)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from robustbench_vlm.cards.frontier import Measurement, Rule
+from robustbench_vlm.cards.study import Measurement, Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
-from robustbench_vlm.studies.findings import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier import choice, compared_sections, fronts, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
 from robustbench_vlm.studies.frontier.compared import compared
+from robustbench_vlm.studies.frontier.outcomes import KINDS, SEEN, UNSEEN
 from robustbench_vlm.studies.frontier.parts import (
     COMMAND,
     Cell,

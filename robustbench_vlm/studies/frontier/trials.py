@@ -11,14 +11,14 @@ from typing import Any
 from robustbench_vlm import devices, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
-from robustbench_vlm.cards.frontier import Frontier, Measurement, Method
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cards.study import Measurement, Method, Study
 from robustbench_vlm.errors import CardError, nearest
 from robustbench_vlm.evaluation import planning, provenance
 from robustbench_vlm.evaluation.planning import EvalRequest
 from robustbench_vlm.models.checkpoint_card import read_card
 from robustbench_vlm.results import result_file
-from robustbench_vlm.studies import clock, runner
+from robustbench_vlm.studies import clock, trainings
 from robustbench_vlm.studies.frontier import outcomes
 from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training.finish import interpolate_folder
@@ -50,7 +50,7 @@ class TeacherRun:
 
     def perform(self, resources: Resources) -> list[dict[str, Any]]:
         """Train it, if that is not done; it has no outcome."""
-        runner.train(self.recipe, self.folder, resources)
+        trainings.train(self.recipe, self.folder, resources)
         return []
 
 
@@ -91,7 +91,7 @@ class Trial:
             self.recipe.student, self.recipe.student
         )
 
-    def command(self, share: float, study: Frontier) -> str:
+    def command(self, share: float, study: Study) -> str:
         """The command that trains this model again: the study's own where it needs a teacher of the study."""
         method = next(method for method in study.method if method.name == self.method)
         if self.needs:
@@ -107,7 +107,7 @@ def trained(recipe: Recipe) -> str:
     return recipe.model_copy(update={"name": "", "title": "", "checkpoint_every": 0}).fingerprint
 
 
-def teacher_runs(study: Frontier, out: Path) -> dict[str, TeacherRun]:
+def teacher_runs(study: Study, out: Path) -> dict[str, TeacherRun]:
     """The teachers that a study trains, by name.
 
     Raises:
@@ -116,13 +116,13 @@ def teacher_runs(study: Frontier, out: Path) -> dict[str, TeacherRun]:
     found = {}
     for teacher in study.teacher:
         where = f"study {study.name}, teacher {teacher.name}"
-        recipe = runner.resolved(where, teacher.recipe, teacher.set, study.seeds[0], study.probe)
+        recipe = trainings.resolved(where, teacher.recipe, teacher.set, study.seeds[0], study.probe)
         folder = out / f"teacher-{store.file_name(teacher.name)}-{trained(recipe)[:12]}"
         found[teacher.name] = TeacherRun(teacher.name, recipe, folder)
     return found
 
 
-def trials(study: Frontier, method: Method, out: Path, seed: int) -> list[Trial]:
+def trials(study: Study, method: Method, out: Path, seed: int) -> list[Trial]:
     """Every trial of a method with one seed.
 
     Raises:
@@ -132,7 +132,7 @@ def trials(study: Frontier, method: Method, out: Path, seed: int) -> list[Trial]
     where, teachers = f"study {study.name}, method {method.name}", teacher_runs(study, out)
     for number, settings in enumerate(method.trials, 1):
         changes = [*study.set, *method.set, *settings]
-        named = runner.resolved(where, method.recipe, changes, seed, study.probe)
+        named = trainings.resolved(where, method.recipe, changes, seed, study.probe)
         if named.interpolation != 1:
             raise CardError(where, "interpolation in a trial", "the study's own list, interpolation = [...]")
         needs = _needs(named, teachers, where)
@@ -234,7 +234,7 @@ class TrialTask:
     def perform(self, resources: Resources) -> list[dict[str, Any]]:
         """Do it, and return an outcome for each judging."""
         recipe, folder = self.trial.recipe, self.trial.folder
-        model = runner.train(recipe, folder, resources)
+        model = trainings.train(recipe, folder, resources)
         found = []
         for judging in self.judgings:
             place = model

@@ -35,8 +35,8 @@ def show(
 
     Of a run, print how far the training is, how fast, and which share of the time it waited for images.
 
-    Of an image that an attack broke, and that vlmrob eval --save-adversarial kept, write PNG files, too: the
-    adversarial image and, where the dataset is on this machine, the clean image and the perturbation.
+    Of an image that an attack broke, and that eval --save-adversarial or --save-evidence kept, write PNG
+    files: the adversarial image and, where the dataset is on this machine, the clean one and the change.
     """
     if (what == "image") != bool(key):
         found = "no key" if what == "image" else f"{key!r} after the name"

@@ -134,28 +134,28 @@ def claims(report: Report, pair: Compared) -> Section:
     return Section("What the paper claims", lines, columns, cells)
 
 
-def speeds(report: Report, pairs: Sequence[Compared]) -> Iterator[Section]:
-    """How soon A is where B ends, a section for each comparison."""
+def speeds(report: Report, pairs: Sequence[Compared]) -> Section:
+    """How soon A is where B ends, for every comparison."""
+    rows = []
     for pair in pairs:
-        rows = []
         for speed in _pair_speeds(report, pair):
-            cells = (speed.kind, f"{speed.level:.1f}", str(speed.reached), _speed_up(speed, speed.steps))
-            rows.append(tuple(map(Cell, (*cells, _speed_up(speed, speed.time)))))
-        radii = (
-            ""
-            if _one_radius(report, pair)
-            else " Robust accuracies are left out: the two were trained at two radii, and a training's probe "
-            "attacks at its own."
-        )
-        lines = (
-            f"B's steps to an accuracy on the probe images over A's, from runs of one seed; A is {pair.a}, B "
-            f"is {pair.b}, each with its chosen hyperparameters and all of its trained weights. The levels "
-            "are shares of B's last accuracy. A level counts as reached from where the curve stays above it. "
-            "It is never lost where one of the two is not below it at any probe. "
-            f"Time is processor time of training steps.{radii}",
-        )
-        columns = ("accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
-        yield Section(f"How soon: {pair.comparison.title}", lines, columns, tuple(rows))
+            cells = (pair.comparison.title, speed.kind, f"{speed.level:.1f}", str(speed.reached))
+            found = (_speed_up(speed, speed.steps), _speed_up(speed, speed.time))
+            rows.append(tuple(map(Cell, (*cells, *found))))
+    lines = [
+        "Steps of the second method to an accuracy on the probe images over those of the first, from runs of "
+        "one seed, with the chosen hyperparameters and all of the trained weights. Levels are shares of the "
+        "second method's last accuracy. A level is reached at the step from which the curve stays above it. "
+        "`never lost`: one of the two is above the level at every probe. Time is processor time of training "
+        "steps.",
+    ]
+    if not all(_one_radius(report, pair) for pair in pairs):
+        lines += [
+            "Robust accuracies are left out where the two were trained at two radii: a probe attacks at the "
+            "radius of its training."
+        ]
+    columns = ("comparison", "accuracy", "level, %", "seeds that reach it", "speed-up in steps", "in time")
+    return Section("How soon", tuple(lines), columns, tuple(rows))
 
 
 def _speed_up(speed: curves.Speed, mean: Mean | None) -> str:

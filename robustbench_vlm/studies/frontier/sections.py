@@ -40,7 +40,8 @@ def sections(report: Report) -> Iterator[Section]:
         yield compared_sections.claims(report, known[0])
     yield _chosen(report)
     yield _fronts(report)
-    yield from compared_sections.speeds(report, known)
+    if known:
+        yield compared_sections.speeds(report, known)
     yield from _finals(report)
     yield _trials(report)
 

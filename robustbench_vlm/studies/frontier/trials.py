@@ -23,6 +23,8 @@ from robustbench_vlm.studies.frontier import outcomes
 from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training.finish import interpolate_folder
 
+CHECKPOINT_EVERY = 50  # steps of a trial, whatever its recipe says
+
 
 @dataclass(frozen=True)
 class TeacherRun:
@@ -63,7 +65,8 @@ class Trial:
         number: of the setting, from 1, in the order of the grid.
         settings: the hyperparameters, as `--set` takes them.
         seed: of the recipe.
-        recipe: resolved, with interpolation 1; teachers of the study are its checkpoint folders.
+        recipe: resolved, with interpolation 1 and without a title; teachers of the study are its checkpoint
+            folders.
         sha256: fingerprint of what changes the weights: a recipe with another title trains the same model.
         needs: the teachers of the study that it names.
         folder: gets `model/`, one `model-<share>/` for each other interpolation, and `results/`.
@@ -143,6 +146,8 @@ def trials(study: Study, method: Method, out: Path, seed: int) -> list[Trial]:
             raise CardError(where, f"trials {other} and {number} are one recipe", do)
         # as a path from the root, so that a run goes on however `--out` is spelled
         recipe = _with_models(named, {one.name: str(one.model.resolve()) for one in needs})
+        # what does not change the weights is the same for all, so that a run goes on when a card is reworded
+        recipe = recipe.model_copy(update={"title": "", "checkpoint_every": CHECKPOINT_EVERY})
         folder = out / f"{store.file_name(recipe.name)}-s{seed}-{sha256[:12]}"
         found[sha256] = Trial(method.name, number, settings, seed, recipe, sha256, needs, folder)
     return list(found.values())

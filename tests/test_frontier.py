@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustbench_vlm import one_writer, store
+from robustbench_vlm.backends.backend import NATIVE
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.study import Rule, Study
 from robustbench_vlm.errors import CardError, DataError, Incomplete, InputError, VlmrobError
@@ -26,7 +27,7 @@ from robustbench_vlm.studies.frontier.outcomes import OnDataset, Outcome
 from robustbench_vlm.studies.frontier.report import Report
 from robustbench_vlm.studies.frontier.resampling import Models
 from robustbench_vlm.studies.frontier.sections import sections
-from robustbench_vlm.studies.frontier.trials import Judging, trained, trials
+from robustbench_vlm.studies.frontier.trials import Judging, fingerprint, trained, trials
 from robustbench_vlm.studies.task import Resources
 
 POINTS = np.array([[90.0, 30.0], [80.0, 40.0], [85.0, 30.0], [80.0, 35.0], [70.0, 42.0], [90.0, 30.0]])
@@ -283,6 +284,27 @@ def test_trials_that_are_one_recipe_are_refused(tmp_path):
         trials(study, twice, tmp_path, 0)
     with pytest.raises(CardError, match="the study's own list"):
         trials(study, study.method[0].model_copy(update={"set": ("interpolation=0.5",)}), tmp_path, 0)
+
+
+def test_a_measurement_is_known_by_what_the_model_sees(monkeypatch):
+    """Other sentences or another engine are another measurement, another licence is not."""
+    measurement = card().validation
+    first, read = fingerprint(measurement), reader.read
+
+    def changed(**changes):
+        def other(kind, name, record):
+            found = read(kind, name, record)
+            return found.model_copy(update=changes) if kind == "datasets" else found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "read", other)
+            return fingerprint(measurement)
+
+    assert changed(licence="another", notes=("x",)) == first
+    assert changed(templates=("no {c}",)) != first
+    assert changed(names=("a",)) != first
+    monkeypatch.setitem(NATIVE, "fast", "native/0")
+    assert fingerprint(measurement) != first
 
 
 def test_a_trial_goes_on_when_its_recipe_is_reworded(tmp_path):
@@ -581,8 +603,6 @@ def test_tests_of_trials_that_were_not_chosen_are_counted_and_not_shown(tmp_path
 
 
 def judged(study):
-    from robustbench_vlm.studies.frontier.trials import fingerprint
-
     return fingerprint(study.validation)
 
 

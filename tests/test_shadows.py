@@ -99,6 +99,19 @@ def test_a_recipe_on_such_a_dataset_is_another_recipe(folder):
     assert all(trial.recipe.name.endswith("@include") for trial in tried)
 
 
+def test_a_model_that_teaches_first_is_called_as_it_is_shown(folder):
+    text = (reader.home() / "recipes/tiny-mmt-ard.toml").read_text("utf-8")
+    staged = text.replace(
+        'robust = "tiny-robust-teacher"',
+        'robust = { model = "tiny-robust-teacher", phases = [{ until = 0.5, model = "fare2-vit-l-14" }] }',
+    ).replace('name = "tiny-mmt-ard"', 'name = "mine"')
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    (folder / "recipes/mine.toml").write_text(staged, "utf-8")
+    copied(folder, "models", "fare2-vit-l-14", 'title = "', 'title = "Another. ')
+    (phase,) = reader.read("recipes", "mine", Recipe).phases["robust"]
+    assert phase.model == "fare2-vit-l-14@include"
+
+
 def test_a_recipe_of_an_included_file_keeps_its_other_name_with_settings(folder):
     copied(folder, "recipes", "tiny-tecoa", "steps = 5", "steps = 6")
     assert resolve.resolve("tiny-tecoa", settings=["optim.steps=7"]).name == "tiny-tecoa@include"

@@ -60,7 +60,12 @@ SHADOW = "@include"
 REFERENCES: Mapping[str, Sequence[tuple[tuple[str, ...], str]]] = {
     "suites": ((("datasets",), "datasets"), (("means",), "datasets")),
     "protocols": ((("suite",), "suites"), (("attack",), "attacks"), (("prompts",), "prompts")),
-    "recipes": ((("student",), "models"), (("teachers",), "models"), (("data", "dataset"), "datasets")),
+    "recipes": (
+        (("student",), "models"),
+        (("teachers",), "models"),
+        (("phases",), "models"),
+        (("data", "dataset"), "datasets"),
+    ),
     "studies": (
         (("method", "recipe"), "recipes"),
         (("teacher", "recipe"), "recipes"),

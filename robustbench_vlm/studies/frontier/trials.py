@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from robustbench_vlm import devices, store
+from robustbench_vlm.backends.backend import NATIVE
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.attack import AttackCard
+from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.study import Measurement, Method, Study
 from robustbench_vlm.errors import CardError, nearest
@@ -22,6 +24,9 @@ from robustbench_vlm.studies import clock, trainings
 from robustbench_vlm.studies.frontier import outcomes
 from robustbench_vlm.studies.task import Resources
 from robustbench_vlm.training.finish import interpolate_folder
+
+OF_CARDS = {"canvas", "native_px", "resize", "names", "names_from", "templates"}
+"""What a dataset card says of how a model sees images and classes."""
 
 CHECKPOINT_EVERY = 50  # steps of a trial, whatever its recipe says
 
@@ -199,16 +204,21 @@ class Judging:
 
 
 def fingerprint(measurement: Measurement) -> str:
-    """Of everything in a measurement that changes verdicts: titles and notes of the cards are left out."""
+    """Of the engine, and of what cards say of attack, images, classes and sentences.
+
+    Titles, notes and sources are left out.
+    """
     chain = reader.read("attacks", measurement.attack, AttackCard)
     suite = reader.suite(measurement.suite)
-    chosen = measurement.datasets or suite.datasets
-    spoken = {"title", "notes", "version", "means", "n", "datasets"}
+    chosen = [name for name in suite.datasets if name in (measurement.datasets or suite.datasets)]
+    cards = [(name, reader.read("datasets", name, DatasetCard)) for name in chosen]
+    spoken = {"title", "notes", "version"}
     return store.fingerprint(
         {
-            "attack": chain.model_dump(mode="json", exclude=spoken),
-            "suite": suite.model_dump(mode="json", exclude=spoken),
-            "datasets": [name for name in suite.datasets if name in chosen],
+            "engine": NATIVE["fast"],
+            "attack": chain.model_dump(mode="json", exclude=spoken | {"plain_pgd"}),
+            "suite": suite.model_dump(mode="json", exclude=spoken | {"means", "n", "datasets"}),
+            "datasets": [[name, card.model_dump(mode="json", include=OF_CARDS)] for name, card in cards],
             "n": measurement.n,
         }
     )

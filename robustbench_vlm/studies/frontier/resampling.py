@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -104,16 +105,23 @@ def _estimate(value: float, drawn: np.ndarray) -> Estimate:
 
 def _draws(models: Sequence[Models], draws: int) -> list[np.ndarray]:
     """(draws, P, 2) points of every group of models, from the same seeds and images."""
-    rng = np.random.default_rng(0)
-    count = models[0].seeds
-    drawn = max(count - 1, 1)
-    of_seeds = rng.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
+    names = sorted(models[0].verdicts)
+    sizes = tuple(models[0].verdicts[name].shape[-1] for name in names)
+    of_seeds, of_sets = _shares(models[0].seeds, sizes, draws)
     found = [np.zeros((draws, *one.points().shape)) for one in models]
-    for name in sorted(models[0].verdicts):
-        n = models[0].verdicts[name].shape[-1]
-        of_images = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32) / n
+    for name, of_images in zip(names, of_sets, strict=True):
         for one, total in zip(models, found, strict=True):
             bits = one.verdicts[name].astype(np.float32)
             shares = np.einsum("spkn,rn->rspk", bits, of_images, optimize=True)
             total += np.einsum("rspk,rs->rpk", shares, of_seeds, optimize=True)
-    return [100 * total / len(models[0].verdicts) for total in found]
+    return [100 * total / len(names) for total in found]
+
+
+@lru_cache(maxsize=4)  # a study asks for the same few again and again, and drawing is most of the work
+def _shares(seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The share of every seed in every draw, (draws, S), and of every image of each dataset, (draws, N)."""
+    rng = np.random.default_rng(0)
+    drawn = max(seeds - 1, 1)
+    of_seeds = rng.multinomial(drawn, np.full(seeds, 1 / seeds), size=draws) / drawn
+    of_sets = [rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32) / n for n in sizes]
+    return of_seeds, of_sets

@@ -15,6 +15,7 @@ import pytest
 import torch
 from attack_models import blobs, classifier, discovered, findings, position_dependence
 
+from robustbench_vlm import store
 from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.apgd_eot import ApgdEot
 from robustbench_vlm.attacks.apgd_l1 import ApgdL1
@@ -30,6 +31,7 @@ from robustbench_vlm.engine.interface import Rows
 from robustbench_vlm.engine.noise import Keyed
 from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.errors import AttackError, InputError
+from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat
 from robustbench_vlm.training.inner import ascend
 
@@ -383,6 +385,8 @@ def test_a_gradient_that_is_not_finite_is_an_error_wherever_logits_are_fine(name
             continue
         assert not f.broken
         assert "a logit or gradient is not finite (iteration 0" in f.error
+        line = verdicts.line(f, images[int(f.key.split("/")[-1])], "", 0, threat)
+        assert store.sealed(line, "ledger.jsonl"), "a line that can be written"
         assert (f.iteration, f.backwards) == (-1, one_step)
 
 

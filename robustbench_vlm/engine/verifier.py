@@ -78,10 +78,11 @@ class Verifier:
                 continue
             target, restart = trajectory.pair
             first = end.first if end.first >= 0 else end.iteration
+            lost = bool(error) and not bool(copies[i].isfinite().all())  # no image that could be reported
             finding = Finding(
                 key=self._queue.key(trajectory),
                 broken=wrong,
-                adv=copies[i].clone(),
+                adv=images[i].cpu().clone() if lost else copies[i].clone(),
                 target=target,
                 restart=restart,
                 iteration=first if wrong else -1,

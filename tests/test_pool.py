@@ -3,7 +3,9 @@
 import json
 import shutil
 import threading
+import time
 import warnings
+from contextlib import suppress
 
 import pytest
 import toys
@@ -12,10 +14,11 @@ from killed_evaluations import outcome
 from robustbench_vlm.engine.check_record import check
 from robustbench_vlm.engine.job import Cost
 from robustbench_vlm.errors import AttackError, Incomplete, InputError, VlmrobError
+from robustbench_vlm.evaluation import cells, executor, measure, remote_work
 from robustbench_vlm.evaluation import cluster as cluster_module
-from robustbench_vlm.evaluation import executor, measure, remote_work
 from robustbench_vlm.evaluation.cluster import About, Lost
 from robustbench_vlm.evaluation.dispatch import LOSSES
+from robustbench_vlm.evaluation.open_work import LiveWorker
 from robustbench_vlm.evaluation.pool import Pool
 from robustbench_vlm.evaluation.worker import Attack, Done, Failed, Found, Order, Worker
 
@@ -356,6 +359,39 @@ def test_python_refuses_what_are_no_workers():
 
     with pytest.raises(InputError, match="--workers two: not a number of workers"):
         robustbench_vlm.evaluate("tiny", "fgsm", workers="two")
+
+
+def test_a_question_that_waits_while_the_evaluation_fails_is_not_answered_with_nothing():
+    pool, live = object.__new__(Pool), LiveWorker(None, None, attacked={0})
+    pool._changed, pool._live, pool._open, pool._error = threading.Condition(), [live], {}, None
+    threading.Timer(0.05, pool._fail, [VlmrobError("a worker failed elsewhere")]).start()
+    with pytest.raises(VlmrobError, match="a worker failed elsewhere"):
+        list(pool.ask_all(0, None))
+
+
+def test_cells_end_before_a_closed_pool_does(world, tmp_path):
+    """What measures a cell in a thread of its own writes nothing once the pool is closed."""
+    pool = Pool(LocalCluster(1), lambda _: None)
+    begun, ended = threading.Event(), []
+
+    def measured():
+        with suppress(VlmrobError), pool.works(cells.Cell(world, order.chains[0], order, order.ladder[:1])):
+            begun.set()
+            while pool._error is None:
+                time.sleep(0.01)
+            time.sleep(0.1)  # what is left to do
+            ended.append(True)
+
+    order = settings(tmp_path)
+    threading.Thread(target=measured, daemon=True).start()
+    assert begun.wait(60)
+    pool.close()
+    assert ended
+    with (
+        pytest.raises(VlmrobError, match="the evaluation was stopped"),
+        pool.works(cells.Cell(world, order.chains[0], order, order.ladder[:1])),
+    ):
+        pass
 
 
 def test_a_question_that_no_worker_can_answer_any_more_is_the_pools_error():

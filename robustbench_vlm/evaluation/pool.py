@@ -10,11 +10,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -23,15 +22,14 @@ from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.evaluation.cluster import (
     STARTING,
     TICK,
-    About,
     Cluster,
-    Handle,
     Lost,
     Reference,
     answers_in_time,
 )
 from robustbench_vlm.evaluation.dispatch import LOSSES, Dispatch
 from robustbench_vlm.evaluation.model_work import AttackSetup, ModelWork, first_images
+from robustbench_vlm.evaluation.open_work import LiveWorker, OpenWork
 from robustbench_vlm.evaluation.remote_work import RemoteWork, Work
 from robustbench_vlm.evaluation.worker import (
     Answer,
@@ -45,43 +43,8 @@ from robustbench_vlm.evaluation.worker import (
 )
 from robustbench_vlm.models.zoo import Loaded
 
+CLOSING = 30.0  # seconds that a cell whose model work has ended may take to end itself
 LOOK = 5.0  # seconds between two looks for places of workers that joined
-
-
-@dataclass(eq=False)
-class _LiveWorker:
-    """A worker that has started.
-
-    Attributes:
-        handle: of the cluster.
-        about: where it runs.
-        own_orders: orders for this very worker, each with where its answer goes.
-        attacked: numbers of the cells of which it attacked images.
-        block: the work that it has a block of.
-    """
-
-    handle: Handle
-    about: About
-    own_orders: deque[tuple[Order, SimpleQueue[Answer]]] = field(default_factory=deque)
-    attacked: set[int] = field(default_factory=set)
-    block: _Open | None = None
-
-
-@dataclass(eq=False)
-class _Open:
-    """Work that is not finished.
-
-    Attributes:
-        work: what is to be done.
-        inbox: for the thread that waits: answers, or an error, or None at the end.
-        out: number of blocks that workers have.
-    """
-
-    work: Work
-    inbox: SimpleQueue[tuple[Sequence[int], Found | Done] | Exception | None] = field(
-        default_factory=SimpleQueue
-    )
-    out: int = 0
 
 
 class Pool:
@@ -91,8 +54,8 @@ class Pool:
         """Start workers at every place of a cluster; `remark` gets a line about each that is lost."""
         self._cluster, self._remark = cluster, remark
         self._changed = threading.Condition()
-        self._dispatch, self._open = Dispatch(), dict[Any, _Open]()
-        self._live: list[_LiveWorker] = []
+        self._dispatch, self._open = Dispatch(), dict[Any, OpenWork]()
+        self._live: list[LiveWorker] = []
         self._threads: list[threading.Thread] = []
         self._cells: dict[int, tuple[Reference, Reference]] = {}
         self._models: dict[str, tuple[Reference, list[int]]] = {}  # with the numbers of its open cells
@@ -110,6 +73,7 @@ class Pool:
         loaded, setup = cell.subject.loaded, AttackSetup.of(cell)
         placed = Placed(replace(setup, bank=setup.bank.cpu()), packed(first_images(cell)))
         with self._changed:
+            self._require_running()
             number = next(self._numbers)
             self._cells[number] = (self._model(loaded, number), self._cluster.put(placed))
         try:
@@ -136,10 +100,9 @@ class Pool:
 
     def answers(self, work: Work) -> Iterator[tuple[Sequence[int], Found | Done]]:
         """See `remote_work.Workers`."""
-        opened = _Open(work)
+        opened = OpenWork(work)
         with self._changed:
-            if self._error is not None:
-                raise self._error
+            self._require_running()
             self._open[work.request] = opened
             self._dispatch.add(work.request)
             self._changed.notify_all()
@@ -157,18 +120,23 @@ class Pool:
         """See `remote_work.Workers`; a worker that is lost before it answers is left out."""
         replies: list[SimpleQueue[Answer]] = []
         with self._changed:
-            if self._error is not None:
-                raise self._error  # nobody serves the workers any more
+            self._require_running()
             for live in (one for one in self._live if cell in one.attacked):
                 replies.append(SimpleQueue())
                 live.own_orders.append((order, replies[-1]))
             self._changed.notify_all()
         for reply in replies:
             answer = reply.get()
+            self._require_running()  # else the answer may be that of nobody
             if isinstance(answer, Failed):
                 raise answer.raised
             assert isinstance(answer, Done)
             yield answer
+
+    def _require_running(self) -> None:
+        """Raise the error of an evaluation that has ended; nobody serves its workers any more."""
+        if self._error is not None:
+            raise self._error
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -182,10 +150,12 @@ class Pool:
             }
 
     def close(self) -> None:
-        """End every worker, and whatever waits for one."""
+        """End every worker, and whatever waits for one; cells end before what they write to does."""
         self._fail(VlmrobError("the evaluation was stopped"))
         for live in list(self._live):
             live.handle.kill()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._cells, timeout=CLOSING)
         for thread in self._threads:
             thread.join(timeout=2 * TICK)
 
@@ -235,7 +205,7 @@ class Pool:
             except Exception as error:  # noqa: BLE001 - raised by the threads that wait
                 self._fail(error)
 
-    def _started(self) -> _LiveWorker:
+    def _started(self) -> LiveWorker:
         """Start a worker; in a cluster that may grow, wait as long as there is no room for it."""
         handle, begun = self._cluster.start(), time.monotonic()
         while (about := handle.about(TICK)) is None:
@@ -243,12 +213,12 @@ class Pool:
             if late or self._error is not None:
                 handle.kill()
                 raise Lost(f"no answer for {STARTING:.0f} s" if late else "the evaluation has ended")
-        live = _LiveWorker(handle, about)
+        live = LiveWorker(handle, about)
         with self._changed:
             self._live.append(live)
         return live
 
-    def _serve(self, live: _LiveWorker) -> None:
+    def _serve(self, live: LiveWorker) -> None:
         """Give work to a worker until the evaluation ends."""
         while True:
             with self._changed:
@@ -267,7 +237,7 @@ class Pool:
             else:
                 self._run_block(live, members)
 
-    def _run_own_order(self, live: _LiveWorker) -> None:
+    def _run_own_order(self, live: LiveWorker) -> None:
         """Give a worker an order that is for it alone."""
         order, reply = live.own_orders[0]
         for answer in self._answers(live, order):
@@ -278,7 +248,7 @@ class Pool:
             if order.content == "forget":
                 live.attacked.discard(order.cell)
 
-    def _run_block(self, live: _LiveWorker, members: Sequence[int]) -> None:
+    def _run_block(self, live: LiveWorker, members: Sequence[int]) -> None:
         """Give a worker a block, and hand its answers over."""
         opened, last = live.block, None
         assert opened is not None
@@ -306,7 +276,7 @@ class Pool:
                 opened.inbox.put(VlmrobError(f"a worker made no finding about {len(left)} images"))
             self._put_back(live)
 
-    def _put_back(self, live: _LiveWorker) -> None:
+    def _put_back(self, live: LiveWorker) -> None:
         """Note that a worker has no block any more; the last one of finished work ends it."""
         opened, live.block = live.block, None
         if opened is not None:
@@ -314,7 +284,7 @@ class Pool:
             if not opened.out and not opened.work.request.open:
                 opened.inbox.put(None)
 
-    def _answers(self, live: _LiveWorker, order: Order) -> Iterator[Answer]:
+    def _answers(self, live: LiveWorker, order: Order) -> Iterator[Answer]:
         """Answers to an order, as long as they come in time."""
         with self._changed:
             references = self._cells.get(order.cell, ())
@@ -326,7 +296,7 @@ class Pool:
             if answer is not None:
                 yield answer
 
-    def _replace(self, live: _LiveWorker, how: str) -> None:
+    def _replace(self, live: LiveWorker, how: str) -> None:
         """Let what a lost worker had be handed out again."""
         live.handle.kill()
         with self._changed:
@@ -343,7 +313,7 @@ class Pool:
             text = f"{LOSSES} workers were lost with {names}; the last one {how}"
             self._fail(Incomplete(f"{text}; the same command goes on"))
 
-    def _cancel_own_orders(self, live: _LiveWorker) -> None:
+    def _cancel_own_orders(self, live: LiveWorker) -> None:
         """Answer the own_orders of a worker that is gone."""
         for _, reply in live.own_orders:
             reply.put(Done())

@@ -159,3 +159,13 @@ def test_a_million_images(simulated):
     share, simulation = simulated(cells=20, images=50_000, workers=100, lifetime=5_000)
     assert simulation.deaths > 500
     assert share > 0.95
+
+
+def test_whole_units_stay_whole_however_many_blocks_are_lost():
+    request, dispatch = Request(range(100), unit=64, most=64, whole=True), Dispatch()
+    dispatch.add(request)
+    first, second = dispatch.take("a", 1).members, dispatch.take("b", 1).members
+    assert (first, second) == ([*range(64)], [*range(64, 100)])
+    dispatch.lose("a")
+    dispatch.lose("b")
+    assert [dispatch.take(worker, 1).members for worker in "cd"] == [first, second]

@@ -133,7 +133,8 @@ class Dispatch:
         unit = request.unit if request.whole else 1
         chunks = [block.members[i : i + unit] for i in range(0, len(block.members), unit)]
         again = [member for chunk in chunks if request.open.intersection(chunk) for member in chunk]
-        request.waiting.extendleft(reversed(again))
+        waiting = {*request.waiting, *again}
+        request.waiting = deque(member for member in request.members if member in waiting)  # as units begin
         left = [member for member in again if member in request.open]
         request.losses.update(left)
         return [member for member in left if request.losses[member] >= LOSSES]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from robustbench_vlm import store
 from robustbench_vlm.data.dataset import open_split
 from robustbench_vlm.engine import canonical
-from robustbench_vlm.evaluation import cells
+from robustbench_vlm.evaluation import cells, measure
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat
@@ -267,6 +267,61 @@ def test_relabelled_data_make_another_cell(card, tmp_path):
     assert path != first
     assert content["outcome"]["clean_correct"] == 3
     assert not table(path).clean_correct[2]
+
+
+def drifting(what):
+    """A subject whose logits change with every call, a little, so that only checks after attacks see it."""
+    calls = []
+
+    def change(images):
+        calls.append(len(images))
+        return images + 1e-4 * len(calls)
+
+    return toys.changed(what, change)
+
+
+def kept_failures(results):
+    """Names of the failed checks beside ledgers, sorted."""
+    found = (results / "ledger").rglob("*.checks.jsonl")
+    return sorted({line["name"] for path in found for line in store.records(path)})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_attack_brought_to_light_stands_in_every_result_of_its_findings(card, root, what, tmp_path):
+    """As `--until` and `race` do it, more images, a longer chain, and one that is made again."""
+    sick, quiet = drifting(what), lambda *_: None
+    few = drifting(toys.subject(card, root, n=4))
+    measure.tables(few, (order := toys.request(tmp_path, toys.chain("one", "ce"))).chains[0], order, quiet)
+    failed = kept_failures(tmp_path)
+    assert "outputs-changed" in failed
+    calm = toys.changed(what, lambda images: images)  # the same fingerprint, and nothing to be seen
+    calm_few = toys.changed(toys.subject(card, root, n=4), lambda images: images)
+    for subject, n, stages in ((calm_few, 4, ["ce"]), (calm, 0, ["ce"]), (calm, 0, ["ce", "t"])):
+        ((_, content),) = toys.run(subject, toys.request(tmp_path, toys.chain("one", *stages), n=n))
+        assert {*failed} <= {*content["outcome"]["flags"]}
+        assert {*failed} <= {one["name"] for one in content["checks"]["checks"] if one["level"] == "fail"}
+    assert kept_failures(tmp_path) == failed  # each name once
+    # a result of before failures were kept beside ledgers, that lacks its verdicts
+    ((path, first),) = toys.run(sick, order)
+    for kept in (tmp_path / "ledger").rglob("*.checks.jsonl"):
+        kept.unlink()
+    path.with_suffix(".parquet").unlink()
+    ((_, second),) = toys.run(calm, order)
+    assert without_run(second)["outcome"] == first["outcome"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupted_attack_keeps_what_it_brought_to_light(what, tmp_path):
+    def interrupted(name, done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    order = toys.request(tmp_path, toys.chain("one", "ce"))
+    with pytest.raises(KeyboardInterrupt):
+        list(measure.evaluate(drifting(what), order, interrupted))
+    assert "outputs-changed" in kept_failures(tmp_path)
+    ((_, content),) = toys.run(toys.changed(what, lambda images: images), order)
+    assert "outputs-changed" in content["outcome"]["flags"]
 
 
 def test_a_half_written_ledger_line_is_run_again(what, tmp_path):

@@ -24,6 +24,9 @@ from robustbench_vlm.engine.probe import Probe
 from robustbench_vlm.errors import AttackError
 from robustbench_vlm.types import Classify, Finding
 
+OUTPUTS_CHANGED = "outputs-changed"
+CHECKS = (OUTPUTS_CHANGED, gradient_check.MISMATCH)
+"""Names of the checks that are made during attacks and after them."""
 GROWTH = 1.5
 """Factor between the numbers of the gradient calls of which some rows are kept."""
 ROWS = 4
@@ -149,7 +152,7 @@ class AttackWatch:
         bound = canonically.rounding(clean, UNITS)
         found = [
             check(
-                "outputs-changed",
+                OUTPUTS_CHANGED,
                 "fail" if change > bound else "pass",
                 change,
                 bound,

@@ -1,9 +1,13 @@
-"""Read a ledger: the findings of one stage, with every line checked before it is believed."""
+"""Read a ledger: the findings of one stage, with every line checked before it is believed.
+
+Beside a ledger stands what the attacks that wrote it brought to light about the model, if a check failed. A
+later run that takes the findings takes the failures too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from robustbench_vlm import store
+from robustbench_vlm.engine.check_record import Check
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.threat import Threat
 
@@ -47,6 +52,26 @@ class Ledger:
     def remove_faulty(self) -> None:
         """Remove every line that is not believed."""
         store.write(self.path, b"".join(line.text for line, fault in self.lines() if not fault))
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that failed when findings of this ledger were made.
+
+        Raises:
+            InputError: a line of their file is damaged.
+        """
+        return [Check(**record) for record in store.records(self._failures)]
+
+    def add_failures(self, failed: Iterable[Check]) -> None:
+        """Keep failed checks, of each name the first."""
+        for check in failed:
+            if check.name not in {known.name for known in self.failures}:
+                store.mend(self._failures)
+                store.append(self._failures, asdict(check))
+
+    @property
+    def _failures(self) -> Path:
+        return self.path.with_suffix(".checks.jsonl")
 
     def image(self, record: dict[str, Any]) -> Tensor | None:
         """The saved adversarial image of a finding, (3, H, W); None if it is missing or is another one."""

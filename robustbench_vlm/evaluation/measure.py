@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustbench_vlm import store
-from robustbench_vlm.engine import canonical, losses, model_checks
-from robustbench_vlm.engine.check_record import Examined
+from robustbench_vlm.engine import attack_watch, canonical, losses, model_checks
+from robustbench_vlm.engine.check_record import Check, Examined
 from robustbench_vlm.engine.job import Cost, ImageBlock, total
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import bundling, provenance
@@ -33,6 +33,7 @@ from robustbench_vlm.evaluation.model_work import (
 from robustbench_vlm.evaluation.outcome import tally
 from robustbench_vlm.evaluation.stages import CellRun, Remark, Report
 from robustbench_vlm.results import evidence, result_file, verdicts
+from robustbench_vlm.results.page import checks as page_checks
 from robustbench_vlm.results.result_file import Content
 
 SPOOLED = 32 * 2**20  # bytes of clean logits up to which they stay in memory
@@ -87,9 +88,9 @@ def tables(
     remark: Remark = lambda _: None,
     works: Works = in_process,
 ) -> list[pd.DataFrame]:
-    """The verdicts under one chain at every radius of the ladder, without checks and without a result file.
+    """The verdicts under one chain at every radius of the ladder, without a result file.
 
-    What is found is recorded in the ledgers, and what they have is not run again.
+    What is found is recorded in the ledgers, with the checks that fail; what they have is not run again.
 
     Raises:
         AttackError: an attack left the ball or the box.
@@ -105,12 +106,31 @@ def tables(
 
 
 def _attack(run: CellRun, report: Report) -> list[Cost]:
-    """Run every stage of the chain; returns the model calls of each group of stages."""
+    """Run every stage of the chain, and keep the checks that fail; returns the model calls of each part.
+
+    An interrupt waits for these checks, unless workers would first have to end what they attack: a run that
+    goes on later does not see what this one saw.
+    """
     number, costs = 0, []
-    for group in run.cell.settings.backend.groups(run.cell.chain.stages):
-        costs.append(run.attack(number, group, report))
-        number += len(group)
-    return costs
+    try:
+        for group in run.cell.settings.backend.groups(run.cell.chain.stages):
+            costs.append(run.attack(number, group, report))
+            number += len(group)
+    except KeyboardInterrupt:
+        if run.work.here:
+            run.keep_failures()
+        raise
+    return [*costs, run.keep_failures()]
+
+
+def _stated_failures(path: Path) -> list[Check]:
+    """What attacks brought to light by a result that is made again; of earlier versions, it alone says so."""
+    try:
+        stated = page_checks.of_result(result_file.read_one(path))
+    except InputError:
+        return []
+    failed = (check for check in stated if check.level == "fail" and check.name in attack_watch.CHECKS)
+    return [Check(**check.model_dump()) for check in failed]
 
 
 def examine(subject: Subject, chain: Chain, settings: EvalSettings) -> Examined:
@@ -171,8 +191,7 @@ def _measure(run: CellRun, smaller: Cell | None, report: Report, examined: Exami
     cell = run.cell
     subject, settings, path = cell.subject, cell.settings, cell.path
     costs = _attack(run, report)
-    later, cost = run.attack_checks()
-    examined, costs = examined.joined(later), [*costs, cost]
+    examined = examined.joined([*_stated_failures(path), *run.attack_checks()])
     table = run.table.to_parquet(index=False)
     store.write(path.with_suffix(".parquet"), table)
     images = run.broken_images() if settings.keeps_image(broken=True) else {}

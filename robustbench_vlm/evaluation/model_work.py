@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -197,7 +197,13 @@ class CellModel:
 
 
 class ModelWork(Protocol):
-    """Does the model work of one cell."""
+    """Does the model work of one cell.
+
+    Attributes:
+        here: whether it is done in this process, and so ends with what this process interrupts.
+    """
+
+    here: ClassVar[bool]
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -247,6 +253,7 @@ def in_process(cell: Cell) -> Iterator[ModelWork]:
 class _InProcess:
     cell: Cell
     model: CellModel
+    here: ClassVar[bool] = True
 
     @property
     def facts(self) -> Mapping[str, Any]:

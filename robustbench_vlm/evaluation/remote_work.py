@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -83,6 +83,8 @@ class RemoteWork:
     number: int
     setup: AttackSetup
     on_cpu: bool
+
+    here: ClassVar[bool] = False
 
     @property
     def facts(self) -> Mapping[str, Any]:

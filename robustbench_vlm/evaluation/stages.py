@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class CellRun:
         clean: logits of the canonical pass on the clean images.
         table: verdicts of the images, which the stages fill in.
         remark: called with a line about each line of a ledger that is not believed.
+        attacked: stages that were run now, on one image at least.
     """
 
     cell: Cell
@@ -47,6 +48,7 @@ class CellRun:
     clean: canonical.Record
     table: pd.DataFrame
     remark: Remark = lambda _: None
+    attacked: set[int] = field(default_factory=set)
 
     @property
     def eps(self) -> str:
@@ -87,6 +89,7 @@ class CellRun:
             ledger.remove_faulty()
 
         order = list(ledgers)
+        self.attacked.update(range(number + min(begin.values()), number + len(order)))
 
         def note(stage: str, line: Line, image: Tensor | None) -> None:
             nonlocal done
@@ -107,14 +110,20 @@ class CellRun:
         with opened(self.table, self.eps) as entries:
             return self.work.attack(stages, members, lambda part: self.block(part, begin), note)
 
-    def attack_checks(self) -> tuple[list[Check], Cost]:
-        """Checks of model and attack after the last stage, and the model calls that they took."""
-        subject, rows = self.cell.subject, self.cell.chain.rows
-        seen, cost = self.work.checks(self.clean.rows(range(len(self.table))[:rows]))
-        n_classes = subject.card.n_classes
+    def keep_failures(self) -> Cost:
+        """Make the checks of what was attacked now, and keep those that fail; returns the model calls."""
+        seen, cost = self.work.checks(self.clean.rows(range(len(self.table))[: self.cell.chain.rows]))
         # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
-        found = [check for check in seen if check.level == "fail"]
-        return [*found, *attack_checks(self.table, self.cell.chain, n_classes, self.eps)], cost
+        failed = [check for check in seen if check.level == "fail"]
+        for number in sorted(self.attacked):
+            self.ledger(number).add_failures(failed)
+        return cost
+
+    def attack_checks(self) -> list[Check]:
+        """Checks after the last stage: what attacks brought to light, and what the verdicts say."""
+        chain, n_classes = self.cell.chain, self.cell.subject.card.n_classes
+        kept = [check for number in range(len(chain.stages)) for check in self.ledger(number).failures]
+        return [*kept, *attack_checks(self.table, chain, n_classes, self.eps)]
 
     def ledger(self, number: int) -> Ledger:
         """The findings of stage `number`."""

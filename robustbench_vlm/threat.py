@@ -19,7 +19,12 @@ NORMS: tuple[str, ...] = get_args(Norm)
 LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
 ZERO = "at radius 0 no attack is run: robust accuracy is the clean accuracy"
 SNAP = Fraction(1, 100_000)  # 0.015686 is meant as 4/255
-NUMBER = re.compile(r"-?\d{1,9}(\.\d{0,20})?(/\d{1,9})?|\.\d{1,12}|\d(\.\d{0,12})?e-?\d{1,2}", re.IGNORECASE)
+NUMBER = re.compile(
+    r"-?\d{1,9}(\.\d{0,20})?(/\d{1,9})?|\.\d{1,12}|\d(\.\d{0,12})?e-?\d{1,2}|\d{1,150}/\d{1,150}",
+    re.IGNORECASE,
+)
+DENOMINATOR = 999_999_999  # largest of the fraction that a decimal of many digits stands for
+ROUNDING = Fraction(1, 10**12)  # share of a radius that the digits of a decimal may lack
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,45 @@ class Threat:
 
 
 def eps_text(norm: str, eps: Fraction) -> str:
-    """`4/255` for Linf, a plain decimal for L2 and L1."""
+    """`4/255` for Linf, a plain decimal for L2 and L1; a ratio where six digits would be another radius.
+
+    So `parse_eps` reads the radius back, whatever it is.
+    """
+    text = _six_digits(norm, eps)
+    try:
+        exact = parse_eps(text, norm) == eps
+    except InputError:
+        exact = False
+    return text if exact else str(eps)
+
+
+def _six_digits(norm: str, eps: Fraction) -> str:
+    """A radius as earlier versions spelled it, whatever it is."""
     if norm != "linf":
         return f"{float(eps):.6g}"
     scaled = eps * 255
     return f"{scaled}/255" if scaled.denominator == 1 else f"{float(scaled):.6g}/255"
 
 
+def in_ladder(text: str, norm: str, ladder: Sequence[Fraction]) -> Fraction | None:
+    """The radius of a ladder that a table means, in the spelling of any version; None for another one."""
+    for spelling in (eps_text, _six_digits):
+        for eps in ladder:
+            if text == spelling(norm, eps):
+                return eps
+    try:
+        meant = parse_eps(text, norm)
+    except InputError:
+        return None
+    return meant if meant in ladder else None
+
+
 def typed_eps(value: str | float) -> str:
     """A radius as it would be typed: text as it is, a number in decimals."""
-    return f"{value:.15f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value).strip()
+    if not isinstance(value, float):
+        return str(value).strip()
+    text = f"{value:.20f}" if "e" in repr(value) else repr(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
@@ -84,7 +118,8 @@ def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
 
     For Linf `2` and `2/255` mean 2/255; `0.0314` is a fraction of the pixel range, read as `N/255` when
     within 1e-5 of it; a plain fraction above 32/255 must be written `N/255`. For other norms the number is a
-    length in [0, 1] pixel units.
+    length in [0, 1] pixel units. A decimal with as many digits as a float has means the simple fraction that
+    was rounded to it.
 
     Raises:
         InputError: not a number, not positive, a decimal of 1 or more, or a plain fraction above 32/255.
@@ -104,6 +139,9 @@ def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
     if value <= 0:
         do = ZERO if value == 0 else ""
         raise InputError(where, "not positive", "a positive radius such as 4/255", do)
+    if not below:
+        simple = value.limit_denominator(DENOMINATOR)
+        value = simple if abs(simple - value) <= ROUNDING * value else value
     if norm != "linf":
         return value
     if "/" in text or value >= 1:

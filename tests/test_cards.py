@@ -11,7 +11,7 @@ from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import CardError, InputError
-from robustbench_vlm.threat import SNAP, Threat, parse_eps
+from robustbench_vlm.threat import NUMBER, SNAP, Threat, eps_text, in_ladder, parse_eps, typed_eps
 
 FIFTEEN = [
     *("cifar10", "cifar100", "stl10", "caltech101", "oxford_pets", "cars", "food101", "flowers102"),
@@ -329,6 +329,37 @@ def test_a_plain_fraction_moves_by_no_more_than_the_snap(value):
     text = f"{float(value):.9f}"
     if Fraction(text) <= Fraction(32, 255):
         assert abs(parse_eps(text) - Fraction(text)) <= SNAP
+
+
+@given(
+    st.one_of(
+        st.from_regex(NUMBER, fullmatch=True),
+        st.floats(1e-12, 300),
+        st.fractions(Fraction(1, 10**9), 200).map(str),
+        st.sampled_from([0.5 / 255, 0.3 / 255, 128 / 255, 0.012345, 1e-99, "0.5/255", "1e-99"]),
+    ),
+    st.sampled_from(["linf", "l2", "l1"]),
+)
+def test_a_radius_survives_its_text(typed, norm):
+    try:
+        eps = parse_eps(typed, norm)
+    except InputError:
+        return
+    text = eps_text(norm, eps)
+    assert parse_eps(text, norm) == eps
+    assert parse_eps(typed_eps(typed), norm) == eps
+    assert in_ladder(text, norm, (eps / 3, eps)) == eps
+
+
+def test_a_radius_is_spelled_in_six_digits_where_they_say_it():
+    assert eps_text("l2", Fraction(128, 255)) == "128/255"
+    assert eps_text("linf", Fraction(12345, 10**6)) == "2469/200000"
+    assert eps_text("linf", parse_eps(0.5 / 255)) == eps_text("linf", parse_eps("0.5/255")) == "0.5/255"
+    assert [eps_text("l2", Fraction(text)) for text in ("1/2", "2", "0.123456")] == ["0.5", "2", "0.123456"]
+    ladder = (Fraction(1, 2), Fraction(128, 255))
+    assert in_ladder("0.501961", "l2", ladder) == ladder[1]  # as earlier versions spelled it
+    assert in_ladder("1/2", "l2", ladder) == ladder[0]
+    assert in_ladder("0.4", "l2", ladder) is in_ladder("x", "l2", ladder) is None
 
 
 @given(st.text("0123456789./e-+ n", max_size=6), st.sampled_from(["linf", "l2"]))

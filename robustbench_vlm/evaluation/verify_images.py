@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 
 from robustbench_vlm.engine import geometry
-from robustbench_vlm.errors import InputError, some
+from robustbench_vlm.errors import some
 from robustbench_vlm.evaluation.bundling import ROUNDING, CanonicalPass
 from robustbench_vlm.evaluation.cells import Cell
 from robustbench_vlm.results import packing
 from robustbench_vlm.results.packing import Packed
-from robustbench_vlm.threat import Threat, parse_eps
+from robustbench_vlm.threat import Threat, in_ladder
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,8 @@ def _clean(decide: CanonicalPass, rows: pd.DataFrame, positions: Sequence[int]) 
 
 def _threat(cell: Cell, eps: str) -> Threat | None:
     """The ball at a radius of the ladder; None for another radius."""
-    try:
-        radius = parse_eps(eps, cell.settings.norm)
-    except InputError:
-        return None
-    return Threat(cell.settings.norm, radius) if radius in cell.ladder else None
+    radius = in_ladder(eps, cell.settings.norm, cell.ladder)
+    return None if radius is None else Threat(cell.settings.norm, radius)
 
 
 def _adversarial(

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robustbench_vlm.errors import DataError, InputError
+from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import adversarial_images, evidence, packing
 from robustbench_vlm.results.result_file import Result
-from robustbench_vlm.threat import Threat, parse_eps
+from robustbench_vlm.threat import Threat, in_ladder
 
 Clean = Callable[[Result, pd.Series, np.ndarray | None], np.ndarray | None]
 """The clean image of a result's verdict and of its adversarial image, where that is known before.
@@ -72,11 +72,13 @@ def _from_evidence(result: Result, verdict: pd.Series, clean: np.ndarray) -> np.
     packed = bundle.images.get(verdict.key)
     if packed is None:
         raise DataError(where, "no such image", "every image that was broken", do)
-    norm = result.config["norm"]
+    norm = result.contest.norm
+    radius = in_ladder(verdict.broken_at_eps, norm, result.contest.ladder)
+    if radius is None:
+        raise DataError(where, f"broken at {verdict.broken_at_eps}", "a radius of the result", do)
     try:
-        threat = Threat(norm, parse_eps(verdict.broken_at_eps, norm))
-        return packing.unpack(packed, clean, threat)
-    except (InputError, ValueError) as error:
+        return packing.unpack(packed, clean, Threat(norm, radius))
+    except ValueError as error:
         raise DataError(where, f"no image ({error})", "one of the clean image's shape", do) from None
 
 

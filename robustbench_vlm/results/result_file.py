@@ -27,7 +27,7 @@ from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.results import facts, verdicts
 from robustbench_vlm.results.contest import Contest
-from robustbench_vlm.threat import Threat, eps_text, parse_eps
+from robustbench_vlm.threat import Threat, eps_text, in_ladder
 
 SCHEMA = "vlmrob-cell/1"
 HASHED = ("config", "outcome", "model", "stages")
@@ -157,7 +157,8 @@ class Result:
         """The radius as the table spells it, which differs between versions."""
         norm, eps = self.threat.norm, self.threat.eps
         texts = [text for text in found.broken_at_eps.unique() if text]
-        return next((text for text in texts if parse_eps(text, norm) == eps), eps_text(norm, eps))
+        ladder = self.contest.ladder
+        return next((text for text in texts if in_ladder(text, norm, ladder) == eps), eps_text(norm, eps))
 
 
 def folder_of(results: Path, model: str, sha256: str, dataset: str) -> Path:

@@ -20,7 +20,7 @@ from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.page import checks, command, pack
 from robustbench_vlm.results.page.gallery import Gallery
 from robustbench_vlm.results.result_file import Result
-from robustbench_vlm.threat import parse_eps
+from robustbench_vlm.threat import in_ladder
 
 SCHEMA = "vlmrob-page/1"
 DIGITS = 16
@@ -153,9 +153,10 @@ class Content:
 
     def _look(self, result: Result) -> Seen:
         """Read the verdicts of a result, once."""
-        found, eps, norm = result.verdicts(), result.contest.eps, result.contest.norm
+        found, contest = result.verdicts(), result.contest
         robust = verdicts.standing(found)
-        here = [text for text in found.broken_at_eps.unique() if text and parse_eps(text, norm) == eps]
+        texts = [text for text in found.broken_at_eps.unique() if text]
+        here = [text for text in texts if in_ladder(text, contest.norm, contest.ladder) == contest.eps]
         start = int((robust | found.broken_at_eps.isin(here)).sum())
         survivors = [start, *(result.outcome["robust"][stage] for stage in result.stages)]
         fewer = [more - less for more, less in pairwise([result.outcome["clean_correct"], *survivors])]

@@ -383,6 +383,28 @@ def test_other_images_of_one_dataset_are_refused_by_name(tmp_path):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("changes", [{"canvas": "model", "canvas_px": 64}, {"canvas_px": 64}])
+def test_other_canvases_of_one_dataset_are_refused_by_name(tmp_path, changes):
+    two_models(tmp_path)
+    cell(tmp_path, "zebra", "two", 9, {}, **changes)
+    with pytest.raises(DataError, match="canvas"):
+        rows(tmp_path)
+
+
+def test_models_may_have_sizes_of_their_own_on_the_model_canvas(tmp_path):
+    for model, side in (("a", 32), ("b", 64)):
+        cell(tmp_path, model, "one", 9, {}, canvas="model", canvas_px=side)
+    assert {*rows(tmp_path).model_id} == {"a", "b"}
+
+
+def test_two_results_of_one_row_are_refused_with_what_differs(tmp_path):
+    two_models(tmp_path)
+    cell(tmp_path, "clean", "one", 3, {}, dataset_version=2)
+    with pytest.raises(DataError, match=r"second result of clean on one .* in dataset_version") as caught:
+        rows(tmp_path)
+    assert caught.value.exit_code == 2
+
+
 @pytest.mark.parametrize("what", ["seed", "split"])
 def test_cells_of_another_draw_do_not_belong_to_the_suite(tmp_path, what):
     two_models(tmp_path)

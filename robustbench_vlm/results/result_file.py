@@ -24,7 +24,7 @@ import pandas as pd
 
 from robustbench_vlm import store
 from robustbench_vlm.cards.suite import Suite
-from robustbench_vlm.errors import DataError
+from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.results import facts, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.threat import Threat, eps_text, in_ladder
@@ -37,8 +37,8 @@ COUNTED = ("n", "clean_correct", "robust", "errors")
 """Counts that are compared with the verdicts in every result; results with `table_sha256` have more."""
 
 FOLDER = "cells"
-SAME_IMAGES = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256")
-"""Facts about a dataset that results in one table must agree on."""
+SAME_IMAGES = ("subset_sha256", "images_sha256", "names_sha256", "templates_sha256", "canvas")
+"""Facts about a dataset that results in one table must agree on; on a native canvas also `canvas_px`."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def of_suite(results: Iterable[Result], suite: Suite) -> list[Result]:
     """The results that belong to `suite`, by its datasets, split, seed and list of images, in suite order.
 
     Raises:
-        DataError: two results of one contest saw different images, names or templates of a dataset.
+        DataError: two results of one contest saw different images, names, templates or canvases of a dataset;
+            or they are of one model on one dataset, so that a table would have the same row twice.
     """
     draw = (suite.split, suite.seed, suite.subset and (suite.subset_sha256 or suite.subset))
     chosen = [
@@ -245,17 +246,30 @@ def of_suite(results: Iterable[Result], suite: Suite) -> list[Result]:
     ]
     chosen.sort(key=lambda result: suite.datasets.index(result.dataset))
     first_of: dict[tuple[Contest, str], Result] = {}
+    one_of: dict[tuple[Contest, str, tuple[str, str]], Result] = {}
     for result in chosen:
         _require_same_images(first_of.setdefault((result.contest, result.dataset), result), result)
+        _require_one(one_of.setdefault((result.contest, result.dataset, result.model), result), result)
     return chosen
 
 
 def _require_same_images(first: Result, other: Result) -> None:
-    for name in SAME_IMAGES:
+    native = ("canvas_px",) if first.config["canvas"] == "native" else ()
+    for name in (*SAME_IMAGES, *native):
         if first.config[name] != other.config[name]:
             raise DataError(
                 str(other.path),
-                f"{name} is {other.config[name][:12]}",
-                f"{first.config[name][:12]} as in {first.path}",
+                f"{name} is {other.config[name]!s:.12}",
+                f"{first.config[name]!s:.12} as in {first.path}",
                 "results on different data cannot share a table: keep one of them",
             )
+
+
+def _require_one(first: Result, other: Result) -> None:
+    if first is other:
+        return
+    keys = sorted({*first.config, *other.config})
+    differing = [key for key in keys if first.config.get(key) != other.config.get(key)]
+    how = f"differs from {first.path} in {some(differing)}" if differing else f"is that of {first.path} again"
+    what = f"a second result of {other.model[0]} on {other.dataset} in one contest, which {how}"
+    raise DataError(str(other.path), what, "one", "keep one of them")

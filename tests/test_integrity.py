@@ -76,6 +76,20 @@ def test_every_column_is_hashed(measured, column):
         result_file.read_one(path.with_suffix(".json")).verdicts()
 
 
+@pytest.mark.parametrize("column", columns.VERDICTS)
+def test_columns_that_are_missing_or_of_another_kind_are_refused(measured, column):
+    path = measured[1][1].with_suffix(".parquet")
+    table = pd.read_parquet(path)
+    other = range(len(table)) if isinstance(table[column].iloc[0], str) else "text"
+    for changed, said in (
+        (table.drop(columns=column), "no column"),
+        (table.assign(**{column: other}), "kind"),
+    ):
+        changed.to_parquet(path, index=False)
+        with pytest.raises(DataError, match=rf"{said}.*|column '{column}' has values of another {said}"):
+            result_file.read_one(path.with_suffix(".json")).verdicts()
+
+
 def test_clean_correct_of_earlier_results_is_recounted(measured):
     """Results of before `table_sha256`: the column that no hash covered follows from two that one does."""
     path = measured[1][1]

@@ -35,6 +35,14 @@ EVIDENCE = (
 )
 """Columns that the fingerprint of a table is taken of."""
 
+TEXTS = ("key", "image_sha256", "broken_by", "broken_at_eps", "adv_sha256", "error")
+KINDS: Mapping[str, str] = {
+    **dict.fromkeys(TEXTS, "O"),
+    **dict.fromkeys(("clean_margin", "adv_margin", "distance", "progress"), "f"),
+    "clean_correct": "b",
+}
+"""Kinds of numpy types that columns have; those that are not here have whole numbers."""
+
 SPENT = ("forwards", "backwards", "zero_gradients")
 FOUND = (
     *("broken_by", "broken_at_eps", "target", "restart", "iteration"),
@@ -240,9 +248,13 @@ def fault(table: pd.DataFrame, stages: Sequence[str], threat: Threat) -> str:
         stages: names of the stages of the chain.
         threat: the ball, of the largest radius that was attacked.
     """
-    missing = [name for name in EVIDENCE + FOUND if name not in table]
-    if missing:
-        return f"no column {missing[0]!r}"
+    for name in columns.VERDICTS:
+        if [*table.columns].count(name) != 1:
+            return f"{'two columns' if name in table else 'no column'} {name!r}"
+        values = table[name].to_numpy()
+        whole = name not in TEXTS or all(isinstance(value, str) for value in values)
+        if values.dtype.kind not in KINDS.get(name, "iu") or not whole:
+            return f"column {name!r} has values of another kind"
     right = (table.clean_prediction == table.label) & np.isfinite(table.clean_margin)
     faults = {
         "a key that occurs twice": table.key.duplicated(),

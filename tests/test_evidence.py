@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,6 +138,25 @@ def test_evidence_changes_no_verdict_and_is_made_later_too(what, tmp_path):
     ((same, (content, _)),) = measured(what, tmp_path).items()
     assert same == path
     assert content["sha256"] == plain["sha256"]
+
+
+def test_images_are_packed_in_the_kernels_of_the_attack(what, tmp_path, monkeypatch):
+    """Also where workers attack, and this process only packs."""
+    seen, still_broken = [], bundling._still_broken
+
+    def watched(*given):
+        seen.append(torch.backends.cudnn.benchmark)
+        return still_broken(*given)
+
+    monkeypatch.setattr(bundling, "_still_broken", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    order = toys.request(tmp_path, toys.chain("aa", "ce", "square"))
+    cell = Cell(what, order.chains[0], order, order.ladder)
+    images = what.images.floats(range(len(what.images)))
+    bundling.pack(cell, dict(zip(what.split.keys, images, strict=True)))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.benchmark
 
 
 def test_the_bytes_do_not_depend_on_how_the_work_was_done(what, tmp_path):

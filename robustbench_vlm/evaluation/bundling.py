@@ -7,6 +7,7 @@ is misclassified on another machine, too, whose logits differ in their last bits
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from robustbench_vlm.engine import canonical, geometry, losses
+from robustbench_vlm.engine.isolation import isolated
 from robustbench_vlm.evaluation.cells import Cell, Subject
 from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import evidence, packing, result_file
@@ -27,6 +29,10 @@ ROUNDING = 1e-3
 
 ENCODED: Mapping[str, tuple[Kind, ...]] = {"linf": ("corners", "steps"), "l2": ("steps",), "l1": ("steps",)}
 """What is tried before `exact`, by norm; only a Linf ball has corners where an attack ends."""
+
+
+_ALONE = threading.Lock()
+"""Cells are measured in threads, and what is isolated is of the whole process."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ def pack(cell: Cell, images: Mapping[str, Tensor]) -> dict[str, Packed]:
         cell: model, images and ball.
         images: by key, (3, H, W) float32 on the CPU.
     """
+    with _ALONE, isolated(tf32=cell.settings.backend.precision.tf32):
+        return _packed(cell, images)
+
+
+def _packed(cell: Cell, images: Mapping[str, Tensor]) -> dict[str, Packed]:
     subject, decide = cell.subject, CanonicalPass.of(cell)
     position = {key: i for i, key in enumerate(subject.split.keys)}
     wanted = sorted(position[key] for key in images)

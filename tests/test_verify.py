@@ -672,6 +672,35 @@ def test_only_own_results_are_recorded(results, vlmrob):
     assert "a folder of results" in err
 
 
+def test_only_a_whole_folder_of_results_is_recorded(results, vlmrob):
+    """A record inside `cells` would be taken for a result."""
+    code, _, err = vlmrob("verify", results / "cells", "--record")
+    assert code == 2
+    assert "a folder of results" in err
+    assert not (results / "cells" / verification.FILE).exists()
+
+
+def test_results_of_one_model_are_found_without_their_bundles(results):
+    path = bundle_of(results)
+    folder = path.parent
+    for bundle in folder.glob(f"*{evidence.SUFFIX}"):
+        bundle.unlink()
+    assert Target.of(folder, folder).bare == (evidence.result_of(path),)
+
+
+def test_results_that_cannot_be_attacked_again_are_told(results, check, home, vlmrob, monkeypatch):
+    monkeypatch.setattr(reattack, "refusal", lambda report: "attacked by native-reference/3")
+    report = check(results, share=1.0)
+    assert report.drawn.impossible
+    assert [line.partition(": ")[2] for line in report.record["reattack"]["refused"]] == [
+        "not attacked again: attacked by native-reference/3"
+    ] * 4
+    code, _, err = vlmrob("verify", results, *models(home), "--reattack", "5%", "--seed", 3)
+    assert code == 2
+    assert err.count("note: random") == 4
+    assert "no result can be attacked again here" in err
+
+
 def test_a_submission_does_not_bring_its_own_verification(submitted):
     store.write_json(submitted / verification.FILE, {"schema": verification.SCHEMA, "cells": {}})
     record = json.loads((submitted / submission.FILE).read_text())

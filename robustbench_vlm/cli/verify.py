@@ -49,9 +49,10 @@ def verify(  # noqa: PLR0913 - one parameter a flag
     from robustbench_vlm.evaluation import reattack as again
     from robustbench_vlm.evaluation import verify_folder
     from robustbench_vlm.evaluation.verify import Verifier
-    from robustbench_vlm.results import submission, verification
+    from robustbench_vlm.results import result_file, submission, verification
 
-    if record and (not target.is_dir() or (target / submission.FILE).exists()):
+    own = (target / result_file.FOLDER).is_dir() and not (target / submission.FILE).exists()
+    if record and not own:
         raise InputError("verify --record", str(target), "a folder of results of your own evaluations")
     share = again.share_of(reattack) if reattack else None
     near = target.parent if (target.parent / "cells").is_dir() else Path("results")
@@ -69,6 +70,9 @@ def verify(  # noqa: PLR0913 - one parameter a flag
         console.warning(f"fault: {line}")
     if report.faults():
         raise typer.Exit(FAULT)
+    if report.drawn is not None and report.drawn.impossible:
+        found = "no result can be attacked again here"
+        raise InputError(f"verify --reattack {reattack}", found, "results of --engine native in fp32")
 
 
 def _print(record: dict[str, Any]) -> None:
@@ -91,6 +95,8 @@ def _print(record: dict[str, Any]) -> None:
         )
         many = f"{drawn['drawn']} of {drawn['survivors']} survivors attacked again"
         console.result(f"{many}, seed {drawn['seed']}: {chances}")
+        for line in drawn["refused"]:
+            console.remark(f"note: {line}")
     for line in record["lacking"]:
         console.remark(f"note: {line}")
     for line in record["unknown"]:

@@ -35,11 +35,18 @@ class Drawn:
         seed: of the draw.
         survivors: in all results together.
         keys: for each result, by its position, keys of the drawn images.
+        refused: by position, why survivors of a verified result cannot be attacked again.
     """
 
     seed: int
     survivors: int
     keys: dict[int, list[str]]
+    refused: dict[int, str]
+
+    @property
+    def impossible(self) -> bool:
+        """Whether all results were refused."""
+        return bool(self.refused) and not self.survivors
 
     @property
     def count(self) -> int:
@@ -88,16 +95,18 @@ def draw(reports: Sequence[CellReport], share: float, seed: int) -> Drawn:
 
     Results that failed already, and images of results that the native engine did not attack, are left out.
     """
+    verified = {i: report for i, report in enumerate(reports) if report.status == "verified"}
+    refused = {i: why for i, report in verified.items() if (why := refusal(report))}
     pool = [
         (rng.rank(seed, f"{report.result.content.sha256}/{key}"), i, key)
-        for i, report in enumerate(reports)
-        if report.result is not None and report.status == "verified" and not refusal(report)
+        for i, report in verified.items()
+        if report.result is not None and i not in refused
         for key in report.survivors
     ]
     keys: dict[int, list[str]] = {}
     for _, i, key in sorted(pool)[: math.ceil(share * len(pool))]:
         keys.setdefault(i, []).append(key)
-    return Drawn(seed, len(pool), keys)
+    return Drawn(seed, len(pool), keys, refused)
 
 
 def refusal(report: CellReport) -> str:

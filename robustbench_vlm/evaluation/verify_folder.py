@@ -81,11 +81,22 @@ class Target:
         proved = {evidence.result_of(path) for path in bundles}
         below = folder.parent  # what lies above it has a name of its own
         cells = sorted(
-            path for path in folder.rglob("*.json") if result_file.FOLDER in path.relative_to(below).parts
+            path
+            for path in folder.rglob("*.json")
+            if result_file.FOLDER in path.relative_to(below).parts or _schema(path) == result_file.SCHEMA
         )
         submitted = folder if (folder / submission.FILE).is_file() else None
         tables = tuple(sorted(folder.glob("*.csv")))
         return cls(bundles, tuple(path for path in cells if path not in proved), tables, submitted)
+
+
+def _schema(path: Path) -> str:
+    """What a JSON file says that it is; empty where it says nothing."""
+    try:
+        found = store.read_json(path)
+    except (InputError, OSError):
+        return ""
+    return str(found.get("schema", "")) if isinstance(found, dict) else ""
 
 
 def _sha256(path: Path) -> str:
@@ -124,6 +135,11 @@ class Verification:
         lines += [f"{table.path}: {fault}" for table in self.tables for fault in table.faults]
         return lines + (self.lacking() if self.submitted else [])
 
+    def refused(self) -> list[str]:
+        """One sentence for every result whose survivors should have been attacked again and cannot be."""
+        refusals = {} if self.drawn is None else self.drawn.refused
+        return [f"{_name(self.cells[i])}: not attacked again: {why}" for i, why in refusals.items()]
+
     def lacking(self) -> list[str]:
         """One sentence for everything without evidence, and for datasets that a model lacks."""
         lines = [
@@ -149,6 +165,7 @@ class Verification:
         """The whole report as plain values."""
         drawn = self.drawn and {
             **{"seed": self.drawn.seed, "survivors": self.drawn.survivors, "drawn": self.drawn.count},
+            "refused": self.refused(),
             "detection": {f"{share:g}": chance for share, chance in self.drawn.detection().items()},
         }
         return {

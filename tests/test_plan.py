@@ -116,6 +116,13 @@ def test_widths_are_those_of_the_intervals_of_the_tables():
 # --- the pilot ---------------------------------------------------------------------------------------------
 
 
+def test_a_model_or_a_chain_that_is_named_twice_is_measured_once(plan):
+    request = replace(plan.request, models=plan.request.models * 2, attacks=plan.request.attacks * 2)
+    again = planning.plan(request, torch.device("cpu"))
+    assert len(again.models) == len(plan.models) == 1
+    assert [chain.name for chain in again.settings.chains] == [chain.name for chain in plan.settings.chains]
+
+
 def test_a_pilot_of_all_images_finds_the_shares_of_the_evaluation(plan):
     one_stage = replace(plan.settings, chains=(planning.Chain.named("pgd5"),))
     plan = replace(plan, settings=one_stage)

@@ -11,6 +11,8 @@ import pytest
 import toys
 from scipy import integrate
 
+from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.errors import DataError
 from robustbench_vlm.evaluation import sequential
 from robustbench_vlm.results import contest, e_process, mean_interval, result_file, stop_rule
 from robustbench_vlm.results.stop_rule import StopRule
@@ -262,6 +264,27 @@ def test_an_evaluation_stops_at_its_width(vlmrob, tmp_path):
     assert "± 1 points needs more images" in err
     assert {row["n"] for row in json.loads(out)} == {N, 2 * N}
     assert len({result.contest for result in result_file.read(tmp_path / "results")}) == 2
+
+
+def test_an_image_that_an_evaluation_tolerates_stops_no_look(home, vlmrob, tmp_path, monkeypatch):
+    """What all images may have undecodable counts, and not what the first few of them may have."""
+    monkeypatch.setattr(sequential, "TOLERATED", 0.05)  # one of 24
+    bad, read = [], Split.read
+
+    def damaged(split, i, px):
+        key = split.entries[i].key
+        bad.append(key)
+        if key == bad[0]:
+            raise DataError(key, "cannot be decoded")
+        return read(split, i, px)
+
+    monkeypatch.setattr(Split, "read", damaged)
+    line = EVAL.replace("--suite", "--dataset toy --suite")
+    code, out, err = vlmrob("eval --model {home}/models/m0 " + line + " --until 40 --json")
+    assert code == 0, err
+    (row,) = [row for row in json.loads(out) if row["dataset"] == "toy"]
+    assert row["n"] in (7, 15, 23)
+    assert "bad-images" in row["flag"]
 
 
 @pytest.mark.parametrize(

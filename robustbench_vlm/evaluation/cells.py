@@ -24,7 +24,7 @@ from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data.canvas_images import CanvasImages, decodable_images, resized_as
-from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.dataset import TOLERATED, Split
 from robustbench_vlm.engine import tied_classes
 from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import DataError
@@ -96,7 +96,14 @@ class Subject:
     bank: Tensor
 
     @classmethod
-    def of(cls, loaded: Loaded, card: DatasetCard, split: Split, bank: Tensor | None = None) -> Subject:
+    def of(
+        cls,
+        loaded: Loaded,
+        card: DatasetCard,
+        split: Split,
+        bank: Tensor | None = None,
+        tolerated: float = TOLERATED,
+    ) -> Subject:
         """Look at the images of `split`, and encode the sentences of `card` with one model.
 
         Args:
@@ -104,10 +111,11 @@ class Subject:
             card: of the dataset.
             split: which images.
             bank: (C, D) what encoding the sentences gave before; None to encode them.
+            tolerated: share of undecodable images up to which they are left out.
         """
         split = resized_as(split, loaded.model.preprocess.canvas_resize)
         card = card.model_copy(update={"resize": split.card.resize})
-        images = decodable_images(split, loaded.model.image_size)
+        images = decodable_images(split, loaded.model.image_size, tolerated)
         if bank is None:
             bank = text_bank(loaded.model, render(card.names, card.templates))
         return cls(loaded, card, images, bank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -17,7 +17,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.protocol import Protocol
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.data import dataset
-from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.dataset import TOLERATED, Split
 from robustbench_vlm.errors import DataError, InputError, nearest, some
 from robustbench_vlm.evaluation import measure, protocols, subjects
 from robustbench_vlm.evaluation.cells import EvalSettings
@@ -93,6 +93,7 @@ class Plan:
         models: loaded, with the resize of the protocol.
         settings: of the evaluation.
         protocol: if one was asked for.
+        tolerated: by dataset, the share of images that may be undecodable; where none is, `TOLERATED`.
     """
 
     request: EvalRequest
@@ -101,6 +102,7 @@ class Plan:
     models: tuple[Loaded, ...]
     settings: EvalSettings
     protocol: Protocol | None = None
+    tolerated: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(request: EvalRequest, device: torch.device) -> Plan:
@@ -125,7 +127,8 @@ def plan(request: EvalRequest, device: torch.device) -> Plan:
     datasets = tuple(protocols.with_protocol_canvas(card, protocol) for card in cards)
     require_supported(settings, datasets)
     loaded = (zoo.load(name, device, request.arch) for name in request.models)
-    models = tuple(protocols.with_protocol_resize(model, protocol) for model in loaded)
+    each = {(model.card.name, model.card.sha256): model for model in loaded}  # by name and by folder, once
+    models = tuple(protocols.with_protocol_resize(model, protocol) for model in each.values())
     return Plan(request, suite, datasets, models, settings, protocol)
 
 
@@ -137,8 +140,9 @@ def _settings(
     if norm not in get_args(Norm):
         raise InputError(f"--norm {norm}", "not a norm", do=nearest(norm, get_args(Norm)))
     texts = request.eps.split(",") if request.eps else list(suite.eps)
+    chains = [Chain.named(name) for name in request.attacks]
     settings = EvalSettings(
-        chains=tuple(Chain.named(name) for name in request.attacks),
+        chains=tuple({chain.sha256: chain for chain in chains}.values()),
         norm=cast("Norm", norm),
         ladder=tuple(sorted({parse_eps(text, norm) for text in texts})),
         n=suite.n if request.n is None else request.n,
@@ -315,7 +319,8 @@ def perform(
 
         def measured() -> list[Path]:
             with opening:
-                subject = subjects.opened(loaded, split, remark)
+                share = plan.tolerated.get(split.card.name, TOLERATED)
+                subject = subjects.opened(loaded, split, remark, share)
             shown = numbered if executor.at_once == 1 else joint
             for path in measure.evaluate(subject, settings, shown, remark, executor.works):
                 found.append(path)

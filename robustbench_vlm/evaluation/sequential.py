@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.dataset import TOLERATED, Split
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation import measure, planning
 from robustbench_vlm.evaluation.cells import Subject
@@ -66,7 +66,7 @@ class FrozenOrder:
         for split in self.splits:
             first = split.subset(n, settings.seed, stratified=suite.sample == "stratified")
             bank = self.banks.get((loaded.card.sha256, split.card.name))
-            subject = Subject.of(loaded, split.card, first, bank)
+            subject = Subject.of(loaded, split.card, first, bank, self.tolerated(n)[split.card.name])
             self.banks[loaded.card.sha256, split.card.name] = subject.bank
             yield measure.tables(subject, chain, settings, self.report, self.remark, self.executor.works)
 
@@ -74,8 +74,13 @@ class FrozenOrder:
         """Write the results of the first `n` images, and return their files."""
         tags = {**self.plan.settings.tags, "stop_rule": rule.text}
         settings = replace(self.plan.settings, chains=(chain,), n=n, tags=tags)
-        alone = replace(self.plan, models=(loaded,), settings=settings)
+        alone = replace(self.plan, models=(loaded,), settings=settings, tolerated=self.tolerated(n))
         return planning.perform(alone, self.report, self.remark, self.executor)
+
+    def tolerated(self, n: int) -> dict[str, float]:
+        """By dataset, the share of the first `n` images that is as many as may be undecodable of all."""
+        counts = {split.card.name: (int(TOLERATED * len(split)), len(split)) for split in self.splits}
+        return {name: (bad + 0.5) / min(n, images) for name, (bad, images) in counts.items()}
 
 
 def until(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from robustbench_vlm.data.dataset import Split
+from robustbench_vlm.data.dataset import TOLERATED, Split
 from robustbench_vlm.errors import some
 from robustbench_vlm.evaluation.cells import Subject
 from robustbench_vlm.models.zoo import Loaded
 
 
-def opened(loaded: Loaded, split: Split, remark: Callable[[str], None]) -> Subject:
-    """A model and the images of a dataset, after the notes on both were made."""
-    subject = Subject.of(loaded, split.card, split)
+def opened(
+    loaded: Loaded, split: Split, remark: Callable[[str], None], tolerated: float = TOLERATED
+) -> Subject:
+    """A model and the images of a dataset, after the notes on both were made; see `Subject.of`."""
+    subject = Subject.of(loaded, split.card, split, tolerated=tolerated)
     for line in subject.split.bad:
         remark(f"note: {split.card.name}: left out: {line}")
     if subject.untrained:

@@ -187,7 +187,13 @@ def test_the_lines_say_what_the_price_stands_for(plan, monkeypatch):
     to_the_end = replace(plan, settings=replace(plan.settings, chains=(Chain.named("pgd20"),)))
     assert estimate.price(to_the_end)[1].startswith("about 3 min to 7 min on cpu at its present speed")
     monkeypatch.setattr(estimate, "total", lambda _: (Price(3e3, 3e3, 4e3), 0))
-    assert any(line.startswith("for a first look: vlmrob eval") for line in estimate.price(plan))
+    typed = replace(plan.request, datasets=("toy",), norm="l2", workers="2", n=7, until=3.0)
+    (look,) = [line for line in estimate.price(replace(plan, request=typed)) if "first look" in line]
+    assert look.startswith("for a first look: vlmrob eval --model ")
+    for kept in ("--dataset toy", "--norm l2", "--eps 2,4", f"--out {typed.results}", "--workers 2"):
+        assert f" {kept} " in look
+    assert look.endswith("--attack aa2 --n 100")
+    assert "--until" not in look
 
 
 def test_a_price_takes_a_small_part_of_the_run(plan):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -218,11 +219,32 @@ def test_workers_share_the_threads_and_the_work(plan, monkeypatch):
     assert price.typical == pytest.approx(forecast.START + 100 * each)
 
 
+def test_workers_on_a_device_that_is_not_counted_share_one(plan, monkeypatch):
+    monkeypatch.setattr(estimate, "total", lambda *_: (Price(10, 100, 200), 0))
+    on_mps = replace(plan, settings=replace(plan.settings, device=torch.device("mps")))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    price = forecast._by_workers(on_mps, lambda *_: 0.5, 1.0, 2)
+    assert price.typical == pytest.approx(forecast.START + 100 * forecast.MORE_WORK)
+
+
+def test_the_work_of_several_workers_is_that_of_the_page():
+    page = (Path(__file__).parents[1] / "benchmarks" / "workers.md").read_text("utf-8")
+    assert f"All work together: {forecast.MORE_WORK:.2f} times that of one worker." in page
+
+
+def test_a_pilot_attacks_no_more_images_than_the_evaluation(plan):
+    few = replace(plan, settings=replace(plan.settings, n=4))
+    assert {smaller.settings.n for smaller in pilot._candidates(few, plan.settings.results)} == {4}
+
+
 def test_what_is_measured_costs_nothing(plan):
     planning.perform(plan, no_report)
     found = forecast.forecast(plan, no_report)
     assert (found.cells, found.measured) == (4, 4)
     assert found.here == Price(0, 0, 0)
+    renamed = plan.datasets[0].model_copy(update={"names": (*plan.datasets[0].names[:-1], "whale")})
+    changed = replace(plan, datasets=(renamed, *plan.datasets[1:]))
+    assert estimate.total(changed)[1] == 2  # those of the other dataset: other names are another evaluation
 
 
 # --- the command -------------------------------------------------------------------------------------------

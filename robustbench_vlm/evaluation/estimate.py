@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset
 from robustbench_vlm.engine import batch_shapes
 from robustbench_vlm.errors import InputError
-from robustbench_vlm.evaluation import calls
+from robustbench_vlm.evaluation import calls, typed_options
 from robustbench_vlm.evaluation.calls import Calls
 from robustbench_vlm.evaluation.cells import EvalSettings
 from robustbench_vlm.evaluation.chain import Chain
@@ -24,6 +25,7 @@ from robustbench_vlm.models import text_bank, zoo
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.results import result_file
 from robustbench_vlm.results.contest import Contest
+from robustbench_vlm.store import fingerprint
 from robustbench_vlm.threat import Threat
 
 LONG = 3600.0  # seconds of worst case from which a smaller command is printed too
@@ -117,18 +119,16 @@ def price(plan: Plan) -> list[str]:
         lines.append(f"{measured} of {_count(count, 'cell')} measured already, in {settings.results}")
     if measured < count:
         lines.append(_sentence(cost, settings))
-    for name, chain in zip(plan.request.attacks, settings.chains, strict=True):
+    for name in dict.fromkeys(plan.request.attacks):
         if (known := reader.SAME.get(("attacks", name), name)) != name:
-            lines.append(f"attack {name} is {known} here: {chain.card.title}")
+            lines.append(f"attack {name} is {known} here: {Chain.named(name).card.title}")
     root, split = plan.request.data_root, plan.suite.split
     lacking = [card.name for card in plan.datasets if dataset.missing([card], root, split)]
     if lacking:
         lines.append(f"not below {root} yet: {', '.join(lacking)}")
     if cost.worst > LONG:
         words = [word for loaded in plan.models for word in ("--model", loaded.id)]
-        words += ["--arch", plan.request.arch] if plan.request.arch else []
-        words += ["--suite", plan.request.suite, "--data-root", str(plan.request.data_root)]
-        look = f"{shlex.join(words)}{reader.as_typed()} --attack aa2 --n 100"
+        look = f"{shlex.join(words + typed_options.of(plan))}{reader.as_typed()} --attack aa2 --n 100"
         lines.append(f"for a first look: vlmrob eval {look}")
     return lines
 
@@ -216,15 +216,24 @@ def _parts(plan: Plan, loaded: zoo.Loaded) -> Iterator[_Part]:
     """All parts of a plan that are about one model."""
     for card in plan.datasets:
         folder = result_file.folder_of(plan.settings.results, loaded.card.name, loaded.card.sha256, card.name)
-        known = set()
+        known, stated = set(), _stated(plan, card)
         for path in sorted(folder.glob("*.json")):
             try:
-                known.add(result_file.read_one(path).contest)
+                result = result_file.read_one(path)
             except InputError:  # a damaged result is measured again, or refused by name when its turn comes
                 continue
+            if stated.items() <= result.config.items():
+                known.add(result.contest)
         for chain in plan.settings.chains:
             missing = sum(contest not in known for contest in _contests(plan, chain))
             yield _Part(card, chain, size(plan, card), missing)
+
+
+def _stated(plan: Plan, card: DatasetCard) -> dict[str, Any]:
+    """What a result of a dataset has in its configuration, as far as the card alone decides it."""
+    names = {} if not card.names else {"names_sha256": fingerprint(list(card.names))}
+    sentences = names | {"templates_sha256": fingerprint(list(card.templates))}
+    return {"dataset_version": card.version, **({} if plan.protocol else sentences)}
 
 
 def _contests(plan: Plan, chain: Chain) -> Iterator[Contest]:

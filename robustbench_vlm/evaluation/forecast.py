@@ -23,7 +23,7 @@ from robustbench_vlm.results.mean_interval import mean_interval
 
 COPIES = 16  # fp32 images that an attack keeps a row: iterates, gradients, noise, the best so far
 START = 10.0  # seconds until Ray has started (docs/scale.md)
-MORE_WORK = 1.35  # of several workers together, since their blocks are smaller (benchmarks/workers.md)
+MORE_WORK = 1.12  # of several workers together, since their blocks are smaller (benchmarks/workers.md)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _by_workers(plan: Plan, survive: estimate.Survive, factor: float, workers: i
         price, _ = estimate.total(plan, survive, Speeds())
     finally:
         torch.set_num_threads(threads)
-    at_once = min(workers, (os.cpu_count() or 1) if on_cpu else torch.cuda.device_count())
+    at_once = min(workers, (os.cpu_count() or 1) if on_cpu else max(1, torch.cuda.device_count()))
     more = MORE_WORK if workers > 1 else 1.0
     return _scaled(price, factor * more / at_once, START)
 

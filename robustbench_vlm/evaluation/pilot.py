@@ -130,12 +130,13 @@ def _candidates(plan: Plan, results: Path) -> Iterator[Plan]:
     first = Chain.of(card.model_copy(update={"stage": card.stage[:1]}))
     settings = replace(plan.settings, chains=(first,), save_images=False, suite=None)
     small = _at(replace(plan, settings=settings), results)
+    numbers = [min(n, settings.n or n) for n in IMAGES]
     if there:
-        for n in IMAGES:
+        for n in numbers:
             yield replace(small, datasets=there, settings=replace(small.settings, n=n))
     every = 2  # suites list like beside like, so every other dataset stands for all
     while every < 2 * len(there):
-        yield replace(small, datasets=there[::every], settings=replace(small.settings, n=IMAGES[-1]))
+        yield replace(small, datasets=there[::every], settings=replace(small.settings, n=numbers[-1]))
         every *= 2
 
 

@@ -247,6 +247,9 @@ def test_checks_stand_with_the_dataset_where_they_were_worst(tmp_path):
         ({"engine": "torchattacks/x-1/1", "norm": "l2", "eps": "1/2", "eps_ladder": ["1/4", "1/2"]},
          "vlmrob eval --suite pair --model MODEL --attack aa --norm l2 --eps 0.25,0.5 --n 10 "
          "--engine torchattacks"),
+        ({"precision": "fp32+tf32+compiled"},
+         "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --n 10 --tf32 "
+         "--compile"),
         ({"stop_rule": "until 2.5 points; 9 looks of 16"},
          "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --until 2.5"),
     ],

@@ -15,11 +15,12 @@ REFERENCE = "native-reference"
 """Engine of rows that were measured with `--mode reference`."""
 
 
-def parts(contest: Contest, suite: str) -> list[str]:
-    """The words before the name of the model, and those after it.
+FLAGS = {"tf32": "--tf32", "compiled": "--compile"}
+"""Options by what they add to the label of a precision."""
 
-    Options that a label of engine or precision does not state, such as TF32, are not reconstructed.
-    """
+
+def parts(contest: Contest, suite: str) -> list[str]:
+    """The words before the name of the model, and those after it."""
     if contest.protocol:
         after = ["--protocol", contest.protocol.partition("/")[0]]
     else:
@@ -34,6 +35,7 @@ def parts(contest: Contest, suite: str) -> list[str]:
         after += ["--engine", engine]
     if contest.precision.startswith("bf16"):
         after += ["--precision", "bf16"]
+    after += [flag for word, flag in FLAGS.items() if word in contest.precision.split("+")]
     return [quoted(["vlmrob", "eval", "--suite", suite, "--model"]), quoted(after)]
 
 

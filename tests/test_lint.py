@@ -139,10 +139,12 @@ def test_variants_of_latex_tables(write, tabular, header):
 
 def test_a_cell_over_several_rows_is_in_all_of_them(write):
     body = r"Arch & Method & Avg. \\ \midrule \multirow{2}{*}{ViT-B/32} & CLIP & 64.42 \\ & UCAT & 54.17 \\"
+    body += r" & TeCoA & 50.00 \\"  # below the cell
     read = table.read(write(rf"\begin{{tabular}}{{llc}} {body} \end{{tabular}}", "t.tex"))
     assert [(row.label, row.context) for row in read.rows] == [
         ("CLIP", "ViT-B/32 Method"),
         ("UCAT", "ViT-B/32 Method"),
+        ("TeCoA", "Method"),
     ]
 
 

@@ -149,7 +149,7 @@ def _row(text: str, spans: dict[int, tuple[int, str]], where: str) -> list[str]:
             if left > 1:
                 spans[len(row)] = (left - 1, covering)
             elif rows > 1:
-                spans[len(row)] = (rows, plain)
+                spans[len(row)] = (rows - 1, plain)
             row.append(plain or covering)
     return row
 

@@ -104,8 +104,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         return
     table = Table(header_style="bold")
     for i, column in enumerate(columns):
-        one_word = not any(" " in row[i] for row in rows)
-        table.add_column(Text(column), no_wrap=one_word)
+        table.add_column(Text(column, overflow="fold"), no_wrap=_one_word(rows, i), overflow="fold")
     for row in rows:
         table.add_row(*[Text(entry) for entry in row])
     out.print(table, soft_wrap=False)
@@ -113,8 +112,17 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def _least_width(columns: list[str], rows: list[list[str]]) -> int:
     """Characters that a table needs so that no word is broken, frame included."""
-    words = [[word for row in [columns, *rows] for word in row[i].split()] for i in range(len(columns))]
-    return sum(max(map(cell_len, column), default=0) + 3 for column in words) + 1
+    least = 1
+    for i in range(len(columns)):
+        entries = [row[i] for row in [columns, *rows]]
+        words = entries if _one_word(rows, i) else [word for entry in entries for word in entry.split()]
+        least += max(map(cell_len, words), default=0) + 3
+    return least
+
+
+def _one_word(rows: list[list[str]], i: int) -> bool:
+    """Whether the entries of a column have no blank; such a column is not wrapped, nor is its name."""
+    return not any(" " in row[i] for row in rows)
 
 
 def _show_blocks(columns: list[str], rows: list[list[str]]) -> None:

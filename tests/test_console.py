@@ -43,6 +43,16 @@ def test_a_wide_terminal_shows_a_table_and_a_narrow_one_blocks(printed):
     assert blocks[1].splitlines() == ["name        tiny", "weights     here"]  # nothing for an empty entry
 
 
+def test_a_name_of_a_column_with_blanks_is_not_cut(monkeypatch):
+    columns = ["dataset", "tiny (e17452)", "tiny-single-teacher (abc123)", "tiny-clean-teacher (abc123)"]
+    for width in range(20, 120):
+        written = io.StringIO()
+        terminal = Console(file=written, width=width, force_terminal=True, color_system=None, soft_wrap=True)
+        monkeypatch.setattr(console, "out", terminal)
+        console.show("grid", columns, [["tiny-unseen-pairs", "87.20", "1.00", "2.00"]])
+        assert "…" not in written.getvalue()
+
+
 def test_a_table_at_its_least_width_is_not_wider_than_the_terminal(printed):
     for width in range(30, 100):
         text = printed(width)

@@ -178,7 +178,8 @@ def run(package: Package, model: Model, job: Job, block: ImageBlock, on_finding:
                     survivors.append(i)
                 on_finding(finding)
         standing = survivors
-    return Cost(guarded.forwards, guarded.gradients, images.calls + batches)
+    largest = job.rows if batches else 0
+    return Cost(guarded.forwards, guarded.gradients, images.calls + batches, largest=largest)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,8 @@ def run(model: Model, job: Job, block: ImageBlock, on_finding: OnFinding) -> Cos
                     survivors.append(i)
         standing = survivors
     calls = batches.oracle.calls
-    return Cost(calls.forwards, calls.gradients, images.calls + batches.verified, batches.unconfirmed)
+    made = images.calls + batches.verified
+    return Cost(calls.forwards, calls.gradients, made, batches.unconfirmed, calls.largest)
 
 
 class _Batches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from robustbench_vlm.errors import InputError, nearest
-from robustbench_vlm.results import stats, verdicts
+from robustbench_vlm.results import result_file, stats, verdicts
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.result_file import Result
 from robustbench_vlm.results.stats import Paired, Stratified
@@ -132,8 +132,7 @@ def _titles(contests: Sequence[Contest]) -> dict[Contest, str]:
 
 
 def _of(results: Sequence[Result], name: str) -> ByContest:
-    own = [result for result in results if name == result.model[0]]
-    own = own or [result for result in results if name and result.model[1].startswith(name)]
+    own = result_file.of_model(results, name)
     shas = {result.model[1] for result in own}
     if not own:
         hint = nearest(name, {result.model[0] for result in results})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from robustbench_vlm.errors import InputError, nearest
-from robustbench_vlm.results import stats
+from robustbench_vlm.results import result_file, stats
 from robustbench_vlm.results.contest import Contest
 from robustbench_vlm.results.result_file import Result
 
@@ -44,7 +44,7 @@ def beside(results: Sequence[Result], model: str) -> list[list[str]]:
     Raises:
         InputError: no results of the model, or none under a protocol.
     """
-    own = [result for result in results if model == result.model[0] or result.model[1].startswith(model)]
+    own = result_file.of_model(results, model)
     if not own:
         hint = nearest(model, {result.model[0] for result in results})
         raise InputError(f"model {model!r}", "no results of it", do=hint)

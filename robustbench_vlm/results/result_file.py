@@ -230,6 +230,13 @@ def read_one(path: Path) -> Result:
     return Result(path, content)
 
 
+def of_model(results: Iterable[Result], name: str) -> list[Result]:
+    """The results of a model of that name; else of those whose fingerprint begins with these digits."""
+    found = list(results)
+    own = [result for result in found if name == result.model[0]]
+    return own or [result for result in found if name and result.model[1].startswith(name)]
+
+
 def of_suite(results: Iterable[Result], suite: Suite) -> list[Result]:
     """The results that belong to `suite`, by its datasets, split, seed and list of images, in suite order.
 

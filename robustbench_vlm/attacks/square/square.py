@@ -226,7 +226,7 @@ def _overwrite(best: Tensor, x: Tensor, decision: Decision) -> Tensor:
 
 @cache
 def window_sides(queries: int, p: float, height: int, width: int, norm: str) -> tuple[int, ...]:
-    """Side of the window at each query; odd and at least 3, except for Linf."""
+    """Side of the window at each query; except for Linf odd and at least 3, in images that are so large."""
     sides = []
     for query in range(queries):
         share = p / 2 ** sum(query > last for last in HALVINGS)

@@ -1,6 +1,8 @@
 """Every registered defense in the loop: what a step costs, in which mode, and that a stopped run goes on."""
 
+import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -16,7 +18,7 @@ from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.losses import in_one_forward
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.training import log, loop
-from robustbench_vlm.training.prepare import prepare
+from robustbench_vlm.training.prepare import _require_same_sentences, prepare
 from robustbench_vlm.training.state import initial, resumed
 from robustbench_vlm.training.step import starting_images, train_step
 
@@ -371,6 +373,25 @@ def test_a_teacher_of_other_sentences_is_refused_in_one_line(toy, tmp_path):
     assert not (tmp_path / "out").exists()
     same = table | {"data": {"dataset": "toy", "template": "a {c} picture"}}
     prepare(reader.parse(same, Recipe, "a test"), toy.data, CPU)
+
+
+CODE_OF_A_CARD = ({"name": "this:x"}, {"name": "nobody"}, {}, [], None)
+
+
+@pytest.mark.parametrize("defense", CODE_OF_A_CARD, ids=str)
+def test_the_card_of_a_teacher_runs_no_code_and_needs_no_defense(toy, tmp_path, defense):
+    """Whoever trained it with a defense that is not known here may have used its sentences."""
+    sys.modules.pop("this", None)
+    setup = prepare(toy.recipe("single-teacher", "robust"), toy.data, CPU)
+    made = {"data": {"dataset": "toy", "template": "a {c} picture"}, "defense": defense}
+    teacher = setup.teachers["robust"]
+    teacher = replace(teacher, card=teacher.card.model_copy(update={"recipe": made}))
+    with pytest.raises(InputError, match=r"trained with the sentences 'a \{c\} picture'"):
+        _require_same_sentences("robust", teacher, setup.recipe)
+    assert "this" not in sys.modules
+    no_text = {**made, "defense": {"name": "fare"}}
+    teacher = replace(teacher, card=teacher.card.model_copy(update={"recipe": no_text}))
+    _require_same_sentences("robust", teacher, setup.recipe)
 
 
 def test_clean_and_adversarial_images_share_a_forward_unless_rows_see_each_other(toy, tmp_path):

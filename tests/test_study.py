@@ -11,7 +11,7 @@ from test_frontier import STUDY, card, words
 from typer.testing import CliRunner
 
 from robustbench_vlm import store
-from robustbench_vlm.cards import overrides, reader
+from robustbench_vlm.cards import overrides, plugins, reader
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.cli.app import app
 from robustbench_vlm.errors import CardError, InputError
@@ -55,6 +55,21 @@ def test_a_note_in_the_recipe_card_makes_no_other_run(tmp_path):
     again = trainings.resolved("a test", str(named), study.set, 0, study.probe)
     assert again.model_copy(update={"name": first.name}).fingerprint == first.fingerprint
     assert trainings.resolved(*arguments, 1, study.probe).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("setting", ['defense={name="this:x"}', "defense.name=this:x"])
+def test_the_settings_of_a_study_name_code_only_where_it_is_allowed(setting):
+    sys.modules.pop("this", None)
+    study = reader.read("studies", "efficiency", Study)
+    arguments = ("a test", "tiny-single-teacher", [*study.set, setting], 0, study.probe)
+    with pytest.raises(CardError, match=r"names 'this:x', so Python would import.*--allow-code"):
+        trainings.resolved(*arguments)
+    plugins.allow_code()
+    try:
+        assert trainings.resolved(*arguments).defense["name"] == "this:x"
+    finally:
+        plugins.allow_code(False)
+    assert "this" not in sys.modules
 
 
 def overrides_text(table):

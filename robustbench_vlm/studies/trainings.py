@@ -26,13 +26,13 @@ def resolved(where: str, recipe: str, settings: Sequence[str], seed: int, probe:
         probe: replaces the recipe's own.
 
     Raises:
-        CardError: no such recipe, or a setting that it does not take.
+        CardError: no such recipe, a setting that it does not take, or code that was not allowed.
     """
     file = reader.path("recipes", recipe)
     table = reader.table("recipes", file)
-    defense = table.get("defense")
-    plugins.require_allowed(str(defense.get("name")) if isinstance(defense, dict) else "", where)
     table = overrides.override(table, list(settings))
+    defense = table.get("defense")  # as the file of the recipe or that of the study has it
+    plugins.require_allowed(str(defense.get("name")) if isinstance(defense, dict) else "", where)
     table |= {"seed": seed, "notes": (), "probe": probe.model_dump(mode="json")}
     return reader.shown_card("recipes", reader.parse(table, Recipe, where), file)
 

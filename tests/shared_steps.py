@@ -35,6 +35,7 @@ CASES = [
     ("adapters with dropout", "tecoa", {}),
     ("adapters with dropout", "mmt-ard", {"weighting": "full"}),
     ("adapters with dropout", "tga-zsr", {}),
+    ("adapters with dropout", "trades", {}),  # which runs the student in `targets`, in eval mode
     ("prompts", "apd", {}),
     ("prompts", "trades", {}),
 ]

@@ -288,13 +288,15 @@ RESUMED += [
     ("multi-teacher", {}),
     ("mmt-ard", {"weighting": "paper", "gap": "robust", "clean_weight_end": 50.0}),
 ]
+RESUMED = [(name, fields, {}) for name, fields in RESUMED]
+RESUMED += [("tecoa", {}, {"channels_last": True, "fused_adamw": True})]
 
 
-@pytest.mark.parametrize(("name", "fields"), RESUMED, ids=str)
-def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fields):
+@pytest.mark.parametrize(("name", "fields", "compute"), RESUMED, ids=str)
+def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fields, compute):
     sgd = {"algorithm": "sgd"} if name == "ard" else {}
     optim = {"lr": 1e-2, "steps": 4, "warmup": 1, "batch_size": 8, **sgd}
-    recipe = recipe_of(toy, name, fields, optim=optim, checkpoint_every=1)
+    recipe = recipe_of(toy, name, fields, optim=optim, compute=compute, checkpoint_every=1)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     loop.run(recipe, whole, toy.data, CPU, lambda line: None)
     for step in (2, 3):
@@ -306,7 +308,8 @@ def test_running_state_is_saved_and_resumed_to_the_bit(toy, tmp_path, name, fiel
     a, b = (load_file(folder / "checkpoints" / "step_0000004.safetensors") for folder in (whole, torn))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    kept = {"ard": "optim.0.momentum_buffer", "apd": "prompts.clean.text."}.get(name, "carry.")
+    kept = {"ard": "optim.0.momentum_buffer", "apd": "prompts.clean.text.", "tecoa": "optim.0.exp_avg"}
+    kept = kept.get(name, "carry.")
     assert any(key.startswith(kept) for key in a)
     lines = [
         [{k: v for k, v in line.items() if k not in log.TIMES} for line in store.records(f / "log.jsonl")]

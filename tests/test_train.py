@@ -158,6 +158,8 @@ def test_without_checkpoints_a_run_starts_again_from_the_beginning(toy, whole, t
     recipe = toy.recipe("tecoa", checkpoint_every=0)
     with pytest.raises(Stopped):
         loop.run(recipe, tmp_path, toy.data, CPU, stop_at(3))
+    half = tmp_path / "checkpoints" / ".step_0000003.safetensors.x1y2z3.part"  # a kill while it was written
+    store.write(half, b"half")
     loop.run(recipe, tmp_path, toy.data, CPU, quiet)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "checkpoints").exists()

@@ -117,14 +117,22 @@ def _load_weights(tensors: Mapping[str, Tensor], setup: Setup, where: str) -> No
 
 
 def _load_moments(tensors: Mapping[str, Tensor], setup: Setup, optimiser: torch.optim.Optimizer) -> None:
-    """Fill the state of the optimiser; parameters that never got a gradient have none."""
+    """Fill the state of the optimiser; parameters that never got a gradient have none.
+
+    A moment is laid out in memory as its parameter is. The fused kernels walk through memory, so with another
+    layout (`channels_last`) a resumed run would have other bits.
+    """
     step_device = setup.device if setup.recipe.compute.fused_adamw else CPU  # where AdamW counts its steps
     for index, parameter in enumerate(setup.parameters().values()):
         prefix = f"optim.{index}."
         saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if saved:
             optimiser.state[parameter] = {
-                k: v.to(step_device) if k == "step" else fsdp.part_of(v.to(setup.device), parameter)
+                k: v.to(step_device)
+                if k == "step"
+                else torch.empty_like(parameter, requires_grad=False).copy_(
+                    fsdp.part_of(v.to(setup.device), parameter)
+                )
                 for k, v in saved.items()
             }
 
@@ -164,13 +172,15 @@ def saved_step(out: Path) -> int:
 def remove_unscheduled(out: Path, every: int, last: int) -> None:
     """Remove the checkpoint files that only a stop of the run caused, so its folder is as without the stop.
 
+    Half-written ones are removed, too, which a kill leaves behind.
+
     Args:
         out: folder of a finished run.
         every: steps between checkpoints; 0 if none were asked for.
         last: number of the last step.
     """
     scheduled = {_path(out, step) for step in (*range(every, last, every), last)} if every else set()
-    for path in checkpoint_files(out):
+    for path in [*checkpoint_files(out), *(out / "checkpoints").glob(".step_*.part")]:
         if path not in scheduled:
             path.unlink()
     if not scheduled and (out / "checkpoints").is_dir():

@@ -121,7 +121,11 @@ def _update(setup: Setup, state: TrainingState, terms: Terms, batch: Batch) -> d
 
 
 def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
-    """The adversarial images (B, 3, H, W) of one step; the student is in the mode that the recipe states."""
+    """The adversarial images (B, 3, H, W) of one step.
+
+    The student is in the mode that the recipe states, and in eval mode afterwards: `Defense.targets` of the
+    next part sees it as that of the first one did.
+    """
     recipe, inner = setup.recipe, setup.recipe.inner
     assert inner is not None
     threat = inner.threat_at(Fraction(step, recipe.optim.steps))
@@ -141,6 +145,8 @@ def attack(setup: Setup, roles: Roles, step: int, batch: Batch, targets: Mapping
             )
     except AttackError as error:
         raise TrainingError(f"step {step}: {error}; first image {batch.keys[0]}") from error
+    finally:
+        setup.model.visual.eval()
 
 
 def starting_images(inner: Inner, threat: Threat, images: Tensor, names: list[str]) -> Tensor:

@@ -297,21 +297,22 @@ def test_the_consistency_of_full_has_no_gradient_at_the_clean_prediction():
 )
 def test_the_focus_has_mean_one_and_is_never_negative(focus, data):
     c_r, c_k, q = torch.tensor(data, dtype=torch.float64).T
-    h = MmtArd(focus=focus, gamma=2.0)._focus(c_r, c_k, q)
+    gamma = 2.0 if focus in ("hard", "student") else 1.0
+    h = MmtArd("paper", focus=focus, gamma=gamma)._focus(c_r, c_k, q)
     assert h.mean().item() == pytest.approx(1, abs=1e-9)
     assert (h >= 0).all()
 
 
 def test_the_hard_focus_favours_images_of_which_the_robust_teacher_is_unsure():
     c = torch.full((3,), 0.3)
-    h = MmtArd(focus="hard")._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
+    h = MmtArd("paper", focus="hard")._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
     assert h.tolist() == pytest.approx([0.1 / 0.5, 0.5 / 0.5, 0.9 / 0.5], rel=1e-6)
 
 
 def test_the_linear_focus_keeps_the_weight_of_easy_images():
     """1 + 2 (1 - q) of 0.9, 0.5, 0.1 is 1.2, 2, 2.8, of mean 2."""
     c = torch.full((3,), 0.3)
-    h = MmtArd(focus="linear", focus_weight=2.0)._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
+    h = MmtArd("paper", focus="linear", focus_weight=2.0)._focus(c, c, torch.tensor([0.9, 0.5, 0.1]))
     assert h.tolist() == pytest.approx([0.6, 1.0, 1.4], rel=1e-6)
 
 
@@ -365,6 +366,22 @@ def test_the_clean_weight_goes_geometrically_from_its_start_to_its_end():
 def test_a_target_of_hard_images_that_would_go_unread_is_refused(fields):
     with pytest.raises(CardError, match="hard_target = 'label' goes with weighting 'static' or 'paper'"):
         plugins.build("defenses", "mmt-ard", {"hard_target": "label", **fields}, "a test")
+
+
+@pytest.mark.parametrize("fields", [
+    {"focus": "hard"}, {"gap": "log"}, {"kappa": 2.0}, {"momentum": 0.5}, {"text_scale": 100.0},
+    {"weighting": "static", "focus": "confident"}, {"weighting": "static", "gamma": 2.0},
+    {"weighting": "paper", "consistency": 1.0}, {"weighting": "paper", "kappa_modality": 1.0},
+    {"weighting": "paper", "gap": "log", "momentum": 0.5}, {"weighting": "full", "focus_weight": 2.0},
+    {"weighting": "paper", "focus": "linear", "gamma": 2.0},
+], ids=str)  # fmt: skip
+def test_a_hyper_parameter_that_would_go_unread_is_refused(fields):
+    """Else one model would be trained under two names."""
+    unread = list(fields)[-1]
+    with pytest.raises(CardError, match=rf"recipe x, mmt-ard: {unread} = .* would go unread with weighting"):
+        plugins.build("defenses", "mmt-ard", fields, "recipe x")
+    explicit = {name: getattr(MmtArd, name) for name in fields} | {"weighting": MmtArd.weighting}
+    assert plugins.build("defenses", "mmt-ard", explicit, "recipe x") == MmtArd()
 
 
 def test_the_gate_turns_to_the_teacher_that_is_surer_than_usual():

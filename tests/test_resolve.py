@@ -11,6 +11,7 @@ from robustbench_vlm.cards import plugins, reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.defenses.interface import Defense
 from robustbench_vlm.errors import CardError
+from robustbench_vlm.training.prepare import build_defense
 from robustbench_vlm.training.resolve import resolve
 
 
@@ -81,6 +82,22 @@ def test_what_does_not_fit_is_one_line_with_what_to_type(name, recipe, words):
     with pytest.raises(CardError, match=words) as error:
         resolve(name, recipe)
     assert "\n" not in str(error.value)
+
+
+def test_the_teachers_of_another_recipe_are_those_of_the_defense_as_it_is_set():
+    alone = ["weighting=static", "clean_weight=0", "attack_target=robust"]
+    found = resolve("mmt-ard", "tiny-single-teacher", [f"defense.{setting}" for setting in alone])
+    assert build_defense(found).teachers == ("robust",)
+    assert found.teachers == packaged("tiny-single-teacher").teachers
+    own = ["defense.inputs={robust='adv', other='clean'}", "defense.weights={robust=1, other=1}"]
+    own.append("defense.attack_target=other")
+    with pytest.raises(CardError, match=r"no teacher 'other'; .*--set teachers.other=MODEL"):
+        resolve("multi-teacher", "tiny-mmt-ard", own)
+    found = resolve("multi-teacher", "tiny-mmt-ard", [*own, "teachers.other=tiny"])
+    assert found.teachers == {"robust": "tiny-robust-teacher", "other": "tiny"}
+    assert set(build_defense(found).teachers) == {"robust", "other"}
+    with pytest.raises(CardError, match="unknown key 'focuss' for mmt-ard"):
+        resolve("mmt-ard", "tiny-single-teacher", ["defense.focuss=hard"])
 
 
 def test_a_defense_without_a_recipe_is_told_a_line_that_works():

@@ -23,6 +23,7 @@ sum. The three differ by factors C and B, and the literature often does not say 
 """
 
 TINY = 1e-12
+LEAST = 1e-6  # of a deviation, a first loss or a doubt, below which a quotient or a power is kept finite
 FIRST = 1e-8  # a first loss below it is a rounding error: the student started as a copy of its teacher
 
 
@@ -139,6 +140,17 @@ def pooled(values: Tensor, before: Tensor | None, momentum: float) -> Tensor:
     apart = mean - before[0]
     spread = (1 - rate) * before[1] + rate * variance + rate * (1 - rate) * apart.square()
     return torch.stack([before[0] + rate * apart, spread, count])
+
+
+def standardised(values: Tensor, running: Tensor) -> Tensor:
+    """Values (B,) minus their running mean, divided by their running deviation; `running` is of `pooled`."""
+    mean, variance, _ = running
+    scores: Tensor = (values - mean) / variance.sqrt().clamp(min=LEAST)
+    return scores
+
+
+DROPS = (215 / 300, 260 / 300, 285 / 300)
+"""Shares of the run, as epochs of the code of MTARD and B-MTARD, at which rates fall to a tenth."""
 
 
 def rate_at(rate: float, progress: float, drops: tuple[float, ...]) -> float:

@@ -34,6 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from robustbench_vlm.defenses import losses
 from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
 from robustbench_vlm.defenses.losses import ce, kl, kl_terms, of_label, pooled, student_logits
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from robustbench_vlm.types import Batch, Objective
 
 FLOOR = 0.01  # the `log` gap raises cosines to this value, since negative numbers have no logarithm
-TINY = 1e-6  # keeps a standardised confidence finite when all confidences of a batch are equal
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class MmtArd(Defense):
         weighting: `released`, `paper` (gate and focus below), `full` (that in both directions) or `static`.
         robust_weight: factor of the term of the robust teacher; 50 in the released code.
         clean_weight: factor of the term of the clean teacher; 5 in the released code. 0, with `static`,
-            removes
-            the term: the clean teacher is then run for the attack only, or not at all with another
+            removes the term: the clean teacher is then run for the attack only, or not at all with another
             `attack_target`.
         clean_weight_end: `clean_weight` at the end of the training, to which it goes geometrically, step by
             step; without it, the weight is constant.
@@ -108,8 +107,7 @@ class MmtArd(Defense):
         kappa_modality: for `full`: slope of the gate between the directions; 0 gives each one half.
         consistency: for `full`: weight of KL(sg P_S(x) || P_S(x')).
         attack_target: the prediction that the attack drives the student away from: `clean`, P_K(x), as
-            released;
-            `robust`, P_R(x); `label`, y, by cross-entropy.
+            released; `robust`, P_R(x); `label`, y, by cross-entropy.
         robust_input: the images that the robust teacher of the loss is run on: `adv`, x', as released;
             `clean`, x.
     """
@@ -144,8 +142,24 @@ class MmtArd(Defense):
                 f"hard_target = {self.hard_target!r} goes with weighting 'static' or 'paper' and a "
                 f"clean_weight above 0, not {found}"
             )
+        if unread := self._unread():
+            found = f"weighting {self.weighting!r}, gap {self.gap!r}, focus {self.focus!r}"
+            raise ValueError(f"{unread[0]} = {getattr(self, unread[0])!r} would go unread with {found}")
         if self.clean_weight == 0 and self.attack_target != "clean":  # the clean teacher has no use
             object.__setattr__(self, "teachers", ("robust",))
+
+    def _unread(self) -> list[str]:
+        """Fields that differ from their defaults and that nothing reads, with the choices of the others."""
+        full, gated = self.weighting == "full", self.weighting in ("full", "paper")
+        reads = (
+            (gated, ("gap", "kappa", "focus")),
+            (full, ("text_scale", "kappa_modality", "consistency")),
+            (full or (gated and self.gap != "log"), ("momentum",)),
+            (self.hard_target != "none" or self.focus in ("hard", "student"), ("gamma",)),
+            (self.focus == "linear", ("focus_weight",)),
+        )
+        unread = [name for is_read, names in reads if not is_read for name in names]
+        return [name for name in unread if getattr(self, name) != getattr(type(self), name)]
 
     def passes(self) -> Passes:
         """The student on x', and on x with a clean term; the teachers as loss and attack need them."""
@@ -195,8 +209,8 @@ class MmtArd(Defense):
         else:
             total, more, carry = self._gated(found, step.carry)
             if self.weighting == "full":
-                total, both, losses = self._full(roles, found, total, more["gate"], step.carry)
-                more, carry = more | both, {**carry, **losses}
+                total, both, means = self._full(roles, found, total, more["gate"], step.carry)
+                more, carry = more | both, {**carry, **means}
         return Terms(total, {name: value.detach() for name, value in (parts | more).items()}, carry)
 
     def _student(self, roles: Roles, step: Step) -> tuple[Tensor, Tensor]:
@@ -260,10 +274,10 @@ class MmtArd(Defense):
         t2i_adv = self._text_to_image(roles, "robust", found.robust, found.student_adv, found.labels)
         t2i_clean = self._text_to_image(roles, "clean", found.clean, found.student_clean, found.labels)
         t2i = gate * t2i_adv + (1 - gate) * t2i_clean
-        beta, losses = self._modality(i2t, t2i, carry)
+        beta, means = self._modality(i2t, t2i, carry)
         consistency = kl(found.student_clean.detach(), found.student_adv).mean()
         parts = {"i2t": i2t, "t2i": t2i, "modality": beta, "kl_self": consistency}
-        return 2 * (beta * i2t + (1 - beta) * t2i) + self.consistency * consistency, parts, losses
+        return 2 * (beta * i2t + (1 - beta) * t2i) + self.consistency * consistency, parts, means
 
     def _robust(self, roles: Roles, step: Step) -> tuple[Tensor, Tensor]:
         """The robust teacher on its input: logits Z_R (B, C) and cosines c_R (B,), without gradient."""
@@ -299,7 +313,7 @@ class MmtArd(Defense):
         for name, loss in (("i2t", i2t.detach()), ("t2i", t2i.detach())):
             first, mean = carry.get(name, torch.stack([loss, loss]))
             running[name] = torch.stack([first, self.momentum * mean + (1 - self.momentum) * loss])
-            left.append(running[name][1] / first.clamp(min=TINY))
+            left.append(running[name][1] / first.clamp(min=losses.LEAST))
         return torch.sigmoid(self.kappa_modality * (left[0] - left[1])), running
 
     def _gap(
@@ -313,8 +327,7 @@ class MmtArd(Defense):
         compared = {"robust": c_robust} if self.gap == "robust" else {"robust": c_robust, "clean": c_clean}
         for role, confidence in compared.items():
             running[role] = pooled(confidence, carry.get(role), self.momentum)
-            mean, variance, _ = running[role]
-            scores[role] = (confidence - mean) / variance.sqrt().clamp(min=TINY)
+            scores[role] = losses.standardised(confidence, running[role])
         return scores["robust"] - scores.get("clean", torch.zeros_like(c_clean)), running
 
     def _focus(self, c_robust: Tensor, c_clean: Tensor, confidence: Tensor) -> Tensor:
@@ -322,7 +335,7 @@ class MmtArd(Defense):
         if self.focus == "none":
             return torch.ones_like(confidence)
         if self.focus in ("hard", "student"):
-            raw = (1 - confidence).clamp(min=TINY).pow(self.gamma)
+            raw = (1 - confidence).clamp(min=losses.LEAST).pow(self.gamma)
         elif self.focus == "linear":
             raw = 1 + self.focus_weight * (1 - confidence)
         else:

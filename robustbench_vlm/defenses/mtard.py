@@ -19,14 +19,21 @@ import torch
 from pydantic import Field
 
 from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
-from robustbench_vlm.defenses.losses import Reduction, balanced, ce, kl, rate_at, reduced, student_logits
+from robustbench_vlm.defenses.losses import (
+    DROPS,
+    Reduction,
+    balanced,
+    ce,
+    kl,
+    rate_at,
+    reduced,
+    student_logits,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from robustbench_vlm.types import Batch, Objective
-
-DROPS = (215 / 300, 260 / 300, 285 / 300)  # epochs of the released code at which rates fall to a tenth
 
 
 @dataclass(frozen=True)

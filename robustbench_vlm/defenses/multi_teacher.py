@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from robustbench_vlm.defenses.interface import Defense, Passes, Roles, Step, Terms
-from robustbench_vlm.defenses.losses import ce, kl, of_label, pooled, student_logits
+from robustbench_vlm.defenses.losses import ce, kl, of_label, pooled, standardised, student_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Input = Literal["clean", "adv", "privileged"]
 LABEL = "label"
-TINY = 1e-6  # keeps a standardised confidence finite when all confidences are equal
 
 
 def _two() -> dict[str, Input]:
@@ -110,8 +109,7 @@ class MultiTeacher(Defense):
                 )
                 confidence = of_label(cosines, step.batch.labels)
                 carry[role] = pooled(confidence, step.carry.get(role), self.momentum)
-                mean, variance, _ = carry[role]
-                score = (confidence - mean) / variance.sqrt().clamp(min=TINY)
+                score = standardised(confidence, carry[role])
                 scores.append(self.kappa * score + score.new_tensor(self.weights[role]).log())
             view = "clean" if input_ == "clean" else "adv"
             terms.append(kl(roles.teachers[role].logit_scale * cosines, student[view]))

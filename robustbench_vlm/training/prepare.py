@@ -23,7 +23,7 @@ from robustbench_vlm.models.clip import Clip, PromptSizes
 from robustbench_vlm.models.lora import Adapters
 from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.training import fsdp, inputs, share, teacher_cache
-from robustbench_vlm.training.resolve import defense_class
+from robustbench_vlm.training.resolve import built, defense_class
 from robustbench_vlm.training.setup import Setup, TeacherPhase
 from robustbench_vlm.training.teacher_cache import TeacherCache
 from robustbench_vlm.training.world import ALONE, World
@@ -99,12 +99,7 @@ def build_defense(recipe: Recipe) -> Defense:
         CardError: an unknown defense or field, or a recipe with a part too few or too many.
     """
     where = f"recipe {recipe.name}"
-    fields = {key: value for key, value in recipe.defense.items() if key != "name"}
-    name = recipe.defense.get("name")
-    if not isinstance(name, str):
-        raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
-    defense_class(name)
-    defense: Defense = plugins.build("defenses", name, fields, where)
+    defense, name = built(recipe.defense, where), recipe.defense["name"]
     if set(recipe.teachers) != set(defense.teachers):
         found = f"teachers for {sorted(recipe.teachers) or 'no role'}"
         raise CardError(where, found, f"exactly {sorted(defense.teachers) or 'none'}, the roles of {name}")

@@ -45,15 +45,16 @@ def resolve(
         if _defense_of(table) == name:
             return _parsed(table, settings, str(path), path)
         remark(f"{recipe} is a recipe of {_defense_of(table)}: its defense is replaced by {name}")
-        made = _parsed(_with_defense(table, name), settings, f"--recipe {recipe}", path)
-        _require_fit(made, name, f"--recipe {recipe}")
+        where = f"--recipe {recipe}"
+        made = _parsed(_with_defense(table, name, settings, where), settings, where, path)
+        _require_fit(made, where)
         return made
     if f"tiny-{name}" not in known:
         raise CardError(
             f"defense {name!r}",
             "it has no recipe of its own",
             "the recipe of another defense, to take models, data, attack and optimiser from",
-            f"type: vlmrob train {name} --recipe {_similar(name, known)}",
+            f"type: vlmrob train {name} --recipe {_similar(defense_class(name), known)}",
         )
     remark(f"no recipe was named: taking tiny-{name}, for the built-in tiny world")
     if f"paper-{name}" in known:
@@ -72,6 +73,25 @@ def defense_class(name: str) -> type[Defense]:
         expected = "a frozen dataclass that subclasses robustbench_vlm.defenses.interface.Defense"
         raise CardError(f"defense {name!r}", f"a {getattr(plugin, '__name__', plugin)!s:.40}", expected)
     return plugin
+
+
+def built(table: Mapping[str, Any], where: str) -> Defense:
+    """The defense of a recipe's table `[defense]`, with its fields set.
+
+    Args:
+        table: `name`, and the fields.
+        where: what has the table, for messages.
+
+    Raises:
+        CardError: no name, an unknown defense or field, or a value that it does not take.
+    """
+    name = table.get("name")
+    if not isinstance(name, str):
+        raise CardError(where, "defense has no name", "[defense] name = 'mmt-ard' or another registered one")
+    defense_class(name)
+    fields = {key: value for key, value in table.items() if key != "name"}
+    defense: Defense = plugins.build("defenses", name, fields, where)
+    return defense
 
 
 def _read(name: str, settings: Sequence[str]) -> Recipe:
@@ -116,51 +136,53 @@ def _defense_of(table: Mapping[str, Any]) -> str:
     return str(defense.get("name", "")) if isinstance(defense, dict) else ""
 
 
-def _with_defense(table: dict[str, Any], name: str) -> dict[str, Any]:
-    """The table of a recipe with the defense `name` instead of its own.
+def _with_defense(table: dict[str, Any], name: str, settings: Sequence[str], where: str) -> dict[str, Any]:
+    """The table of a recipe with the defense `name` instead of its own, before the settings are applied.
 
     Models, data, attack and optimiser stay. Fields of the other defense are not carried over, nor are its
-    notes, teachers of other roles, or an attack that the new defense does not use.
+    notes, teachers of roles that the new defense, as it is set, does not have, or an attack that it does not
+    use.
     """
-    plugin = defense_class(name)
+    of_defense = [text for text in settings if text.partition("=")[0].partition(".")[0] == "defense"]
+    own = overrides.override({"defense": {"name": name}}, of_defense)["defense"]
+    defense = built(own if isinstance(own, dict) else {}, where)
     made = {key: value for key, value in table.items() if key != "notes"}
     made["defense"] = {"name": name}
     made["name"] = f"{name.rpartition(':')[2].lower()}-with-{table.get('name')}"
     made["title"] = f"{name}, with models, data, attack and optimiser of {table.get('name')}"
     if "teachers" in table:
         made["teachers"] = {
-            role: table["teachers"][role] for role in plugin.teachers if role in table["teachers"]
+            role: table["teachers"][role] for role in defense.teachers if role in table["teachers"]
         }
-    if not plugin.adversarial:
+    if not defense.adversarial:
         made.pop("inner", None)
     return made
 
 
-def _require_fit(recipe: Recipe, name: str, where: str) -> None:
-    """Refuse a recipe that lacks a teacher or the attack of the defense `name`."""
-    plugin = defense_class(name)
-    for role in plugin.teachers:
+def _require_fit(recipe: Recipe, where: str) -> None:
+    """Refuse a recipe that lacks a teacher or the attack of its defense."""
+    defense, name = built(recipe.defense, where), recipe.defense["name"]
+    for role in defense.teachers:
         if role not in recipe.teachers:
-            expected = f"teachers {sorted(plugin.teachers)}, for {name}"
+            expected = f"teachers {sorted(defense.teachers)}, for {name}"
             raise CardError(where, f"no teacher {role!r}", expected, f"type --set teachers.{role}=MODEL")
-    if plugin.adversarial and recipe.inner is None:
-        fitting = _similar(name, reader.names("recipes"))
+    if defense.adversarial and recipe.inner is None:
+        fitting = _similar(defense, reader.names("recipes"))
         do = f"type a recipe with one, for example --recipe {fitting}"
         raise CardError(where, "no [inner] table", f"an attack, for {name}", do)
 
 
-def _similar(name: str, recipes: Sequence[str]) -> str:
-    """A recipe that fits the defense `name`: the same teachers, and an attack exactly if it has one.
+def _similar(defense: Defense | type[Defense], recipes: Sequence[str]) -> str:
+    """A recipe that fits a defense: the same teachers, and an attack exactly if it has one.
 
     Of several, the first by name whose images this package renders, so that it can be tried at once; without
     one of those, the first by name.
     """
-    plugin = defense_class(name)
     fitting = []
     for recipe in sorted(recipes):
         table = reader.toml(reader.path("recipes", recipe))
-        same_roles = set(table.get("teachers", {})) == set(plugin.teachers)
-        if same_roles and ("inner" in table) == plugin.adversarial:
+        same_roles = set(table.get("teachers", {})) == set(defense.teachers)
+        if same_roles and ("inner" in table) == defense.adversarial:
             fitting.append((not _rendered(table), recipe))
     return min(fitting)[1] if fitting else "FILE.toml"
 

@@ -64,17 +64,44 @@ def test_fields_are_read_strictly(here):
         plugins.build("attacks", name, {"steps": "many"}, "card.toml")
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """An entry point of an installed package."""
+
+    name: str
+    value: str = "package:Mine"
+    error: Exception | None = None
+
+    def load(self):
+        if self.error:
+            raise self.error
+        return Mine
+
+
+def offered(monkeypatch, *points):
+    monkeypatch.setattr(plugins, "_points", lambda kind: points if kind == "attacks" else ())
+
+
+def test_a_name_of_two_plug_ins_is_refused_with_both_origins(monkeypatch):
+    """Else what is installed would decide which attack a result is of."""
+    offered(monkeypatch, Point("pgd"), Point("mine"), Point("mine", "other:Mine"))
+    with pytest.raises(
+        CardError, match=r"attack 'pgd': 2 plug-ins: robustbench_vlm.attacks.pgd, package:Mine"
+    ):
+        plugins.get("attacks", "pgd")
+    with pytest.raises(CardError, match=r"attack 'mine': 2 plug-ins: package:Mine, other:Mine; .*uninstall"):
+        plugins.get("attacks", "mine")
+    assert plugins.get("attacks", "fab").__module__ == "robustbench_vlm.attacks.fab.fab"
+
+
+def test_an_entry_point_that_cannot_be_imported_is_one_line(monkeypatch):
+    offered(monkeypatch, Point("mine", error=ModuleNotFoundError("No module named 'gone'")))
+    with pytest.raises(CardError, match=r"attack 'mine': package:Mine cannot be imported .*'gone'"):
+        plugins.get("attacks", "mine")
+
+
 def test_entry_points_of_other_packages(monkeypatch):
-    class Point:
-        name = "mine"
-
-        def load(self):
-            return Mine
-
-    def points(kind):
-        return (Point(),) if kind == "attacks" else ()
-
-    monkeypatch.setattr(plugins, "_points", points)
+    offered(monkeypatch, Point("mine"))
     assert "mine" in plugins.names("attacks")
     assert plugins.get("attacks", "mine") is Mine
     assert "mine" not in plugins.names("defenses")

@@ -118,7 +118,8 @@ def get(kind: str, name: str) -> type:
     """The plug-in class called `name`, or the one at `module:Name`.
 
     Raises:
-        CardError: nothing of that name; the message gives the nearest and all known names.
+        CardError: nothing of that name; the message gives the nearest and all known names. Or several of
+            that name, or one of another package that cannot be imported.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
@@ -130,18 +131,24 @@ def get(kind: str, name: str) -> type:
         except (ImportError, AttributeError, ValueError) as error:
             raise CardError(f"{kind} {name!r}", str(error), "module:Name of an importable class") from None
         return found
-    for point in _points(kind):
-        if point.name == name:
-            loaded: type = point.load()
-            return loaded
-    known = names(kind)
+    one, known = kind.removesuffix("s"), names(kind)
     if name not in known:
-        raise CardError(
-            f"unknown {kind.removesuffix('s')} {name!r}", "no such plug-in", do=nearest(name, known)
-        )
+        raise CardError(f"unknown {one} {name!r}", "no such plug-in", do=nearest(name, known))
     module_name = f"robustbench_vlm.{kind}.{name.replace('-', '_')}"
-    own: type = importlib.import_module(module_name).plugin
-    return own
+    points = [point for point in _points(kind) if point.name == name]
+    origins = [*([module_name] if name in _own(kind) else []), *(point.value for point in points)]
+    if len(origins) > 1:  # which of them a card means would depend on what is installed
+        several, do = f"{len(origins)} plug-ins: {', '.join(origins)}", "uninstall, or rename, all but one"
+        raise CardError(f"{one} {name!r}", several, "one of that name", do)
+    if not points:
+        own: type = importlib.import_module(module_name).plugin
+        return own
+    try:
+        loaded: type = points[0].load()
+    except Exception as error:  # whatever the code of another package raises
+        why = f"{points[0].value} cannot be imported ({type(error).__name__}: {error!s:.120})"
+        raise CardError(f"{one} {name!r}", why, do="mend or uninstall that package") from error
+    return loaded
 
 
 def code_sha256(plugin: type) -> str:

@@ -16,7 +16,7 @@ from test_train import LORA, PAPER, PROBE, write_recipe
 from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
-from robustbench_vlm.errors import Incomplete
+from robustbench_vlm.errors import Incomplete, TrainingError
 from robustbench_vlm.training import launch, log, loop
 from robustbench_vlm.training.state import saved_step
 
@@ -227,5 +227,8 @@ def test_the_exit_code_of_several_processes():
     assert launch._exit_code({0: 75, 1: 1, 2: -15}) == 1
     assert launch._exit_code({0: 75, 1: -15}) == 75
     assert launch._exit_code({0: -15, 1: -15}) == 75  # stopped while they were starting
-    with pytest.raises(Incomplete, match="process 3 of this training was ended by SIGSEGV"):
-        launch._exit_code({0: 75, 3: -11})
+    with pytest.raises(Incomplete, match="process 3 of this training was ended by SIGKILL"):
+        launch._exit_code({0: -6, 3: -9})  # who loses a peer may abort
+    for code, name in ((-11, "SIGSEGV"), (-6, "SIGABRT"), (-7, "SIGBUS")):  # the same command ends so again
+        with pytest.raises(TrainingError, match=f"process 3 of this training crashed with {name}"):
+            launch._exit_code({0: 75, 1: -15, 3: code})

@@ -15,9 +15,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from robustbench_vlm import threads
-from robustbench_vlm.errors import Incomplete
+from robustbench_vlm import interruption, threads
+from robustbench_vlm.errors import Incomplete, TrainingError
 
+KILLED = (*interruption.SIGNALS, signal.SIGKILL)
+"""Signals that come from outside: a user, a scheduler, or a system without memory. All others are crashes."""
 GRACE = 120  # seconds that a process has to end its step and save, before it is killed
 
 
@@ -33,6 +35,7 @@ def launch(processes: int, words: Sequence[str]) -> int:
 
     Raises:
         Incomplete: a signal came to this process, or killed one of the others, and all were stopped.
+        TrainingError: one of the others crashed.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is one line below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads.usable_cores() // processes)))
@@ -68,12 +71,16 @@ def _exit_code(codes: Mapping[int, int]) -> int:
     """The exit code of the process that ended first of its own accord; the launcher stops the others.
 
     Raises:
-        Incomplete: a process was killed.
+        Incomplete: a process was killed from outside.
+        TrainingError: one crashed: the same command would most likely crash again.
     """
-    for rank, code in sorted(codes.items()):
-        if code < 0 and code != -signal.SIGTERM:
-            name = signal.Signals(-code).name
+    ended = {rank: signal.Signals(-code) for rank, code in sorted(codes.items()) if code < 0}
+    for rank, number in ended.items():  # the launcher ends the others by SIGTERM
+        if number in KILLED and number != signal.SIGTERM:
             again = "type the same command again, and it goes on from the last checkpoint"
-            raise Incomplete(f"process {rank} of this training was ended by {name}; {again}")
+            raise Incomplete(f"process {rank} of this training was ended by {number.name}; {again}")
+    for rank, number in ended.items():
+        if number not in KILLED:
+            raise TrainingError(f"process {rank} of this training crashed with {number.name}")
     own = [code for code in codes.values() if code > 0]
     return min(own, default=Incomplete.exit_code)  # 1 and 2 are causes, 75 may be their consequence

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +28,22 @@ Facts = Mapping[str, Any]
 def cache_folder() -> Path:
     """Folder of everything that can be computed again: `$VLMROB_CACHE`, else `$XDG_CACHE_HOME/vlmrob`.
 
-    An empty variable counts as one that is not set. Where there is no home folder either, the path is one
-    that can neither be read nor written, so that everything is computed again, as with a read-only cache.
+    A blank variable counts as one that is not set. `~` and other variables are replaced in the first one,
+    since not every shell or job file does so; the second one counts if it is a full path, as its standard
+    says. Where there is no home folder either, the path is one that can neither be read nor written, so that
+    everything is computed again, as with a read-only cache.
     """
-    if own := os.environ.get("VLMROB_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "vlmrob"
+    own, shared, home = (os.environ.get(name, "") for name in ("VLMROB_CACHE", "XDG_CACHE_HOME", "HOME"))
     try:
-        return Path.home() / ".cache" / "vlmrob"
+        if own.strip():
+            return Path(os.path.expandvars(own)).expanduser()
+        if Path(shared).is_absolute():
+            return Path(shared) / "vlmrob"
+        if "HOME" not in os.environ or Path(home).is_absolute():
+            return Path.home() / ".cache" / "vlmrob"
     except RuntimeError:  # no HOME, and a user without an entry in the password file, as in containers
-        return Path(os.devnull) / "vlmrob"
+        pass
+    return Path(os.devnull) / "vlmrob"
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -70,6 +76,19 @@ def require_writable(folder: Path, flag: str, *, make: bool = True) -> None:
         raise InputError(f"{flag} {folder}", found, "a folder that can be written", do) from None
     if shutil.disk_usage(place).free < LEAST_FREE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+@contextmanager
+def explained(folder: Path, flag: str) -> Iterator[None]:
+    """Inside, a failure to write below `folder` becomes the error of `require_writable`, where that is why.
+
+    For work that writes only what is missing, so that a complete folder need not be writable.
+    """
+    try:
+        yield
+    except OSError:
+        require_writable(folder, flag)
+        raise
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value

@@ -1,6 +1,7 @@
 """Signals: a stopped training saves its state, says where it goes on, and ends as if it never stopped."""
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import toys
 from robustbench_vlm import catalogue, interruption, launcher, store, text_files
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
+from robustbench_vlm.cli.main import _interrupted
 from robustbench_vlm.errors import Incomplete, InputError
 from robustbench_vlm.models import zoo
 from robustbench_vlm.training import folder, log, loop
@@ -199,6 +201,7 @@ ENDS = [
         75,
         "/x/y: No space left on device; make room",
     ),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "/x/y"), 2, "/x/y: File name too long; expected"),
     (OSError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     (KeyError("a"), 1, "vlmrob list: KeyError: 'a'; the traceback is in "),
     (KeyboardInterrupt(), 75, "vlmrob list: stopped; nothing was saved"),
@@ -223,12 +226,42 @@ def test_a_message_is_printed_as_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: [red]:x:[/red]: no\n"
 
 
+def test_a_closed_stdout_is_a_quiet_success(monkeypatch):
+    """Python has no `sys.stdout` in a process that was started by `vlmrob list attacks >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command_line.run_command(monkeypatch, "list", "attacks") == 0
+    sys.stdout.close()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(text_files, "require_own", lambda _: None)  # the device is no file of ours
     (tmp_path / "ledger").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/ledger'"):
         store.append(tmp_path / "ledger", {})
+
+
+@pytest.mark.parametrize("command", ["data check", "list", "verify"])
+def test_a_command_that_saves_nothing_says_so(command):
+    assert "nothing was saved" in _interrupted([*command.split(), "x"])
+    assert "goes on from what is saved" in _interrupted(["data", "fetch", "x"])
+
+
+def test_the_cache_is_where_a_person_would_look_for_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its standard says is to be ignored
+    for own, found in {
+        "~/c": home / "c", "$HOME/c": home / "c", "${HOME}/c": home / "c", " ": home / ".cache" / "vlmrob",
+        "c": Path("c"), "/c": Path("/c"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv("VLMROB_CACHE", own)
+        assert store.cache_folder() == found, own
+    monkeypatch.delenv("VLMROB_CACHE")
+    for home in ("", " ", "relative"):
+        monkeypatch.setenv("HOME", home)
+        assert store.cache_folder() == Path(os.devnull) / "vlmrob", home
 
 
 def test_no_home_and_empty_variables(monkeypatch, tmp_path):

@@ -121,6 +121,18 @@ def test_failing_to_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+def test_a_folder_that_cannot_be_written_is_explained_only_where_that_is_why(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "data"
+    refused = pytest.raises(InputError, match=r"Not a directory; .*choose another folder with --data-root")
+    with refused, store.explained(folder, "--data-root"):
+        store.write(folder / "x", b"")
+    with pytest.raises(OSError, match="of another kind"), store.explained(tmp_path, "--data-root"):
+        raise OSError("of another kind")
+    with store.explained(folder, "--data-root"):  # nothing was to be written
+        pass
+
+
 def test_canonical_json_is_one_spelling():
     assert store.canonical({"b": [1, 2.5], "a": "\u00e9"}) == '{"a":"\u00e9","b":[1,2.5]}'.encode()
     assert store.fingerprint({"a": 1, "b": 2}) == store.fingerprint({"b": 2, "a": 1})

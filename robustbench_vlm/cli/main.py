@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from robustbench_vlm import interruption, launcher, threads
 
 SAVES_NOTHING = (
-    *("canary", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
+    *("canary", "check", "compare", "convert", "crosscheck", "doctor", "leaderboard", "list", "new", "show"),
     *("export", "lint", "plan", "plot", "slurm", "submit", "verify"),
 )
 """Commands that begin again when they are repeated; the others go on from what they had saved."""
@@ -25,6 +26,9 @@ SAVES_NOTHING = (
 def main() -> None:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     words = sys.argv[1:]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-`: nobody wants to read it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the end
     threads.wait_briefly()
     with interruption.raised() as stopped:
         try:
@@ -73,6 +77,9 @@ def _end(error: BaseException, words: Sequence[str], stopped: Callable[[], bool]
         return _print(error)
     if isinstance(error, OSError) and error.errno in store.FULL:
         return _print(errors.Incomplete(_disk_full(error)))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        where = f"{error.filename or 'a path'!s:.80}"
+        return _print(errors.InputError(where, str(error.strerror), "a shorter one"))
     if isinstance(error, OSError) and error.filename and error.errno:
         return _print(errors.VlmrobError(f"{error.filename}: {error.strerror}"))
     return _print(errors.VlmrobError(_unexpected(error, words)))

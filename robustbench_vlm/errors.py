@@ -8,6 +8,8 @@ VlmrobError             exit 1: something failed while running
     ├── CardError       a TOML or JSON card: unknown key, wrong type, unknown name
     ├── DataError       a dataset: missing, truncated, mislabelled
     └── WeightsError    a checkpoint: other architecture, missing tensor, changed bytes
+
+A command that examines something and finds a fault in it exits with `FAULT`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Iterable, Sequence
 
 from robustbench_vlm import safe_text
 
+FAULT = 3
+"""Exit code of a command that did its work and found a fault: a flag, a claim that does not hold."""
 SHOWN = 24  # known names in one line of error
 FEW = 5  # names that `some` lists before it only counts
 

@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 
 import command_line
 import pytest
+import torch
 import toys
 
 from robustbench_vlm import one_writer
+from robustbench_vlm.demo import weights, whole_job
 from robustbench_vlm.errors import InputError
 
 HOLDS = """
@@ -48,6 +50,21 @@ def test_the_second_is_told_who_is_there(tmp_path):
         with pytest.raises(InputError, match=f"process {process.pid} on"):
             one_writer.require_free(tmp_path / "out")
         assert json.loads((tmp_path / "out/.writer.json").read_text())["pid"] == process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_demo_and_the_packaged_weights_have_one_writer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cpu = torch.device("cpu")
+    process = holding(weights.WORK)
+    try:
+        with pytest.raises(InputError, match=f"process {process.pid} on"):
+            weights.make(tmp_path / "data", cpu)
+        with pytest.raises(InputError, match=f"process {process.pid} on"):
+            whole_job.run(weights.WORK, tmp_path / "data", cpu, print, print, full=False)
+        assert not (tmp_path / "data").exists()
     finally:
         process.kill()
         process.wait()

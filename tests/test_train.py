@@ -18,9 +18,9 @@ from robustbench_vlm.cards.recipe import Optim, Recipe
 from robustbench_vlm.data import loader
 from robustbench_vlm.defenses.interface import Defense, Terms
 from robustbench_vlm.defenses.mmt_ard import MmtArd
-from robustbench_vlm.errors import InputError, TrainingError
+from robustbench_vlm.errors import InputError, TrainingError, WeightsError
 from robustbench_vlm.models import checkpoint_card, zoo
-from robustbench_vlm.training import loop
+from robustbench_vlm.training import loop, run
 from robustbench_vlm.training.prepare import prepare
 from robustbench_vlm.training.probe import probe
 from robustbench_vlm.training.state import resumed
@@ -90,6 +90,13 @@ def test_the_learning_rate_without_warm_up_starts_full_and_ends_at_zero():
     assert rates[0] == 0.5
     assert rates[10] == pytest.approx(0, abs=1e-15)
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_momentum_that_would_go_unread_is_refused():
+    with pytest.raises(ValueError, match=r"momentum = 0\.5 goes with algorithm = 'sgd', not 'adamw'"):
+        Optim(lr=1.0, steps=4, batch_size=1, momentum=0.5)
+    assert Optim(lr=1.0, steps=4, batch_size=1, momentum=0.5, algorithm="sgd").momentum == 0.5
+    assert Optim(lr=1.0, steps=4, batch_size=1, momentum=0.9).momentum == 0.9
 
 
 def test_a_warm_up_as_long_as_the_run_is_no_division_by_zero():
@@ -465,6 +472,25 @@ def test_a_recipe_that_cannot_be_run_is_one_line_and_claims_no_folder(
     )
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(toy, whole, tmp_path):
+    folder = whole["tecoa"]
+    (line,) = run.dry_run(toy.recipe("tecoa"), folder, toy.data)
+    assert "finished already" in line
+    with pytest.raises(InputError, match=r"not empty; expected an empty folder with --no-resume"):
+        run.dry_run(toy.recipe("tecoa"), folder, toy.data, resume=False)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"whatever")
+    for student, words in (
+        (str(weights), r"weights.pt: its architecture is not in the file; .*vlmrob convert .*weights.pt"),
+        ("ViT-B-32", r"'ViT-B-32': an architecture without weights; expected ARCH:TAG"),
+    ):
+        recipe = toy.recipe("tecoa", student=student)
+        with pytest.raises(WeightsError, match=words):
+            run.dry_run(recipe, tmp_path / "out", toy.data)
+        with pytest.raises(WeightsError, match=words.partition(";")[0]):
+            prepare(recipe, toy.data, CPU)
 
 
 def test_infinity_in_a_defense_is_refused_before_a_fingerprint_is_taken(toy, tmp_path):

@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from robustbench_vlm.cards.card import Card, Grown
 from robustbench_vlm.cards.protocol import CardResize
@@ -140,6 +136,14 @@ class Optim(Grown):
     grad_clip: float = Field(default=0.0, ge=0)
     accumulate: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def _momentum_of_sgd(self) -> Optim:
+        if self.algorithm != "sgd" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(
+                f"momentum = {self.momentum:g} goes with algorithm = 'sgd', not {self.algorithm!r}"
+            )
+        return self
+
 
 class Lora(Card):
     """Low-rank adapters on the student's image tower, through peft; merged when saved.
@@ -250,7 +254,7 @@ class Recipe(Grown):
         compute: precision and kernels; without this table, fp32.
         probe: accuracy on held-out images during training; absent for none.
         seed: seed of the order of images and of all noise.
-        checkpoint_every: steps between checkpoints; 0 for one at the end only.
+        checkpoint_every: steps between checkpoints; 0 for none. The finished folder is always written.
         interpolation: share of the trained image tower in the finished one, weight by weight; the rest is the
             student as training found it (WiSE-FT, arXiv:2109.01903). Less than 1 gives back clean accuracy
             for robust accuracy, and costs no training.

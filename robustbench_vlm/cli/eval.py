@@ -25,10 +25,9 @@ from robustbench_vlm.cli.options import (
     print_grids,
     print_json,
 )
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.errors import FAULT, InputError
 from robustbench_vlm.models import model_ids
 
-CHECK_FLAG = 3
 DEFAULT = "tiny"  # suite
 
 
@@ -178,7 +177,7 @@ def eval_(  # noqa: PLR0913 - one parameter a flag
     for line in failed:
         console.warning(f"flag: {line}")
     if strict and failed:
-        raise typer.Exit(CHECK_FLAG)
+        raise typer.Exit(FAULT)
 
 
 def _require_models(models: tuple[str, ...], chains: tuple[str, ...]) -> None:

@@ -9,9 +9,7 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cli.options import AsJson
-
-FOUND = 3
-"""Exit code when cells of the table may not be compared."""
+from robustbench_vlm.errors import FAULT
 
 
 def lint(
@@ -33,7 +31,7 @@ def lint(
     else:
         _print(table.name, report)
     if report["findings"]:
-        raise typer.Exit(FOUND)
+        raise typer.Exit(FAULT)
 
 
 def _print(name: str, report: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ from robustbench_vlm.training.resolve import resolve
 from robustbench_vlm.training.world import World, launched, require_divisible
 
 
-def _launched(recipe: Recipe, folder: Path, data_root: Path, processes: int) -> int:
+def _launched(recipe: Recipe, folder: Path, data_root: Path, processes: int, *, resume: bool) -> int:
     """Start the processes of a training that can begin, and return their exit code when they have ended."""
     from robustbench_vlm.training import inputs
 
     require_divisible(recipe, World(size=processes))
     inputs.require(recipe, data_root)
-    refuse_other_runs(folder, recipe)
+    refuse_other_runs(folder, recipe, resume=resume)
     from robustbench_vlm.training.launch import launch
 
     return launch(processes, sys.argv[1:])
@@ -68,11 +68,12 @@ def train(  # noqa: PLR0913 - one parameter a flag
     chosen = resolve(recipe, recipe_option or "", settings or [], console.remark)
     folder = out or folder_of(chosen)
     if starting:
-        raise typer.Exit(_launched(chosen, folder, data_root, nproc))
+        raise typer.Exit(_launched(chosen, folder, data_root, nproc, resume=resume))
     from robustbench_vlm.training import run
 
     if dry_run:
-        for text in run.dry_run(chosen, folder, data_root, World(size=max(nproc, world.size))):
+        processes = World(size=max(nproc, world.size))
+        for text in run.dry_run(chosen, folder, data_root, processes, resume=resume):
             console.result(text)
         return
     with console.meter() as meter:

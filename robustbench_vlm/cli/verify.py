@@ -10,10 +10,7 @@ import typer
 
 from robustbench_vlm import console
 from robustbench_vlm.cli.options import AsJson, DataRoot, Device, comma_separated, device_of
-from robustbench_vlm.errors import InputError
-
-FAULT = 3
-"""Exit code when something that is claimed does not hold."""
+from robustbench_vlm.errors import FAULT, InputError
 
 STATES = ("re-attacked", "verified", "unproven", "failed")
 COLUMNS = ["model", "dataset", "attack", "threat", "images", "broken", "packed", "survivors", "status"]

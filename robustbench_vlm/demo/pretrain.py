@@ -22,8 +22,10 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_vlm.cards.recipe import Optim
 from robustbench_vlm.data.tiny.scenes import stream
 from robustbench_vlm.data.tiny.words import sentences
+from robustbench_vlm.training.step import learning_rate
 
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, running mean of the loss)."""
@@ -149,14 +151,6 @@ def _loss(image: Tensor, text: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     return (functional.cross_entropy(logits, target) + reverse) / 2
 
 
-def learning_rate(settings: Pretraining, step: int) -> float:
-    """Learning rate of a 0-based step: linear warm-up, then half a cosine to zero."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def normalisation() -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (1, 3, 1, 1) of pixel normalisation: the default of open_clip."""
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -183,9 +177,12 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), eps=1e-8)
     mean, std = normalisation()
     average = 0.0
+    schedule = Optim(
+        lr=settings.lr, steps=settings.steps, warmup=settings.warmup, batch_size=settings.batch_size
+    )
     for step, (images, tokens, length, target) in enumerate(_batches(settings, model.context_length)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(step, schedule)
         embedded = functional.normalize(model.visual((images - mean) / std), dim=-1)
         with torch.set_grad_enabled(text is None):
             words = _encode(model, tokens, length)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from robustbench_vlm import console, store
+from robustbench_vlm import console, one_writer, store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.demo.pretrain import Pretrained, Pretraining, pretrain
 from robustbench_vlm.models import checkpoint, checkpoint_card, model_ids, openclip
 from robustbench_vlm.training import loop
+from robustbench_vlm.training.run import reporting
 
 WORK = Path("runs/tiny-weights")  # the recipes of the teachers name a folder below it as their student
 STUDENT = Pretraining(config="vlmrob-tiny", steps=2000, lr=2e-3)
@@ -33,8 +34,11 @@ def make(data_root: Path, device: torch.device) -> None:
     Args:
         data_root: folder that the tiny world is rendered into.
         device: where the teachers are trained; pretraining runs on the CPU.
+
+    Raises:
+        InputError: another process makes them.
     """
-    with console.meter() as meter:
+    with one_writer.locked(WORK, "folder"), console.meter() as meter:
         if not (WORK / "tiny" / "card.json").exists():
             made = pretrain(
                 STUDENT, progress=lambda done, total, _: meter("pretrain the tiny CLIP", done, total)
@@ -48,7 +52,8 @@ def make(data_root: Path, device: torch.device) -> None:
         write.make_missing(data_root, meter, ["tiny-seen"])
         for name in TEACHERS:
             recipe = reader.read("recipes", name, Recipe)
-            loop.run(recipe, WORK / name, data_root, device, _report(name, recipe.optim.steps, meter))
+            report = reporting(recipe, meter, console.remark)
+            loop.run(recipe, WORK / name, data_root, device, report)
             publish(name)
 
 
@@ -56,16 +61,6 @@ def publish(name: str) -> None:
     """Copy the weights and the card of a finished folder into the package, byte for byte."""
     for path in [*sorted((WORK / name).glob("*.safetensors")), WORK / name / "card.json"]:
         store.write(model_ids.PACKAGED / name / path.name, path.read_bytes())
-
-
-def _report(name: str, total: int, meter: console.Meter) -> loop.Report:
-    def report(line: loop.Line) -> None:
-        if "probe" in line:
-            console.remark(f"{name}, step {line['step']}: probe {line['probe']}")
-        else:
-            meter(name, line["step"], total)
-
-    return report
 
 
 def _save(folder: Path, name: str, made: Pretrained, settings: Pretraining, text_from: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from robustbench_vlm import one_writer
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.suite import Suite
@@ -22,7 +23,7 @@ from robustbench_vlm.data.tiny import write
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.results import compare, leaderboard, result_file
 from robustbench_vlm.training import loop
-from robustbench_vlm.training.probe import probe_text
+from robustbench_vlm.training.run import Meter, reporting
 
 OURS = "tiny-mmt-ard"
 BASELINE = "tiny-single-teacher"
@@ -34,9 +35,6 @@ ATTACKS = (  # chains, and the datasets that they are run on; no names: all of t
     (("autoattack",), ("tiny-seen", "tiny-digits")),
 )
 FULL_N = 500
-
-Meter = Callable[[str, int, int], None]
-"""Called with (what, done, total) as work is done."""
 
 Remark = Callable[[str], None]
 """Called with a line of log."""
@@ -104,19 +102,26 @@ def run(
         meter: for progress.
         remark: for the log.
         full: 500 images a dataset, and three further models.
+
+    Raises:
+        InputError: another process writes into `out`.
     """
-    work = Work(out, data_root, device, meter, remark)
+    with one_writer.locked(out):
+        return _run(Work(out, data_root, device, meter, remark), full=full)
+
+
+def _run(work: Work, *, full: bool) -> DemoResult:
     with work.phase("render the tiny world"):
-        write.make_missing(data_root, meter)
+        write.make_missing(work.data_root, work.meter)
     for name in (BASELINE, OURS, *((TECOA,) if full else ())):
         _train(work, name)
     n = FULL_N if full else None
     _attack(work, "", (UNDEFENDED, work.model(BASELINE), work.model(OURS)), n)
     if full:
         _attack(work, "further models, ", (work.model(TECOA), *TEACHERS), n)
-    suite, results = reader.read("suites", "tiny", Suite), out / "results"
+    suite, results = reader.read("suites", "tiny", Suite), work.out / "results"
     with work.phase("leaderboard"):
-        rows, files = leaderboard.render(results, suite, out / "leaderboards")
+        rows, files = leaderboard.render(results, suite, work.out / "leaderboards")
         found = result_file.of_suite(result_file.read(results), suite)
         paired = compare.compare(found, OURS, BASELINE)
     return DemoResult(rows, paired, work.seconds | {"together": sum(work.seconds.values())}, files)
@@ -124,13 +129,7 @@ def run(
 
 def _train(work: Work, name: str) -> None:
     recipe = reader.read("recipes", name, Recipe)
-
-    def report(line: loop.Line) -> None:
-        if "probe" in line:
-            work.remark(f"{recipe.name}, step {line['step']}: {probe_text(line['probe'])}")
-        else:
-            work.meter(recipe.name, line["step"], recipe.optim.steps)
-
+    report = reporting(recipe, work.meter, work.remark)
     with work.phase(f"train {name}"):
         folder, teachers = Path(work.model(name)), work.out / "teachers"
         loop.run(recipe, folder, work.data_root, work.device, report, teachers)

@@ -16,12 +16,20 @@ def folder_of(recipe: Recipe) -> Path:
     return Path("runs") / f"{store.file_name(recipe.name)}-{recipe.fingerprint[:8]}"
 
 
-def refuse_other_runs(out: Path, recipe: Recipe) -> None:
+def refuse_other_runs(out: Path, recipe: Recipe, *, resume: bool = True) -> None:
     """Refuse a folder that belongs to another recipe, or that no recipe made.
+
+    Args:
+        out: checkpoint folder of the run.
+        recipe: of the run.
+        resume: whether `out` may hold an earlier run of it.
 
     Raises:
         InputError: the message names the keys that differ, with both values.
     """
+    if not resume and out.exists() and any(out.iterdir()):
+        expected = "an empty folder with --no-resume"
+        raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     path, do = out / "recipe.json", "choose another folder"
     if path.exists():
         earlier = store.read_json(path)

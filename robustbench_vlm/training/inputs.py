@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from robustbench_vlm.cards import reader
@@ -14,7 +15,7 @@ from robustbench_vlm.models import model_ids, public
 
 
 def missing(recipe: Recipe, data_root: Path) -> list[InputError]:
-    """The models that name nothing or have no weights here, and the dataset if it is not below the root.
+    """Models that name nothing or no weights, or have none here, and a dataset that is not below the root.
 
     Weights of open_clip that are not in its cache are downloaded when they are loaded, so they are not
     missing. A dataset of the tiny world is rendered, so it is not missing either.
@@ -71,9 +72,18 @@ def require_data(recipe: Recipe, card: DatasetCard) -> None:
 
 def _require_model(name: str) -> None:
     model_ids.require(name)
-    if reader.has("models", name) and model_ids.folder_of(name) is None:
+    if model_ids.folder_of(name) is not None:
+        return
+    if reader.has("models", name):
         card = reader.read("models", name, ModelCard)
         if card.loader == "none" or (card.loader != "open_clip" and not public.here(card)):
             public.require(card)  # says what to download, or that the weights were never published
-    elif model_ids.is_weights(name) and not Path(name).is_file():
-        raise WeightsError(f"model {name}", "no such file", "a file of weights", "check the path")
+    elif model_ids.is_weights(name):
+        if not Path(name).is_file():
+            raise WeightsError(f"model {name}", "no such file", "a file of weights", "check the path")
+        if model_ids.run_of_step(name) is None:
+            do = f"make one: vlmrob convert {shlex.quote(name)} --arch ARCH:TAG --out DIR"
+            raise WeightsError(f"model {name}", "its architecture is not in the file", "a folder with it", do)
+    elif name in model_ids.architectures() and not Path(name).is_dir():
+        expected = f"ARCH:TAG, such as {name}:random"
+        raise WeightsError(f"model {name!r}", "an architecture without weights", expected)

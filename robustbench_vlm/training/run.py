@@ -10,7 +10,6 @@ from robustbench_vlm import one_writer, store
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.devices import choose_device
-from robustbench_vlm.errors import InputError
 from robustbench_vlm.training import exchange, folder, inputs, loop, teacher_cache
 from robustbench_vlm.training.prepare import build_defense
 from robustbench_vlm.training.probe import probe_text
@@ -21,16 +20,15 @@ Meter = Callable[..., None]
 """Called with (what, done, total), and with a note where there is one."""
 
 
-def dry_run(recipe: Recipe, out: Path, data_root: Path, world: World = ALONE) -> list[str]:
+def dry_run(
+    recipe: Recipe, out: Path, data_root: Path, world: World = ALONE, *, resume: bool = True
+) -> list[str]:
     """What `run_recipe` would do, one line each; nothing is loaded, rendered or written.
 
     Raises:
-        InputError: `out` belongs to another recipe, or models or the dataset are missing.
+        InputError: what `run_recipe` would refuse before it loads anything.
     """
-    folder.refuse_other_runs(out, recipe)
-    build_defense(recipe)
-    require_divisible(recipe, world)
-    inputs.require(recipe, data_root)
+    _require(recipe, out, data_root, world, resume=resume)
     if (out / "card.json").exists():
         return [f"{out} is finished already, by this very recipe: nothing would be trained"]
     step, threat = saved_step(out), recipe.inner.described if recipe.inner else "no adversary"
@@ -42,6 +40,20 @@ def dry_run(recipe: Recipe, out: Path, data_root: Path, world: World = ALONE) ->
         f"data: {recipe.data.dataset}, split {recipe.data.split}, below {data_root}",
         f"into {out}",
     ]
+
+
+def _require(recipe: Recipe, out: Path, data_root: Path, world: World, *, resume: bool) -> None:
+    """Refuse what can be seen to fail before anything is loaded, rendered or written.
+
+    Raises:
+        InputError: see `run_recipe`.
+    """
+    folder.refuse_other_runs(out, recipe, resume=resume)
+    build_defense(recipe)
+    require_divisible(recipe, world)
+    if world.first:
+        one_writer.require_free(out)
+    inputs.require(recipe, data_root)
 
 
 def _teaching(recipe: Recipe, role: str) -> str:
@@ -83,23 +95,11 @@ def run_recipe(
         Incomplete: a signal stopped the run; see `loop.run`.
         OSError: with the code of a full disk, if there is hardly any space left for `out`.
     """
-    if not resume and out.exists() and any(out.iterdir()):
-        expected = "an empty folder with --no-resume"
-        raise InputError(f"--out {out}", "not empty", expected, "choose another one")
     world = launched()
-    folder.refuse_other_runs(out, recipe)  # before anything is rendered
-    require_divisible(recipe, world)
-    if world.first:
-        one_writer.require_free(out)
-    inputs.require(recipe, data_root)
+    _require(recipe, out, data_root, world, resume=resume)
     where = choose_device(device, world.local_rank if world.size > 1 else None)
 
-    def report(line: loop.Line) -> None:
-        if "probe" in line:
-            remark(f"step {line['step']}: {probe_text(line['probe'])} on validation images")
-        else:
-            meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
-
+    report = reporting(recipe, meter, remark)
     stored = teacher_cache.default_folder() if cache else None
     with exchange.joined(world, where):
         if world.first:
@@ -110,13 +110,34 @@ def run_recipe(
             return loop.run(recipe, out, data_root, where, report, stored, said, world)
 
 
+def reporting(recipe: Recipe, meter: Meter, remark: Callable[[str], None]) -> loop.Report:
+    """What is called with every line of a run's log: a remark about a probe, else the meter.
+
+    Args:
+        recipe: of the run.
+        meter: called with (what, steps done, steps in all, loss).
+        remark: called with a line about the accuracy on validation images.
+    """
+
+    def report(line: loop.Line) -> None:
+        if "probe" in line:
+            found = f"{probe_text(line['probe'])} on validation images"
+            remark(f"{recipe.name}, step {line['step']}: {found}")
+        else:
+            meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")
+
+    return report
+
+
 def _make_place(
     recipe: Recipe, out: Path, data_root: Path, meter: Meter, remark: Callable[[str], None]
 ) -> None:
     """Look whether `out` can be written, and render the images of the tiny world if they are missing."""
     if not (out / "card.json").exists():
         store.require_writable(out, "--out", make=False)
-    if write.make_missing(data_root, meter, [recipe.data.dataset]):
+    with store.explained(data_root, "--data-root"):
+        made = write.make_missing(data_root, meter, [recipe.data.dataset])
+    if made:
         remark(f"rendered the tiny world into {data_root}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def _spelling(key: str, annotation: Any, info: ArgumentInfo | OptionInfo) -> str
 def _kind(annotation: Any, info: ArgumentInfo | OptionInfo) -> str:  # noqa: ANN401 - a type
     if annotation is bool:
         return "flag"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return f"one of {', '.join(str(member.value) for member in annotation)}"
     text = "path" if "Path" in str(annotation) else words(annotation).removeprefix("list of ")
     least = f", at least {info.min}" if info.min is not None else ""
     many = ", repeatable" if "list" in str(annotation) else ""

@@ -32,6 +32,11 @@ def test_every_key_option_and_column_has_a_meaning(pages):
         assert empty == [], name
 
 
+def test_types_are_in_words(pages):
+    assert not re.findall(r"\| <\w+", "".join(pages.values()))
+    assert "| `--format` | one of svg, png, pdf | `svg` |" in pages["commands.md"]
+
+
 def test_every_column_of_a_verdict_table_is_listed():
     none = np.zeros(0, dtype=np.int64)
     table = verdicts.begin([], none, [], none, np.zeros(0, dtype=np.float32))

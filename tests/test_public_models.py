@@ -230,6 +230,11 @@ def test_converted_weights_keep_what_is_known_of_their_training(vlmrob, here, tm
         ("convert t.pth.tar --out mine", "neither --arch nor --card"),
         ("convert nowhere.pt --arch vlmrob-tiny:random --out mine", "No such file"),
         ("convert t.pth.tar --card toy-fair --out mine", "did you mean 'toy-fare'"),
+        (
+            "convert t.pth.tar --card toy-fare --arch vlmrob-tiny:random --trained-on x --out mine",
+            "--card toy-fare: --arch, --trained-on too, which its card states; leave it out",
+        ),
+        ("convert t.pth.tar --card toy-fare --name n --defense D --out mine", "--name, --defense too"),
         ("convert data --arch vlmrob-tiny:random --out mine", "neither weights by its name nor"),
         ("convert t.pth.tar --arch vlmrob-tiny-teacher:random --out mine", "read as image tower"),
         ("canary nobody", "no packaged checkpoint or folder"),

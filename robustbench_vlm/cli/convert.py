@@ -22,7 +22,9 @@ def convert(  # noqa: PLR0913 - one parameter a flag
         str, typer.Option(help="Public checkpoint that it is (see list models): gives base, defense, data.")
     ] = "",
     name: Annotated[str, typer.Option(help="Name in tables; default: of the folder.")] = "",
-    defense: Annotated[str, typer.Option(help="How the model was made robust, e.g. FARE.")] = "unknown",
+    defense: Annotated[
+        str, typer.Option(help="How the model was made robust, e.g. FARE; default: unknown.")
+    ] = "",
     trained_on: Annotated[
         str, typer.Option(help="Datasets seen, e.g. imagenet,unknown; default: nothing is known.")
     ] = "",
@@ -39,11 +41,14 @@ def convert(  # noqa: PLR0913 - one parameter a flag
     if not card and not arch and not model_ids.is_transformers(source):
         found = "neither --arch nor --card"
         raise InputError(f"convert {source}", found, "the model that the weights were made from")
+    typed = {"--arch": arch, "--name": name, "--defense": defense, "--trained-on": trained_on}
+    if card and (both := [option for option, value in typed.items() if value]):
+        raise InputError(f"--card {card}", f"{', '.join(both)} too, which its card states", do="leave it out")
     if card:
         known = convert.listed(card)
     else:
         known = convert.unlisted(
-            name or out.resolve().name, arch, defense, tuple(filter(None, trained_on.split(",")))
+            name or out.resolve().name, arch, defense or "unknown", tuple(filter(None, trained_on.split(",")))
         )
     made = convert.convert(source, out, known, {"memory": max_memory * 2**30, "seconds": max_seconds})
     console.result(str(out))

@@ -5,15 +5,19 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toys
 from command_line import run_command as vlmrob
 from folders import encode, folder_sha, noise
 from PIL import Image
+from torchvision import datasets as torchvision_datasets
 
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data.dataset import open_split
-from robustbench_vlm.errors import DataError
+from robustbench_vlm.data.pixels import rgb
+from robustbench_vlm.data.torchvision_images import from_torchvision
+from robustbench_vlm.errors import DataError, InputError
 
 CLASSES = ("cat", "dog", "red_fox")
 
@@ -125,8 +129,6 @@ def test_torchvision_classes_are_matched_to_the_names_of_a_card(tmp_path, monkey
 
 
 def test_torchvision_imagenet_has_tuples_of_synonyms(tmp_path, monkeypatch):
-    import torch
-
     synonyms = {"n01": ("tench", "Tinca tinca"), "n02": ("crane",), "n03": ("crane",)}
     for wordnet_id in synonyms:
         (tmp_path / "tv/val" / wordnet_id).mkdir(parents=True)
@@ -134,8 +136,119 @@ def test_torchvision_imagenet_has_tuples_of_synonyms(tmp_path, monkeypatch):
     torch.save((synonyms, ["n01"] * 3), tmp_path / "tv/meta.bin")
     line = ["data", "export", "torchvision:ImageNet", "--source-root", tmp_path / "tv", "--set", "split=val"]
     assert vlmrob(monkeypatch, *line, "--to", tmp_path / "out", "--name", "mini") == 0
-    split = opened_split(tmp_path / "out", "mini", "test")
+    split = opened_split(tmp_path / "out", "mini", "val")
     assert (split.card.names, split.labels.tolist()) == (("tench", "crane", "crane"), [0, 1, 2])
+
+
+def caltech(root, names):
+    """The files of torchvision's Caltech101, one image a category."""
+    for i, name in enumerate(names):
+        (root / "caltech101/101_ObjectCategories" / name).mkdir(parents=True)
+        Image.fromarray(noise(i)).save(root / f"caltech101/101_ObjectCategories/{name}/image_0001.jpg")
+    (root / "caltech101/Annotations").mkdir()
+
+
+def test_categories_of_torchvision_are_matched_as_classes_are(tmp_path, monkeypatch, capsys):
+    caltech(tmp_path, ["BACKGROUND_Google", "accordion", "airplanes", "crab"])
+    names = ("crab", "accordion", "airplanes")
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    line = ["data", "export", "torchvision:Caltech101", "--source-root", tmp_path, "--to", tmp_path / "out"]
+    assert vlmrob(monkeypatch, *line, "--name", "mini", "--names", tmp_path / "names.txt") == 0
+    split = opened_split(tmp_path / "out", "mini", "test")
+    assert [names[label] for label in split.labels] == ["accordion", "airplanes", "crab"]
+    capsys.readouterr()
+    assert vlmrob(monkeypatch, *line, "--name", "caltech101") == 2  # the card calls it airplane
+    assert "1 of 3 classes are none of the 102 class names: airplanes" in capsys.readouterr().err
+    assert vlmrob(monkeypatch, *line, "--name", "own") == 0
+    assert opened_split(tmp_path / "out", "own", "test").card.names == ("accordion", "airplanes", "crab")
+
+
+class Labels:
+    """A dataset of torchvision that has no class names."""
+
+    images = (Image.new("RGB", (8, 8)), Image.new("CMYK", (8, 8), (0, 99, 0, 0)))
+    labels = (1, 0)
+
+    def __init__(self, root, train=True):
+        self.train = train
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return self.images[i], self.labels[i] if not self.train else 1
+
+
+class Splits(Labels):
+    def __init__(self, root, split="train", fold=1):
+        if split not in ("train", "valid"):
+            raise ValueError(f"Unknown value '{split}'")
+        self.train = split == "train"
+
+
+class More(Labels):
+    """As EMNIST: `train` is handed on."""
+
+    def __init__(self, root, split, **settings):
+        super().__init__(root, **settings)
+
+
+def test_the_split_of_torchvision_is_the_one_that_was_read(tmp_path, monkeypatch):
+    for kind in (Labels, Splits, More):
+        monkeypatch.setattr(torchvision_datasets, kind.__name__, kind, raising=False)
+    names = [*torchvision_datasets.__all__, "Labels", "Splits", "More"]
+    monkeypatch.setattr(torchvision_datasets, "__all__", names)
+
+    def read(kind, split="", **settings):
+        found = from_torchvision(kind, tmp_path, settings, ("a", "b"), split)
+        return found.split, [label for *_, label in found.items()]
+
+    train, test = [1, 1], [1, 0]
+    assert read("Labels") == ("test", test)
+    assert read("Labels", "train") == read("Labels", train=True) == ("train", train)
+    assert read("Labels", "val", train=False) == ("val", test)
+    assert read("Splits", "valid") == ("valid", test)
+    assert read("Splits", "train") == ("train", train)
+    with pytest.raises(InputError, match="Labels: no split 'val'; expected train or test"):
+        read("Labels", "val")
+    with pytest.raises(InputError, match="Splits: Unknown value 'test'"):
+        read("Splits")
+    found = from_torchvision("More", tmp_path, {"split": "letters"}, ("a", "b"))
+    assert (found.split, [label for *_, label in found.items()]) == ("test", test)
+    with pytest.raises(DataError, match=r"Labels: labels without class names; .* give --names FILE"):
+        from_torchvision("Labels", tmp_path, {}, ("a", "b"), ordered=False)
+
+
+def test_what_torchvision_cannot_read_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision_datasets, "Labels", Labels, raising=False)
+    monkeypatch.setattr(torchvision_datasets, "__all__", [*torchvision_datasets.__all__, "Labels"])
+    pixels = [rgb(content, "x").getpixel((0, 0)) for _, content, *_ in
+              from_torchvision("Labels", tmp_path, {}).items()]  # fmt: skip
+    assert pixels == [(0, 0, 0), (255, 156, 255)]  # CMYK has become RGB
+    for labels in ((0, -1), (0, None), (0, (1, 2))):
+        monkeypatch.setattr(Labels, "labels", labels)
+        with pytest.raises(DataError, match="torchvision:Labels, image 1: ") as caught:
+            list(from_torchvision("Labels", tmp_path, {}).items())
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="torchvision:VisionDataset: NotImplementedError"):
+        from_torchvision("VisionDataset", tmp_path, {})
+    (tmp_path / "meta.bin").write_bytes(b"junk")
+    with pytest.raises(InputError, match="torchvision:ImageNet: "):
+        from_torchvision("ImageNet", tmp_path, {"split": "val"})
+    torch.save(({"n01": (), "n02": ("crane",)}, ["n01"]), tmp_path / "meta.bin")
+    for wordnet_id in ("n01", "n02"):
+        (tmp_path / "val" / wordnet_id).mkdir(parents=True)
+        (tmp_path / f"val/{wordnet_id}/a.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="torchvision:ImageNet: class 0 has no name"):
+        from_torchvision("ImageNet", tmp_path, {"split": "val"})
+    for settings, message in (
+        ({}, "cannot identify image"),
+        ({"transform": "x"}, "'str' object is not callable"),
+    ):
+        if settings:
+            (tmp_path / "val/n01/a.png").write_bytes(encode(noise(1)))
+        with pytest.raises(DataError, match=f"torchvision:ImageFolder, image 0: {message}"):
+            list(from_torchvision("ImageFolder", tmp_path / "val", settings).items())
 
 
 def test_numbered_folders_and_names_from_a_file(tmp_path, monkeypatch):

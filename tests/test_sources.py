@@ -75,6 +75,39 @@ def test_parquet_may_hold_the_images_themselves_and_their_class_names(images, st
     assert list(found.items()) == [(f"s{i:07d}", PNG[i], "png", INDICES[i]) for i in range(5)]
 
 
+def stated(names):
+    """Metadata of a Parquet file whose column `label` has these class names."""
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    return {"huggingface": json.dumps(features)}
+
+
+def test_class_names_of_a_file_are_matched_to_the_given_ones(images):
+    rows = [{"image": c, "label": i} for c, i in zip(PNG, INDICES, strict=True)]
+    path = images / "x.parquet"
+    parquet.write_table(
+        pa.Table.from_pylist(rows).replace_schema_metadata(stated(["cat", "dog", "ibex"])), path
+    )
+    found = sources.open_images(path, ["Ibex", "emu", "dog", "cat"])
+    assert found.names == ("Ibex", "emu", "dog", "cat")
+    assert [found.names[label].lower() for *_, label in found.items()] == LABELS
+    assert found.notes[1:] == ("class names of the file are matched to the given ones by spelling",)
+    with pytest.raises(DataError, match="1 of 3 classes are none of the 3 class names: cat"):
+        sources.open_images(path, ["a", "dog", "ibex"])
+    own = pa.Table.from_pylist(rows).replace_schema_metadata(stated(["1", "2", "3"]))
+    parquet.write_table(own, path)  # names that are numbers: the file's integers are still its positions
+    assert [label for *_, label in sources.open_images(path).items()] == INDICES
+    assert [label for *_, label in sources.open_images(path, ["3", "2", "1"]).items()] == [2, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_labels_are_no_positions_where_class_names_are_numbers(images, suffix):
+    path = table(images, suffix, {"image": PATHS, "label": [1, 2, 1, 3, 2]})
+    assert [label for *_, label in sources.open_images(path, ["3", "2", "1"]).items()] == [2, 1, 2, 0, 1]
+    path = table(images, suffix, {"image": PATHS, "label": INDICES})
+    with pytest.raises(DataError, match=r"1 of 3 classes are none of the 3 class names: 0; .*\(1, 2, 3\)"):
+        sources.open_images(path, ["1", "2", "3"])
+
+
 def test_integer_labels_take_names_or_are_called_by_their_numbers(images):
     path = table(images, ".csv", {"image": PATHS, "label": INDICES})
     found = sources.open_images(path)

@@ -196,7 +196,7 @@ def export(
     """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
     import re
 
-    from robustbench_vlm.data import export, sources
+    from robustbench_vlm.data import export, sources, torchvision_images
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name) or store.file_name(name) != name:
@@ -206,11 +206,13 @@ def export(
     ids = known.wordnet_ids if known and not names else ()
     if source.startswith("torchvision:"):
         arguments = overrides.override({}, settings or [])
-        found = sources.from_torchvision(source.partition(":")[2], source_root, arguments, given, ids)
-        split = split or found.split
+        kind = source.partition(":")[2]
+        found = torchvision_images.from_torchvision(
+            kind, source_root, arguments, given, split, ids, ordered=names is not None
+        )
     else:
         found = sources.open_images(Path(source), given, split, *columns_of(columns), wordnet_ids=ids)
-        split = split or found.split
+    split = split or found.split
     classes = given or found.names
     if not classes:
         raise DataError(source, "no class names", "one a class", "give them with --names FILE")

@@ -64,7 +64,8 @@ def match(
     1. `name`: they are spelt exactly as class names.
     2. `spelling`: they are the same without differences of case, Unicode form, blank, `_`, `-` and `/`, and
        without the numbers of folders such as `001.ak47`.
-    3. `number`: they are the numbers from 0 to C - 1, with or without leading zeros.
+    3. `number`: they are the numbers from 0 to C - 1, with or without leading zeros. Where a class name is a
+       number itself, they are class names with or without leading zeros, and never positions.
     4. `WordNet id`: they are among the ids of the card's classes (`n01440764`).
 
     A name that two classes share matches none of them by the first two rules.
@@ -84,12 +85,14 @@ def match(
         (SPELLING, found, plain),
         (SPELLING, spelt(found), plain),
     ]
+    if numeral := has_numbers(names):
+        readings.append((NUMBER, found, _value))
     for rule, spellings, form in readings:
         labels = _indices([form(text) for text in spellings], [form(name) for name in names], merge=merge)
         if labels is not None:
             return Matched(labels, rule)
     numbers = _numbers(found)
-    if sorted(numbers) == list(range(len(names))):
+    if sorted(numbers) == list(range(len(names))) and not numeral:
         return Matched(tuple(numbers), NUMBER)
     labels = _indices(found, wordnet_ids, merge=merge)
     if labels is not None:
@@ -106,6 +109,16 @@ def _indices(found: Sequence[str], names: Sequence[str], *, merge: bool) -> tupl
     return tuple(index[text] for text in found)
 
 
+def has_numbers(names: Sequence[str]) -> bool:
+    """Whether a class name is a number, so that a number may mean that class as well as a position."""
+    return any(DIGITS.fullmatch(name) for name in names)
+
+
+def _value(name: str) -> str:
+    """A number without leading zeros; other names without differences of spelling."""
+    return str(int(name)) if DIGITS.fullmatch(name) else plain(name)
+
+
 def _numbers(found: Sequence[str]) -> list[int]:
     """The classes as numbers; empty unless all of them are."""
     return [int(text) for text in found] if all(DIGITS.fullmatch(text) for text in found) else []
@@ -113,8 +126,8 @@ def _numbers(found: Sequence[str]) -> list[int]:
 
 def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids: Sequence[str]) -> DataError:
     """The error for classes that no rule matches."""
-    numbers, last = sorted(_numbers(found)), len(names) - 1
-    if numbers == list(range(1, len(names) + 1)):
+    numbers, last, numeral = sorted(_numbers(found)), len(names) - 1, has_numbers(names)
+    if numbers == list(range(1, len(names) + 1)) and not numeral:
         what = f"classes are numbered 1 to {len(names)}"
         return DataError(
             where, what, f"0 to {last}, or the class names", "rename them: a label is not guessed"
@@ -126,5 +139,8 @@ def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids
     if not strange:
         what = f"several classes are called {some(shared)}" if shared else "two classes are spelt alike"
     ids = f", or WordNet ids such as {wordnet_ids[0]}" if wordnet_ids else ""
-    wanted = f"class names ({some(list(names))}), numbers from 0 to {last}{ids}"
+    positions = (
+        "" if numeral else f", numbers from 0 to {last}"
+    )  # class names that are numbers are no positions
+    wanted = f"class names ({some(list(names))}){positions}{ids}"
     return DataError(where, what, wanted, "rename them: a label is not guessed from an order")

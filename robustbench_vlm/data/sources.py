@@ -1,26 +1,22 @@
-"""Labelled images that are no dataset of ours yet: class folders, tables of paths or bytes, torchvision.
+"""Labelled images that are no dataset of ours yet: class folders, tables of paths or bytes.
 
 | given                    | images                                     | labels                        |
 |--------------------------|--------------------------------------------|-------------------------------|
 | a folder                 | `<class>/<image>`, or `<split>/<class>/..` | the class folders             |
 | `.csv` `.tsv` `.jsonl`   | a column of paths beside the file          | a column of names or integers |
 | `.parquet`               | the same, or a column of encoded images    | the same                      |
-| a class of torchvision   | as PNG                                     | its own                       |
 
-Nothing is decoded here but what torchvision hands out decoded.
+Nothing is decoded here. Datasets of torchvision are read by `torchvision_images`.
 """
 
 from __future__ import annotations
 
-import inspect
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robustbench_vlm.data import class_names, image_files, shards, tables
-from robustbench_vlm.errors import DataError, InputError, nearest, some
+from robustbench_vlm.errors import DataError, some
 
 MOST_CLASSES = 100_000
 """Classes of one dataset; a larger class index in a table is a mistake, such as a time or an identifier."""
@@ -151,7 +147,9 @@ def from_table(
 ) -> LabelledImages:
     """A table with a column of images (paths beside the file, or encoded bytes) and a column of labels.
 
-    Labels that are all integers are class indices; others are class names.
+    Labels that are all integers are class indices: of the class names that the file states, else of `names`.
+    They are class names where one of `names` is a number, as all other labels are. The names that the file
+    states are matched to `names` by `class_names.match`.
 
     Raises:
         DataError: no such columns, a row without image or label, an image that is missing or outside the
@@ -166,7 +164,8 @@ def from_table(
         raise DataError(str(file), "no images", "one image a row")
     notes = [f"images are in column {image!r}, labels in column {label!r}"]
     values = [_label(where, row.get(label)) for where, row in rows]
-    indices, chosen = _indexed(values, names or table.names.get(label, ()), str(file), notes)
+    own = table.names.get(label, ())
+    indices, chosen = _indexed(values, own, names, str(file), notes)
     paths = [] if inline else _paths(file, [(where, row.get(image)) for where, row in rows])
 
     def items() -> Iterator[Item]:
@@ -206,29 +205,36 @@ def _shown(value: object) -> str:
 
 
 def _indexed(
-    values: Sequence[str | int], names: Sequence[str], where: str, notes: list[str]
+    values: Sequence[str | int], own: Sequence[str], names: Sequence[str], where: str, notes: list[str]
 ) -> tuple[list[int], tuple[str, ...]]:
-    """The class index of each label, and the class names."""
-    spellings = sorted({str(value) for value in values})
-    named = {class_names.plain(name) for name in names}
-    as_text = not any(isinstance(value, int) for value in values)
-    spelt_as_names = as_text and any(class_names.plain(text) in named for text in spellings)
-    if _integers(values) and not spelt_as_names:
+    """The class index of each label, and the class names: `names`, else the file's `own`, else the labels."""
+    stated = own or names
+    typed = bool(own) and all(isinstance(value, int) for value in values)  # a ClassLabel of `datasets`
+    if _integers(values) and (typed or not class_names.has_numbers(stated)):
         indices = [int(value) for value in values]
         largest = max(indices)
         if largest >= MOST_CLASSES:
             raise DataError(where, f"label {largest}", f"a class index from 0 to {MOST_CLASSES - 1}")
-        if not names:
+        if not stated:
             notes.append(f"labels are integers without names: the classes are called 0 to {largest}")
-        elif largest >= len(names):
-            raise DataError(where, f"label {largest}", f"0 to {len(names) - 1}, for {len(names)} class names")
-        return indices, tuple(names) or tuple(map(str, range(largest + 1)))
-    chosen = tuple(names) or tuple(spellings)
+        elif largest >= len(stated):
+            raise DataError(
+                where, f"label {largest}", f"0 to {len(stated) - 1}, for {len(stated)} class names"
+            )
+        if not own or not names:
+            return indices, tuple(stated) or tuple(map(str, range(largest + 1)))
+        used = sorted(set(indices))
+        matched = class_names.match([own[i] for i in used], names, where)
+        notes.append(f"class names of the file are matched to the given ones by {matched.rule}")
+        index = dict(zip(used, matched.labels, strict=True))
+        return [index[i] for i in indices], tuple(names)
+    spellings = sorted({str(value) for value in values})
+    chosen = tuple(names or own) or tuple(spellings)
     matched = class_names.match(spellings, chosen, where, merge=True)
     if matched.rule != class_names.EXACT:
         notes.append(f"labels are matched to class names by {matched.rule}")
-    index = dict(zip(spellings, matched.labels, strict=True))
-    return [index[str(value)] for value in values], chosen
+    labels = dict(zip(spellings, matched.labels, strict=True))
+    return [labels[str(value)] for value in values], chosen
 
 
 def _integers(values: Sequence[str | int]) -> bool:
@@ -274,61 +280,6 @@ def _encoded(where: str, value: object) -> tuple[bytes, str]:
             where, f"bytes that begin with {content[:8]!r}", "a PNG, JPEG, WebP, GIF, BMP or TIFF image"
         )
     return content, extension
-
-
-def from_torchvision(
-    name: str,
-    root: Path,
-    settings: Mapping[str, Any],
-    names: Sequence[str] = (),
-    wordnet_ids: Sequence[str] = (),
-) -> LabelledImages:
-    """A dataset class of torchvision; its images become PNG, and its keys are their positions.
-
-    Args:
-        name: of the class.
-        root: the folder that it reads.
-        settings: its further arguments.
-        names: class names in label order; its own classes are matched to them by `class_names.match`, and
-            where it has none, its labels count as indices of them.
-        wordnet_ids: those of `names`.
-
-    Raises:
-        InputError: no such class, or arguments that it refuses.
-        DataError: its classes match no class names.
-    """
-    from torchvision import datasets
-
-    known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
-    if name not in known:
-        raise InputError(f"torchvision:{name}", "no such dataset", do=nearest(name, known))
-    kind = getattr(datasets, name)
-    arguments = {"root": root} if "root" in inspect.signature(kind).parameters else {}  # FakeData has none
-    try:
-        found = kind(**arguments, **settings)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"torchvision:{name}", reason, do="see --source-root and --set") from None
-
-    def items() -> Iterator[Item]:
-        for i in range(len(found)):
-            image, label = found[i]
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            yield f"s{i:07d}", buffer.getvalue(), "png", labels[int(label)] if labels else int(label)
-
-    # ImageNet has a tuple of synonyms for each class
-    classes = [entry if isinstance(entry, str) else entry[0] for entry in getattr(found, "classes", ())]
-    own, notes = tuple(class_names.spelt(classes)), []
-    labels: tuple[int, ...] = ()
-    if names and own:
-        ids = list(getattr(found, "wnids", ()))
-        spellings = ids if wordnet_ids and set(ids) <= set(wordnet_ids) and ids else own
-        matched = class_names.match(spellings, names, f"torchvision:{name}", wordnet_ids)
-        labels = matched.labels
-        notes.append(f"classes are matched to class names by {matched.rule}")
-    chosen = tuple(names) or own
-    return LabelledImages(len(found), chosen, "test", 0, (), items, tuple(notes))
 
 
 def summary(images: LabelledImages, names: Sequence[str]) -> list[str]:

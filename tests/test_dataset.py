@@ -1,6 +1,7 @@
 """Opening, subsets and identities of splits."""
 
 import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -243,6 +244,42 @@ def test_class_folders(tmp_path):
     assert split.notes == ("class folders are matched to class names by spelling",)
     (tmp_path / "wds_toy/val/Red").rename(tmp_path / "wds_toy/val/n01")
     with pytest.raises(DataError, match="1 of 3 classes are none of the 3 class names: n01"):
+        open_split(card(), tmp_path, "val")
+
+
+def test_what_looks_like_an_image_is_one_by_its_bytes(tmp_path):
+    for i, name in enumerate(NAMES):
+        (tmp_path / "wds_toy/val" / name).mkdir(parents=True)
+        (tmp_path / "wds_toy/val" / name / "x.png").write_bytes(encode(noise(i)))
+    red = tmp_path / "wds_toy/val/red"
+    (red / "cars.txt").write_text("BMW and other makers")
+    (red / "a.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt \0\0\0")
+    split = open_split(card(), tmp_path, "val")
+    assert split.flags == ()
+    assert split.notes == ("2 files that are neither images nor labels were ignored",)
+    for kind in ("bmp", "webp", "tiff", "gif"):
+        (red / f"no ending {kind}").write_bytes(encode(noise(3), kind))
+    for ending in ("jpx", "jpf", "qoi", "sgi", "icns", "xbm", "eps"):
+        (red / f"y.{ending}").write_bytes(b"x")
+    (red / "more").symlink_to(tmp_path / "nowhere")
+    split = open_split(card(), tmp_path, "val")
+    assert split.flags == ("images-left-out",)
+    assert "12 images were left out, hidden, dead links or of a format" in split.notes[1]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    for name in NAMES:
+        (tmp_path / "wds_toy/val" / name / "deep").mkdir(parents=True)
+        (tmp_path / "wds_toy/val" / name / "x.png").write_bytes(encode(noise(1)))
+    scan = os.scandir
+
+    def scandir(path):  # as for another user than root
+        if str(path).endswith("red/deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"red/deep: cannot be read \(Permission denied\)"):
         open_split(card(), tmp_path, "val")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toys
 from command_line import run_command as vlmrob
-from folders import card, encode, noise, write_toy
+from folders import card, encode, noise, one_shard, tar_bytes, write_toy
 from PIL import Image
 from torchvision import transforms
 
@@ -174,6 +174,33 @@ def test_images_are_taken_by_a_list_of_names_and_prefixes_nest(tmp_path):
     write_toy(tmp_path / "shards")
     with pytest.raises(DataError, match=r"no image 'red/v_3\.JPEG'"):
         open_split(card(), tmp_path / "shards", "test").listed(names)
+
+
+def test_a_name_of_a_list_is_one_image(tmp_path):
+    split = tree(tmp_path, n=1)
+    place = tmp_path / "wds_toy/test/red"
+    for i, name in enumerate(("img 1.png", "img 1.bmp", "v1.0 x.png", "0.5.png", "0.7.png")):
+        (place / name).write_bytes(encode(noise(i), name.rpartition(".")[2]))
+    split = open_split(card(size={}), tmp_path, "test")
+    for name, key in (
+        ("img 1.png", "img 1.png"),
+        ("v1.0 x", "v1.0 x.png"),
+        ("0.5", "0.5.png"),
+        ("v_0.png", "v_0.JPEG"),
+    ):
+        assert split.listed([f"red/{name}"]).keys == (f"toy/test/red/{key}",)
+    with pytest.raises(DataError, match=r"'red/img 1' of the list may be red/img 1.bmp, red/img 1.png"):
+        split.listed(["red/img 1"])
+    for twice in (("red/0.5", "red/0.5"), ("red/0.5", "red/0.5.png")):
+        with pytest.raises(DataError, match=r"'red/0.5.*' is in the list twice"):
+            split.listed(twice)
+    members = [(f"v/0.{i}.{end}", b) for i in (5, 7) for end, b in (("png", encode(noise(i))), ("cls", b"0"))]
+    one_shard(tmp_path / "b/wds_toy/test", tar_bytes(members))
+    (tmp_path / "b/wds_toy/classnames.txt").write_text("red\ngreen\nblue\n")
+    split = open_split(card(size={}), tmp_path / "b", "test")
+    assert split.listed(["v/0.5"]).keys == split.listed(["v/0.5.png"]).keys == ("toy/test/v/0.5",)
+    with pytest.raises(DataError, match="no image 'v/0'"):
+        split.listed(["v/0"])
 
 
 def test_the_list_of_robustbench_is_the_one_that_was_published(tmp_path):

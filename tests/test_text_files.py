@@ -59,6 +59,9 @@ def test_lists_of_images_are_split_at_the_ends_of_lines(cards):
     (cards / "lists/a.txt").write_text("apple pie/img 1.png\n\nred/2.png\n")
     as_on_windows(cards / "lists/a.txt")
     assert reader.subset(suite("lists/a.txt")) == ("apple pie/img 1.png", "red/2.png")
+    (cards / "lists/a.txt").write_text("\n \n")
+    with pytest.raises(CardError, match="an empty list; expected one image name a line"):
+        reader.subset(suite("lists/a.txt"))
     (cards / "lists/a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(CardError, match="unreadable"):
         reader.subset(suite("lists/a.txt"))

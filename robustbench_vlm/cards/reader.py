@@ -313,7 +313,7 @@ def subset(suite: Suite) -> tuple[str, ...]:
     """The image names of a suite that takes them from a file; the file must have the SHA-256 of the card.
 
     Raises:
-        CardError: no such file below a folder of cards, no text, or another SHA-256.
+        CardError: no such file below a folder of cards, no text, no names in it, or another SHA-256.
     """
     name, where = suite.subset.removeprefix("file:"), f"suite {suite.name}"
     found = next(
@@ -329,4 +329,9 @@ def subset(suite: Suite) -> tuple[str, ...]:
     sha = hashlib.sha256(content).hexdigest()
     if suite.subset_sha256 and sha != suite.subset_sha256:
         raise CardError(str(found), f"SHA-256 {sha[:16]}", suite.subset_sha256[:16], "get the right file")
-    return tuple(line for line in text.split("\n") if line.strip())
+    names = tuple(line for line in text.split("\n") if line.strip())
+    if not names:
+        raise CardError(
+            str(found), "an empty list", "one image name a line", "leave out subset for all images"
+        )
+    return names

@@ -19,9 +19,9 @@ import numpy as np
 from robustbench_vlm import rng
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
-from robustbench_vlm.data import manifest, miniature, pixels, remarks, shards, texts
+from robustbench_vlm.data import image_files, manifest, miniature, pixels, remarks, shards, texts
 from robustbench_vlm.data.parallel import in_order
-from robustbench_vlm.errors import DataError
+from robustbench_vlm.errors import DataError, some
 from robustbench_vlm.store import fingerprint
 
 TOLERATED = 0.001  # share of undecodable images up to which an evaluation leaves them out and flags the row
@@ -144,22 +144,29 @@ class Split:
     def listed(self, names: Sequence[str], n: int = 0) -> Split:
         """The images of the first `n` names of a list (0: of all); a name is a key with or without extension.
 
+        A name that is a key is that image. Otherwise extensions of images are left out on both sides.
+
         Raises:
-            DataError: an image of the list is not there.
+            DataError: an image of the list is not there, is in the list twice, or may be one of several.
         """
+        where = str(self.folder / self.split)
         prefix = f"{reader.plain_name(self.card.name)}/{self.split}/"
-        by_name = {}
-        for entry in self.entries:
-            key = entry.key.removeprefix(prefix)
-            stem, dot, suffix = key.rpartition(".")
-            by_name[stem if dot and "/" not in suffix else key] = entry
-        drawn = {}
+        by_key = {entry.key.removeprefix(prefix): entry for entry in self.entries}
+        by_stem: dict[str, list[str]] = {}
+        for key in by_key:
+            by_stem.setdefault(image_files.without_suffix(key), []).append(key)
+        drawn: dict[str, Entry] = {}
         for name in names[: n or None]:
-            stem, dot, suffix = name.rpartition(".")
-            found = by_name.get(stem if dot and "/" not in suffix else name)
-            if found is None:
+            keys = [name] if name in by_key else by_stem.get(image_files.without_suffix(name), [])
+            if not keys:
                 do = "use class folders, or an export of them, which keeps these names"
-                raise DataError(f"{self.folder / self.split}", f"no image {name!r}", "the listed ones", do)
+                raise DataError(where, f"no image {name!r}", "the listed ones", do)
+            if len(keys) > 1:
+                several = f"{name!r} of the list may be {some(sorted(keys))}"
+                raise DataError(where, several, "one image", "write its whole name")
+            found = by_key[keys[0]]
+            if found.key in drawn:
+                raise DataError(where, f"{name!r} is in the list twice", "one line an image", "remove it")
             drawn[found.key] = found
         return replace(self, entries=tuple(drawn[key] for key in sorted(drawn)))
 

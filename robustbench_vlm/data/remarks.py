@@ -22,7 +22,7 @@ def on(card: DatasetCard, index: shards.Index, *, generated: bool) -> tuple[list
         notes.append(f"{others} files that are neither images nor labels were ignored")
     if index.left_out:
         flags.append("images-left-out")
-        what = "hidden or of a format that is not decoded"
+        what = "hidden, dead links or of a format that is not decoded"
         notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
     present = {sample.label for sample in index.samples}
     empty = [name for label, name in enumerate(card.names) if label not in present]

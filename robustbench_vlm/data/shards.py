@@ -79,7 +79,8 @@ class Index:
     Attributes:
         samples: the images with their labels.
         ignored: number of files or members that are neither image nor label.
-        left_out: those of them that are images nevertheless: hidden, or of a format that is not decoded.
+        left_out: those of them that are images nevertheless: hidden, of a format that is not decoded, or dead
+            links.
         rule: how class folders were matched to class names (`class_names.match`); empty for shards.
     """
 

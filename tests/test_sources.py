@@ -160,6 +160,30 @@ def test_folders_are_classes_and_split_folders_are_splits(tmp_path):
     assert sources.open_images(tmp_path / "classes").names == ("exam", "test")
 
 
+def test_a_split_that_is_asked_for_is_read_whatever_lies_beside_it(tmp_path):
+    for split in ("train", "val"):
+        tree(tmp_path / split, ["a", "b"])
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        found = sources.open_images(tmp_path, split=split)
+        assert (found.names, found.split) == (("a", "b"), split)
+    with pytest.raises(DataError, match="no split 'test'; expected one of: train, val"):
+        sources.open_images(tmp_path, split="test")
+    with pytest.raises(DataError, match="folders val, train are called like splits, annotations beside them"):
+        sources.open_images(tmp_path)
+
+
+def test_two_spellings_of_one_class_are_refused_where_nobody_names_the_classes(images, tmp_path):
+    path = table(images, ".csv", {"image": PATHS, "label": ["Red", "red", "blue", "Red", "red"]})
+    with pytest.raises(DataError, match=r"'Red' and 'red' are spelt alike; expected one spelling a class"):
+        sources.open_images(path)
+    assert sources.open_images(path, ["blue", "red", "Red"]).count == 5
+    assert sources.open_images(path, ["blue", "red"]).count == 5
+    tree(tmp_path / "x", ["e\u0301", "\u00e9"])
+    with pytest.raises(DataError, match=r"'e\\u0301' and '\\xe9' are spelt alike"):
+        sources.open_images(tmp_path / "x")
+
+
 def test_folders_take_given_names_by_spelling_and_never_by_order(tmp_path):
     tree(tmp_path, ["n01", "n02", "sea_lion"], 1)
     with pytest.raises(DataError, match="2 of 3 classes are none of the 3 class names: n01, n02"):
@@ -198,6 +222,9 @@ def test_what_is_wrong_with_a_table_is_one_line(images, case):
     [
         ("x.parquet", b"PAR1 no", "not a Parquet file"),
         ("x.csv", b"image,label\n\xff\xfe,1\n", "not a table"),
+        ("x.csv", b"image,label\n0.png,red, dark\n", "line 2: 3 fields; expected 2, as the header has"),
+        ("x.csv", b'image,label\n0.png,"red, dark"\n1.png\n', "line 3: 1 fields; expected 2"),
+        ("x.tsv", b"image\tlabel\tlabel\n0.png\ta\tb\n", "two columns 'label'; expected each name once"),
         ("x.jsonl", b'{"image": "a", "label": 1}\n[]\n', "line 2: b'\\[\\]"),
         ("x.jsonl", b"[" * 100_000, "line 1"),
         ("x.xlsx", b"", "neither a folder nor a known table; expected class folders, or a file in .csv"),

@@ -51,6 +51,21 @@ def spelt(classes: Sequence[str]) -> list[str]:
     return [name.replace("_", " ") for name in classes]
 
 
+def require_distinct(found: Sequence[str], where: str) -> None:
+    """Refuse two spellings of one class where the classes are called as they were found.
+
+    Raises:
+        DataError: two of them differ in case, Unicode form, blank, `_`, `-` or `/` alone.
+    """
+    first: dict[str, str] = {}
+    for name in found:
+        if (other := first.setdefault(plain(name), name)) != name:
+            do = "rename one, or give the class names with --names if they are two classes"
+            raise DataError(
+                where, f"{other!a:.80} and {name!a:.80} are spelt alike", "one spelling a class", do
+            )
+
+
 def match(
     found: Sequence[str],
     names: Sequence[str],

@@ -24,10 +24,6 @@ MOST_CLASSES = 100_000
 LONGEST_LABEL = 1000  # characters of a class name
 
 SPLITS = ("test", "val", "validation", "valid", "train")
-MAGIC = {
-    **{b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"},
-    **{b"II*\0": "tif", b"MM\0*": "tif"},
-}
 
 Item = tuple[str, bytes, str, int]
 """Original key, encoded image, its extension (`png`, `jpg`, `webp`), class index."""
@@ -102,13 +98,15 @@ def from_folders(
     notes: list[str] = []
     folder, split = _split_of(folder, split, notes)
     classes = shards.class_folders(folder)
+    if not names:
+        class_names.require_distinct(classes, str(folder))
     chosen = tuple(names) or tuple(class_names.spelt(classes))
     matched = class_names.match(classes, chosen, str(folder), wordnet_ids)
     if matched.rule != class_names.EXACT and names:
         notes.append(f"class folders are matched to class names by {matched.rule}")
     index = shards.index_folders(folder, tuple(classes))
     if index.left_out:
-        what = "hidden or of a format that is not decoded"
+        what = "hidden, dead links or of a format that is not decoded"
         notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
 
     def items() -> Iterator[Item]:
@@ -123,18 +121,23 @@ def from_folders(
 def _split_of(folder: Path, split: str, notes: list[str]) -> tuple[Path, str]:
     """The folder of the class folders and the name of the split, where `folder` has a folder a split."""
     inside = shards.class_folders(folder)
-    if (
-        not inside
-        or not set(inside) <= set(SPLITS)
-        or not all(shards.class_folders(folder / n) for n in inside)
-    ):
+    if split in inside and shards.class_folders(folder / split):
+        return folder / split, split
+    splits = [name for name in SPLITS if name in inside and shards.class_folders(folder / name)]
+    if not splits:
         return folder, split
-    if split and split not in inside:
-        raise DataError(str(folder), f"no split {split!r}", f"one of: {', '.join(inside)}", "choose another")
-    chosen = split or next(name for name in SPLITS if name in inside)
-    others = [name for name in inside if name != chosen]
-    if others and not split:
-        notes.append(f"split {chosen} is read; {', '.join(others)} beside it are left alone")
+    if split:
+        raise DataError(
+            str(folder), f"no split {split!r}", f"one of: {', '.join(sorted(splits))}", "choose another"
+        )
+    if strange := [name for name in inside if name not in splits]:
+        found = f"folders {', '.join(splits)} are called like splits, {some(strange)} beside them are not"
+        raise DataError(
+            str(folder), found, "a folder a class, or a folder a split", "choose one with --split"
+        )
+    chosen, *others = splits
+    if others:
+        notes.append(f"split {chosen} is read; {', '.join(sorted(others))} beside it are left alone")
     return folder / chosen, chosen
 
 
@@ -229,6 +232,8 @@ def _indexed(
         index = dict(zip(used, matched.labels, strict=True))
         return [index[i] for i in indices], tuple(names)
     spellings = sorted({str(value) for value in values})
+    if not stated:
+        class_names.require_distinct(spellings, where)
     chosen = tuple(names or own) or tuple(spellings)
     matched = class_names.match(spellings, chosen, where, merge=True)
     if matched.rule != class_names.EXACT:
@@ -274,7 +279,7 @@ def _encoded(where: str, value: object) -> tuple[bytes, str]:
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or len(content) > shards.LARGEST_IMAGE:
         raise DataError(where, "no image bytes", f"at most {shards.LARGEST_IMAGE} bytes of an encoded image")
-    extension = next((name for magic, name in MAGIC.items() if content.startswith(magic)), "")
+    extension = image_files.format_of(content[: image_files.HEAD])
     if not extension:
         raise DataError(
             where, f"bytes that begin with {content[:8]!r}", "a PNG, JPEG, WebP, GIF, BMP or TIFF image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +85,23 @@ def _separated(file: Path) -> Iterator[Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            header = _distinct(file, rows.fieldnames or ())
             for row in rows:
-                yield f"{file}, line {rows.line_num}", {str(k): v for k, v in row.items()}
+                where, fields = f"{file}, line {rows.line_num}", [*row.values()]
+                found = len(header) - fields.count(None) + len(row.get(None, ()))  # type: ignore[call-overload]
+                if found != len(header):
+                    do = 'put " round a field that has the delimiter in it'
+                    raise DataError(where, f"{found} fields", f"{len(header)}, as the header has", do)
+                yield where, {str(k): v for k, v in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(str(file), f"not a table ({error})", "UTF-8 text with a header line") from None
+
+
+def _distinct(file: Path, columns: Sequence[str]) -> Sequence[str]:
+    """The names of columns, which must not repeat: of two columns with one name, one would be lost."""
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise DataError(str(file), f"two columns {twice[0]!r:.80}", "each name once", "rename one")
+    return columns
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -126,7 +140,7 @@ def _parquet(file: Path) -> Table:
             reason = str(error).partition("\n")[0]
             raise DataError(f"{file}, row {number + 1}", f"unreadable ({reason:.120})") from None
 
-    types = {name: schema.field(name).type for name in dict.fromkeys(schema.names)}
+    types = {name: schema.field(name).type for name in _distinct(file, schema.names)}
     inline = {n for n, t in types.items() if pa.types.is_struct(t) or pa.types.is_binary(t)}
     inline |= {n for n, t in types.items() if pa.types.is_large_binary(t)}
     return Table(file, tuple(types), rows, frozenset(inline), _class_names(schema.metadata or {}))

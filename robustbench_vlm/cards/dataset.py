@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ class DatasetCard(Card):
         n_classes: number of classes; labels are 0 to n_classes - 1.
         size: images per split, for example `{ test = 1000 }`; `vlmrob data check` counts them.
         canvas: size at which the ball lies: `native`, the images' own; `model`, the model's input.
-        native_px: side of the images in pixels; needed when `canvas` is `native`.
+        native_px: side of the images in pixels, at most 8000; needed when `canvas` is `native`.
         resize: how an image is brought to a model canvas: `model`, as the evaluated model states; `bicubic`
             or `bilinear`, the shorter side to the input size and a centre crop; with `-256`, the shorter side
             to 256/224 of it and a crop; with `-squash`, both sides; with `-longest`, the longer side and
@@ -61,10 +61,10 @@ class DatasetCard(Card):
     title: str
     version: int = 1
     folder: str
-    n_classes: int = Field(ge=1)
-    size: dict[str, int]
+    n_classes: int = Field(ge=2)
+    size: dict[str, Annotated[int, Field(ge=0, strict=True)]]
     canvas: Literal["native", "model"]
-    native_px: int = 0
+    native_px: int = Field(default=0, ge=0, le=8000)
     resize: CardResize = "model"
     names: tuple[str, ...] = ()
     names_from: Literal["card", "folder"] = "card"

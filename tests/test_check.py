@@ -58,6 +58,31 @@ def test_every_change_of_a_file_is_found_by_its_hash(tmp_path):
         open_split(card(), tmp_path, "test")
 
 
+def test_a_dataset_that_cannot_be_written_to_is_checked_all_the_same(tmp_path, monkeypatch):
+    write_toy(tmp_path)
+
+    def write(folder, manifest):  # as for another user than root
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", write)
+        found = checked(tmp_path)
+    assert (found.images, found.problems, found.manifest) == (24, (), "")
+    assert found.notes == (f"{tmp_path / 'wds_toy/manifest.json'}: not recorded (Permission denied)",)
+
+
+def test_flags_of_an_export_are_checked(tmp_path):
+    place = write_toy(tmp_path)
+    (place / layout.FLAGS).write_text("images-left-out\n")
+    assert open_split(card(), tmp_path, "test").flags == ("images-left-out",)
+    assert checked(tmp_path).notes == (
+        "the folder that was exported has the flag images-left-out",
+        "results carry the flag images-left-out",
+    )
+    (place / layout.FLAGS).write_text("well-done\n")
+    assert "flags.txt: 'well-done'; expected images-left-out or" in checked(tmp_path).problems[0]
+
+
 def test_all_problems_are_told_at_once(tmp_path):
     place = write_toy(tmp_path)
     (place / "0.tar").write_bytes((place / "0.tar").read_bytes()[:5000])

@@ -68,6 +68,43 @@ def test_folders_and_their_export_are_one_dataset(tmp_path, monkeypatch, capsys)
     reader.include([])
 
 
+def test_an_export_onto_other_images_is_refused(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "src", n=2)
+    line = ["data", "export", tmp_path / "src", "--to", tmp_path / "out", "--name", "pets6"]
+    assert vlmrob(monkeypatch, *line) == 0
+    assert "nothing was written" not in capsys.readouterr().err
+    assert vlmrob(monkeypatch, *line) == 0
+    there = tmp_path / "out/wds_pets6/test"
+    assert f"note: {there} is there already, with the same images; nothing" in capsys.readouterr().err
+    image = tmp_path / "src/cat/img 0.png"
+    before = image.read_bytes()
+    for change in (
+        lambda: image.write_bytes(encode(noise(99, 40))),
+        image.unlink,
+        lambda: (image.write_bytes(before), image.with_name("more.png").write_bytes(before)),
+        lambda: image.with_name("more.png").rename(tmp_path / "src/cat/more.ppm"),
+    ):
+        change()
+        assert vlmrob(monkeypatch, *line) == 2
+        assert f"{there}: a finished split of other images or labels" in capsys.readouterr().err
+
+
+def test_options_of_another_kind_of_source_are_refused(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "src", n=1)
+    (tmp_path / "names.txt").write_text("\n")
+    folder, to = ["data", "export", tmp_path / "src"], ["--to", tmp_path / "out", "--name", "pets7"]
+    for words, says in (
+        ([*folder, "--set", "train=true"], "expected torchvision:X; leave out --set"),
+        ([*folder, "--source-root", tmp_path], "expected torchvision:X; leave out --source-root"),
+        ([*folder, "--columns", "image=a"], "has no columns; expected a table; leave out --columns"),
+        ([*folder, "--names", tmp_path / "names.txt"], "an empty file; expected a text file"),
+        (["data", "export", "torchvision:EuroSAT", "--columns", "image=a"], "expected a table; leave out"),
+    ):
+        assert vlmrob(monkeypatch, *words, *to) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_verdicts_bear_the_same_keys_and_say_the_same(tmp_path, monkeypatch, capsys):
     tree(tmp_path / "a/wds_pets3/test")
     assert vlmrob(monkeypatch, "data", "export", tmp_path / "a/wds_pets3/test", "--to", tmp_path / "b",

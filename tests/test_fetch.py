@@ -103,6 +103,9 @@ def test_size_and_licence_are_told_before_the_first_byte(origin, tmp_path, monke
     origin.asked.clear()
     assert vlmrob(monkeypatch, *line, *root) == 0  # nothing is asked for twice, and what is there is checked
     assert origin.asked == []
+    (tmp_path / "data/wds_toy" / manifest.FILE).unlink()
+    assert vlmrob(monkeypatch, *line, *root, "--offline", "--dry-run") == 0
+    assert not (tmp_path / "data/wds_toy" / manifest.FILE).exists()
     assert vlmrob(monkeypatch, *line, *root, "--offline") == 0
 
 

@@ -229,6 +229,39 @@ def test_writer_does_not_finish_what_another_began(tmp_path):
         layout.write_split(tmp_path, "test", samples(), 2)
 
 
+def test_of_two_writers_of_one_split_the_first_to_finish_wins(tmp_path):
+    def overtaken():
+        yield from samples(3)
+        layout.write_split(tmp_path, "test", samples(4), 1)
+
+    assert layout.write_split(tmp_path, "test", overtaken(), 2) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]
+    (tmp_path / "test" / layout.NSHARDS).write_bytes(b"\xef\xbb\xbf4\r\n")
+    assert layout.write_split(tmp_path, "test", samples(), 2) == 4
+    (tmp_path / "test" / layout.NSHARDS).write_bytes(b"four")
+    with pytest.raises(DataError, match="no number; expected the number of shards"):
+        layout.write_split(tmp_path, "test", samples(), 2)
+
+
+@pytest.mark.parametrize("name", ["red\x07", "red\x7f", "red\x85", "x" * 10_001])
+def test_texts_that_no_card_may_contain_are_refused_before_anything_is_written(tmp_path, name):
+    for names, templates in ((["a", name], ["{c}"]), (["a", "b"], ["{c}", name])):
+        with pytest.raises(DataError, match=r"a control character|an entry of 10001 characters"):
+            layout.write_texts(tmp_path / "x", names, templates)
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_are_the_same_with_other_ends_of_lines(tmp_path):
+    layout.write_texts(tmp_path, ["a", "b", ""], ["{c}"])
+    for name in (layout.CLASSNAMES, layout.TEMPLATES):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    layout.write_texts(tmp_path, ["a", "b", ""], ["{c}"])
+    (tmp_path / layout.CLASSNAMES).write_bytes(b"\xff")
+    with pytest.raises(DataError, match="another list"):
+        layout.write_texts(tmp_path, ["a", "b", ""], ["{c}"])
+
+
 def test_texts_keep_blank_names_and_refuse_line_breaks(tmp_path):
     layout.write_texts(tmp_path, ["near", "", "far"], ["{c} shapes."])
     assert (tmp_path / layout.CLASSNAMES).read_bytes() == b"near\n\nfar\n"

@@ -64,6 +64,13 @@ def test_cuts_inside_extended_headers(tmp_path, form):
             index_shards(one_shard(tmp_path, whole[:cut]), 3)
 
 
+def test_labels_and_keys_may_have_a_byte_order_mark(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    members = [*pair(label=mark + b"1\r\n"), ("s0.key", mark + b"red/0.png")]
+    (sample,) = index_shards(one_shard(tmp_path, tar_bytes(members)), 3).samples
+    assert (sample.name, sample.label) == ("red/0.png", 1)
+
+
 def test_random_damage_never_escapes_as_another_error(tmp_path):
     whole = bytearray(tar_bytes(pair("s0") + pair("s1", b"1"), tarfile.PAX_FORMAT))
     dice = random.Random(1)

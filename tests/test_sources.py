@@ -291,6 +291,21 @@ def test_a_folder_of_splits_is_evaluated_on_the_split_that_was_read(tmp_path):
     assert "split val is read; train beside it are left alone" in made.notes
 
 
+def test_what_a_folder_has_lost_is_a_flag_of_its_export(tmp_path):
+    tree(tmp_path / "x", ["a", "b", "c"])
+    whole = image_cards.card_of_images(tmp_path / "x", tmp_path / "data", quiet)
+    assert opened(whole, tmp_path / "data").flags == ()
+    (tmp_path / "x/a/z.ppm").write_bytes(b"P6")
+    lossy = image_cards.card_of_images(tmp_path / "x", tmp_path / "data", quiet)
+    assert lossy.name != whole.name
+    assert opened(lossy, tmp_path / "data").flags == ("images-left-out",)
+    (tmp_path / "x/a/z.ppm").unlink()
+    (tmp_path / "x/d").mkdir()
+    empty = image_cards.card_of_images(tmp_path / "x", tmp_path / "data", quiet)
+    assert opened(empty, tmp_path / "data").flags == ("classes-without-images",)
+    assert "1 of 4 classes have no image: d" in empty.notes
+
+
 def test_what_cannot_be_evaluated_makes_no_card(images, tmp_path):
     path = table(images, ".csv", {"image": PATHS, "label": ["cat"] * 5})
     with pytest.raises(DataError, match="1 class; expected at least two classes"):

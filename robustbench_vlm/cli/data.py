@@ -14,7 +14,7 @@ from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.cards.suite import Suite
 from robustbench_vlm.cli.images import columns_of, lines_of
 from robustbench_vlm.cli.options import AsJson, use_cards_of
-from robustbench_vlm.errors import CardError, DataError, nearest
+from robustbench_vlm.errors import CardError, DataError, InputError, nearest
 from robustbench_vlm.types import TEMPLATES
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ def fetch(
                     f"note: {parcel.card.name}: the card names no commit, so the newest one is fetched"
                 )
         fetch.require_space(parcels, root)
-        if dry_run:
-            return
-        with console.meter() as meter:
-            for parcel in parcels:
-                fetch.fetch(parcel, root, where, meter)
+    if dry_run:
+        return
+    with console.meter() as meter:
+        for parcel in parcels:
+            fetch.fetch(parcel, root, where, meter)
     with console.meter() as meter:
         there = [card for card in wanted if not dataset.missing([card], root, split)]
         results = [check.check(card, root, split, meter) for card in there]
@@ -188,7 +188,9 @@ def export(
     columns: Annotated[
         str, typer.Option(help="Of a table: image=NAME,label=NAME; default: the usual names.")
     ] = "",
-    source_root: Annotated[Path, typer.Option(help="Root folder that torchvision reads.")] = Path("data"),
+    source_root: Annotated[
+        Path | None, typer.Option(help="Root folder that torchvision reads; default: data.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the torchvision class, e.g. split=test.")
     ] = None,
@@ -196,7 +198,7 @@ def export(
     """Export images to the clip-benchmark layout; keys, labels and bytes stay what they were."""
     import re
 
-    from robustbench_vlm.data import export, sources, torchvision_images
+    from robustbench_vlm.data import export, layout, sources, torchvision_images
 
     name = name or Path(source.rpartition(":")[2]).stem.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,60}", name) or store.file_name(name) != name:
@@ -204,11 +206,16 @@ def export(
     known = reader.read("datasets", name, DatasetCard) if reader.has("datasets", name) else None
     given = lines_of("--names", names) if names else known.names if known else ()
     ids = known.wordnet_ids if known and not names else ()
-    if source.startswith("torchvision:"):
+    of_torchvision = source.startswith("torchvision:")
+    others = {"columns": columns} if of_torchvision else {"set": settings, "source-root": source_root}
+    for flag in [flag for flag, value in others.items() if value]:
+        used = "a table" if of_torchvision else "torchvision:X"
+        raise InputError(f"--{flag}", f"{source!r:.200} beside it", used, f"leave out --{flag}")
+    if of_torchvision:
         arguments = overrides.override({}, settings or [])
         kind = source.partition(":")[2]
         found = torchvision_images.from_torchvision(
-            kind, source_root, arguments, given, split, ids, ordered=names is not None
+            kind, source_root or Path("data"), arguments, given, split, ids, ordered=names is not None
         )
     else:
         found = sources.open_images(Path(source), given, split, *columns_of(columns), wordnet_ids=ids)
@@ -219,7 +226,10 @@ def export(
     templates = known.templates if known else TEMPLATES
     with console.meter() as meter:
         target = to / (known.folder if known else f"wds_{name}")
+        finished = layout.is_finished(target, split)
         folder = export.export(found, target, split, classes, templates, meter)
+    if finished:
+        console.remark(f"note: {target / split} is there already, with the same images; nothing was written")
     for note in (*sources.summary(found, classes), *found.notes):
         console.remark(f"note: {note}")
     console.result(str(folder))

@@ -93,11 +93,19 @@ def columns_of(typed: str) -> tuple[str, str]:
 
 
 def lines_of(flag: str, file: Path | None) -> tuple[str, ...]:
-    """The lines of a text file that an option names; none without the option."""
+    """The lines of a text file that an option names; none without the option.
+
+    Raises:
+        InputError: no such file, no text, or no line in it.
+    """
     if file is None:
         return ()
+    expected = "a text file, one entry a line"
     try:
-        return tuple(text_files.read_lines(file))
+        lines = tuple(text_files.read_lines(file))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise InputError(f"{flag} {file}", reason, "a text file, one entry a line") from None
+        raise InputError(f"{flag} {file}", reason, expected) from None
+    if not lines:
+        raise InputError(f"{flag} {file}", "an empty file", expected)
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from robustbench_vlm.data.parallel import in_order
 from robustbench_vlm.errors import DataError, InputError
 
 COLUMNS = ("dataset", "split", "images", "classes", "shards", "MB", "manifest", "state")
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 Report = Callable[[str, int, int], None]
 
@@ -88,7 +91,12 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     index = (_sharded if sharded else _foldered)(card, folder / split, problems, report)
     samples = index.samples
     if samples:
-        found_notes, flags = remarks.on(card, index, generated=(folder / miniature.MARKER).exists())
+        try:
+            generated = (folder / miniature.MARKER).exists()
+            found_notes, flags = remarks.on(card, index, folder / split, generated=generated)
+        except DataError as error:
+            problems.append(str(error))
+            found_notes, flags = [], ()
         exact = index.rule == class_names.EXACT
         notes += [f"class folders are matched to class names by {index.rule}"] if exact else []
         notes += [*found_notes, *(f"results carry the flag {flag}" for flag in flags)]
@@ -96,7 +104,7 @@ def check(card: DatasetCard, root: Path, split: str, report: Report, *, decode: 
     if decode:
         problems += _undecodable(card, samples, report)
     found = manifest.facts(folder, manifest.files_of(folder, split))
-    state = _compared(card, folder, split, found, len(samples), problems)
+    state = _compared(card, folder, split, found, len(samples), problems, notes)
     return Checked(
         dataset=card.name,
         split=split,
@@ -186,8 +194,12 @@ def _compared(
     found: dict[str, tuple[int, str]],
     count: int,
     problems: list[str],
+    notes: list[str],
 ) -> str:
-    """`same` or `recorded`; empty where there are problems, among them differences from the manifest."""
+    """`same` or `recorded`; empty where there are problems, among them differences from the manifest.
+
+    Where the manifest cannot be written, as of another user's dataset, that is a note.
+    """
     try:
         known = manifest.read(folder)
     except InputError as error:
@@ -200,5 +212,11 @@ def _compared(
     wanted = (known or manifest.Manifest(card.name)).with_files(found).with_images(split, count)
     if wanted == known:
         return "same"
-    manifest.write(folder, wanted)
+    try:
+        manifest.write(folder, wanted)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        notes.append(f"{folder / manifest.FILE}: not recorded ({error.strerror})")
+        return ""
     return "recorded" if known is None or not known.images.get(split) else "same"

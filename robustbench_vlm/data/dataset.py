@@ -89,7 +89,7 @@ class Split:
         entries: the images, sorted by key.
         notes: facts about the folder that matter to a reader of results and are no errors, one line each.
         flags: names of facts about the whole split that change what is measured on it: `images-left-out`,
-            `classes-without-images` (class folders alone).
+            `classes-without-images` (of class folders, and of exports of them).
         bad: images that were left out because they do not decode, one line each.
     """
 
@@ -285,7 +285,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         index = shards.index_shards(inner, card.n_classes)
     else:
         index = shards.index_folders(inner, card.names, card.wordnet_ids)
-    found, flags = remarks.on(card, index, generated=(folder / miniature.MARKER).exists())
+    found, flags = remarks.on(card, index, inner, generated=(folder / miniature.MARKER).exists())
     notes += found
     count = len(index.samples)
     if count != card.size.get(split, count):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from robustbench_vlm import store
-from robustbench_vlm.data import layout
+from robustbench_vlm.data import layout, remarks, shards
 from robustbench_vlm.data.sources import LabelledImages
 from robustbench_vlm.errors import DataError
 from robustbench_vlm.types import TEMPLATES
@@ -50,9 +50,11 @@ def export(
 ) -> Path:
     """Write a source as `folder/<split>`; returns `folder`, which is that of the dataset's card.
 
+    A finished split of the same images stays as it is.
+
     Raises:
         DataError: a label outside the class names, an image format that the layout does not have, or another
-            dataset in the way.
+            dataset or other images in the way.
     """
     name = folder.name.removeprefix("wds_")
 
@@ -65,9 +67,31 @@ def export(
             plain = (member, content, extension, label)
             yield plain if key == member else (*plain, key)
 
+    finished = layout.is_finished(folder, split)
     layout.write_texts(folder, names, templates)
-    layout.write_split(folder, split, numbered(), per_shard)
+    if finished:
+        _require_same(source, folder / split, len(names))
+        return folder
+    layout.write_split(folder, split, numbered(), per_shard, source.flags)
     return folder
+
+
+def _require_same(source: LabelledImages, split: Path, n_classes: int) -> None:
+    """Refuse a source that is not what a finished split was made of: keys, labels, bytes and flags.
+
+    Raises:
+        DataError: it is another, or the split is not whole.
+    """
+    there = {sample.name: sample for sample in shards.index_shards(split, n_classes).samples}
+    same = remarks.stored(split) == source.flags and len(there) == source.count
+    for key, content, _, label in source.items() if same else ():
+        sample = there.get(key)
+        if sample is None or sample.label != label or sample.read() != content:
+            same = False
+            break
+    if not same:
+        do = "remove it, or choose another --to, --name or --split"
+        raise DataError(str(split), "a finished split of other images or labels", "none, or the same", do)
 
 
 def write_cards(

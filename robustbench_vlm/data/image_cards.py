@@ -102,7 +102,8 @@ def _content(images: LabelledImages, templates: Sequence[str], report: export.Re
     if twice := [key for key, count in keys.items() if count > 1]:
         raise DataError("images", f"{some(twice)} occur twice", "one row an image")
     words = {"names": list(images.names), "templates": list(templates), "split": images.split}
-    return store.fingerprint({**words, "images": rows})
+    lost = {"flags": list(images.flags)} if images.flags else {}
+    return store.fingerprint({**words, **lost, "images": rows})
 
 
 def _stamp(images: LabelledImages, templates: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ that was cut off anywhere before its end-of-archive marker is an error, and neve
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tarfile
@@ -249,7 +250,7 @@ def _stored_key(shard: Path, name: str, text: bytes) -> str:
     """The original name of an exported image."""
     where = f"{shard}, {name}.{KEY_SUFFIX}"
     try:
-        key = text.decode("utf-8")
+        key = text.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(where, f"{text!r:.80}", "a name in UTF-8", AGAIN) from None
     if not key or len(text) > LARGEST_KEY:
@@ -265,7 +266,7 @@ def _require_printable(where: Path, name: str) -> None:
 
 
 def _label(shard: Path, name: str, text: bytes, n_classes: int) -> int:
-    stripped = text.strip(b" \t\r\n")
+    stripped = text.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n")
     expected = f"an integer from 0 to {n_classes - 1}"
     if not re.fullmatch(rb"[0-9]{1,9}", stripped):
         raise DataError(f"{shard}, {name}.cls", f"label {text.decode('latin-1')!r}", expected, AGAIN)

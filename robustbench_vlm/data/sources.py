@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustbench_vlm.data import class_names, image_files, shards, tables
+from robustbench_vlm.data import class_names, image_files, remarks, shards, tables
 from robustbench_vlm.errors import DataError, some
 
 MOST_CLASSES = 100_000
@@ -41,6 +41,7 @@ class LabelledImages:
         files: every file that an image or a label comes from.
         items: starts reading the images, in a fixed order.
         notes: what was decided while reading (split, columns, matching of names); one line each.
+        flags: what the source has lost (`remarks.lost`), which holds for an export of it, too.
     """
 
     count: int
@@ -50,6 +51,7 @@ class LabelledImages:
     files: tuple[Path, ...]
     items: Callable[[], Iterator[Item]]
     notes: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 def open_images(
@@ -72,8 +74,11 @@ def open_images(
         wordnet_ids: those of `names`, for class folders that are called by them.
 
     Raises:
-        DataError: nothing of that kind there, no images, or labels that do not fit `names`.
+        DataError: nothing of that kind there, no images, columns of a folder, or labels that do not fit
+            `names`.
     """
+    if path.is_dir() and (image_column or label_column):
+        raise DataError(str(path), "a folder, which has no columns", "a table", "leave out --columns")
     if path.is_dir():
         return from_folders(path, names, split, wordnet_ids)
     if path.suffix.lower() not in tables.SUFFIXES:
@@ -105,9 +110,8 @@ def from_folders(
     if matched.rule != class_names.EXACT and names:
         notes.append(f"class folders are matched to class names by {matched.rule}")
     index = shards.index_folders(folder, tuple(classes))
-    if index.left_out:
-        what = "hidden, dead links or of a format that is not decoded"
-        notes.append(f"{len(index.left_out)} images were left out, {what}: {some(index.left_out)}")
+    losses = remarks.lost(classes, index)
+    notes += losses.values()
 
     def items() -> Iterator[Item]:
         for sample in index.samples:
@@ -115,7 +119,8 @@ def from_folders(
 
     files = tuple(sample.path for sample in index.samples)
     others = index.ignored - len(index.left_out)
-    return LabelledImages(len(files), chosen, split or "test", others, files, items, tuple(notes))
+    split = split or "test"
+    return LabelledImages(len(files), chosen, split, others, files, items, tuple(notes), tuple(losses))
 
 
 def _split_of(folder: Path, split: str, notes: list[str]) -> tuple[Path, str]:

@@ -11,11 +11,15 @@ from folders import encode, noise
 from torch import nn
 
 import robustbench_vlm
+from robustbench_vlm.backends import distinct_classes
 from robustbench_vlm.cards.attack import AttackCard
 from robustbench_vlm.engine import tied_classes
+from robustbench_vlm.engine.job import Model
 from robustbench_vlm.errors import InputError
+from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.outcome import below_chance
 from robustbench_vlm.models import context_length, text_bank, zoo
+from robustbench_vlm.threat import Threat
 
 
 class Net(nn.Module):
@@ -83,6 +87,55 @@ def test_only_columns_that_move_together_are_twins():
         return torch.cat([logits, logits[:, :1] + (images.mean() > 0.499)], 1)
 
     assert tied_classes.found_in(by_chance, IMAGES, logits[:, [0, 1, 2, 3, 4, 0]], 8) is None
+
+
+def test_columns_that_rounding_alone_tells_apart_are_twins(tmp_path):
+    head = nn.Linear(128, 10)
+    head.weight.data, head.bias.data = (
+        v.repeat(2, *[1] * (v.ndim - 1)) for v in MODEL.layers[-1].parameters()
+    )
+    doubled = nn.Sequential(*list(MODEL.layers)[:-1], head).eval().requires_grad_(False)
+    logits = doubled(IMAGES)
+    ulp = torch.finfo(torch.float32).eps * logits.abs().max()
+    logits[:, 5:] += 4 * ulp * torch.tensor([1.0, -1.0] * 4)[:, None]  # as another kernel might round them
+    assert tied_classes.found_in(doubled, IMAGES, logits, 8).first == (0, 1, 2, 3, 4) * 2
+    card = chain(tmp_path, "margin")
+    once, found = (
+        robustbench_vlm.attack(model, IMAGES, LABELS, "2/255", chain=card) for model in (MODEL, doubled)
+    )
+    assert once.robust == found.robust
+    assert once.verdicts.broken_by.tolist() == found.verdicts.broken_by.tolist()
+
+
+def test_differences_that_are_only_small_beside_an_offset_are_no_rounding():
+    offset = MODEL(IMAGES) + 2.0**20  # in steps of 1/8, below which the five logits differ by more
+    offset = offset + torch.arange(5)
+    assert tied_classes.found_in(lambda x: MODEL(x) + 2.0**20, IMAGES, offset, 8) is None
+
+
+def test_names_that_occur_twice_are_attacked_as_once(tmp_path):
+    encoder, card = robustbench_vlm.load_model("tiny"), chain(tmp_path, "margin")
+    names = ["red circle", "blue square", "green circle", "white star", "a"]
+    model = encoder.classifier(names)
+    labels = model(IMAGES).argmax(1)
+    once = robustbench_vlm.attack(model, IMAGES, labels, "1/255", chain=card)
+    assert 0 < sum(once.verdicts.broken_by != "") < len(labels)
+    for more in (names, names * 2, names[:1]):
+        found = robustbench_vlm.attack(encoder.classifier(names + more), IMAGES, labels, "1/255", chain=card)
+        assert found.robust == once.robust
+        assert found.verdicts.clean_correct.all()
+    with pytest.raises(InputError, match="model: all 2 classes have the same logits for every image"):
+        robustbench_vlm.attack(encoder.classifier(["red", "red"]), IMAGES, labels * 0, "1/255", chain=card)
+
+
+def test_a_model_for_one_shape_keeps_its_shape_where_classes_are_tied():
+    tied = tied_classes.TiedClasses((0, 0, 2))
+    model = Model(MODEL, MODEL.forward, fixed=True)
+    job = Chain.named("fgsm").job(Threat("linf", "1/255"), 3)
+    distinct, *_ = distinct_classes.attacked(tied, model, job, [], print)
+    assert distinct.fixed
+    assert distinct.known is model.known
+    assert distinct.view is not distinct.canonical
 
 
 def chain(folder, loss, targets=0):

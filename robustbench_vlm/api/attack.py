@@ -16,10 +16,12 @@ from robustbench_vlm.engine import attacked_view, batch_shapes, canonical, losse
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
+from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import tensors
 from robustbench_vlm.evaluation.attack_checks import attack_checks
 from robustbench_vlm.evaluation.chain import Chain
+from robustbench_vlm.models.clip import Classifier
 from robustbench_vlm.results import verdicts
 from robustbench_vlm.results.open_table import opened
 from robustbench_vlm.threat import Threat, eps_text
@@ -94,8 +96,8 @@ def attack(
         **options: see `AttackOptions`.
 
     Raises:
-        InputError: no classifier, pixels outside [0, 1], labels that do not fit, or an engine that is not
-            installed or cannot do a stage of the chain.
+        InputError: no classifier, one that tells no classes apart, pixels outside [0, 1], labels that do not
+            fit, or an engine that is not installed or cannot do a stage of the chain.
         AttackError: the model returns no logits, or an attack left the ball or the box.
 
     Warns:
@@ -152,6 +154,22 @@ def _with_classes(job: Job, clean: Tensor, labels: Tensor) -> Job:
     return replace(job, n_classes=classes)
 
 
+def _tied(model: Classify, images: Tensor, clean: Tensor, rows: int) -> TiedClasses | None:
+    """Classes that the model cannot tell apart: those with one text embedding, or with the same logits.
+
+    Raises:
+        InputError: all classes are the same, so no image can be taken for another class.
+    """
+    if isinstance(model, Classifier):
+        tied = tied_classes.of_bank(model.bank)
+    else:
+        tied = tied_classes.found_in(model, images, clean, rows)
+    if tied is not None and len(tied.distinct) < 2:
+        found = f"all {clean.shape[1]} classes have the same logits for every image"
+        raise InputError("model", found, "two different classes", "give each class a name of its own")
+    return tied
+
+
 def _block(images: Tensor, labels: Tensor, keys: Sequence[str] | None) -> ImageBlock:
     """Images with their names; by default the hash of each image and its label."""
     return ImageBlock(images, labels, tensors.distinct_keys(keys, tensors.sha256_of_images(images), labels))
@@ -162,7 +180,7 @@ def _attacked(model: Classify, chain: Chain, backend: Backend, job: Job, block: 
     images = block.images
     clean = _clean_logits(model, images, job.rows)
     job = _with_classes(job, clean, block.labels)
-    job = replace(job, tied=tied_classes.found_in(model, images, clean, job.rows))
+    job = replace(job, tied=_tied(model, images, clean, job.rows))
     examined = _examined(model, job, block, chain)
     sample = canonical.padded(images[: job.rows], job.rows)
     view = attacked_view.build(model, backend.precision, sample)

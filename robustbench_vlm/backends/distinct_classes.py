@@ -28,7 +28,7 @@ def attacked(
     view = None if model.view is None else DistinctClasses(model.view, tied)
     canonical = DistinctClasses(model.canonical, tied)
     same = model.view is model.canonical
-    distinct = Model(canonical, canonical if same else view)
+    distinct = dataclasses.replace(model, canonical=canonical, view=canonical if same else view)
 
     def note(finding: Finding) -> None:
         target = finding.target if finding.target < 0 else tied.distinct[finding.target]

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,12 @@ from robustbench_vlm.errors import some
 from robustbench_vlm.types import Classify
 
 PROBE_SEED = 0
+UNITS = 16
+"""Rounding of a float32 logit between columns, in units of the last place of the largest one."""
+SHARE = 1e-3
+"""Share of its own changes from image to image by which rounding may move a logit."""
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,13 @@ def grouped(texts: Sequence[Hashable]) -> TiedClasses | None:
     return TiedClasses(first) if len(seen) < len(first) else None
 
 
+def of_bank(bank: Tensor) -> TiedClasses | None:
+    """The classes whose rows of (C, D) are equal bit by bit; None if all C differ."""
+    return grouped([row.tobytes() for row in bank.cpu().numpy()])
+
+
 def found_in(classify: Classify, images: Tensor, clean: Tensor, rows: int) -> TiedClasses | None:
-    """The classes whose logits are equal, bit by bit, for every image; None if there are none.
+    """The classes whose logits are equal for every image, apart from rounding; None if there are none.
 
     Where clean logits have equal columns, `rows` images of noise are classified too, so that classes which
     are equal on few images by chance are not taken for twins. Columns that never change are no evidence.
@@ -108,15 +122,32 @@ def found_in(classify: Classify, images: Tensor, clean: Tensor, rows: int) -> Ti
         return None
     noise = torch.rand((rows, *images.shape[1:]), generator=torch.Generator().manual_seed(PROBE_SEED))
     probed = canonical.logits(classify, noise.to(images.device), rows)
-    tied = _equal_columns(torch.cat([clean, probed.to(clean.device)]))
-    return tied if tied is not None and len(tied.distinct) > 1 else None
+    return _equal_columns(torch.cat([clean, probed.to(clean.device)]))
 
 
 def _equal_columns(logits: Tensor) -> TiedClasses | None:
-    """The classes with the same logits in all of (N, C), apart from constant columns."""
-    columns = logits.detach().cpu().T.contiguous()
-    if not bool(columns.isfinite().all()):
+    """The classes with the same logits in all of (N, C), apart from constant columns.
+
+    Columns of one matrix product are rounded differently, so those of twins need not have the same bits.
+    What is taken for rounding is also far below what the columns change by themselves: with a large offset,
+    rounding alone would hide all differences.
+    """
+    table = logits.detach().cpu().numpy()
+    if not np.isfinite(table).all():
         return None
-    moving = (columns != columns[:, :1]).any(1).tolist() if columns.shape[1] > 1 else [True] * len(columns)
-    rows = (row.numpy().tobytes() for row in columns)
-    return grouped([row if moves else k for k, (row, moves) in enumerate(zip(rows, moving, strict=True))])
+    change = np.ptp(table, axis=0) if len(table) > 1 else np.full(table.shape[1], np.inf)
+    near = np.minimum(change * SHARE, UNITS * np.finfo(np.float32).eps * np.abs(table).max())
+    groups = [np.flatnonzero(change)]
+    for row in table:
+        groups = [part for group in groups for part in _together(row, group, near)]
+    first = np.arange(table.shape[1])
+    for group in groups:
+        first[group] = group.min()
+    return TiedClasses(tuple(first.tolist())) if groups else None
+
+
+def _together(row: Array, group: Array, near: Array) -> list[Array]:
+    """The parts of a group of classes whose logits in one row lie near each other, of two classes or more."""
+    ascending = group[np.argsort(row[group])]
+    apart = np.diff(row[ascending]) > np.minimum(near[ascending[1:]], near[ascending[:-1]])
+    return [part for part in np.split(ascending, np.flatnonzero(apart) + 1) if len(part) > 1]

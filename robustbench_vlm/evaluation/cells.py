@@ -144,7 +144,7 @@ class Subject:
         """Classes with the same sentences or the same embedding; None if all classes differ."""
         sentences = render(self.card.names, self.card.templates)
         names = tied_classes.grouped([tuple(group) for group in sentences])
-        rows = tied_classes.grouped([row.tobytes() for row in self.bank.cpu().numpy()])
+        rows = tied_classes.of_bank(self.bank)
         tied = names if rows is None or (names and len(names.distinct) < len(rows.distinct)) else rows
         if tied is not None and len(tied.distinct) < 2:
             found = f"all {self.card.n_classes} classes have the same text"

@@ -18,7 +18,8 @@ from robustbench_vlm.engine.job import Model
 from robustbench_vlm.errors import InputError
 from robustbench_vlm.evaluation.chain import Chain
 from robustbench_vlm.evaluation.outcome import below_chance
-from robustbench_vlm.models import context_length, text_bank, zoo
+from robustbench_vlm.models import context_length, prompts, text_bank, zoo
+from robustbench_vlm.models.clip import PromptSizes
 from robustbench_vlm.threat import Threat
 
 
@@ -210,6 +211,41 @@ def test_sentences_that_are_cut_are_found_and_two_that_become_one_are_refused(tm
     _, cells = evaluated(tmp_path, monkeypatch, [f"a {many}", f"blue {many}"])
     assert "sentences-cut" in cells[0]["outcome"]["flags"]
     assert "note: twins: 2 sentences are cut at the context length" in capsys.readouterr().err
+
+
+def test_an_exact_fit_and_what_is_cut_to_it_are_refused():
+    model = zoo.load("tiny").model
+    fits = " ".join(["red"] * (len(model.tokenize(["a"])[0]) - 2))
+    for names in ([fits, f"{fits} blue"], [f"{fits} blue", fits], [fits, "a", fits.upper(), f"{fits} blue"]):
+        with pytest.raises(InputError, match=r"equal up to the \d+ tokens"):
+            text_bank.text_bank(model, text_bank.render(names, ["{c}"]))
+    twins = text_bank.text_bank(model, text_bank.render([fits, fits.upper()], ["{c}"]))
+    assert torch.equal(twins[0], twins[1])  # the same words are tied, not refused
+
+
+def test_nothing_is_cut_where_prompts_need_room():
+    model = prompts.attach(zoo.load("tiny").model, PromptSizes(0, 2, 1))
+    text = "antidisestablishmentarian"  # more letters than positions, and fewer tokens
+    assert context_length.cut_sentences(model.tokenize, ["a dog", text]) == []
+    assert text_bank.text_bank(model, [["a dog"], [text]]).shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "padding"), [([8], [9], 0), ([], [1], 1), ([], [1], 0), ([], [], 0)]
+)
+def test_cuts_are_found_whatever_the_padding_is(begin, end, padding):
+    def tokenize(sentences):  # 10 tokens; a word is its length + 10
+        rows = [[10 + len(word) for word in text.split()][: 10 - len(begin + end)] for text in sentences]
+        return torch.tensor([[*begin, *row, *end, *[padding] * 10][:10] for row in rows])
+
+    space = 10 - len(begin + end)
+    for n in range(1, 3 * space):
+        text = " ".join(["red"] * n)
+        assert context_length.cut_sentences(tokenize, [text]) == ([text] if n > space else []), n
+    many = " ".join(["red"] * space)
+    context_length.require_distinct(tokenize, [[many], ["red"], [f"a {many}"]])
+    with pytest.raises(InputError, match="equal up to the 10 tokens"):
+        context_length.require_distinct(tokenize, [[f"{many} blue"], ["a"], [f"{many} green"]])
 
 
 @pytest.mark.parametrize(

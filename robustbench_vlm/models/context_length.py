@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from robustbench_vlm.errors import InputError
+from robustbench_vlm.errors import InputError, WeightsError
 
 Tokenize = Callable[[list[str]], Tensor]
 """N sentences -> (N, L) token ids, padded or cut to the context length L."""
@@ -15,21 +15,11 @@ Tokenize = Callable[[list[str]], Tensor]
 def cut_sentences(tokenize: Tokenize, sentences: Sequence[str]) -> list[str]:
     """The sentences whose tokens do not fit into the context, each once and in their order.
 
-    A token stands for at least one byte, so most sentences need not be tokenised. A row without padding is
-    either full or cut: it is cut if the tokens of its two halves do not fit together.
+    A full row is either an exact fit or cut: it is cut if the tokens of its two halves do not fit together.
     """
-    (probe,) = tokenize(["a"]).tolist()
-    length, padding = len(probe), probe[-1]
-    special = _used(probe, padding) - 1
-    space = length - special
-    long = [text for text in dict.fromkeys(sentences) if len(text.encode()) > space]
-    if not long:
-        return []
-    full = [text for text, row in zip(long, tokenize(long).tolist(), strict=True) if row[-1] != padding]
+    full, special, space = _full_rows(tokenize, sentences)
     return [
-        text
-        for text in full
-        if sum(_used(row, padding) - special for row in tokenize(list(_halves(text))).tolist()) > space
+        text for text in full if sum(used - special for used in _used(tokenize, list(_halves(text)))) > space
     ]
 
 
@@ -43,20 +33,43 @@ def require_distinct(tokenize: Tokenize, sentences: Sequence[Sequence[str]]) -> 
     Raises:
         InputError: there are two such classes.
     """
-    cut = set(cut_sentences(tokenize, [text for group in sentences for text in group]))
+    every = [text for group in sentences for text in group]
+    cut = set(cut_sentences(tokenize, every))
     if not cut:
         return
+    full = set(_full_rows(tokenize, every)[0])  # what is cut may become equal to an exact fit
     seen: dict[tuple[tuple[int, ...], ...], Sequence[str]] = {}
     for group in sentences:
-        if not cut.isdisjoint(group):
-            rows = tuple(map(tuple, tokenize(list(group)).tolist()))
-            other = seen.setdefault(rows, group)
-            if list(other) != list(group):
-                where = f"class sentences {_end(other[0])} and {_end(group[0])}"
-                found = f"equal up to the {len(rows[0])} tokens that the text tower reads"
-                raise InputError(
-                    where, found, "names that differ earlier", "shorten the names or the templates"
-                )
+        if full.isdisjoint(group):
+            continue
+        rows = tuple(map(tuple, tokenize(list(group)).tolist()))
+        other = seen.setdefault(rows, group)
+        if list(other) != list(group) and not cut.isdisjoint([*other, *group]):
+            where = f"class sentences {_end(other[0])} and {_end(group[0])}"
+            found = f"equal up to the {len(rows[0])} tokens that the text tower reads"
+            raise InputError(where, found, "names that differ earlier", "shorten the names or the templates")
+
+
+def _full_rows(tokenize: Tokenize, sentences: Sequence[str]) -> tuple[list[str], int, int]:
+    """The sentences that leave no room in the context, each once and in their order.
+
+    A token stands for at least one byte, so most sentences need not be tokenised. Some tokenizers pad with
+    the token that ends every sentence, so what a full row looks like is seen from one that is surely full.
+
+    Returns:
+        The sentences, the number of special tokens that are told from padding, and that of all other tokens
+        for which there is room.
+    """
+    length = tokenize(["a"]).shape[1]
+    try:
+        one, most = _used(tokenize, ["a", " ".join(["a"] * length)])
+    except WeightsError:  # one that leaves room for learned prompts refuses what it would have to cut
+        return [], 0, 0
+    special = one - 1
+    space = most - special
+    long = [text for text in dict.fromkeys(sentences) if len(text.encode()) >= space]
+    used = _used(tokenize, long) if long else []
+    return [text for text, count in zip(long, used, strict=True) if count == most], special, space
 
 
 def _end(text: str) -> str:
@@ -64,12 +77,11 @@ def _end(text: str) -> str:
     return repr(f"...{text[-40:]}" if len(text) > 40 else text)
 
 
-def _used(row: Sequence[int], padding: int) -> int:
-    """Number of token ids before the padding."""
-    used = len(row)
-    while used and row[used - 1] == padding:
-        used -= 1
-    return used
+def _used(tokenize: Tokenize, sentences: list[str]) -> list[int]:
+    """For each sentence, the number of token ids before the padding."""
+    *rows, short = tokenize([*sentences, "a"]).tolist()
+    padding = short[-1]
+    return [max((i + 1 for i, token in enumerate(row) if token != padding), default=0) for row in rows]
 
 
 def _halves(text: str) -> tuple[str, str]:

@@ -5,12 +5,13 @@ import shutil
 import socket
 import sys
 import time
+from pathlib import Path
 
 import open_clip
 import pytest
 import small_clips
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from worlds import describe
 
 from robustbench_vlm import store
@@ -280,6 +281,12 @@ def test_the_defense_in_a_card_is_text(tmp_path, monkeypatch):
         lambda c: c["vision_cfg"].update(timm_model_name="local-dir:/tmp"),
         lambda c: c["vision_cfg"].update(image_size=[32, 64]),
         lambda c: c.pop("embed_dim"),
+        lambda c: c.update(embed_dim=0),
+        lambda c: c.update(embed_dim=True),
+        lambda c: c["vision_cfg"].update(image_size=[32]),
+        lambda c: c["vision_cfg"].update(image_size="32"),
+        lambda c: c["vision_cfg"].update(image_size=0),
+        lambda c: c["text_cfg"].update(context_length=None),
         lambda c: c.update(vision_cfg=7),
     ],
 )
@@ -287,6 +294,67 @@ def test_a_configuration_that_cannot_be_used_is_one_line(change, written, no_net
     with pytest.raises(WeightsError) as error:
         zoo.load(str(written("own", change)))
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "found"),
+    [
+        ("vision_cfg", {"pool_type": "none"}, "its image tower gives "),
+        ("text_cfg", {"pool_type": "none"}, "its text tower gives (1, 20, 64) for one text"),
+        ("text_cfg", {"proj_type": "none"}, "its text tower gives (1, 96) for one text; expected (1, 64)"),
+        ("text_cfg", {"vocab_size": 10}, "its text tower fails for one text: index out of range"),
+    ],
+)
+def test_towers_that_give_no_embeddings_are_refused(part, settings, found):
+    config = openclip.config("vlmrob-tiny")
+    config["custom_text"] = part == "text_cfg"
+    config[part].update(settings)
+    with pytest.raises(WeightsError) as error:
+        openclip.build("vlmrob-tiny", stated=config)
+    assert found in one_line(error)
+
+
+def test_the_embedding_is_taken_where_a_text_tower_gives_its_tokens_too():
+    config = openclip.config("vlmrob-tiny") | {"custom_text": True}
+    plain = openclip.build("vlmrob-tiny", stated=config).text(["a red square"])
+    config["text_cfg"]["output_tokens"] = True
+    assert openclip.build("vlmrob-tiny", stated=config).text(["a red square"]).equal(plain)
+
+
+def damaged(folder, change):
+    """The folder with other tensors."""
+    path = folder / "open_clip_model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda s: s.pop("visual.proj"), 'Missing key(s) in state_dict: "visual.proj"'),
+        (lambda s: s.update({"visual.extra": torch.zeros(2)}), '"visual.extra"'),
+        (lambda s: s.update({"visual.proj": torch.zeros(2, 2)}), "size mismatch for visual.proj"),
+        (lambda s: s["visual.proj"].fill_(torch.nan), "tensor 'visual.proj' has values that are not finite"),
+        (lambda s: s["ln_final.bias"].fill_(torch.inf), "tensor 'ln_final.bias' has values"),
+        (lambda s: s["logit_scale"].fill_(torch.nan), "tensor 'logit_scale' has values"),
+        (lambda s: s["logit_scale"].fill_(1e9), "logit_scale is 1e+09, whose exponential is not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_or_are_not_finite_are_named(written, change, found):
+    with pytest.raises(WeightsError) as error:
+        zoo.load(damaged(written("own"), change))
+    assert found in one_line(error)
+
+
+def test_a_folder_with_a_pickle_is_no_advice_to_run_it(written):
+    folder = written("own")
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save({"a": Path("x")}, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(WeightsError, match="a pickle of more than tensors, which is not run") as error:
+        zoo.load(f"local-dir:{folder}")
+    assert "weights_only" not in one_line(error)
 
 
 def test_a_tokenizer_that_is_missing_says_what_to_put_where(written, no_network):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from robustbench_vlm import store, text_files
 from robustbench_vlm.errors import WeightsError
-from robustbench_vlm.models import configuration, openclip, prompts
+from robustbench_vlm.models import configuration, loaded_towers, openclip, prompts
 from robustbench_vlm.models.canary import check_canary, take
 from robustbench_vlm.models.checkpoint_card import (
     EARLIER,
@@ -141,7 +141,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load tensors strictly: the names and shapes must be those of the module.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected or of another shape; the message names the first.
+        WeightsError: a tensor is missing, unexpected, of another shape or not finite; the message names the
+            first.
     """
     own = module.state_dict()
     for name in sorted(own.keys() - state.keys()):
@@ -160,6 +161,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
             raise WeightsError(
                 where, shapes, f"{tuple(value.shape)}: this is a checkpoint of another architecture"
             )
+    loaded_towers.require_finite(state, where)
     module.load_state_dict(state, strict=True)
 
 

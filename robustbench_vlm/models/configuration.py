@@ -26,6 +26,8 @@ NOT_FUNCTION = {
     *("timm_model_pretrained", "hf_model_pretrained"),  # which weights to start from: the weights say more
     *("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"),  # `tokenizer_identity`
 }
+SIZES = ("context_length", "vocab_size", "width", "heads", "layers")
+"""Whole numbers of a text tower."""
 TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "additional_special_tokens"}
 """Others name files, draw at random, download, or allow a tokenizer to run code."""
 
@@ -68,6 +70,13 @@ def require_local(config: Mapping[str, Any], where: str) -> None:
     ):
         found = "model_cfg without embed_dim, vision_cfg and text_cfg"
         raise WeightsError(where, found, "these three, as open_clip writes")
+    sides = vision.get("image_size", 224)
+    sides = sides if isinstance(sides, list | tuple) and len(sides) == 2 else [sides]
+    given = [("embed_dim", config["embed_dim"]), *(("vision_cfg.image_size", side) for side in sides)]
+    given += [(f"text_cfg.{key}", text[key]) for key in SIZES if key in text]
+    for key, value in given:
+        if type(value) is not int or value < 1:
+            raise WeightsError(where, f"{key} is {value!r:.60}", "a whole number of at least 1")
     if text.get("hf_model_name"):
         found = f"text_cfg.hf_model_name is {text['hf_model_name']!r:.60}, which would be downloaded"
         raise WeightsError(where, found, "a text tower of open_clip", "name the model by ARCH:TAG or hf-hub:")

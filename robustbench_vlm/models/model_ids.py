@@ -15,6 +15,9 @@ CONFIGS = Path(__file__).parent / "configs"
 HUB, LOCAL = "hf-hub:", "local-dir:"
 """Prefixes of ids whose configuration lies beside the weights: on the hub, or in a folder."""
 
+CONVERT = "vlmrob convert FILE --arch ARCH:TAG --out DIR"
+"""What makes a folder of vlmrob of weights in another format."""
+
 WEIGHTS = (".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
 """Ends of the names of weights files."""
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import InputError, WeightsError, nearest
-from robustbench_vlm.models import configuration, downloads
+from robustbench_vlm.models import configuration, downloads, loaded_towers, model_ids
 from robustbench_vlm.models.clip import Clip, ModelFacts
 from robustbench_vlm.models.model_ids import CONFIGS, HUB, LOCAL
 from robustbench_vlm.models.preprocess import of_open_clip
 
 SCHEMAS = (HUB, LOCAL)
+KEYS = 160  # letters of the names of tensors that do not fit
 Tokenize = Callable[[list[str]], Tensor]
 
 open_clip.add_model_config(CONFIGS)
@@ -54,7 +55,8 @@ class Language(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (N, L) -> text embeddings (N, D) of any length."""
-        embeddings: Tensor = self.net.encode_text(tokens)  # type: ignore[operator]
+        found = self.net.encode_text(tokens)  # type: ignore[operator]
+        embeddings: Tensor = found[0] if isinstance(found, tuple) else found  # with text_cfg.output_tokens
         return embeddings
 
 
@@ -189,6 +191,19 @@ def _advice(name: str) -> str:
     return f"where there is a network, type: hf download {source} --local-dir DIR"
 
 
+def _not_loaded(where: str, error: Exception) -> WeightsError:
+    """The error for a network that open_clip cannot make: its reason, but no advice to run a pickle."""
+    first, *more = [*str(error).strip().splitlines(), ""]
+    if first.startswith("Error(s) in loading state_dict"):  # the names stand in the lines below
+        keys = "; ".join(f"{line.strip():.{KEYS}}" for line in more[:2] if line.strip())
+        expected = "weights and a configuration of one model"
+        return WeightsError(where, f"its weights do not fit its configuration: {keys}", expected)
+    if first.startswith("Weights only load failed"):
+        found = "its weights are a pickle of more than tensors, which is not run"
+        return WeightsError(where, found, "tensors alone", f"make it one: {model_ids.CONVERT}")
+    return WeightsError(where, _reason(error), do="see `vlmrob doctor`")
+
+
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -226,7 +241,7 @@ def _create(
     except Exception as error:  # open_clip loads many formats; their errors have no base class in common
         if not network:
             raise _not_here(where.removeprefix("model ")) from error
-        raise WeightsError(where, _reason(error), do="see `vlmrob doctor`") from error
+        raise _not_loaded(where, error) from error
     finally:
         logging.disable(muted)
     return net.eval()
@@ -253,19 +268,28 @@ def _wrap(
     """The model of an open_clip network.
 
     Raises:
-        WeightsError: an input that is not square, or preprocessing that cannot be followed.
+        WeightsError: an input that is not square, preprocessing that cannot be followed, weights that are not
+            finite, or towers that give no embeddings.
     """
     visual: Any = net.visual
+    where = f"model {arch}"
     size = visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     if height != width:
-        raise WeightsError(f"model {arch}", f"an input of {height} x {width} pixels", "a square input")
+        raise WeightsError(where, f"an input of {height} x {width} pixels", "a square input")
     if getattr(visual, "output_tokens", False):  # CoCa: for its decoder, which classifies nothing
         visual.output_tokens = False
     merged = {**visual.preprocess_cfg, **{k: v for k, v in stated.items() if v is not None}}
     scale, bias = net.logit_scale, getattr(net, "logit_bias", None)
     quick_gelu = any(isinstance(part, QuickGELU) for part in net.modules())
     language = Language(net).requires_grad_(False)
+    state = {f"visual.{name}": value for name, value in visual.state_dict().items()} | net.state_dict()
+    numbers: dict[str, Any] = (
+        {"logit_scale": scale} if bias is None else {"logit_scale": scale, "logit_bias": bias}
+    )
+    loaded_towers.require_finite({**state, **numbers}, where)
+    inputs = torch.zeros(1, 3, height, width), tokenize(["a"])
+    loaded_towers.require_embeddings(visual, language, inputs, whole["embed_dim"], where)
     facts = ModelFacts(
         arch,
         quick_gelu,
@@ -277,8 +301,8 @@ def _wrap(
         visual=visual,
         language=language,
         tokenize=tokenize,
-        preprocess=of_open_clip(merged, int(height), f"model {arch}"),
-        logit_scale=float(scale.detach().exp()),  # type: ignore[operator, union-attr]
+        preprocess=of_open_clip(merged, int(height), where),
+        logit_scale=loaded_towers.scale_of(scale, where),  # type: ignore[arg-type]
         facts=facts,
         logit_bias=0.0 if bias is None else float(bias.detach()),
     )

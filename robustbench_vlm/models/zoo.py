@@ -157,13 +157,13 @@ def _plain(name: str) -> str:
 def _from_file(name: str, arch: str) -> Loaded:
     if not arch:
         expected = "--arch ARCH:TAG or local-dir:DIR, the model that it was made from"
-        do = f"in a recipe, name the folder that this makes: {weights_file.CONVERT}"
+        do = f"in a recipe, name the folder that this makes: {model_ids.CONVERT}"
         raise WeightsError(f"model {name}", "its architecture is not in the file", expected, do)
     made, _ = read_file(Path(name), arch)
     if made.old:
         found = f"an old pickle ({', '.join(made.old)})"
         raise WeightsError(
-            f"model {name}", found, "one of tensors alone", f"make it one: {weights_file.CONVERT}"
+            f"model {name}", found, "one of tensors alone", f"make it one: {model_ids.CONVERT}"
         )
     return _described(name, made, text_from="" if made.own_text else address(arch))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from robustbench_vlm import store
@@ -18,7 +18,6 @@ from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import naming, sandbox
 from robustbench_vlm.models.preprocess import Preprocess
 
-CONVERT = "vlmrob convert FILE --arch ARCH:TAG --out DIR"
 FIRST_EOS, EOS = 2, 49407  # the end of text by either number of transformers is the largest token id
 
 
@@ -76,9 +75,6 @@ def may_be_whole(found: sandbox.Unpickled) -> bool:
 def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, ...] = ()) -> Foreign:
     names = set(base.visual.state_dict()), set(base.language.state_dict())
     named = naming.read(state, *names, where)
-    for name, value in {**named.image, **named.text}.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise WeightsError(where, f"tensor {name!r} has values that are not finite", "trained weights")
     checkpoint.fill(base.visual, named.image, where)
     facts = base.facts
     if named.text:
@@ -86,6 +82,8 @@ def _fill(base: Clip, state: Mapping[str, Tensor], where: str, old: tuple[str, .
         facts = replace(facts, trained_tokens=None)
     scale = base.logit_scale if named.logit_scale is None else named.logit_scale
     bias = base.logit_bias if named.logit_bias is None else named.logit_bias
+    if not math.isfinite(scale) or not math.isfinite(bias):
+        raise WeightsError(where, f"logit_scale {scale:.4g} and logit_bias {bias:.4g}", "finite numbers")
     model = base.replaced(logit_scale=scale, logit_bias=bias, facts=facts)
     return Foreign(model.eval(), named.scheme, bool(named.text), old)
 

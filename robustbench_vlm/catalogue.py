@@ -230,7 +230,10 @@ def estimate(recipe: Recipe, defense: Defense) -> dict[str, Any]:
         config = _config(model)
         if config is None:
             return {"unknown": f"the architecture of {role} {model!r}, which is not on this machine"}
-        towers[role] = cost.tower(config)
+        tower = cost.tower(config)
+        if tower is None:
+            return {"unknown": f"what {role} {model!r} costs: no plain ViT or ModifiedResNet of open_clip"}
+        towers[role] = tower
     data = reader.read("datasets", recipe.data.dataset, DatasetCard)
     images = recipe.data.n or data.size.get(recipe.data.split, 0)
     return cost.estimate(recipe, passes, towers.pop("student"), towers, images)

@@ -136,6 +136,32 @@ def test_an_estimate_by_hand():
     }
 
 
+def test_a_batch_in_parts_takes_less_memory_and_more_forwards():
+    """The 2 forwards of the loss twice, beside backwards of 4; activations of a quarter of 8 images."""
+    made, student = recipe("tiny-clean", **{"optim.batch_size": 8}), cost.Tower(1e9, 2**30, 2**30, 0)
+    parts = recipe("tiny-clean", **{"optim.batch_size": 8, "optim.accumulate": 4})
+    whole, found = (cost.estimate(one, Passes(2), student, {}, 64) for one in (made, parts))
+    assert (whole["gflop_per_image"], found["gflop_per_image"]) == (6.0, 8.0)
+    assert found["gib"]["activations"] == whole["gib"]["activations"] / 4 == 16.0
+    assert "without checkpointing" in whole["assumes"]
+    assert "a batch in 4 parts" in found["assumes"]
+
+
+def test_a_tower_of_another_kind_is_none():
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        other = {"timm_model_name", "attentional_pool"} & config["vision_cfg"].keys()
+        other |= {"hf_model_name"} & config["text_cfg"].keys()
+        assert (cost.tower(config) is None) == bool(other), name
+
+
+def test_what_a_student_of_another_kind_costs_is_said_to_be_unknown():
+    made = recipe("tiny-clean", student='"ViT-B-16-SigLIP:webli"')
+    defense = plugins.build("defenses", "clean", {}, "a test")
+    said = catalogue.estimate(made, defense)["unknown"]
+    assert said.startswith("what student 'ViT-B-16-SigLIP:webli' costs")
+
+
 def test_only_a_student_with_batch_norms_is_run_for_their_statistics():
     """RN50 12.22 and ViT-B-32 8.82 GFLOP: 20 in the attack, 3 in the loss, and for RN50 one on x."""
     made, passes = recipe("paper-single-teacher-rn50"), Passes(1, student_batch_norm=1)

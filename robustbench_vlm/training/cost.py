@@ -8,7 +8,9 @@ gradients of the tower's weights and counts as one.
 
 One multiplication with its addition counts as two operations, and norms, activation functions and softmaxes
 are left out, as in the profile that open_clip publishes. The text tower runs once and is left out; with
-prompts it runs on every class in every step, which is left out too.
+prompts it runs on every class in every step, which is left out too. Where a batch is computed in parts
+(`optim.accumulate`), every forward of the loss that has a backward is computed twice, and activations are
+those of one part.
 """
 
 from __future__ import annotations
@@ -50,10 +52,25 @@ class Tower:
     mlp_ratio: float = 4.0
 
 
-def tower(config: Mapping[str, Any]) -> Tower:
-    """The image tower of an open_clip model configuration, a plain ViT or a ModifiedResNet, in numbers."""
-    vision = config["vision_cfg"]
-    text = _text(config["text_cfg"], config["embed_dim"])
+SIZES = {"image_size", "width", "layers", "patch_size"}
+NO_SIZES = {"head_width", "mlp_ratio", "no_ln_pre", "ls_init_value", "pool_type", "output_tokens"}
+NO_SIZES |= {"final_ln_after_pool", "act_kwargs", "norm_kwargs", "patch_dropout"}
+TEXT_SIZES = {"width", "layers", "vocab_size", "context_length"}
+"""Settings of towers that can be counted here; those in `NO_SIZES` hardly change what a tower costs."""
+
+
+def tower(config: Mapping[str, Any]) -> Tower | None:
+    """The image tower of an open_clip model configuration, a plain ViT or a ModifiedResNet, in numbers.
+
+    Returns:
+        None for a model with a tower of another kind, such as one of timm or transformers.
+    """
+    vision, given = config["vision_cfg"], config["text_cfg"]
+    if not SIZES <= vision.keys() <= SIZES | NO_SIZES or not given.keys() >= TEXT_SIZES:
+        return None
+    if not isinstance(vision["image_size"], int):
+        return None
+    text = _text(given, config["embed_dim"])
     if isinstance(vision["layers"], int):
         return _transformer(vision, config["embed_dim"], text)
     return _residual(vision, config["embed_dim"], text)
@@ -155,8 +172,15 @@ def estimate(
         "gflop_per_image": round(flops / 1e9, 4),
         "pflop_in_all": round(flops * seen / 1e15, 4),
         "gib": {name: round(size / GIB, 3) for name, size in memory.items()},
-        "assumes": "fp32, without checkpointing; kernels, allocator and context need memory on top",
+        "assumes": f"fp32, {_parts(recipe)}; kernels, allocator and context need memory on top",
     }
+
+
+def _parts(recipe: Recipe) -> str:
+    parts = recipe.optim.accumulate
+    return (
+        f"a batch in {parts} parts, computed again for the backward" if parts > 1 else "without checkpointing"
+    )
 
 
 def _without_gradient(passes: Passes, student: Tower) -> int:
@@ -169,9 +193,11 @@ def _flops(recipe: Recipe, passes: Passes, student: Tower, teachers: Mapping[str
     attack_steps = recipe.inner.steps if recipe.inner else 0
     backward = 2 if recipe.lora is None and recipe.prompts is None else 1
     without = _without_gradient(passes, student)
-    flops = student.flops * (2 * attack_steps + passes.student * (1 + backward) + without)
+    forwards = 2 if recipe.optim.accumulate > 1 else 1  # of what has a backward
+    flops = student.flops * (2 * attack_steps + passes.student * (forwards + backward) + without)
     for role, count in passes.teachers.items():
-        more = 2 * attack_steps * (role in passes.attacked) + backward * (role in passes.learners)
+        learns = backward + forwards - 1
+        more = 2 * attack_steps * (role in passes.attacked) + learns * (role in passes.learners)
         flops += teachers[role].flops * (count + more)
     return flops
 
@@ -187,6 +213,6 @@ def _memory(recipe: Recipe, passes: Passes, student: Tower, teachers: Mapping[st
     memory = {
         "weights": sum(tower.parameters + tower.text for tower in (student, *teachers.values())) * FLOAT,
         "gradients_and_moments": trained(recipe, student) * (1 + moments) * FLOAT,
-        "activations": per_image * recipe.optim.batch_size * FLOAT,
+        "activations": per_image * recipe.optim.batch_size // recipe.optim.accumulate * FLOAT,
     }
     return {**memory, "total": sum(memory.values())}

@@ -1,4 +1,4 @@
-"""The name of a device -> `torch.device`; and work in one thread."""
+"""The name of a device -> `torch.device`; what its bits depend on; and work in one thread."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         found = f"{count} CUDA devices here" if count else "no CUDA device here"
         raise InputError(f"--device {name}", found, do="use cpu, or see vlmrob doctor")
     return device
+
+
+def kernels(device: torch.device) -> dict[str, str]:
+    """What the bits of a computation depend on beside its inputs: kernels and version of torch."""
+    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return {"kernels": machine, "torch": torch.__version__}
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 from worlds import NAMES, describe, tilted, tokens_of, twin, with_mean_rows
 
 import robustbench_vlm
-from robustbench_vlm import store, tensor_files
+from robustbench_vlm import devices, store, tensor_files
 from robustbench_vlm.errors import CardError, InputError, WeightsError
 from robustbench_vlm.models import checkpoint, checkpoint_card, lora, openclip, zoo
 from robustbench_vlm.models.clip import Classifier, Clip, frozen
 from robustbench_vlm.models.preprocess import Preprocess
-from robustbench_vlm.models.text_bank import render, text_bank
+from robustbench_vlm.models.text_bank import calls, render, text_bank
 from robustbench_vlm.store import cache_folder
 
 
@@ -122,6 +122,18 @@ def test_a_text_bank_follows_the_order_of_the_classes(model, tmp_path, monkeypat
     monkeypatch.setenv("VLMROB_CACHE", str(tmp_path))
     sentences = render(NAMES, ["a photo of a {c}", "a {c} picture"])
     assert torch.equal(text_bank(model, sentences[::-1]), text_bank(model, sentences).flip(0))
+
+
+@pytest.mark.parametrize("other", [{"kernels": "another GPU"}, {"torch": "another version"}])
+def test_other_kernels_have_another_text_bank(model, tmp_path, monkeypatch, other):
+    """So the bits of a bank do not depend on which machine's bank was stored first."""
+    monkeypatch.setenv("VLMROB_CACHE", str(tmp_path))
+    sentences = [["a red circle"], ["a blue square"]]
+    text_bank(model, sentences)
+    assert calls(model, sentences) == 0
+    here = devices.kernels(model.device)
+    monkeypatch.setattr(devices, "kernels", lambda device: here | other)
+    assert calls(model, sentences) == 1
 
 
 def test_another_text_tower_has_another_text_bank(model, tmp_path, monkeypatch):

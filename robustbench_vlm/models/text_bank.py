@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from robustbench_vlm import tensor_files
+from robustbench_vlm import devices, tensor_files
 from robustbench_vlm.errors import InputError, WeightsError
 from robustbench_vlm.models.context_length import Tokenize, require_distinct
 from robustbench_vlm.store import cache_folder, fingerprint
@@ -78,8 +78,9 @@ def text_bank(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> Tensor:
     """One unit row per class: normalise each sentence's embedding, average, normalise again.
 
     This is the prompt ensemble of CLIP (Radford et al. 2021, section 3.1.4). The bank is stored on disk under
-    the fingerprint of the text encoder and its sentences, since encoding the 80,000 sentences of ImageNet
-    costs as much as an attack.
+    the fingerprint of the text encoder, its sentences and the kernels that encode them, since encoding the
+    80,000 sentences of ImageNet costs as much as an attack. So a bank has the same bits whether it was stored
+    or not.
 
     Args:
         model: whose text tower encodes the sentences.
@@ -113,7 +114,9 @@ def calls(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> int:
 
 def _place(model: TextEncoder, sentences: Sequence[Sequence[str]]) -> tuple[str, Path]:
     """The key of a bank, and the file in which it is stored."""
-    key = fingerprint({"text": model.text_fingerprint(), "sentences": [list(s) for s in sentences]})
+    texts = [list(group) for group in sentences]
+    facts = {"text": model.text_fingerprint(), "sentences": texts, **devices.kernels(model.device)}
+    key = fingerprint(facts)
     return key, cache_folder() / "text" / f"{key}.safetensors"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_vlm import store
+from robustbench_vlm import devices, store
 from robustbench_vlm.data.dataset import Split
 from robustbench_vlm.errors import Incomplete, WeightsError
 from robustbench_vlm.store import cache_folder
@@ -49,7 +49,6 @@ def source_of(
         compute: precision and kernels of the recipe.
         device: where the teacher runs.
     """
-    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "model": model,
         "dataset": split.card.name,
@@ -60,13 +59,8 @@ def source_of(
         **({} if split.card.resize in ("model", "bicubic") else {"resize": split.card.resize}),
         "rows": rows,
         "compute": dict(compute),
-        "kernels": kernels,
-        "torch": torch.__version__,
+        **devices.kernels(device),
     }
-
-
-def _cpu() -> str:
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,16 @@ def test_a_saved_step_of_a_run_is_a_model(teacher, tmp_path):
     assert zoo.arch_of(step(teacher, 2)) == last.card.arch
 
 
+def test_a_step_with_adapters_says_what_it_is(toy, tmp_path):
+    recipe = toy.recipe("clean", inner=None, optim=OPTIM, lora={"r": 2, "alpha": 2, "targets": ["attn"]})
+    loop.run(recipe, tmp_path, toy.data, CPU, lambda line: None)
+    name = next(iter(sorted((tmp_path / "checkpoints").glob("*.safetensors"))))
+    with pytest.raises(
+        WeightsError, match="a saved step with adapters, which are merged at the end of a run"
+    ):
+        zoo.load(str(name))
+
+
 def test_a_step_of_an_unfinished_or_other_run_is_refused(toy, teacher, tmp_path):
     alone = tmp_path / "unfinished" / "checkpoints" / "step_0000002.safetensors"
     alone.parent.mkdir(parents=True)

@@ -147,6 +147,21 @@ def test_training_changes_the_prompts_alone_and_the_folder_keeps_both_towers(wor
     assert not loaded.model.untrained_words(["a photo of a red square"])
 
 
+def test_a_saved_step_has_the_prompts_of_that_step(world, tmp_path):
+    reader.include([world.cards])
+    optim = {"lr": 1e-2, "steps": 2, "batch_size": 8}
+    recipe = world.recipe("tecoa", prompts=PROMPTS, optim=optim, checkpoint_every=1)
+    loop.run(recipe, tmp_path, world.data, CPU, lambda line: None)
+    reader.include([])
+    path = tmp_path / "checkpoints" / "step_0000001.safetensors"
+    saved, last, middle = load_file(path), zoo.load(str(tmp_path)), zoo.load(str(path))
+    learned = prompts.state(middle.model.language)
+    assert learned.keys() == prompts.state(last.model.language).keys()
+    for name, value in learned.items():
+        assert torch.equal(value, saved[f"prompts.student.text.{name}"])
+    assert middle.card.text_sha256 != last.card.text_sha256
+
+
 def test_the_teacher_of_apd_learns_along(toy, tmp_path):
     recipe = toy.recipe("apd", "clean", prompts=PROMPTS)
     setup = prepare(recipe, toy.data, CPU)

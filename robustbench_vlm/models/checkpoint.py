@@ -197,20 +197,20 @@ def fill_text(module: nn.Module, path: Path) -> frozenset[int]:
     return frozenset(int(i) for i in ids)
 
 
-def fill_prompts(language: nn.Module, path: Path) -> None:
+def fill_prompts(language: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
     """Load the prompts of a text tower, strictly.
 
     Raises:
         WeightsError: a tensor is missing, unexpected or of another shape; the message names the first.
     """
-    own, saved = prompts.state(language), read_state(path)
+    own = prompts.state(language)
     for name in sorted(own.keys() ^ saved.keys()):
-        raise WeightsError(str(path), f"prompt {name!r} is in one of file and card only", "the same in both")
+        raise WeightsError(where, f"prompt {name!r} is in one of file and card only", "the same in both")
     with torch.no_grad():
         for name, value in own.items():
             if value.shape != saved[name].shape:
                 shapes = f"prompt {name!r} has shape {tuple(saved[name].shape)}"
-                raise WeightsError(str(path), shapes, str(tuple(value.shape)))
+                raise WeightsError(where, shapes, str(tuple(value.shape)))
             value.copy_(saved[name])
 
 
@@ -296,7 +296,8 @@ def open_folder(folder: Path, card: CheckpointCard, text: Clip | None) -> Clip:
     if card.prompts is not None:
         model = prompts.attach(model, PromptSizes(**card.prompts.model_dump()))
         if card.prompts.text:
-            fill_prompts(model.language, folder / "prompts.safetensors")
+            path = folder / "prompts.safetensors"
+            fill_prompts(model.language, read_state(path), str(path))
     image = folder / "image.safetensors"
     fill(model.visual, read_state(image), str(image))
     return model.eval()

@@ -17,6 +17,9 @@ from robustbench_vlm.models.checkpoint_card import CheckpointCard
 from robustbench_vlm.models.clip import Clip
 from robustbench_vlm.models.foreign import weights_file
 
+TEXT_PROMPTS = "prompts.student.text."
+"""Before the names of a student's text prompts in a saved step (`training.setup`)."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -121,7 +124,7 @@ def _of_folder(name: str, folder: Path, readers: tuple[Path, ...]) -> Loaded:
 
 
 def _of_step(name: str, run: Path, readers: tuple[Path, ...]) -> Loaded:
-    """The student of a finished run as it was at a saved step: that image tower, and all else of the run.
+    """The student of a finished run at a saved step: that image tower and prompts, and all else of the run.
 
     Raises:
         WeightsError: the run is not finished, so there is no card to read the step with, or the step is of
@@ -135,7 +138,12 @@ def _of_step(name: str, run: Path, readers: tuple[Path, ...]) -> Loaded:
     if step.facts.get("recipe") != last.card.training.get("recipe_sha256"):
         raise WeightsError(f"model {name}", "a step of another recipe", f"one of {run}")
     tower = {k.removeprefix("student."): v for k, v in step.tensors.items() if k.startswith("student.")}
+    if any(".lora_" in part for part in tower):
+        found = "a saved step with adapters, which are merged at the end of a run"
+        raise WeightsError(f"model {name}", found, "a run without [lora]", f"name the whole run {run}")
     checkpoint.fill(last.model.visual, tower, name)
+    learned = {k.removeprefix(TEXT_PROMPTS): v for k, v in step.tensors.items() if k.startswith(TEXT_PROMPTS)}
+    checkpoint.fill_prompts(last.model.language, learned, name)
     card = checkpoint.describe(
         last.model,
         f"{last.card.name}-{Path(name).stem}",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustbench_vlm import console, store
+from robustbench_vlm import console
 from robustbench_vlm.errors import InputError
 
 
@@ -74,7 +74,7 @@ def require_tiny(names: list[str], root: Path) -> None:
     """Render the datasets of the tiny world that are asked for and not there yet."""
     from robustbench_vlm.data.tiny import write
 
-    with console.meter() as meter, store.explained(root, "--data-root"):
+    with console.meter() as meter:
         made = write.make_missing(root, meter, names)
     if made:
         console.remark(f"rendered the tiny world into {root}")

@@ -135,9 +135,7 @@ def _make_place(
     """Look whether `out` can be written, and render the images of the tiny world if they are missing."""
     if not (out / "card.json").exists():
         store.require_writable(out, "--out", make=False)
-    with store.explained(data_root, "--data-root"):
-        made = write.make_missing(data_root, meter, [recipe.data.dataset])
-    if made:
+    if write.make_missing(data_root, meter, [recipe.data.dataset]):
         remark(f"rendered the tiny world into {data_root}")
 
 

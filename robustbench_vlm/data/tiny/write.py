@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from robustbench_vlm import store
 from robustbench_vlm.cards import reader
 from robustbench_vlm.cards.dataset import DatasetCard
 from robustbench_vlm.data import dataset, layout
@@ -62,12 +63,16 @@ def make_missing(root: Path, progress: Progress, only: Sequence[str] | None = No
         root: folder of all datasets.
         progress: called with (what, done, total).
         only: names of datasets; those that are not of the tiny world are ignored. Default: all of it.
+
+    Raises:
+        InputError: a dataset is missing, and `root` cannot be written.
     """
     made: list[Path] = []
     for name in reader.names("datasets") if only is None else only:
         card = reader.read("datasets", name, DatasetCard)
         if card.made_by == "tiny" and any(dataset.missing([card], root, split) for split in card.size):
-            made += make(root, [reader.plain_name(name)], progress)
+            with store.explained(root, "--data-root"):
+                made += make(root, [reader.plain_name(name)], progress)
     return made
 
 

@@ -28,7 +28,7 @@ def write(study: Study, places: Places) -> list[Path]:
     """
     known = outcomes.read(outcomes.ledger(places.tables, study.name))
     report = Report(study, places.out, known)
-    name, told, picture = study.name, list(sections(report)), plot.svg(report)
+    name, told, picture = store.file_name(study.name), list(sections(report)), plot.svg(report)
     content = {
         f"{name}.csv": leaderboard.csv(points(report)),
         f"{name}-comparisons.csv": leaderboard.csv(comparisons(report)),

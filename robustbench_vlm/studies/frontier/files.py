@@ -111,10 +111,10 @@ def comparisons(report: Report) -> pd.DataFrame:
 
 def markdown(study: Study, told: Sequence[Section]) -> bytes:
     """The page as Markdown, without the commands, which are long."""
-    lines = [f"# {safe_text.markdown(study.title)}", ""]
+    lines, file = [f"# {safe_text.markdown(study.title)}", ""], store.file_name(study.name)
     lines += [
-        f"Made by `vlmrob study {study.name}`; the numbers are in `{study.name}.csv` and "
-        f"`{study.name}-comparisons.csv`, and every verdict in `{study.name}-outcomes.jsonl`.",
+        f"Made by {safe_text.code(f'vlmrob study {study.name}')}; the numbers are in `{file}.csv` and "
+        f"`{file}-comparisons.csv`, and every verdict in `{file}-outcomes.jsonl`.",
         "",
     ]
     for section in told:
@@ -147,7 +147,7 @@ def html(study: Study, told: Sequence[Section], picture: bytes) -> bytes:
     drawn = picture.decode()
     page = environment.get_template("frontier.html").render(
         title=safe_text.line(study.title),
-        name=study.name,
+        name=safe_text.line(study.name),
         sections=told,
         notes=[safe_text.line(note) for note in study.notes],
         picture=Markup(drawn[drawn.index("<svg") :]),  # noqa: S704 - matplotlib escapes its texts

@@ -112,6 +112,8 @@ class CellRun:
 
     def keep_failures(self) -> Cost:
         """Make the checks of what was attacked now, and keep those that fail; returns the model calls."""
+        if not self.attacked:
+            return Cost()
         seen, cost = self.work.checks(self.clean.rows(range(len(self.table))[: self.cell.chain.rows]))
         # Failures alone: a run that was resumed saw less, and what is recorded must not depend on that.
         failed = [check for check in seen if check.level == "fail"]

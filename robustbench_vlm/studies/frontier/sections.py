@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from robustbench_vlm import store
 from robustbench_vlm.cards.study import Measurement, Rule
 from robustbench_vlm.results import stats
 from robustbench_vlm.results.stats import Mean
@@ -174,7 +175,8 @@ def _fronts(report: Report) -> Section:
         f"linear between neighbours and never beyond the highest. The hypervolume is measured from {x:g} % "
         f"clean and {y:g} % robust accuracy, in squared points.",
     )
-    return Section("Fronts on validation images", lines, columns, tuple(rows), f"{study.name}.svg")
+    picture = f"{store.file_name(study.name)}.svg"
+    return Section("Fronts on validation images", lines, columns, tuple(rows), picture)
 
 
 def _heights(points: np.ndarray, reference: tuple[float, float]) -> list[float]:

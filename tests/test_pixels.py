@@ -145,6 +145,12 @@ def test_a_header_that_claims_too_much(side):
         pixels.rgb(png_claiming(side, side), "here")
 
 
+@pytest.mark.parametrize(("size", "left"), [((1, 100), "0 x 32"), ((100, 1), "32 x 0")])
+def test_an_image_of_which_the_longest_side_leaves_nothing_is_named(size, left):
+    with pytest.raises(DataError, match=rf"here: \d+ x \d+ pixels, resized to {left}"):
+        pixels.model(saved(Image.new("RGB", size)), 32, "here", "bicubic-longest")
+
+
 def test_a_thin_image_is_not_blown_up():
     with pytest.raises(DataError, match="resized to 224 x 4480000"):
         pixels.model(saved(Image.new("RGB", (1, 20_000))), 224, "here")

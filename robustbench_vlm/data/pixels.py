@@ -99,14 +99,17 @@ def model(content: bytes, px: int, where: str, resize: CardResize = "bicubic") -
     know no model.
 
     Raises:
-        DataError: as `rgb`, or an image so thin that its resized longer side passes 64 million pixels.
+        DataError: as `rgb`, or an image so thin that nothing is left of its shorter side, or that its resized
+            longer side passes 64 million pixels.
     """
     image = rgb(content, where)
     kernel, _, mode = ("bicubic" if resize == "model" else resize).partition("-")
     width, height = _resized_sides(image.width, image.height, px, mode)
+    found = f"{image.width} x {image.height} pixels, resized to {width} x {height}"
     if width * height > LARGEST:
-        found = f"{image.width} x {image.height} pixels, resized to {width} x {height}"
         raise _too_large(where, found)
+    if not width * height:
+        raise DataError(where, found, "an image that is not as thin", "remove or crop it")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling[kernel.upper()])
     left, top = (_offset(side, px) for side in image.size)

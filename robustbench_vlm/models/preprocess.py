@@ -27,6 +27,7 @@ CANVAS: dict[tuple[Interpolation, ResizeMode], Resize] = {
 }
 KERNELS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 RGB_MAX = 255.0
+Channels = tuple[float, float, float]
 
 # Keys of open_clip's `preprocess_cfg`. The others in this list name weights or activation, not preprocessing.
 OPEN_CLIP_KEYS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
@@ -115,7 +116,7 @@ def of_open_clip(stated: Mapping[str, Any], side: int, where: str) -> Preprocess
         found = f"resize_mode 'longest' with fill_color {stated['fill_color']!r:.40}"
         raise WeightsError(where, found, "fill_color 0 (black borders)")
     mean, std = (_channels(stated[key], f"{where}, preprocess_cfg.{key}") for key in ("mean", "std"))
-    _require_positive(std, where)
+    _require_of_pixels(mean, std, where)
     return Preprocess(side, mean, std, interpolation=kernel, resize_mode=mode)
 
 
@@ -153,13 +154,11 @@ def of_transformers(stated: Mapping[str, Any], own: Preprocess, where: str) -> P
     if stated.get("do_normalize", True):
         mean = _channels(stated.get("image_mean", own.mean), f"{where}, image_mean")
         std = _channels(stated.get("image_std", own.std), f"{where}, image_std")
-        _require_positive(std, where)
     scale = 1.0 if math.isclose(factor * RGB_MAX, 1.0, rel_tol=1e-9) else factor * RGB_MAX
-    red, green, blue = (value / scale for value in mean)
-    of_red, of_green, of_blue = (value / scale for value in std)
-    return Preprocess(
-        own.image_size, (red, green, blue), (of_red, of_green, of_blue), own.antialias, KERNELS[kernel], mode
-    )
+    mean = mean[0] / scale, mean[1] / scale, mean[2] / scale
+    std = std[0] / scale, std[1] / scale, std[2] / scale
+    _require_of_pixels(mean, std, where)
+    return Preprocess(own.image_size, mean, std, own.antialias, KERNELS[kernel], mode)
 
 
 def _transformers_mode(stated: Mapping[str, Any], side: int, where: str) -> ResizeMode:
@@ -194,7 +193,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _channels(stated: object, where: str) -> tuple[float, float, float]:
+def _channels(stated: object, where: str) -> Channels:
     """Three numbers from a list of three, or from one number for all channels."""
     values = list(stated) if isinstance(stated, list | tuple) else [stated] * 3
     numbers = [float(value) for value in values if _is_number(value)]
@@ -203,6 +202,8 @@ def _channels(stated: object, where: str) -> tuple[float, float, float]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _require_positive(std: tuple[float, float, float], where: str) -> None:
-    if min(std) <= 0:
-        raise WeightsError(where, f"std {std}", "three positive numbers")
+def _require_of_pixels(mean: Channels, std: Channels, where: str) -> None:
+    """Refuse a normalisation that is no mean and deviation of pixels in [0, 1], such as that of 0 to 255."""
+    if not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)):
+        expected = "of pixels in [0, 1]: means from 0 to 1, deviations above 0 and at most 1"
+        raise WeightsError(where, f"mean {mean} and std {std}", expected, "divide those of 0 to 255 by 255")

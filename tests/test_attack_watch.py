@@ -4,7 +4,7 @@ import torch
 from attack_models import blobs, classifier
 from torch import Tensor
 
-from robustbench_vlm.engine import attack_watch, canonical, derivatives
+from robustbench_vlm.engine import attack_watch, canonical, derivatives, model_checks
 from robustbench_vlm.engine.attack_watch import AttackWatch, GradientWatch
 from robustbench_vlm.engine.job import Model
 from robustbench_vlm.engine.oracle import Oracle
@@ -89,6 +89,34 @@ def test_answers_that_change_are_seen():
     found, _ = checked(watched(lambda x: classifier()(x) + (next(calls) >= 12)))
     assert found["outputs-changed"].level == "fail"
     assert abs(found["outputs-changed"].value - 1) < 1e-3
+
+
+def test_answers_that_are_no_longer_finite_are_seen():
+    calls = iter(range(100))
+    found, _ = checked(watched(lambda x: classifier()(x) * (1 if next(calls) < 12 else torch.nan)))
+    assert found["outputs-changed"].level == "fail"
+    assert "160 clean logits are no longer finite" in found["outputs-changed"].sentence
+
+
+def test_a_model_that_writes_all_its_logits_into_the_same_memory_is_honest():
+    memory = {}
+
+    def model(x):  # as a captured CUDA graph does
+        logits = classifier()(x) * 1
+        own = memory.setdefault(logits.shape, torch.zeros_like(logits).detach())
+        own.data.copy_(logits.data)
+        logits.data = own.data
+        return logits
+
+    images, labels = data()
+    other = torch.cat([images, 1 - images])
+    assert torch.equal(canonical.logits(model, other, ROWS), canonical.logits(classifier(), other, ROWS))
+    plain, seen = (
+        model_checks.examine(f, images, labels, [str(i) for i in range(ROWS)], rows=ROWS, seed=0)
+        for f in (classifier(), model)
+    )
+    assert seen.failed == plain.failed == []
+    assert [one.level for one in checked(watched(model))[0].values()] == ["pass", "pass"]
 
 
 def test_a_line_to_a_survivor_along_which_the_gradient_says_nothing_is_seen():

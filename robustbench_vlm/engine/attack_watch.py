@@ -148,23 +148,18 @@ class AttackWatch:
             return [], Cost()
         probe, canonically = (Probe.of(self.model.canonical, rows) for rows in (self.called, self.rows))
         again = canonically.logits(images)
+        lost = clean.isfinite() & ~again.isfinite()
         change = float((again - clean).abs().nan_to_num(nan=0.0, posinf=0.0).max())
         bound = canonically.rounding(clean, UNITS)
-        found = [
-            check(
-                OUTPUTS_CHANGED,
-                "fail" if change > bound else "pass",
-                change,
-                bound,
-                f"after the attack a clean logit differs by up to {change:.2g} from what it was before it",
-            )
-        ]
+        same = change <= bound and not bool(lost.any())
+        sentence = f"after the attack a clean logit differs by up to {change:.2g} from what it was before it"
+        if bool(lost.any()):
+            sentence = f"after the attack {int(lost.sum())} clean logits are no longer finite"
+        found = [check(OUTPUTS_CHANGED, "pass" if same else "fail", change, bound, sentence)]
         oracle = Oracle(self.model.attacked, once=not self.model.plain, fixed=self.model.fixed)
         try:
             found += self._repeated(oracle)
-            found += (
-                self._along(probe, change, images.device) if change <= bound and self._gradients.calls else []
-            )
+            found += self._along(probe, change, images.device) if same and self._gradients.calls else []
         except AttackError as error:  # no gradient any more, where there was one before
             found.append(check(gradient_check.MISMATCH, "fail", None, AGREEMENT, str(error)))
         calls = [one.calls for one in (oracle, probe.oracle, canonically.oracle)]

@@ -32,7 +32,8 @@ def logits(classify: Classify, images: Tensor, rows: int) -> Tensor:
                 what = f"{str(output.dtype).removeprefix('torch.')} of shape {shape}"
                 wanted = f"logits of shape ({rows}, classes), 2 classes or more (write one score s as (0, s))"
                 raise AttackError(f"the model returns {what} for {rows} images; expected {wanted}")
-            found.append(output[: len(chunk)].detach().float())
+            # A copy, since a model may write its next logits into the same memory.
+            found.append(output[: len(chunk)].detach().to(torch.float32, copy=True))
     return torch.cat(found)
 
 

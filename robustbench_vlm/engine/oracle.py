@@ -158,7 +158,7 @@ class Oracle:
 
     def _classified(self, images: Tensor) -> Tensor:
         self.calls.largest = max(self.calls.largest, len(images))
-        return self.classify(images)
+        return self.classify(images).clone()  # a model may write its next logits into the same memory
 
     def _forward(
         self, images: Tensor, objectives: Callable[[Tensor], Tensor]

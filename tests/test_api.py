@@ -22,7 +22,7 @@ from robustbench_vlm.cards import plugins
 from robustbench_vlm.data import layout
 from robustbench_vlm.data.tiny import write
 from robustbench_vlm.data.tiny.worlds import WORLDS
-from robustbench_vlm.errors import AttackError, InputError, UntrustedResultWarning
+from robustbench_vlm.errors import AttackError, DataError, InputError, UntrustedResultWarning
 from robustbench_vlm.models.clip import InBf16
 from robustbench_vlm.models.text_bank import render, text_bank
 from robustbench_vlm.threat import Threat, parse_eps
@@ -174,6 +174,11 @@ def normalised(images):
         (lambda i, y: (i.numpy(), y), "images: a ndarray; expected a torch.Tensor"),
         (lambda i, y: (i, y.tolist()), "labels: a list; expected a torch.Tensor"),
         (lambda i, y: (i, y.to("meta")), "labels: on meta; expected on cpu, where the images are"),
+        (lambda i, y: (i.to_sparse(), y), r"images: a tensor of torch.sparse_coo .* a dense tensor of real"),
+        (
+            lambda i, y: (torch.complex(i, i), y),
+            "images: .* with numbers of torch.complex64; expected a dense",
+        ),
         (lambda i, y: (i, y[:, None]), r"int64 of shape \(12, 1\); expected int64 class indices"),
     ],
 )
@@ -190,7 +195,13 @@ def test_bad_tensors_are_refused_in_one_line(chain, data, change, message):
         ({"keys": ["a"]}, "12 distinct names"),
         ({"chain": "autoatack"}, "did you mean 'autoattack'"),
         ({"threat": "1.5"}, "ambiguous"),
-        ({"batch_size": 0}, "batch_size: 0; expected 1 to 8192, or None"),
+        ({"batch_size": 0}, "batch_size: 0; expected a whole number from 1 to 8192, or None"),
+        ({"batch_size": 2.5}, "batch_size: 2.5; expected a whole number"),
+        ({"batch_size": "4"}, "batch_size: '4'; expected a whole number"),
+        ({"batch_size": True}, "batch_size: True; expected a whole number"),
+        ({"seed": "x"}, "seed: 'x'; expected a whole number"),
+        ({"seed": None}, "seed: None; expected a whole number"),
+        ({"seed": 1.5}, "seed: 1.5; expected a whole number"),
         ({"live": 4}, r"attack\(live=...\): no such argument; "),
         ({"prcision": "bf16"}, "did you mean 'precision'"),
         ({"engine": "torchatacks"}, "did you mean 'torchattacks'"),
@@ -203,6 +214,21 @@ def test_bad_arguments_are_refused_in_one_line(chain, data, more, message):
     threat = more.pop("threat", EPS)
     with pytest.raises(InputError, match=message):
         robustbench_vlm.attack(classifier(), *data, threat, **{"chain": chain} | more)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_in_one_line(chain, data):
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 12 * 12, 10)).eval()
+    with pytest.raises(InputError, match=r"model: weights that were made inside torch.inference_mode"):
+        robustbench_vlm.attack(model, *data, EPS, chain=chain)
+
+
+def test_too_little_memory_is_not_blamed_on_the_images(chain, data):
+    def model(images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        robustbench_vlm.attack(model, *data, EPS, chain=chain)
 
 
 def test_images_on_another_device_than_the_model_are_refused(chain, data):
@@ -388,8 +414,17 @@ def test_every_public_function_has_an_example():
             assert ">>> " in found.__doc__, name
 
 
+def test_results_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no "):
+        robustbench_vlm.leaderboard(tmp_path / "nowhere")
+
+
 def test_evaluate_refuses_in_one_line():
     for more, message in (
+        (
+            {"datasets": "tiny-digit"},
+            "--dataset tiny-digit: not in suite tiny; .* did you mean 'tiny-digits'",
+        ),
         ({"suite": "tinny"}, "did you mean 'tiny'"),
         ({"eps": 1.5}, "ambiguous"),
         ({"dataset": "tiny-digits"}, r"evaluate\(dataset=...\): no such argument; did you mean 'datasets'"),

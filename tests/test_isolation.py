@@ -9,6 +9,7 @@ from attack_models import blobs, classifier
 from torch import nn
 
 import robustbench_vlm
+from robustbench_vlm.api import commands
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.errors import InputError, UntrustedResultWarning
 from robustbench_vlm.threat import Threat
@@ -45,6 +46,7 @@ AROUND = {
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "double": double,
+    "another device": lambda: torch.device("meta"),
 }
 
 
@@ -53,7 +55,12 @@ def told():
     conv = torch.backends.cudnn.conv
     return (
         *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
-        *(torch.get_default_dtype(), torch.backends.cuda.matmul.fp32_precision, conv.fp32_precision),
+        *(
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.backends.cuda.matmul.fp32_precision,
+            conv.fp32_precision,
+        ),
         *(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
     )
 
@@ -84,9 +91,27 @@ def test_the_state_comes_back_after_an_error_too():
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert inside == [True, False, False, torch.float32, "ieee", "ieee", True, False]
+    cpu = torch.device("cpu")
+    assert inside == [True, False, False, torch.float32, cpu, "ieee", "ieee", True, False]
     assert told() == before
     torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_models_are_loaded_and_trained_in_torchs_own_state(tmp_path, monkeypatch, around):
+    seen = []
+
+    def run_recipe(*_, **__):
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return tmp_path
+
+    monkeypatch.setattr(commands, "run_recipe", run_recipe)
+    with around():
+        assert robustbench_vlm.train("clean", out=tmp_path) == tmp_path
+        model = robustbench_vlm.load_model("tiny")
+        assert torch.is_grad_enabled() is False
+    assert seen == [(True, False)]
+    assert not any(value.is_inference() for value in model.state_dict().values())
 
 
 def test_images_that_require_a_gradient_are_attacked_and_left_alone(chain, data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TypedDict, Unpack
 
 import pandas as pd
@@ -16,6 +17,7 @@ from robustbench_vlm.engine import attacked_view, batch_shapes, canonical, losse
 from robustbench_vlm.engine.attack_watch import AttackWatch
 from robustbench_vlm.engine.isolation import isolated, restored_buffers
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
+from robustbench_vlm.engine.oracle import out_of_memory
 from robustbench_vlm.engine.tied_classes import TiedClasses
 from robustbench_vlm.errors import InputError, UntrustedResultWarning, nearest
 from robustbench_vlm.evaluation import tensors
@@ -34,7 +36,9 @@ class Attacked:
 
     Attributes:
         verdicts: one row an image, in the order given; columns as in the Parquet file of a result.
-        images: (N, 3, H, W) on the CPU: the adversarial image where one was found, else the last iterate.
+        images: (N, 3, H, W) on the CPU: the adversarial image where one was found, else that of the last
+            stage which attacked the image: the last iterate of gradient attacks, the best image of Square,
+            and the clean image of FAB, of mode `reference` and of packages.
         robust: number of images that are still classified correctly after each stage of the chain.
         engine: the attack engine with mode and version, as in a result.
         precision: in which the attacks saw the model, as in a result.
@@ -141,9 +145,18 @@ def _job(chain: Chain, ball: Threat, options: AttackOptions) -> Job:
     """The stages of a chain and how they are run; the number of classes is not known yet."""
     chain.require_norm(ball.norm)
     batch_size = options.get("batch_size")
-    if batch_size is not None and not 1 <= batch_size <= MOST_ROWS:
-        raise InputError("batch_size", str(batch_size), f"1 to {MOST_ROWS}, or None")
-    return chain.job(ball, n_classes=0, seed=options.get("seed", 0), batch_size=batch_size)
+    if batch_size is not None and (not _is_whole(batch_size) or not 1 <= batch_size <= MOST_ROWS):
+        raise InputError(
+            "batch_size", f"{batch_size!r:.40}", f"a whole number from 1 to {MOST_ROWS}, or None"
+        )
+    seed = options.get("seed", 0)
+    if not _is_whole(seed):
+        raise InputError("seed", f"{seed!r:.40}", "a whole number")
+    return chain.job(ball, n_classes=0, seed=seed, batch_size=batch_size)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _with_classes(job: Job, clean: Tensor, labels: Tensor) -> Job:
@@ -201,6 +214,8 @@ def _clean_logits(model: Classify, images: Tensor, rows: int) -> Tensor:
     try:
         return canonical.logits(model, images, rows)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         reason = [*str(error).strip().splitlines(), "no message"][0]
         found = f"shape {tuple(images.shape)}, on which the model fails: {reason}"
         raise InputError("images", found, "images that the model takes") from error

@@ -18,6 +18,7 @@ from robustbench_vlm.api.attack import require_known
 from robustbench_vlm.backends.backend import Backend
 from robustbench_vlm.cards import reader
 from robustbench_vlm.devices import choose_device
+from robustbench_vlm.engine.isolation import default_state
 from robustbench_vlm.errors import UntrustedResultWarning
 from robustbench_vlm.evaluation import planning
 from robustbench_vlm.evaluation.run import flagged, run_plan
@@ -39,7 +40,7 @@ class EvalOptions(TypedDict, total=False):
     """Further arguments of `evaluate`; what is left out is as the suite says.
 
     Attributes:
-        datasets: only these datasets of the suite.
+        datasets: only these datasets of the suite, or this one.
         norm: `linf`, `l2` or `l1`.
         protocol: evaluate as a paper does; the name of a protocol card.
         until: stop a model when the interval of its mean robust accuracy is this many points to each side.
@@ -54,7 +55,7 @@ class EvalOptions(TypedDict, total=False):
             by default this process attacks.
     """
 
-    datasets: Sequence[str]
+    datasets: str | Sequence[str]
     norm: str
     protocol: str
     until: float | None
@@ -92,7 +93,8 @@ def load_model(name: str, device: torch.device | str = "cpu", arch: str = "") ->
         >>> classifier(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 2])
     """
-    return zoo.load(name, device, arch).model.eval()
+    with default_state():
+        return zoo.load(name, device, arch).model.eval()
 
 
 def evaluate(
@@ -141,7 +143,7 @@ def evaluate(
         suite=suite or ("" if protocol else "tiny"),
         results=Path(results),
         data_root=Path(data_root),
-        datasets=tuple(options.get("datasets", ())),
+        datasets=_names(options.get("datasets", ())),
         eps=",".join(map(typed_eps, [eps] if isinstance(eps, str | float | int) else eps)),
         n=n,
         backend=Backend(options.get("engine", "native"), options.get("mode", "fast")),
@@ -149,7 +151,8 @@ def evaluate(
         **typed,
     )
     device = options.get("device", "auto")
-    rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)
+    with default_state():
+        rows = run_plan(planning.plan(request, choose_device(device)), _no_progress, LOG.info)
     for line in flagged(rows, "failed"):
         warnings.warn(line, UntrustedResultWarning, stacklevel=2)
     return rows
@@ -190,7 +193,8 @@ def train(
     """
     chosen = resolve(name, recipe, settings, LOG.info)
     folder = folder_of(chosen) if out is None else Path(out)
-    return run_recipe(chosen, folder, Path(data_root), device, _no_progress, LOG.info, resume=resume)
+    with default_state():
+        return run_recipe(chosen, folder, Path(data_root), device, _no_progress, LOG.info, resume=resume)
 
 
 def leaderboard(
@@ -203,6 +207,9 @@ def leaderboard(
         suite: one of `list_suites()`, or a TOML file.
         out: folder to write `<suite>.csv`, `.md` and `.html` into; by default nothing is written.
 
+    Raises:
+        DataError: no results of the suite, or results that cannot share a table.
+
     Example:
         >>> rows = leaderboard("results")  # after `evaluate`
         >>> sorted(set(rows.model_id))
@@ -211,7 +218,7 @@ def leaderboard(
     chosen = reader.suite(suite)
     if out is not None:
         return tables.render(Path(results), chosen, Path(out))[0]
-    return tables.table(result_file.of_suite(result_file.read(Path(results)), chosen), chosen)
+    return tables.rows_of(Path(results), chosen)
 
 
 def compare(a: str, b: str, results: str | Path = "results", suite: str = "tiny") -> pd.DataFrame:
@@ -224,7 +231,8 @@ def compare(a: str, b: str, results: str | Path = "results", suite: str = "tiny"
         suite: one of `list_suites()`, or a TOML file.
 
     Returns:
-        One row a dataset and one over all of them, for each attack and radius that both models have.
+        For each attack and radius that both models have, one row a dataset, and two over all of them:
+        `all images`, and `mean` of the datasets.
 
     Raises:
         InputError: a model without results, or no attack and radius that both have.

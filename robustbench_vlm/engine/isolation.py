@@ -15,29 +15,43 @@ AUTOCAST = ("cpu", "cuda", "mps")
 
 
 @contextmanager
-def isolated(*, tf32: bool = False) -> Iterator[None]:
-    """Run with gradients on, autocast off, float32 by default, and the kernels of `numerics`.
+def default_state() -> Iterator[None]:
+    """Run with gradients on, autocast off, and float32 on the CPU as the default of new tensors.
 
-    Covers what changes numbers without a word: `torch.no_grad` or `inference_mode` around the call, autocast,
-    `torch.set_default_dtype`, TF32, kernels that cuDNN picks by a benchmark. Everything is restored.
-
-    Args:
-        tf32: whether fp32 products may be rounded to TF32.
+    Whatever of it the caller has set otherwise comes back at the end: `torch.no_grad` or `inference_mode`
+    around the call, autocast, `torch.set_default_dtype`, `torch.set_default_device`.
     """
-    dtype, benchmark = torch.get_default_dtype(), torch.backends.cudnn.benchmark
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device in AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(numerics(tf32=tf32))
+        if torch.get_default_device().type != "cpu":  # this mode costs time in every call of torch
+            stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
-        torch.backends.cudnn.benchmark = False
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def isolated(*, tf32: bool = False) -> Iterator[None]:
+    """Run in `default_state` and with the kernels of `numerics`, none of them picked by a benchmark.
+
+    Covers what changes numbers without a word. Everything is restored.
+
+    Args:
+        tf32: whether fp32 products may be rounded to TF32.
+    """
+    benchmark = torch.backends.cudnn.benchmark
+    with default_state(), numerics(tf32=tf32):
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
             torch.backends.cudnn.benchmark = benchmark
 
 

@@ -33,15 +33,21 @@ def require_tensors(model: Classify, images: Tensor, labels: Tensor) -> None:
     """Refuse images and labels that cannot be attacked.
 
     Raises:
-        InputError: no tensors, tensors on another device than the model, pixels outside [0, 1], or labels
-            that are no class indices.
+        InputError: no dense tensors of real numbers, tensors on another device than the model, a model
+            through which no gradient flows, pixels outside [0, 1], or labels that are no class indices.
     """
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, Tensor):
             raise InputError(name, f"a {type(given).__name__}", "a torch.Tensor")
+        if given.layout != torch.strided or given.is_complex():
+            found = f"a tensor of {given.layout} with numbers of {given.dtype}"
+            raise InputError(name, found, "a dense tensor of real numbers")
     if labels.device != images.device:
         raise InputError("labels", f"on {labels.device}", f"on {images.device}, where the images are")
     state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if any(tensor.is_inference() for tensor in state):
+        found = "weights that were made inside torch.inference_mode, through which no gradient flows"
+        raise InputError("model", found, "a model that was made outside", "make or load it again there")
     if state and all(tensor.device != images.device for tensor in state):
         device = str(state[0].device)
         do = f"move them with images.to({device!r})"

@@ -16,6 +16,7 @@ from robustbench_vlm.errors import InputError, nearest
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
+LONGEST = 10**6  # a ball of this radius holds every image of 300,000 pixels, in each norm
 LARGEST_PLAIN = Fraction(32, 255)  # above this a plain Linf fraction is more likely a typing error
 ZERO = "at radius 0 no attack is run: robust accuracy is the clean accuracy"
 SNAP = Fraction(1, 100_000)  # 0.015686 is meant as 4/255
@@ -139,6 +140,8 @@ def parse_eps(typed: str | float, norm: str = "linf") -> Fraction:
     if value <= 0:
         do = ZERO if value == 0 else ""
         raise InputError(where, "not positive", "a positive radius such as 4/255", do)
+    if value > LONGEST:
+        raise InputError(where, "longer than any image", f"at most {LONGEST}")
     if not below:
         simple = value.limit_denominator(DENOMINATOR)
         value = simple if abs(simple - value) <= ROUNDING * value else value

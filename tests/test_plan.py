@@ -129,7 +129,7 @@ def test_a_pilot_of_all_images_finds_the_shares_of_the_evaluation(plan):
     plan = replace(plan, settings=one_stage)
     found = pilot.run(plan, Speeds(), no_report)
     assert not plan.settings.results.exists()
-    assert found.images == pilot.IMAGES[0]  # more than the 12 that there are
+    assert found.images == plan.settings.n == 12
     shares = evaluated(plan)
     assert found.shares == shares
     assert any(share > 0 for pair in shares.values() for share in pair)
@@ -159,6 +159,8 @@ def test_a_pilot_that_costs_too_much_is_smaller_or_left_out(plan, monkeypatch):
         chosen = pilot._affordable(plan, plan.settings.results, Speeds())
         return chosen and (chosen.settings.n, len(chosen.datasets))
 
+    assert priced(lambda n, count: n * count / 10) == (12, 2)  # no more than the evaluation has
+    plan = replace(plan, settings=replace(plan.settings, n=0))
     assert priced(lambda n, count: n * count / 10) == (32, 2)
     assert priced(lambda n, count: n * count) == (8, 2)
     assert priced(lambda n, count: 20 * count) == (8, 1)

@@ -1,5 +1,6 @@
 """Several real processes train one model: the same weights, and nothing lost when any of them dies."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from robustbench_vlm.errors import Incomplete, TrainingError
 from robustbench_vlm.training import launch, log, loop
 from robustbench_vlm.training.state import saved_step
 
+LOG = logging.getLogger(__name__)  # docs/training-many.md quotes the figures
 CPU = torch.device("cpu")
 LONG = 80  # steps of a run that is stopped in the middle
 TIMEOUT = 900.0  # seconds; a machine may be busy
@@ -205,7 +207,7 @@ def test_a_hundred_steps_of_the_tiny_world(tmp_path, algorithm):
         line = [sys.executable, "-m", "robustbench_vlm", *words, "--out", str(tmp_path / name), *more]
         subprocess.run(line, env=environment, check=True, timeout=1200)
     found = apart(tmp_path / "one", tmp_path / "two")
-    print(f"{algorithm}: weights {found:.1e} apart after 100 steps")  # noqa: T201 - the figure of the page
+    LOG.info("%s: weights %.1e apart after 100 steps", algorithm, found)
     assert found < NEAR
     assert_same_log(tmp_path / "one", tmp_path / "two")
 

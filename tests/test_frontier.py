@@ -539,7 +539,7 @@ def test_the_page_opens_with_a_sentence_for_each_comparison(tmp_path):
     study = card(test=[], claim=[], interpolation=[1.0])
     short = [m.model_copy(update={"grid": {"inner.eps": ("4/255",)}}) for m in study.method]
     single = opening(study.model_copy(update={"method": tuple(short)}), tmp_path)
-    said = "two above one: there is no statement yet."
+    said = "two above one: the fronts of mmt-ard-static and single-teacher share too little for a statement."
     assert (single.sentences, single.columns) == ((said,), ("comparison",))
 
 

@@ -59,7 +59,9 @@ def _sentence(pair: Compared) -> str:
     }
     said = [f"{verb} {_listed(parts)} images" for verb, parts in words.items() if parts]
     if not said:
-        return f"{pair.comparison.title}: there is no statement yet."
+        return (
+            f"{pair.comparison.title}: the fronts of {pair.a} and {pair.b} share too little for a statement."
+        )
     return f"{pair.comparison.title}: the front of {pair.a} {', and '.join(said)}."
 
 

@@ -154,8 +154,6 @@ def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids
     if not strange:
         what = f"several classes are called {some(shared)}" if shared else "two classes are spelt alike"
     ids = f", or WordNet ids such as {wordnet_ids[0]}" if wordnet_ids else ""
-    positions = (
-        "" if numeral else f", numbers from 0 to {last}"
-    )  # class names that are numbers are no positions
+    positions = "" if numeral else f", numbers from 0 to {last}"  # where names are numbers, these are names
     wanted = f"class names ({some(list(names))}){positions}{ids}"
     return DataError(where, what, wanted, "rename them: a label is not guessed from an order")

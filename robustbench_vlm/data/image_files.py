@@ -26,15 +26,7 @@ MAGIC = {
 """First bytes of the formats that are decoded, and their endings; `format_of` looks further where they may
 begin a text or a sound, too."""
 HEAD = 18  # bytes of a file that `format_of` needs
-BMP_HEADERS = (
-    12,
-    40,
-    52,
-    56,
-    64,
-    108,
-    124,
-)  # bytes of the second header of a BMP, which follow its 14th byte
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes of a BMP's second header, as its 15th to 18th byte say
 
 
 def suffix(path: Path) -> str:

@@ -84,15 +84,15 @@ def _separated(file: Path) -> Iterator[Row]:
     """The rows of a CSV or TSV file with a header."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-            header = _distinct(file, rows.fieldnames or ())
-            for row in rows:
-                where, fields = f"{file}, line {rows.line_num}", [*row.values()]
-                found = len(header) - fields.count(None) + len(row.get(None, ()))  # type: ignore[call-overload]
-                if found != len(header):
+            rows = csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            filled = (row for row in rows if row)  # a blank line is no row
+            header = _distinct(file, next(filled, []))
+            for row in filled:
+                where = f"{file}, line {rows.line_num}"
+                if len(row) != len(header):
                     do = 'put " round a field that has the delimiter in it'
-                    raise DataError(where, f"{found} fields", f"{len(header)}, as the header has", do)
-                yield where, {str(k): v for k, v in row.items()}
+                    raise DataError(where, f"{len(row)} fields", f"{len(header)}, as the header has", do)
+                yield where, dict(zip(header, row, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(str(file), f"not a table ({error})", "UTF-8 text with a header line") from None
 

@@ -34,7 +34,8 @@ def decomposed(text):
     ],
 )
 def test_rules(found, names, rule, labels):
-    matched = class_names.match(found, names, "x", ("n01", "n02") if rule == "WordNet id" else ())
+    others = {"WordNet id": ("n01", "n02")} if rule == "WordNet id" else {}
+    matched = class_names.match(found, names, "x", others)
     assert (matched.rule, list(matched.labels)) == (rule, labels)
 
 
@@ -67,7 +68,27 @@ def test_two_spellings_of_a_table_may_be_one_class():
 def test_imagenet_folders_are_matched_by_their_wordnet_ids(name):
     card = reader.read("datasets", name, DatasetCard)
     ids = sorted(card.wordnet_ids)
-    matched = class_names.match(ids, card.names, name, card.wordnet_ids)
+    matched = class_names.match(ids, card.names, name, card.other_names)
     assert (matched.rule, matched.labels) == ("WordNet id", tuple(range(card.n_classes)))
     by_id = dict(zip(card.wordnet_ids, card.names, strict=True))
     assert by_id["n02007558"] == "flamingo"  # in all five
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenet-v2", "imagenet-sketch", "imagenet-a", "imagenet-r"])
+def test_imagenet_classes_are_matched_by_the_words_of_wordnet(name):
+    """As the column `label` of the hub's ILSVRC/imagenet-1k calls them."""
+    card = reader.read("datasets", name, DatasetCard)
+    words = sorted(card.wordnet_synsets)
+    matched = class_names.match(words, card.names, name, card.other_names)
+    assert matched.rule == "WordNet synset"
+    assert [card.wordnet_synsets[label] for label in matched.labels] == words
+    by_words = dict(zip(card.wordnet_synsets, card.wordnet_ids, strict=True))
+    assert by_words["flamingo"] == "n02007558"  # in all five
+
+
+def test_two_classes_with_the_same_words_are_never_taken_for_one():
+    card = reader.read("datasets", "imagenet", DatasetCard)
+    both = ["tench, Tinca tinca", "crane", "crane2"]
+    assert class_names.match(both, card.names, "x", card.other_names).labels == (0, 134, 517)
+    with pytest.raises(DataError, match="2 of 2 classes are none of the 1000 class names"):
+        class_names.match(both[:2], card.names, "x", card.other_names)

@@ -99,6 +99,27 @@ def test_class_names_of_a_file_are_matched_to_the_given_ones(images):
     assert [label for *_, label in sources.open_images(path, ["3", "2", "1"]).items()] == [2, 1, 2, 0, 1]
 
 
+def test_a_parquet_file_of_imagenet_is_matched_to_its_card_by_the_words_of_wordnet(images):
+    """As in the hub's ILSVRC/imagenet-1k, whose classes are called `tench, Tinca tinca`."""
+    card = reader.read("datasets", "imagenet", DatasetCard)
+    own = list(card.wordnet_synsets[::-1])  # another order than the card's
+    labels = [0, 517, 134, 638, 999]
+    rows = [{"image": c, "label": 999 - label} for c, label in zip(PNG, labels, strict=True)]
+    path = images / "validation-00000-of-00014.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(stated(own)), path)
+    found = sources.open_images(path, card.names, other_names=card.other_names)
+    assert [label for *_, label in found.items()] == labels
+    assert found.notes[1:] == ("class names of the file are matched to the given ones by WordNet synset",)
+
+
+def test_labels_of_a_table_may_be_wordnet_ids(images):
+    card = reader.read("datasets", "imagenet", DatasetCard)
+    labels = [0, 517, 134, 638, 0]
+    path = table(images, ".csv", {"image": PATHS, "label": [card.wordnet_ids[label] for label in labels]})
+    found = sources.open_images(path, card.names, other_names=card.other_names)
+    assert [label for *_, label in found.items()] == labels
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_labels_are_no_positions_where_class_names_are_numbers(images, suffix):
     path = table(images, suffix, {"image": PATHS, "label": [1, 2, 1, 3, 2]})

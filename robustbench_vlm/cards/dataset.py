@@ -47,6 +47,8 @@ class DatasetCard(Card):
             datasets without a public list of names.
         wordnet_ids: WordNet id of each class in label order, for class folders that are named by them
             (`n01440764`); empty where the dataset has none.
+        wordnet_synsets: the words of these WordNet entries (`tench, Tinca tinca`), for tables that call
+            classes by them; empty where the dataset has none.
         templates: sentences with `{c}` for the class name; the mean of their embeddings stands for the class.
         names_sha256: SHA-256 of the newline-joined names, checked when the card is read; empty for no check.
         templates_sha256: the same of the templates.
@@ -69,6 +71,7 @@ class DatasetCard(Card):
     names: tuple[str, ...] = ()
     names_from: Literal["card", "folder"] = "card"
     wordnet_ids: tuple[str, ...] = ()
+    wordnet_synsets: tuple[str, ...] = ()
     templates: tuple[str, ...]
     names_sha256: str = ""
     templates_sha256: str = ""
@@ -85,10 +88,10 @@ class DatasetCard(Card):
                 raise ValueError(f"{field} must be letters, digits and . _ - (found {value!r:.60})")
         if len(self.names) != (0 if self.names_from == "folder" else self.n_classes):
             raise ValueError(f"names has {len(self.names)} entries, expected n_classes = {self.n_classes}")
-        if len(set(self.wordnet_ids)) not in (0, self.n_classes):
-            raise ValueError(
-                f"wordnet_ids has {len(set(self.wordnet_ids))} entries, expected {self.n_classes}"
-            )
+        for field in ("wordnet_ids", "wordnet_synsets"):
+            count = len(set(getattr(self, field)))
+            if count not in (0, self.n_classes):
+                raise ValueError(f"{field} has {count} entries, expected {self.n_classes}")
         if not self.templates or any("{c}" not in template for template in self.templates):
             raise ValueError("templates must be sentences that contain {c}")
         if self.canvas == "native" and self.native_px <= 0:
@@ -98,6 +101,11 @@ class DatasetCard(Card):
             if stated and lines and stated != lines_sha256(lines):
                 raise ValueError(f"{field} is {lines_sha256(lines)}, expected {stated}: the list was changed")
         return self
+
+    @property
+    def other_names(self) -> dict[str, tuple[str, ...]]:
+        """Further names of the classes in label order, by what such a name is called."""
+        return {"WordNet id": self.wordnet_ids, "WordNet synset": self.wordnet_synsets}
 
 
 def lines_sha256(lines: tuple[str, ...] | list[str]) -> str:

@@ -26,8 +26,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 def read(path: Path, roots: Sequence[Path]) -> dict[str, Any]:
     """The table of a TOML file, with `@file` strings replaced by that file's lines.
 
-    A value `"@prompts/x.txt"` of `names`, `templates` or `wordnet_ids` means the lines of `x.txt` below one
-    of `roots`, so a list of a thousand names is written once and shared.
+    A value `"@prompts/x.txt"` of `names`, `templates`, `wordnet_ids` or `wordnet_synsets` means the lines of
+    `x.txt` below one of `roots`, so a list of a thousand names is written once and shared.
 
     Raises:
         CardError: unreadable, not TOML, or a value that no card has: a number that is not finite or has more
@@ -45,7 +45,7 @@ def read(path: Path, roots: Sequence[Path]) -> dict[str, Any]:
         raise CardError(where, f"cannot be read ({error.strerror})", expected) from None
     except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
         raise CardError(where, f"not TOML ({error!s:.120})", expected) from None
-    for key in ("names", "templates", "wordnet_ids"):
+    for key in ("names", "templates", "wordnet_ids", "wordnet_synsets"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
             table[key] = lines_of(path, value.removeprefix("@"), roots)

@@ -205,20 +205,20 @@ def export(
         raise CardError(f"--name {name}", "not a name", "small letters, digits, - and _")
     known = reader.read("datasets", name, DatasetCard) if reader.has("datasets", name) else None
     given = lines_of("--names", names) if names else known.names if known else ()
-    ids = known.wordnet_ids if known and not names else ()
+    others = known.other_names if known and not names else {}
     of_torchvision = source.startswith("torchvision:")
-    others = {"columns": columns} if of_torchvision else {"set": settings, "source-root": source_root}
-    for flag in [flag for flag, value in others.items() if value]:
+    unused = {"columns": columns} if of_torchvision else {"set": settings, "source-root": source_root}
+    for flag in [flag for flag, value in unused.items() if value]:
         used = "a table" if of_torchvision else "torchvision:X"
         raise InputError(f"--{flag}", f"{source!r:.200} beside it", used, f"leave out --{flag}")
     if of_torchvision:
         arguments = overrides.override({}, settings or [])
         kind = source.partition(":")[2]
         found = torchvision_images.from_torchvision(
-            kind, source_root or Path("data"), arguments, given, split, ids, ordered=names is not None
+            kind, source_root or Path("data"), arguments, given, split, others, ordered=names is not None
         )
     else:
-        found = sources.open_images(Path(source), given, split, *columns_of(columns), wordnet_ids=ids)
+        found = sources.open_images(Path(source), given, split, *columns_of(columns), other_names=others)
     split = split or found.split
     classes = given or found.names
     if not classes:

@@ -147,7 +147,7 @@ def _foldered(card: DatasetCard, split: Path, problems: list[str], report: Repor
     """All samples of the class folders; adds a problem where they do not fit the card."""
     report(f"check {card.name}", 0, 1)
     try:
-        return shards.index_folders(split, card.names, card.wordnet_ids)
+        return shards.index_folders(split, card.names, card.other_names)
     except DataError as error:
         problems.append(str(error))
         return shards.Index((), 0)

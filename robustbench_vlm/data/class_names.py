@@ -8,13 +8,19 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from robustbench_vlm.errors import DataError, some
 
 NUMBERED = re.compile(r"\d{3}\.")  # 001.ak47, as in Caltech-256
 DIGITS = re.compile(r"[0-9]{1,7}")
+
+OtherNames = Mapping[str, Sequence[str]]
+"""Names of the classes of a card beside its class names; see `DatasetCard.other_names`."""
+
+NO_OTHER_NAMES: OtherNames = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Matched:
         return self.rule == EXACT
 
 
-EXACT, SPELLING, NUMBER, WORDNET = "name", "spelling", "number", "WordNet id"
+EXACT, SPELLING, NUMBER = "name", "spelling", "number"
 
 
 def plain(name: str) -> str:
@@ -70,7 +76,7 @@ def match(
     found: Sequence[str],
     names: Sequence[str],
     where: str,
-    wordnet_ids: Sequence[str] = (),
+    other_names: OtherNames = NO_OTHER_NAMES,
     *,
     merge: bool = False,
 ) -> Matched:
@@ -81,7 +87,8 @@ def match(
        without the numbers of folders such as `001.ak47`.
     3. `number`: they are the numbers from 0 to C - 1, with or without leading zeros. Where a class name is a
        number itself, they are class names with or without leading zeros, and never positions.
-    4. `WordNet id`: they are among the ids of the card's classes (`n01440764`).
+    4. `WordNet id`, `WordNet synset`: they are among the further names that the card has for its classes
+       (`n01440764`; `tench, Tinca tinca`). Two classes whose words are the same are told apart by a final 2.
 
     A name that two classes share matches none of them by the first two rules.
 
@@ -89,7 +96,7 @@ def match(
         found: distinct names of folders or of labels.
         names: C class names in label order.
         where: the folder or the table, for the error.
-        wordnet_ids: those of the C classes; empty where the card has none.
+        other_names: further names of the C classes by the rule that reads them; empty ones are left out.
         merge: whether two spellings may be one class, as in a table that was typed by hand.
 
     Raises:
@@ -109,10 +116,11 @@ def match(
     numbers = _numbers(found)
     if sorted(numbers) == list(range(len(names))) and not numeral:
         return Matched(tuple(numbers), NUMBER)
-    labels = _indices(found, wordnet_ids, merge=merge)
-    if labels is not None:
-        return Matched(labels, WORDNET)
-    raise _refusal(found, names, where, wordnet_ids)
+    for rule, others in other_names.items():
+        labels = _indices(found, others, merge=merge)
+        if labels is not None and not _ambiguous(found, others):
+            return Matched(labels, rule)
+    raise _refusal(found, names, where, other_names)
 
 
 def _indices(found: Sequence[str], names: Sequence[str], *, merge: bool) -> tuple[int, ...] | None:
@@ -122,6 +130,13 @@ def _indices(found: Sequence[str], names: Sequence[str], *, merge: bool) -> tupl
     if (len(set(found)) != len(found) and not merge) or any(text not in index for text in found):
         return None
     return tuple(index[text] for text in found)
+
+
+def _ambiguous(found: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether `crane` is there without `crane2`: elsewhere both classes are called `crane`."""
+    known = set(names)
+    both = [(name, f"{name}2") for name in names if f"{name}2" in known]
+    return any((first in found) != (second in found) for first, second in both)
 
 
 def has_numbers(names: Sequence[str]) -> bool:
@@ -139,7 +154,7 @@ def _numbers(found: Sequence[str]) -> list[int]:
     return [int(text) for text in found] if all(DIGITS.fullmatch(text) for text in found) else []
 
 
-def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids: Sequence[str]) -> DataError:
+def _refusal(found: Sequence[str], names: Sequence[str], where: str, other_names: OtherNames) -> DataError:
     """The error for classes that no rule matches."""
     numbers, last, numeral = sorted(_numbers(found)), len(names) - 1, has_numbers(names)
     if numbers == list(range(1, len(names) + 1)) and not numeral:
@@ -153,7 +168,7 @@ def _refusal(found: Sequence[str], names: Sequence[str], where: str, wordnet_ids
     what = f"{len(strange)} of {len(found)} classes are none of the {len(names)} class names: {some(strange)}"
     if not strange:
         what = f"several classes are called {some(shared)}" if shared else "two classes are spelt alike"
-    ids = f", or WordNet ids such as {wordnet_ids[0]}" if wordnet_ids else ""
+    others = "".join(f", {rule}s ({words[0]}, ...)" for rule, words in other_names.items() if words)
     positions = "" if numeral else f", numbers from 0 to {last}"  # where names are numbers, these are names
-    wanted = f"class names ({some(list(names))}){positions}{ids}"
+    wanted = f"class names ({some(list(names))}){positions}{others}"
     return DataError(where, what, wanted, "rename them: a label is not guessed from an order")

@@ -284,7 +284,7 @@ def open_split(card: DatasetCard, root: Path, split: str) -> Split:
         _require_recorded_sizes(folder, inner)
         index = shards.index_shards(inner, card.n_classes)
     else:
-        index = shards.index_folders(inner, card.names, card.wordnet_ids)
+        index = shards.index_folders(inner, card.names, card.other_names)
     found, flags = remarks.on(card, index, inner, generated=(folder / miniature.MARKER).exists())
     notes += found
     count = len(index.samples)

@@ -118,7 +118,9 @@ def index_shards(folder: Path, n_classes: int) -> Index:
     return Index(tuple(samples[name] for name in sorted(samples)), ignored)
 
 
-def index_folders(folder: Path, names: tuple[str, ...], wordnet_ids: tuple[str, ...] = ()) -> Index:
+def index_folders(
+    folder: Path, names: tuple[str, ...], other_names: class_names.OtherNames = class_names.NO_OTHER_NAMES
+) -> Index:
     """Index of `<folder>/<class>/<image>`; links are followed, hidden files and folders are left out.
 
     Class folders are matched to the class names by `class_names.match`, never by their order.
@@ -131,7 +133,7 @@ def index_folders(folder: Path, names: tuple[str, ...], wordnet_ids: tuple[str, 
         raise DataError(
             str(folder), f"{len(classes)} class folders", f"{len(names)}", "one folder for each class"
         )
-    matched = class_names.match(classes, names, str(folder), wordnet_ids)
+    matched = class_names.match(classes, names, str(folder), other_names)
     label_of = dict(zip(classes, matched.labels, strict=True))
     samples, left_out, ignored = [], [], 0
     for path in image_files.walk(folder):

@@ -60,7 +60,7 @@ def open_images(
     split: str = "",
     image_column: str = "",
     label_column: str = "",
-    wordnet_ids: Sequence[str] = (),
+    other_names: class_names.OtherNames = class_names.NO_OTHER_NAMES,
 ) -> LabelledImages:
     """The images of a folder or of a table.
 
@@ -71,7 +71,7 @@ def open_images(
         split: which split to read; by default the one for testing, if there are several.
         image_column: column of paths or encoded images; by default one of `tables.IMAGE_COLUMNS`.
         label_column: column of class names or indices; by default one of `tables.LABEL_COLUMNS`.
-        wordnet_ids: those of `names`, for class folders that are called by them.
+        other_names: those of the classes of `names`, for folders and labels that are called by them.
 
     Raises:
         DataError: nothing of that kind there, no images, columns of a folder, or labels that do not fit
@@ -80,15 +80,18 @@ def open_images(
     if path.is_dir() and (image_column or label_column):
         raise DataError(str(path), "a folder, which has no columns", "a table", "leave out --columns")
     if path.is_dir():
-        return from_folders(path, names, split, wordnet_ids)
+        return from_folders(path, names, split, other_names)
     if path.suffix.lower() not in tables.SUFFIXES:
         found = "no such file or folder" if not path.exists() else "neither a folder nor a known table"
         raise DataError(str(path), found, f"class folders, or a file in {', '.join(tables.SUFFIXES)}")
-    return from_table(path, names, split, image_column, label_column)
+    return from_table(path, names, split, image_column, label_column, other_names)
 
 
 def from_folders(
-    folder: Path, names: Sequence[str] = (), split: str = "", wordnet_ids: Sequence[str] = ()
+    folder: Path,
+    names: Sequence[str] = (),
+    split: str = "",
+    other_names: class_names.OtherNames = class_names.NO_OTHER_NAMES,
 ) -> LabelledImages:
     """A tree `<folder>/<class>/<image>`, with the splits as folders above the classes or without any.
 
@@ -106,7 +109,7 @@ def from_folders(
     if not names:
         class_names.require_distinct(classes, str(folder))
     chosen = tuple(names) or tuple(class_names.spelt(classes))
-    matched = class_names.match(classes, chosen, str(folder), wordnet_ids)
+    matched = class_names.match(classes, chosen, str(folder), other_names)
     if matched.rule != class_names.EXACT and names:
         notes.append(f"class folders are matched to class names by {matched.rule}")
     index = shards.index_folders(folder, tuple(classes))
@@ -152,6 +155,7 @@ def from_table(
     split: str = "",
     image_column: str = "",
     label_column: str = "",
+    other_names: class_names.OtherNames = class_names.NO_OTHER_NAMES,
 ) -> LabelledImages:
     """A table with a column of images (paths beside the file, or encoded bytes) and a column of labels.
 
@@ -173,7 +177,7 @@ def from_table(
     notes = [f"images are in column {image!r}, labels in column {label!r}"]
     values = [_label(where, row.get(label)) for where, row in rows]
     own = table.names.get(label, ())
-    indices, chosen = _indexed(values, own, names, str(file), notes)
+    indices, chosen = _indexed(values, own, names, str(file), notes, other_names)
     paths = [] if inline else _paths(file, [(where, row.get(image)) for where, row in rows])
 
     def items() -> Iterator[Item]:
@@ -213,7 +217,12 @@ def _shown(value: object) -> str:
 
 
 def _indexed(
-    values: Sequence[str | int], own: Sequence[str], names: Sequence[str], where: str, notes: list[str]
+    values: Sequence[str | int],
+    own: Sequence[str],
+    names: Sequence[str],
+    where: str,
+    notes: list[str],
+    other_names: class_names.OtherNames,
 ) -> tuple[list[int], tuple[str, ...]]:
     """The class index of each label, and the class names: `names`, else the file's `own`, else the labels."""
     stated = own or names
@@ -231,8 +240,9 @@ def _indexed(
             )
         if not own or not names:
             return indices, tuple(stated) or tuple(map(str, range(largest + 1)))
-        used = sorted(set(indices))
-        matched = class_names.match([own[i] for i in used], names, where)
+        # a file may state classes that no image of it has, and that the given names lack
+        used = range(len(own)) if len(own) == len(names) else sorted(set(indices))
+        matched = class_names.match([own[i] for i in used], names, where, other_names)
         notes.append(f"class names of the file are matched to the given ones by {matched.rule}")
         index = dict(zip(used, matched.labels, strict=True))
         return [index[i] for i in indices], tuple(names)
@@ -240,7 +250,7 @@ def _indexed(
     if not stated:
         class_names.require_distinct(spellings, where)
     chosen = tuple(names or own) or tuple(spellings)
-    matched = class_names.match(spellings, chosen, where, merge=True)
+    matched = class_names.match(spellings, chosen, where, other_names, merge=True)
     if matched.rule != class_names.EXACT:
         notes.append(f"labels are matched to class names by {matched.rule}")
     labels = dict(zip(spellings, matched.labels, strict=True))

@@ -25,7 +25,7 @@ def from_torchvision(
     settings: Mapping[str, Any],
     names: Sequence[str] = (),
     split: str = "",
-    wordnet_ids: Sequence[str] = (),
+    other_names: class_names.OtherNames = class_names.NO_OTHER_NAMES,
     *,
     ordered: bool = True,
 ) -> LabelledImages:
@@ -37,7 +37,7 @@ def from_torchvision(
         settings: its further arguments. One that chooses the split is what is read, whatever `split` says.
         names: class names in label order; its own classes are matched to them by `class_names.match`.
         split: which split to read, and its name here; by default that of `settings`, else `test`.
-        wordnet_ids: those of `names`.
+        other_names: those of the classes of `names`.
         ordered: whether `names` are in the order of its labels, which are indices of them where it has no
             class names of its own; else such a dataset is refused.
 
@@ -65,8 +65,9 @@ def from_torchvision(
     labels: tuple[int, ...] = ()
     if names and own:
         ids = list(getattr(found, "wnids", ()))
-        spellings = ids if wordnet_ids and set(ids) <= set(wordnet_ids) and ids else own
-        matched = class_names.match(spellings, names, where, wordnet_ids)
+        by_id = set(other_names.get("WordNet id", ()))
+        spellings = ids if ids and by_id.issuperset(ids) else list(own)
+        matched = class_names.match(spellings, names, where, other_names)
         labels = matched.labels
         notes.append(f"classes are matched to class names by {matched.rule}")
     elif names and not ordered:

@@ -250,8 +250,10 @@ def test_checks_stand_with_the_dataset_where_they_were_worst(tmp_path):
         ({"precision": "fp32+tf32+compiled"},
          "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --n 10 --tf32 "
          "--compile"),
-        ({"stop_rule": "until 2.5 points; 9 looks of 16"},
-         "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --until 2.5"),
+        ({"stop_rule": "until 2.5 points or 500 images; 9 looks of 16"},
+         "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --until 2.5 --n 500"),
+        ({"stop_rule": "until 2 points or all images; 9 looks of 16"},
+         "vlmrob eval --suite pair --model MODEL --attack aa --norm linf --eps 4/255 --until 2 --n 0"),
     ],
 )  # fmt: skip
 def test_the_command_to_repeat_a_row(changes, words):

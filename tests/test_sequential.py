@@ -91,8 +91,8 @@ def test_a_race_of_many_keeps_the_level_for_all_its_pairs_often():
 
 
 def test_a_rule_is_read_as_it_is_written():
-    rule = StopRule("until 2.5 points", 7, 64)
-    assert rule.text == "until 2.5 points; 7 looks of 64"
+    rule = StopRule("until 2.5 points or 500 images", 7, 64)
+    assert rule.text == "until 2.5 points or 500 images; 7 looks of 64"
     assert StopRule.of(rule.text) == rule
     assert rule.confidence == pytest.approx(1 - 0.05 / 7)
     assert stop_rule.confidence("") == pytest.approx(0.95)
@@ -256,7 +256,7 @@ def test_an_evaluation_stops_at_its_width(vlmrob, tmp_path):
     rows = {row["dataset"]: row for row in json.loads(out)}
     mean = rows["mean"]
     assert (mean["ci_high"] - mean["ci_low"]) / 2 <= 30.005
-    assert mean["stop_rule"].startswith("until 30 points; ")
+    assert mean["stop_rule"].startswith(f"until 30 points or {N} images; ")
     assert rows["toy"]["n"] < N
     assert "images a dataset: ± " in err
     code, out, err = vlmrob(line + "1 --json")

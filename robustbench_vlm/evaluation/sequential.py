@@ -103,10 +103,11 @@ def until(
     """
     order, paths = FrozenOrder.of(plan, report, remark, executor), []
     largest = max(len(split) for split in order.splits)
+    goal = f"until {half_width:g} points or {plan.settings.n or 'all'} images"
     for loaded in plan.models:
         for chain in plan.settings.chains:
             looks = widening(chain.rows, largest)
-            rule = StopRule(f"until {half_width:g} points", len(looks), chain.rows)
+            rule = StopRule(goal, len(looks), chain.rows)
             used = largest
             for n in looks:
                 reached = _half_width(list(order.tables(loaded, chain, n)), rule)

@@ -15,7 +15,7 @@ class StopRule:
     """A rule that was fixed before the first image.
 
     Attributes:
-        goal: what ends the evaluation, in words: `until 2.5 points`, `race 1a2b3c4d of 3 models`.
+        goal: what ends the evaluation, in words: `until 2 points or 500 images`, `race 1a2b3c4d of 3 models`.
         looks: how often the results may be looked at until all images are used.
         block: further images of every dataset from one look to the next.
     """

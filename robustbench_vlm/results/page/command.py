@@ -8,7 +8,7 @@ import shlex
 from robustbench_vlm import safe_text
 from robustbench_vlm.results.contest import Contest
 
-UNTIL = re.compile(r"until (?P<points>[0-9.]+) points;")
+UNTIL = re.compile(r"until (?P<points>[0-9.]+) points or (?P<n>\d+|all) images")
 """The rule of an evaluation with `--until`. That of a race names no models, so it cannot be typed again."""
 
 REFERENCE = "native-reference"
@@ -27,7 +27,11 @@ def parts(contest: Contest, suite: str) -> list[str]:
         radii = ",".join(contest.radii)
         after = ["--attack", contest.attack, "--norm", contest.norm, "--eps", radii]
         stopped = UNTIL.match(contest.stop_rule)
-        after += ["--until", stopped["points"]] if stopped else ["--n", str(contest.n_requested)]
+        asked = str(contest.n_requested)  # where a rule stopped, that is what it left
+        if stopped:
+            after += ["--until", stopped["points"]]
+            asked = stopped["n"].replace("all", "0")
+        after += ["--n", asked]
     engine = contest.engine.partition("/")[0]
     if engine == REFERENCE:
         after += ["--mode", "reference"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import fork_command, run_command
+from command_line import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from robustbench_vlm.cards.study import Rule, Study
 from robustbench_vlm.errors import CardError, DataError, Incomplete, InputError, VlmrobError
 from robustbench_vlm.evaluation.worker import Failed
 from robustbench_vlm.studies import work_off
-from robustbench_vlm.studies.frontier import choice, curves, files, fronts, outcomes, perform, resampling
+from robustbench_vlm.studies.frontier import choice, curves, files, fronts, outcomes, resampling
 from robustbench_vlm.studies.frontier.choice import Candidate
 from robustbench_vlm.studies.frontier.compared import compared
 from robustbench_vlm.studies.frontier.outcomes import OnDataset, Outcome
@@ -225,6 +225,13 @@ def test_a_level_that_a_method_never_loses_is_no_speed_up():
 def outcome_with_curve(robust):
     """Robust accuracy rises from 0 at step 0, linearly."""
     return Outcome({}, ((0, 0.9, 0.0), (200, 0.9, robust)), 0.3, (0.1, 0.1))
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Intervals of a tenth of the draws, where none of them is looked at."""
+    monkeypatch.setitem(resampling.estimates.__kwdefaults__, "draws", 200)
+    monkeypatch.setattr(resampling, "DRAWS", 200)
 
 
 # --- the card ----------------------------------------------------------------------------------------------
@@ -487,6 +494,7 @@ def test_the_contender_of_a_family_is_the_one_that_the_rule_prefers(tmp_path):
     assert choice.contenders(study, report.made) == {"single-teacher", "mmt-ard-static"}
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path):
     """Points: 82 / 44 against 80 / 40. Fronts: A (82, 44) to (92, 30), B (80, 40) to (90, 25).
 
@@ -509,6 +517,7 @@ def test_differences_at_the_points_and_at_equal_clean_accuracy_by_hand(tmp_path)
     assert all(s.estimate.low <= s.estimate.value <= s.estimate.high for s in pair.statements)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_fronts_that_share_less_than_a_point_are_not_compared(tmp_path, monkeypatch):
     """B ends at 82.5 % clean, where A begins at 82, and at 30.5 % robust, where A begins at 30."""
     narrow = {**ACCURACIES, "single-teacher": {n: {1.0: (0.8, 0.305), 0.5: (0.825, 0.25)} for n in (1, 2)}}
@@ -554,6 +563,7 @@ def test_what_cannot_be_told_apart_is_said_so(tmp_path):
     assert "cannot be told from that of single-teacher on" in same
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):
     """On validation A has 82 / 44, 92 / 30, 75 / 46 and 88 / 36; B has 80 / 40, 90 / 25, 70 / 42 and 85 / 30.
 
@@ -585,6 +595,17 @@ def test_fronts_are_compared_on_all_that_lies_on_them_in_validation(tmp_path):
     assert seeds["clean accuracy at the operating points"] == 3
 
 
+def test_a_dear_test_may_be_taken_with_fewer_seeds(tmp_path):
+    study = card(test=[LINE, FRONT | {"repeats": 1}])
+    report = Report(study, tmp_path, ledger(study, tmp_path))
+    judged = choice.judgings_of_chosen(study, tmp_path, report.tried)
+    seeds = {test: {j.trial.seed for j in judged if j.measurement == test} for test in study.test}
+    assert list(seeds.values()) == [{0, 1, 2}, {0}]
+    usual = card(test=[LINE, FRONT]).test[1]
+    assert fingerprint(usual) == fingerprint(study.test[1])  # so that outcomes stay when a card changes it
+
+
+@pytest.mark.usefixtures("few_draws")
 def test_tests_of_trials_that_were_not_chosen_are_counted_and_not_shown(tmp_path):
     study = card()
     report = Report(study, tmp_path, ledger(study, tmp_path))
@@ -606,6 +627,7 @@ def judged(study):
     return fingerprint(study.validation)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_a_method_with_a_trial_to_do_has_no_choice_and_no_test(tmp_path):
     study = card()
     known = ledger(study, tmp_path)
@@ -618,6 +640,7 @@ def test_a_method_with_a_trial_to_do_has_no_choice_and_no_test(tmp_path):
     assert "| single-teacher | 1 of 2 trials to do |" in text
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_paper_stands_beside_what_was_found_and_p_values_are_adjusted(tmp_path):
     study = card()
     told = {one.title: one for one in sections(Report(study, tmp_path, ledger(study, tmp_path)))}
@@ -628,6 +651,7 @@ def test_the_paper_stands_beside_what_was_found_and_p_values_are_adjusted(tmp_pa
     assert re.match(r"steps to B's last robust accuracy: \d\.\d\dx", rows[2][2])
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_robust_training_curves_are_compared_at_one_radius_alone(tmp_path):
     """A training's probe attacks at the radius of the training."""
 
@@ -703,106 +727,6 @@ def test_a_changed_line_and_other_images_are_refused(tmp_path):
 def test_packed_verdicts_are_unpacked(values):
     told = np.array(values)
     assert (outcomes._unpacked(outcomes._bits(told), len(told)) == told).all()
-
-
-# --- the whole ---------------------------------------------------------------------------------------------
-
-STUDY = """
-kind = "frontier"
-name = "small"
-title = "One teacher <and> two"
-seeds = [0, 1]
-repeats = 1
-interpolation = [1.0, 0.5]
-set = ["optim.steps=2"]
-
-[probe]
-every = 2
-n = 8
-steps = 1
-
-[validation]
-attack = "step"
-suite = "heldout"
-n = 6
-
-[rule]
-highest = "mean"
-fixed = "2026-01-01"
-
-[[test]]
-attack = "step"
-suite = "short"
-n = 6
-
-[[method]]
-name = "one"
-title = "one teacher"
-recipe = "one"
-[method.grid]
-"optim.lr" = ["1e-3", "2e-3"]
-
-[[teacher]]
-name = "first"
-recipe = "one"
-set = ["optim.steps=1"]
-
-[[method]]
-name = "two"
-title = "two teachers"
-recipe = "two"
-set = ["defense.weighting=static", "teachers.robust=@first"]
-
-[[comparison]]
-title = "two above one"
-a = ["two"]
-b = ["one"]
-"""
-
-
-def words(root, data, out):
-    typed = f"--include {root / 'cards'} study small --data-root {data} --device cpu"
-    return [*typed.split(), "--out", f"{out}/runs", "--tables", f"{out}/t"]
-
-
-def test_a_small_study_is_run_goes_on_from_its_outcomes_and_is_rendered_to_the_same_bytes(
-    study_cards,
-    tmp_path,
-):
-    root, data = study_cards
-    (root / "cards" / "studies" / "small.toml").write_text(STUDY)
-    (root / "cards" / "heldout.toml").write_text(
-        'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'
-    )
-    ran = fork_command(words(root, data, tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert "1 trainings or measurements to do" in ran.stderr  # the teacher
-    assert "3 trainings or measurements to do" in ran.stderr
-    names = ["small.csv", "small-comparisons.csv", "small.svg", "small.md", "small.html"]
-    assert [line.rsplit("/", 1)[1] for line in ran.stdout.split()] == names
-    first = {name: (tmp_path / "t" / name).read_bytes() for name in names}
-    page = first["small.html"].decode()
-    assert "One teacher &lt;and&gt; two" in page
-    assert 'xlink:href="#one-1-1"' in page
-    assert 'id="one-1-1"' in page
-    assert first["small.csv"].decode().count("\n") == 1 + 2 * 3
-    assert b"two,one,2,6,seen,clean accuracy at the operating points" in first["small-comparisons.csv"]
-
-    ledger_file = tmp_path / "t" / "small-outcomes.jsonl"
-    lines = ledger_file.read_bytes().splitlines(keepends=True)
-    ledger_file.write_bytes(b"".join(reversed(lines)))  # their order means nothing
-    reader.include([root / "cards"])
-    try:
-        files.write(
-            reader.read("studies", "small", Study), perform.Places(tmp_path / "nowhere", tmp_path / "t")
-        )
-        state = perform.state(
-            reader.read("studies", "small", Study), perform.Places(tmp_path / "nowhere", tmp_path / "t")
-        )
-    finally:
-        reader.include([])
-    assert {name: (tmp_path / "t" / name).read_bytes() for name in names} == first
-    assert {row[-1] for row in state} == {"done"}
 
 
 # --- who works, and what failed ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import command_line
 import pytest
-from test_frontier import STUDY, card, words
+from test_frontier import card
 from typer.testing import CliRunner
 
 from robustbench_vlm import store
@@ -133,12 +133,69 @@ def test_texts_of_a_study_are_text_on_its_page_and_in_its_plot(tmp_path):
 
 # --- the whole ---------------------------------------------------------------------------------------------
 
+STUDY = """
+kind = "frontier"
+name = "small"
+title = "One teacher <and> two"
+seeds = [0, 1]
+repeats = 1
+interpolation = [1.0, 0.5]
+set = ["optim.steps=4"]
+
+[probe]
+every = 2
+n = 8
+steps = 1
+
+[validation]
+attack = "step"
+suite = "heldout"
+n = 6
+
+[rule]
+highest = "mean"
+fixed = "2026-01-01"
+
+[[test]]
+attack = "step"
+suite = "short"
+n = 6
+
+[[method]]
+name = "one"
+title = "one teacher"
+recipe = "one"
+[method.grid]
+"optim.lr" = ["1e-3", "2e-3"]
+
+[[teacher]]
+name = "first"
+recipe = "one"
+set = ["optim.steps=1"]
+
+[[method]]
+name = "two"
+title = "two teachers"
+recipe = "two"
+set = ["defense.weighting=static", "teachers.robust=@first"]
+
+[[comparison]]
+title = "two above one"
+a = ["two"]
+b = ["one"]
+"""
+
+
+def words(root, data, out):
+    typed = f"--include {root / 'cards'} study small --data-root {data} --device cpu"
+    return [*typed.split(), "--out", f"{out}/runs", "--tables", f"{out}/t"]
+
 
 @pytest.fixture(scope="module")
 def world_of_study(study_cards):
     """Cards of a study of a teacher, three trials and their tests."""
     root, data = study_cards
-    (root / "cards" / "studies" / "small.toml").write_text(STUDY.replace("steps=2", "steps=4"))
+    (root / "cards" / "studies" / "small.toml").write_text(STUDY)
     (root / "cards" / "heldout.toml").write_text(
         'name = "heldout"\ntitle = "held out"\ndatasets = ["toy"]\neps = ["4/255"]\nseed = 5\n'
     )
@@ -163,14 +220,21 @@ def told(out):
     }
 
 
+NAMES = ["small.csv", "small-comparisons.csv", "small.svg", "small.md", "small.html"]
+
+
+def tables(out):
+    return {name: (out / "t" / name).read_bytes() for name in NAMES}
+
+
 def test_a_study_killed_and_gone_on_with_by_two_workers_has_the_outcomes_of_one_that_ran_through(
     world_of_study, tmp_path
 ):
     pytest.importorskip("ray")
     root, data = world_of_study
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    ran = command_line.fork_command(words(root, data, whole))
-    assert ran.returncode == 0, ran.stderr
+    require_whole(command_line.fork_command(words(root, data, whole)), whole)
+    require_rendered_again(root, whole)
     command = [sys.executable, "-m", "robustbench_vlm"]
     first = [*command, *words(root, data, torn)]
     assert command_line.kill_command(first, lambda: steps_done(torn), 3) < steps_done(whole)
@@ -180,10 +244,42 @@ def test_a_study_killed_and_gone_on_with_by_two_workers_has_the_outcomes_of_one_
     assert ran.returncode == 0, ran.stderr
     assert told(torn) == told(whole)
     for name in ("small.csv", "small-comparisons.csv"):
-        assert (torn / "t" / name).read_bytes() == (whole / "t" / name).read_bytes(), name
+        assert tables(torn)[name] == tables(whole)[name], name
     weights = sorted(path.relative_to(whole) for path in whole.rglob("image.safetensors"))
     assert len(weights) >= 4
     assert all((whole / path).read_bytes() == (torn / path).read_bytes() for path in weights)
+
+
+def require_whole(ran, out):
+    """What a study says that ran through, and what is in its tables and its page."""
+    assert ran.returncode == 0, ran.stderr
+    assert "1 trainings or measurements to do" in ran.stderr  # the teacher
+    assert "3 trainings or measurements to do" in ran.stderr
+    assert [line.rsplit("/", 1)[1] for line in ran.stdout.split()] == NAMES
+    found = tables(out)
+    page = found["small.html"].decode()
+    assert "One teacher &lt;and&gt; two" in page
+    assert 'xlink:href="#one-1-1"' in page
+    assert 'id="one-1-1"' in page
+    assert found["small.csv"].decode().count("\n") == 1 + 2 * 3
+    assert b"two,one,2,6,seen,clean accuracy at the operating points" in found["small-comparisons.csv"]
+
+
+def require_rendered_again(root, out):
+    """Outcomes in any order give the same bytes, without the folder of the trainings."""
+    ledger = out / "t" / "small-outcomes.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    made, elsewhere = tables(out), perform.Places(out / "nowhere", out / "t")
+    ledger.write_bytes(b"".join(reversed(lines)))
+    reader.include([root / "cards"])
+    try:
+        study = reader.read("studies", "small", Study)
+        files.write(study, elsewhere)
+        state = perform.state(study, elsewhere)
+    finally:
+        reader.include([])
+    assert tables(out) == made
+    assert {row[-1] for row in state} == {"done"}
 
 
 def test_a_trial_that_cannot_be_is_one_line(world_of_study, tmp_path):

@@ -77,6 +77,7 @@ class Measurement(Card):
         of: `line`, the chosen trial of each method at every interpolation; `chosen`, at the chosen one;
             `compared`, the same for the contenders of the comparisons alone; `front`, of these contenders,
             every trial and interpolation that lies on the method's front on validation images.
+        repeats: seeds that a test is taken with at most, so that a dear attack costs less; 0 for all of them.
     """
 
     attack: str
@@ -84,6 +85,7 @@ class Measurement(Card):
     n: int = Field(ge=0)
     datasets: tuple[str, ...] = ()
     of: Literal["line", "front", "chosen", "compared"] = "line"
+    repeats: int = Field(default=0, ge=0)
 
 
 class Rule(Card):

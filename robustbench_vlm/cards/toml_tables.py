@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +38,33 @@ def read(path: Path, roots: Sequence[Path]) -> dict[str, Any]:
     where, expected = str(path), "a TOML card"
     try:
         text = text_files.decoded(text_files.read_bytes(path, LARGEST_CARD))
-        if found := DOTTED.search(text):
-            raise CardError(where, f"the key {found[0]!r:.40} has too many parts", f"at most {DEEPEST}")
-        table = tomllib.loads(text)
+        table = copy.deepcopy(_parsed(text, where))
     except FileNotFoundError:
         raise CardError(where, "no such file", expected) from None
     except OSError as error:
         raise CardError(where, f"cannot be read ({error.strerror})", expected) from None
     except (ValueError, RecursionError) as error:  # TOML errors and undecodable bytes are ValueErrors, too
         raise CardError(where, f"not TOML ({error!s:.120})", expected) from None
+    replaced: dict[str, Any] = {}
     for key in ("names", "templates", "wordnet_ids", "wordnet_synsets"):
         value = table.get(key)
         if isinstance(value, str) and value.startswith("@"):
-            table[key] = lines_of(path, value.removeprefix("@"), roots)
+            table[key] = replaced[key] = lines_of(path, value.removeprefix("@"), roots)
         if isinstance(value, dict):
             files = {n: f for n, f in value.items() if isinstance(f, str) and f.startswith("@")}
             rows = {name: lines_of(path, file.removeprefix("@"), roots) for name, file in files.items()}
             value.update(rows)
+            replaced[key] = rows
+    require_plain(replaced, where)
+    return table
+
+
+@lru_cache(maxsize=512)
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """The table that a text says; a command reads many cards again and again, and `tomllib` is slow."""
+    if found := DOTTED.search(text):
+        raise CardError(where, f"the key {found[0]!r:.40} has too many parts", f"at most {DEEPEST}")
+    table = tomllib.loads(text)
     require_plain(table, where)
     return table
 

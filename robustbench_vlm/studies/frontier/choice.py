@@ -149,11 +149,15 @@ def judgings_of_chosen(study: Study, out: Path, tried_: Sequence[MethodTrials]) 
             continue
         tests = [test for test in study.test if test.of in ALL or one.method.name in compared]
         points = [(test, point) for test in tests for point in measured(test, one, best)]
-        for seed in seeds(study, one.method.name, made):
+        for count, seed in enumerate(seeds(study, one.method.name, made), 1):
             own = trials(study, one.method, out, seed)
             chosen_trial = own[best.trial.number - 1]
             wanted = [Judging(chosen_trial, share, study.validation) for share in study.interpolation]
-            wanted += [Judging(own[point.trial.number - 1], point.share, test) for test, point in points]
+            wanted += [
+                Judging(own[point.trial.number - 1], point.share, test)
+                for test, point in points
+                if count <= (test.repeats or count)
+            ]
             for judging in wanted:
                 found.setdefault(judging.id, judging)  # two tests may have a point in common
     return list(found.values())

@@ -12,7 +12,7 @@ from robustbench_vlm.cards import overrides, reader
 from robustbench_vlm.cards.recipe import Recipe
 from robustbench_vlm.cards.study import Study
 from robustbench_vlm.results import leaderboard
-from robustbench_vlm.studies.frontier import files, outcomes
+from robustbench_vlm.studies.frontier import choice, files, outcomes
 from robustbench_vlm.studies.frontier.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -57,13 +57,19 @@ def test_the_table_of_the_readme_has_the_committed_numbers():
 # --- studies -----------------------------------------------------------------------------------------------
 
 STUDIES = [path.name.removesuffix("-outcomes.jsonl") for path in sorted(COMMITTED.glob("*-outcomes.jsonl"))]
-FRONTIER = {
-    "tiny-single-teacher": "single-teacher",
-    "tiny-mmt-ard": "mmt-ard-static",
-    "tiny-mmt-ard-released": "mmt-ard-released",
-    **{f"tiny-{name}": name for name in ("rslad", "trades", "tecoa", "ard", "mtard", "b-mtard", "pmg-aft")},
+TUNED = {
+    "frontier": {
+        "tiny-mmt-ard-released": ["mmt-ard-released"],
+        **{f"tiny-{name}": [name] for name in ("trades", "ard", "mtard", "b-mtard", "pmg-aft")},
+    },
+    "schedules": {
+        "tiny-single-teacher": ["single-teacher", "single-radius-grows"],
+        "tiny-rslad": ["rslad", "rslad-radius-grows"],
+        "tiny-tecoa": ["tecoa", "tecoa-radius-grows"],
+        "tiny-mmt-ard": ["static", "radius-grows", "mix-to-robust", "radius-and-mix"],
+    },
 }
-"""Recipes whose hyperparameters the frontier study chose, and its methods."""
+"""By study: recipes whose hyperparameters it chose, and the methods that they were chosen from."""
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -82,16 +88,21 @@ def test_a_committed_study_is_rendered_again_to_the_same_bytes(name, tmp_path, m
         assert (tmp_path / file).read_bytes() == (COMMITTED / file).read_bytes(), file
 
 
-def test_tiny_recipes_have_what_the_frontier_study_chose(tmp_path):
-    known = outcomes.read(outcomes.ledger(COMMITTED, "frontier"))
-    report = Report(reader.read("studies", "frontier", Study), tmp_path, known)
-    for name, method in FRONTIER.items():
+@pytest.mark.parametrize("study", TUNED)
+def test_tiny_recipes_have_what_a_study_chose(study, tmp_path):
+    known = outcomes.read(outcomes.ledger(COMMITTED, study))
+    report = Report(reader.read("studies", study, Study), tmp_path, known)
+    for name, family in TUNED[study].items():
+        method = choice.contender(report.study, family, report.choices)
         best = report.made[method]
         table = reader.table("recipes", reader.path("recipes", name))
         recipe = reader.parse(table, Recipe, name)
-        chosen = reader.parse(overrides.override(table, list(best.trial.settings)), Recipe, name)
+        changes = [*report.study.set, *report.of(method).method.set, *best.trial.settings]
+        pinned = overrides.override(table, [*changes, f"name={name}"])
+        chosen = reader.parse(pinned, Recipe, name)
         assert recipe.model_dump() == chosen.model_dump()
         assert any(f"{best.clean:.1f} / {best.robust:.1f}" in note for note in recipe.notes), name
+        assert sum(len(report.of(one).trials) for one in family) in (4, 8)
         assert (recipe.optim.steps, recipe.optim.warmup) == (200, 14)
 
 

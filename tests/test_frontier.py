@@ -150,6 +150,21 @@ def test_with_one_seed_the_interval_is_that_of_the_images():
     assert found.high - found.low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.25 / 1000), rel=0.06)
 
 
+def test_a_draw_is_a_sum_of_whole_numbers_and_the_same_on_every_machine():
+    """Three seeds and two datasets, counted one by one: no fraction is added in another order."""
+    rng = np.random.default_rng(1)
+    one = Models({"a": rng.random((3, 2, 2, 3001)) < 0.4, "b": rng.random((3, 2, 2, 700)) < 0.7})
+    of_seeds, of_sets = resampling._counts(3, (3001, 700), 20)
+    (found,) = resampling._draws([one], 20)
+    for draw in range(20):
+        total = 0
+        for bits, of_images in zip(one.verdicts.values(), of_sets, strict=True):
+            times = of_images[draw].astype(np.int64)
+            right = (bits * times).sum(axis=3) * of_seeds[draw].astype(np.int64)[:, None, None]
+            total = total + right.sum(axis=0) / (2 * bits.shape[-1])
+        assert (found[draw] == 100 * total / 2).all()
+
+
 def test_models_on_other_images_are_not_paired():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="cannot be paired"):

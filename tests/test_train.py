@@ -552,6 +552,19 @@ class Breaking(Defense):
         return Terms(loss, {"fine": loss.detach(), "odd": loss.detach() * math.nan})
 
 
+def test_a_line_about_validation_images_names_the_radius():
+    """Of a radius that grows the last one, at which the probe attacks."""
+    said = []
+    made = reader.read("recipes", "tiny-mmt-ard", Recipe)
+    report = run.reporting(made, lambda *_: None, said.append)
+    report({"step": 5, "probe": {"clean": 0.5, "robust": 0.25}})
+    found = "clean 50.00 %, robust 25.00 % on validation images (robust at linf 6/255)"
+    clean = run.reporting(made.model_copy(update={"inner": None}), lambda *_: None, said.append)
+    clean({"step": 5, "probe": {"clean": 0.5}})
+    alone = "clean 50.00 % on validation images"
+    assert said == [f"tiny-mmt-ard, step 5: {one}" for one in (found, alone)]
+
+
 @pytest.mark.parametrize(
     ("where", "expected"),
     [

@@ -121,7 +121,8 @@ def reporting(recipe: Recipe, meter: Meter, remark: Callable[[str], None]) -> lo
 
     def report(line: loop.Line) -> None:
         if "probe" in line:
-            found = f"{probe_text(line['probe'])} on validation images"
+            ball = f" (robust at {recipe.inner.threat})" if recipe.inner else ""
+            found = f"{probe_text(line['probe'])} on validation images{ball}"
             remark(f"{recipe.name}, step {line['step']}: {found}")
         else:
             meter(recipe.name, line["step"], recipe.optim.steps, f"loss {line['loss']:.4f}")

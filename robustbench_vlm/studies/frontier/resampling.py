@@ -104,24 +104,27 @@ def _estimate(value: float, drawn: np.ndarray) -> Estimate:
 
 
 def _draws(models: Sequence[Models], draws: int) -> list[np.ndarray]:
-    """(draws, P, 2) points of every group of models, from the same seeds and images."""
+    """(draws, P, 2) points of every group of models, from the same seeds and images.
+
+    Products of matrices have whole numbers alone, which float32 adds without rounding up to 2**24 images: so
+    no draw depends on the order in which a machine adds them, and pages have equal bytes everywhere.
+    """
     names = sorted(models[0].verdicts)
     sizes = tuple(models[0].verdicts[name].shape[-1] for name in names)
-    of_seeds, of_sets = _shares(models[0].seeds, sizes, draws)
+    of_seeds, of_sets = _counts(models[0].seeds, sizes, draws)
     found = [np.zeros((draws, *one.points().shape)) for one in models]
     for name, of_images in zip(names, of_sets, strict=True):
         for one, total in zip(models, found, strict=True):
             bits = one.verdicts[name].astype(np.float32)
-            shares = np.einsum("spkn,rn->rspk", bits, of_images, optimize=True)
-            total += np.einsum("rspk,rs->rpk", shares, of_seeds, optimize=True)
+            right = np.einsum("spkn,rn->rspk", bits, of_images, optimize=True).astype(np.float64)
+            total += np.einsum("rspk,rs->rpk", right, of_seeds) / (of_seeds[0].sum() * bits.shape[-1])
     return [100 * total / len(names) for total in found]
 
 
 @lru_cache(maxsize=4)  # a study asks for the same few again and again, and drawing is most of the work
-def _shares(seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The share of every seed in every draw, (draws, S), and of every image of each dataset, (draws, N)."""
+def _counts(seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """How often each seed is in each draw, (draws, S), and each image of each dataset, (draws, N)."""
     rng = np.random.default_rng(0)
-    drawn = max(seeds - 1, 1)
-    of_seeds = rng.multinomial(drawn, np.full(seeds, 1 / seeds), size=draws) / drawn
-    of_sets = [rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32) / n for n in sizes]
-    return of_seeds, of_sets
+    of_seeds = rng.multinomial(max(seeds - 1, 1), np.full(seeds, 1 / seeds), size=draws)
+    of_sets = [rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32) for n in sizes]
+    return of_seeds.astype(np.float64), of_sets

@@ -230,11 +230,11 @@ def tables(out):
 def test_a_study_killed_and_gone_on_with_by_two_workers_has_the_outcomes_of_one_that_ran_through(
     world_of_study, tmp_path
 ):
-    pytest.importorskip("ray")
     root, data = world_of_study
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     require_whole(command_line.fork_command(words(root, data, whole)), whole)
     require_rendered_again(root, whole)
+    pytest.importorskip("ray")
     command = [sys.executable, "-m", "robustbench_vlm"]
     first = [*command, *words(root, data, torn)]
     assert command_line.kill_command(first, lambda: steps_done(torn), 3) < steps_done(whole)

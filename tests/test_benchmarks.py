@@ -321,6 +321,27 @@ def test_races_are_simulated_and_their_page_is_written(tmp_path):
     assert "| 100.0 % | 6.4 % |" in rows[0]  # ten points are seen at the first look: 64 of 1000
 
 
+def test_patch_embeddings_are_compared_and_their_page_is_written(tmp_path):
+    words = ["--towers", "vlmrob-tiny", "--turns", "1", "--out", tmp_path / "patches.md"]
+    ran = script(*words, name="patches.py")
+    assert ran.returncode == 0, ran.stderr
+    page = (tmp_path / "patches.md").read_text("utf-8")
+    parts = (
+        "patch embedding, forward",
+        "patch embedding, gradient",
+        "whole tower, forward",
+        "whole tower, gradient",
+    )
+    for part in parts:
+        (row,) = (
+            line for line in page.splitlines() if line.startswith(f"| vlmrob-tiny, 32 px | 64 | {part} |")
+        )
+        before, after, ratio = (float(cell) for cell in row.split("|")[4:7])
+        assert ratio == pytest.approx(before / after, abs=0.02, rel=0.02)
+    (gap,) = re.findall(r"between the two ways was (\S+)\.\n", page)
+    assert 0 < float(gap) < 1e-5
+
+
 @pytest.mark.parity
 def test_few_images_are_compared_and_missed_targets_are_named(tmp_path):
     out = tmp_path / "few.md"

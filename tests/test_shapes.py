@@ -1,5 +1,7 @@
 """Shapes of the calls of attacks: of the same bits, no more rows than images need, and what fits memory."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +16,8 @@ from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.engine import batch_shapes, losses, scheduler
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.oracle import Oracle
+from robustbench_vlm.engine.trajectories import End, Trajectories, Trajectory
+from robustbench_vlm.engine.verifier import Verifier
 from robustbench_vlm.threat import Threat, parse_eps
 
 ROWS = 16  # of the canonical pass
@@ -161,16 +165,11 @@ def test_few_rows_in_use_make_small_calls_and_verdicts_are_given_in_the_canonica
 # --- auto ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "largest"), [(1, 8), (4, 8), (8, 8), (16, 16)])
-def test_auto_takes_no_more_rows_than_images_need(n, largest):
+@pytest.mark.parametrize(("n", "largest"), [(1, 8), (4, 16), (8, 32), (16, 64)])
+def test_auto_takes_no_more_rows_than_three_targets_of_each_image_need(n, largest):
     model = Counted()
     _, cost = run(model, PLUGINS["apgd-t"], n, batch_size=None)
-    attacked = [rows for rows, _ in model.calls]
     assert cost.largest <= largest
-    assert max(attacked) == ROWS  # the canonical pass
-    if n == 8:  # the shape with which auto begins is not looked at
-        assert [rows for rows, _ in model.calls][1] == 8
-        assert model.calls[1][1]
 
 
 class Clock:
@@ -185,6 +184,36 @@ class Clock:
     def called(self, logits, _):
         self.now += self.fixed + len(logits)
         return logits
+
+
+@pytest.mark.parametrize(("fixed", "ahead"), [(0, False), (100, True)])
+def test_later_targets_run_ahead_only_where_that_makes_a_row_cheaper(fixed, ahead, monkeypatch):
+    clock = Clock(fixed)
+    monkeypatch.setattr(batch_shapes.time, "perf_counter", clock)
+    model = Counted(clock.called)
+    found, _ = run(model, PLUGINS["apgd-t"], 8, batch_size=None)
+    assert (
+        (32, True) in model.calls
+    ) == ahead  # 8 images of three targets; a call of 16 rows is tried anyway
+    require_same(found, run(Counted(), PLUGINS["apgd-t"], 8)[0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "number", "same_image", "due"),
+    [(True, 1, True, True), (True, 0, True, False), (True, 1, False, False), (False, 1, True, False)],
+    ids=["later target", "none later", "another image", "no success"],
+)
+def test_a_success_is_verified_at_once_if_later_targets_of_its_image_are_under_way(
+    broken, number, same_image, due
+):
+    image, other = (Trajectories(index, 0, [(1, 0), (2, 0), (3, 0)]) for index in range(2))
+    job = Job([("s", PLUGINS["apgd-t"])], LINF, ROWS, 10)
+    verifier = Verifier(Model(Counted()), SimpleNamespace(job=job, waiting=[]))
+    verifier.add([(Trajectory(image, 0), None, End(broken, True, not broken, -1, 1, 1, 1, 0, 0.0))])
+    busy = [Trajectory(image if same_image else other, number), *[Trajectory(other, 0)] * 7]
+    assert verifier.due(busy, smaller_shapes=True) == due
+    assert verifier.due(busy, smaller_shapes=False)
+    assert verifier.due([], smaller_shapes=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 
@@ -17,6 +20,37 @@ from robustbench_vlm.data.tiny import render, scenes, strokes, words, worlds, wr
 from robustbench_vlm.errors import InputError
 
 SMALL = "tiny-counts"
+OF_TEST_SETS = {  # the first 16 digits of the SHA-256 of all images
+    "tiny-seen": "4e5a6491b9e1bd05",
+    "tiny-pairs": "0f2f4d2e45cf8eb4",
+    "tiny-colours": "d7116f97c169a6cb",
+    "tiny-outlines": "135439593c83f071",
+    "tiny-textures": "25139ae1a8a2075c",
+    "tiny-counts": "83b148447705e370",
+    "tiny-positions": "ce011fa970b00672",
+    "tiny-letters": "63dc5c93687f7748",
+    "tiny-digits": "584de9eba0ee1fbd",
+}
+HASHES = """
+import hashlib, numpy as np
+from robustbench_vlm.data.tiny import worlds
+for name, world in worlds.WORLDS.items():
+    images = worlds.images(name, "test", np.arange(world.size["test"]))
+    print(name, hashlib.sha256(images.tobytes()).hexdigest()[:16])
+"""
+OTHER_PROCESSORS = {
+    "this one": {},
+    "no AVX2": {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "OPENBLAS_CORETYPE": "Prescott"},
+    "Haswell's kernels": {"OPENBLAS_CORETYPE": "Haswell"},
+}
+
+
+@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+def test_images_are_the_same_bytes_on_every_processor(processor):
+    environment = os.environ | OTHER_PROCESSORS[processor]
+    command = [sys.executable, "-W", "ignore", "-c", HASHES]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert dict(line.split() for line in ran.stdout.splitlines()) == OF_TEST_SETS
 
 
 def test_an_image_does_not_depend_on_how_many_are_drawn():

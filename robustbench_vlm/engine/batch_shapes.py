@@ -23,7 +23,7 @@ FIRST = 8
 """Rows of the calls with which `auto` begins; larger ones are tried from there, and so is the smallest."""
 FIXED = 64
 """Rows of a full call if no number was asked for: as is expected, and of a view that takes one shape only."""
-TRIES, TRIAL = 2, 0.1
+TRIES, TRIAL = 2, 0.3
 """Calls of each shape, and seconds, after which larger calls are not taken."""
 CHEAPER = 0.9
 """A call of twice the rows is taken where a row of it costs at most this part of what it cost before."""

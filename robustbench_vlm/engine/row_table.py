@@ -27,6 +27,9 @@ from robustbench_vlm.engine.trajectories import End, Trajectory
 NOTICEABLE = 0.1
 """Share of an iteration that launching it takes, from which on flags are read one iteration behind."""
 
+LOOKAHEAD = 4
+"""Rows for each trajectory of an attack that can look ahead, where calls may have so many."""
+
 
 def reads_behind(device: torch.device, launched: float, waited: float) -> bool:
     """Whether the flags of the next iteration are read after the one that follows it was launched.
@@ -141,14 +144,15 @@ class RowTable:
         return self._queue.job.batch_size or self._shapes.largest
 
     def _shape(self) -> int:
-        """Rows of the next calls.
+        """Rows of the next calls: as many as trajectories can begin, or their images can use ahead of need.
 
-        On a CPU every row costs time, so there is one for each image, and rows that are left over by rounding
-        run ahead. Elsewhere a row costs little, and there is one for all that can start.
+        An image that is not broken by one target is seldom broken by the next, so the trajectories of later
+        targets are seldom in vain, while a row of a small call costs up to twice that of a large one.
         """
         queue = self._queue
-        on_cpu = queue.device.type == "cpu"
-        wanted = len(self.busy) + len(queue.paused) + (len(queue.waiting) if on_cpu else queue.startable)
+        wanted = len(self.busy) + len(queue.paused) + queue.startable
+        if isinstance(self._attack, LookaheadAttack):
+            wanted *= LOOKAHEAD
         if not wanted and self._state is not None:
             return len(self._state.labels)
         return self._shapes.fit(wanted if queue.job.batch_size is None else min(wanted, self._active))

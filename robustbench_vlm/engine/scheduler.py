@@ -63,7 +63,7 @@ def run(model: Model, job: Job, blocks: Iterable[ImageBlock], on_finding: OnFind
         ended = table.take_ended()
         verifier.add(ended)
         changed = bool(ended)
-        while verifier.due(len(table.busy), smaller_shapes=on_cpu):
+        while verifier.due(table.busy.values(), smaller_shapes=on_cpu):
             verifier.verify()
             table.drop_obsolete()
             changed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -29,19 +29,28 @@ class Verifier:
         self._model, self._queue, self._job = model, queue, queue.job
         self._pending: list[tuple[Trajectory, State, End]] = []
 
-    def due(self, busy: int, *, smaller_shapes: bool) -> bool:
+    def due(self, busy: Collection[Trajectory], *, smaller_shapes: bool) -> bool:
         """Whether to make a call now.
 
-        Full calls are cheapest. But once no image waits, a verdict frees rows of later trajectories of its
-        image; where calls can shrink, it pays to wait until those rows are worth a call.
+        Full calls are cheapest. But once no image waits, a verdict frees rows: at once those of later
+        trajectories of its image, so nothing is gained by waiting if there are any; and where calls can
+        shrink, its own, which is worth a call only together with others.
 
         Args:
-            busy: rows with a trajectory.
+            busy: trajectories in rows.
             smaller_shapes: whether calls of the attacked view can shrink.
         """
-        fewest = max(busy, 1) if smaller_shapes else 1
-        rows = self._job.rows
-        return len(self._pending) >= (rows if self._queue.waiting else min(fewest, rows))
+        rows, pending = self._job.rows, len(self._pending)
+        if self._queue.waiting or not pending:
+            return pending >= rows
+        if not smaller_shapes or self._frees(busy):
+            return True
+        return pending >= min(max(len(busy), 1), rows)
+
+    def _frees(self, busy: Collection[Trajectory]) -> bool:
+        """Whether a pending success would make a trajectory in a row obsolete."""
+        first = {id(pending.image): pending.number for pending, _, end in self._pending if end.broken}
+        return any(other.number > first.get(id(other.image), other.number) for other in busy)
 
     def add(self, ended: Iterable[tuple[Trajectory, State, End]]) -> None:
         """Keep the trajectories that may be decisive; the images of the others go on at once."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robustbench_vlm import store
 from robustbench_vlm.errors import InputError, WeightsError, nearest
-from robustbench_vlm.models import configuration, downloads, loaded_towers, model_ids
+from robustbench_vlm.models import configuration, downloads, loaded_towers, model_ids, patches
 from robustbench_vlm.models.clip import Clip, ModelFacts
 from robustbench_vlm.models.model_ids import CONFIGS, HUB, LOCAL
 from robustbench_vlm.models.preprocess import of_open_clip
@@ -279,6 +279,7 @@ def _wrap(
         raise WeightsError(where, f"an input of {height} x {width} pixels", "a square input")
     if getattr(visual, "output_tokens", False):  # CoCa: for its decoder, which classifies nothing
         visual.output_tokens = False
+    patches.by_matrix(visual)
     merged = {**visual.preprocess_cfg, **{k: v for k, v in stated.items() if v is not None}}
     scale, bias = net.logit_scale, getattr(net, "logit_bias", None)
     quick_gelu = any(isinstance(part, QuickGELU) for part in net.modules())

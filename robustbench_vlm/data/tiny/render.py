@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_vlm.data.tiny import strokes
-from robustbench_vlm.data.tiny.strokes import Array, Index
+from robustbench_vlm.data.tiny import functions, strokes
+from robustbench_vlm.data.tiny.functions import Array
+from robustbench_vlm.data.tiny.strokes import Index
 
 SIDE = 32
 SCAN = 8  # side of a scan: the resolution of scikit-learn's digits
@@ -118,35 +119,35 @@ def enlarge(scans: Array) -> Array:
     position = (np.arange(SIDE) + 0.5) * SCAN / SIDE - 0.5
     weights = np.maximum(0, 1 - np.abs(np.clip(position, 0, SCAN - 1)[:, None] - np.arange(SCAN)))
     matrix = weights.astype(np.float32)
-    return np.asarray(matrix @ scans @ matrix.T, np.float32)
+    return np.asarray(functions.product(functions.product(matrix, scans), matrix.T), np.float32)
 
 
 def _shape(name: str, x: Array, y: Array) -> Any:  # noqa: ANN401 - an array of x's and y's shape
     """Roughly the signed distance to the edge of a shape of radius 1, negative inside."""
     ax = np.abs(x)
     if name == "circle":
-        return np.hypot(x, y) - 0.92
+        return functions.hypot(x, y) - 0.92
     if name == "square":
         return np.maximum(ax, np.abs(y)) - 0.8
     if name == "triangle":
         return np.maximum(y - 0.72, 0.87 * ax - 0.49 * y - 0.49)
     if name == "star":
         turn = np.pi / 5
-        fold = np.abs((np.arctan2(x, -y) + turn) % (2 * turn) - turn)
-        radius = np.hypot(x, y)
-        return 0.55 * (radius * np.cos(fold) - 1.05) + 0.83 * radius * np.sin(fold)
+        fold = np.abs((functions.arctan2(x, -y) + turn) % (2 * turn) - turn)
+        radius = functions.hypot(x, y)
+        return 0.55 * (radius * functions.cos(fold) - 1.05) + 0.83 * radius * functions.sin(fold)
     if name == "cross":
         ay = np.abs(y)
         return np.minimum(np.maximum(ax - 0.3, ay - 0.95), np.maximum(ay - 0.3, ax - 0.95))
     if name == "ring":
-        return np.abs(np.hypot(x, y) - 0.7) - 0.24
+        return np.abs(functions.hypot(x, y) - 0.7) - 0.24
     if name == "diamond":
         return 0.83 * ax + 0.55 * np.abs(y) - 0.55
     if name == "heart":
-        lobe = np.hypot(ax - 0.42, y + 0.3) - 0.5
+        lobe = functions.hypot(ax - 0.42, y + 0.3) - 0.5
         return np.minimum(lobe, 0.707 * (ax + np.abs(y - 0.02)) - 0.62)
     if name == "moon":
-        return np.maximum(np.hypot(x + 0.1, y) - 0.92, 0.72 - np.hypot(x - 0.42, y))
+        return np.maximum(functions.hypot(x + 0.1, y) - 0.92, 0.72 - functions.hypot(x - 0.42, y))
     shaft = np.maximum(np.abs(y) - 0.24, np.abs(x + 0.4) - 0.5)
     head = np.maximum(0.71 * (np.abs(y) + x) - 0.67, 0.0 - x)
     return np.minimum(shaft, head)
@@ -160,24 +161,26 @@ def _texture(name: str, x: Array, y: Array, period: Array, speckle: Array) -> An
     """Share of the first colour, in [0, 1], at pixels x (M, 1, W), y (M, H, 1)."""
     turn = (2 * np.pi / period).astype(np.float32)
     if name == "horizontal stripes":
-        return _sharp(np.cos(turn * y)) + 0 * x
+        return _sharp(functions.cos(turn * y)) + 0 * x
     if name == "vertical stripes":
-        return _sharp(np.cos(turn * x)) + 0 * y
+        return _sharp(functions.cos(turn * x)) + 0 * y
     if name == "diagonal stripes":
-        return _sharp(np.cos(0.71 * turn * (x + y)))
+        return _sharp(functions.cos(0.71 * turn * (x + y)))
     if name == "checkerboard":
-        return _sharp(2 * np.cos(turn / 2 * x) * np.cos(turn / 2 * y))
+        return _sharp(2 * functions.cos(turn / 2 * x) * functions.cos(turn / 2 * y))
     if name == "dots":
-        return _sharp(np.cos(turn * x) + np.cos(turn * y) - 0.4)
+        return _sharp(functions.cos(turn * x) + functions.cos(turn * y) - 0.4)
     if name == "rings":
-        return _sharp(np.cos(turn * np.hypot(x - 16, y - 16)))
+        return _sharp(functions.cos(turn * functions.hypot(x - 16, y - 16)))
     if name == "grid":
-        return _sharp(np.maximum(np.cos(turn * x), np.cos(turn * y)) - 0.7)
+        return _sharp(np.maximum(functions.cos(turn * x), functions.cos(turn * y)) - 0.7)
     if name == "waves":
-        return _sharp(np.cos(turn * (y + 2.2 * np.sin(x * np.float32(2 * np.pi / 13)))))
+        return _sharp(functions.cos(turn * (y + 2.2 * functions.sin(x * np.float32(2 * np.pi / 13)))))
     if name == "speckles":
         return np.kron(speckle[:, : SIDE // 2, : SIDE // 2] > 0.55, np.ones((1, 2, 2))).astype(np.float32)
-    return np.clip((x + y) / (2 * SIDE) + 0.5 * np.cos(period), 0, 1)  # gradient: the phase picks its offset
+    return np.clip(
+        (x + y) / (2 * SIDE) + 0.5 * functions.cos(period), 0, 1
+    )  # gradient: the phase picks its offset
 
 
 def _colours(paint: Paint, rows: Index, noise: Array) -> Array:
@@ -207,7 +210,7 @@ def _things(canvas: Array, things: Things, noise: Array) -> None:
         size = things.size[own, None, None]
         x = (axis[None, None, :] - things.centre[own, 0, None, None]) / size
         y = (axis[None, :, None] - things.centre[own, 1, None, None]) / size
-        cos, sin = (f(things.angle[own])[:, None, None] for f in (np.cos, np.sin))
+        cos, sin = (f(things.angle[own])[:, None, None] for f in (functions.cos, functions.sin))
         edge = _shape(SHAPES[kind], cos * x + sin * y, cos * y - sin * x) * size
         line = things.outline[own, None, None]
         edge = np.where(line > 0, np.abs(edge) - line / 2, edge)
@@ -221,7 +224,7 @@ def _write(canvas: Array, ink: Ink) -> None:
     """Write glyphs into (N, 3, H, W)."""
     starts, ends = strokes.segments(ink.glyph, ink.variant, ink.jitter)
     turned = np.swapaxes(ink.matrix, 1, 2)
-    starts, ends = starts @ turned, ends @ turned
+    starts, ends = functions.product(starts, turned), functions.product(ends, turned)
     both = np.concatenate([starts, ends], axis=1)
     low, high = both.min(1), both.max(1)
     # a scan is cropped to its ink: stretched to the full height, centred sideways, never stretched sideways

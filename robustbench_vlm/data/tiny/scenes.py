@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from robustbench_vlm import rng
+from robustbench_vlm.data.tiny import functions
+from robustbench_vlm.data.tiny.functions import Array
 from robustbench_vlm.data.tiny.render import BLOCK, SIDE, TEXTURES, Ink, Paint, Scenes, Things, render
-from robustbench_vlm.data.tiny.strokes import Array, Index, sheet
+from robustbench_vlm.data.tiny.strokes import Index, sheet
 from robustbench_vlm.data.tiny.words import COLOURS, FAMILIES, Attributes, captions, sample
 
 NUMBERS = 104  # uniform numbers a scene uses: 8 attributes, 2 caption, the rest layout
@@ -70,7 +72,7 @@ def scenes(attributes: Attributes, u: Array) -> Scenes:
     draw = Columns(u)
     family = np.array(FAMILIES)[attributes.family]
     tint = _tint(attributes.colour, draw)
-    ground = _plain(_ground(tint @ LUMA, draw))
+    ground = _plain(_ground(functions.product(tint, LUMA), draw))
     contrast, pivot, grain = draw.take(*CONTRAST), draw.take(0.3, 0.7), draw.take(0.0, GRAIN)
     shown = np.isin(family, ("shape", "textured", "outline", "position"))
     layers = [_single(attributes, np.flatnonzero(shown), family, tint, draw)]
@@ -120,7 +122,7 @@ def _pattern(ground: Paint, attributes: Attributes, shown: np.ndarray, draw: Col
     """Turn some grounds into patterns of two colours at least 0.3 apart in brightness."""
     first = draw.take(0.0, 1.0, 3)
     second = draw.take(0.0, 1.0, 3)
-    gap = (first - second) @ LUMA
+    gap = functions.product(first - second, LUMA)
     push = np.where(np.abs(gap) < 0.3, np.where(gap < 0, -0.3, 0.3), 0)[:, None]
     rows = np.flatnonzero(shown)
     ground.first[rows] = np.clip(first + push, 0, 1)[rows]
@@ -159,7 +161,7 @@ def _ink(attributes: Attributes, rows: Index, digit: np.ndarray, tint: Array, dr
     shear = draw.take(-0.25, 0.40)[rows]  # people slant to the right
     scale = np.where(scan, draw.take(0.75, 1.05)[rows], draw.take(0.6, 0.85)[rows])
     aspect = draw.take(0.8, 1.15)[rows]
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = functions.cos(angle), functions.sin(angle)
     lean = np.stack([np.stack([scale * aspect, -shear * scale], 1), np.stack([0 * scale, scale], 1)], 1)
     turn = np.stack([np.stack([cos, -sin], 1), np.stack([sin, cos], 1)], 1)
     paper = draw.take()[rows]
@@ -174,7 +176,7 @@ def _ink(attributes: Attributes, rows: Index, digit: np.ndarray, tint: Array, dr
         glyph=attributes.glyph[rows],
         variant=paper,
         jitter=jitter.astype(np.float32),
-        matrix=(turn @ lean).astype(np.float32),
+        matrix=functions.product(turn, lean).astype(np.float32),
         shift=draw.take(-0.15, 0.15, 2)[rows],
         width=wide.astype(np.float32),
         soft=np.full(len(rows), 1 / 8, np.float32),

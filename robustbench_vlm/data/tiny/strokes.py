@@ -8,9 +8,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from robustbench_vlm.data.tiny import functions
+from robustbench_vlm.data.tiny.functions import Array
 from robustbench_vlm.data.tiny.glyphs import DIGITS, LETTERS
 
-Array = NDArray[np.float32]
 Index = NDArray[np.intp]
 
 GLYPHS: tuple[str, ...] = (*DIGITS, *LETTERS)
@@ -111,7 +112,7 @@ def segments(glyph: Index, variant: Array, jitter: Array) -> tuple[Array, Array]
     every = sheet()
     chosen = every.first[glyph] + (variant * every.count[glyph]).astype(np.intp)
     control = every.control[chosen] + jitter[:, : every.control.shape[1]]
-    return every.starts[chosen] @ control, every.ends[chosen] @ control
+    return functions.product(every.starts[chosen], control), functions.product(every.ends[chosen], control)
 
 
 def distance(starts: Array, ends: Array, side: int) -> Array:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from robustbench_vlm.data.tiny.functions import Array
 from robustbench_vlm.data.tiny.render import SHAPES, TEXTURES
-from robustbench_vlm.data.tiny.strokes import GLYPHS, Array, Index
+from robustbench_vlm.data.tiny.strokes import GLYPHS, Index
 
 COLOURS = {
     "red": (0.90, 0.08, 0.08),

@@ -14,6 +14,7 @@ from robustbench_vlm.attacks.apgd import Apgd
 from robustbench_vlm.attacks.fab import Fab
 from robustbench_vlm.attacks.square import Square
 from robustbench_vlm.engine import batch_shapes, losses, scheduler
+from robustbench_vlm.engine.image_queue import ImageQueue
 from robustbench_vlm.engine.job import ImageBlock, Job, Model
 from robustbench_vlm.engine.oracle import Oracle
 from robustbench_vlm.engine.trajectories import End, Trajectories, Trajectory
@@ -45,11 +46,11 @@ class Counted(nn.Module):
         return self.told(self.model(images), grad)
 
 
-def run(model, attack, n, batch_size=FULL, rows=ROWS, **seen):
+def run(model, attack, n, batch_size=FULL, rows=ROWS, threat=LINF, **seen):
     images, labels = blobs(n, 10, seed=4)
     found = {}
     cost = scheduler.run(
-        Model(model, **seen), Job([("s", attack)], LINF, rows, 10, batch_size),
+        Model(model, **seen), Job([("s", attack)], threat, rows, 10, batch_size),
         [ImageBlock(images, labels, [str(i) for i in range(n)])], lambda f: found.__setitem__(f.key, f),
     )  # fmt: skip
     return [found[str(i)] for i in range(n)], cost
@@ -190,12 +191,24 @@ class Clock:
 def test_later_targets_run_ahead_only_where_that_makes_a_row_cheaper(fixed, ahead, monkeypatch):
     clock = Clock(fixed)
     monkeypatch.setattr(batch_shapes.time, "perf_counter", clock)
-    model = Counted(clock.called)
-    found, _ = run(model, PLUGINS["apgd-t"], 8, batch_size=None)
-    assert (
-        (32, True) in model.calls
-    ) == ahead  # 8 images of three targets; a call of 16 rows is tried anyway
-    require_same(found, run(Counted(), PLUGINS["apgd-t"], 8)[0])
+    model, nothing_breaks = Counted(clock.called), Threat("linf", parse_eps("1/25500"))
+    found, _ = run(model, PLUGINS["apgd-t"], 8, batch_size=None, threat=nothing_breaks)
+    wide = [rows for rows, differentiated in model.calls if differentiated and rows > 8]
+    assert len(wide) >= 6 if ahead else set(wide) <= {16}  # calls of 16 rows are tried anyway
+    require_same(found, run(Counted(), PLUGINS["apgd-t"], 8, threat=nothing_breaks)[0])
+
+
+def test_targets_of_an_image_that_has_withstood_one_are_likely_and_go_first():
+    queue = ImageQueue(Model(Counted()), Job([("s", PLUGINS["apgd-t"])], LINF, ROWS, 10), [], print)
+    fresh, proven, waits = (Trajectories(index, 0, [(1, 0), (2, 0), (3, 0)]) for index in range(3))
+    queue.waiting.append(waits)
+    queue.running += [fresh, proven]
+    for image in (fresh, proven):
+        image.next()
+    proven.ends[0] = End(False, True, False, -1, 1, 1, 1, 0, 0.0)
+    assert (queue.startable, queue.likely) == (3 + 2 + 2, 1 + 2)
+    proven.next()  # in a row; `fresh` has fewer, and comes later all the same
+    assert [queue.next().image for _ in range(3)] == [waits, proven, fresh]
 
 
 @pytest.mark.parametrize(

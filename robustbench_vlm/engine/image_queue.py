@@ -98,8 +98,21 @@ class ImageQueue:
             return len(self.waiting)
         return sum(image.left for image in (*self.running, *self.waiting))
 
+    @property
+    def likely(self) -> int:
+        """How many trajectories could begin now and are seldom in vain.
+
+        They are the first of every image that waits, and all of an image that has withstood one.
+        """
+        if self.job.stop != "first":
+            return len(self.waiting)
+        return len(self.waiting) + sum(image.left for image in self.running if image.ends)
+
     def next(self) -> Trajectory | None:
-        """The trajectory for a free row: one that is paused, else of a waiting image, else one ahead."""
+        """The trajectory for a free row: one that is paused, else of a waiting image, else one ahead.
+
+        Of those ahead, one of an image that has withstood a trajectory comes first.
+        """
         while self.paused:
             trajectory = self.paused.popleft()
             if not trajectory.obsolete:
@@ -109,7 +122,7 @@ class ImageQueue:
             self.running.append(image)
             return image.next()
         ahead = [image for image in self.running if image.left and self.job.stop == "first"]
-        return min(ahead, key=lambda image: image.started).next() if ahead else None
+        return min(ahead, key=lambda image: (not image.ends, image.started)).next() if ahead else None
 
     def start(self, started: list[Trajectory]) -> State:
         """The state of trajectories of one stage, before their first model call."""

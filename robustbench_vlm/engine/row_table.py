@@ -144,13 +144,16 @@ class RowTable:
         return self._queue.job.batch_size or self._shapes.largest
 
     def _shape(self) -> int:
-        """Rows of the next calls: as many as trajectories can begin, or their images can use ahead of need.
+        """Rows of the next calls: one for each image, and for later trajectories that run ahead of need.
 
-        An image that is not broken by one target is seldom broken by the next, so the trajectories of later
-        targets are seldom in vain, while a row of a small call costs up to twice that of a large one.
+        Those are in vain once their image is broken. On a GPU a row costs little, and all that can start get
+        one. On a CPU every row costs time, though less in a large call than in a small one: there those of an
+        image get one after its first trajectory has failed, since an image that is not broken by its most
+        likely target is seldom broken by another.
         """
         queue = self._queue
-        wanted = len(self.busy) + len(queue.paused) + queue.startable
+        on_cpu = queue.device.type == "cpu"
+        wanted = len(self.busy) + len(queue.paused) + (queue.likely if on_cpu else queue.startable)
         if isinstance(self._attack, LookaheadAttack):
             wanted *= LOOKAHEAD
         if not wanted and self._state is not None:

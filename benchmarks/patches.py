@@ -70,13 +70,13 @@ def forward(of: nn.Module, images: Tensor) -> Tensor:
 
 def measured(name: str, rows: int, turns: int) -> tuple[list[str], float]:
     """Rows of the table for one architecture, and the largest difference of an embedding's number."""
-    ours: Any = openclip.build(name).visual.requires_grad_(False)
+    built = openclip.build(name)
+    side, ours = built.image_size, built.visual.requires_grad_(False)
     theirs: Any = open_clip.create_model(name)
     theirs = theirs.visual.eval().requires_grad_(False)
     theirs.load_state_dict(ours.state_dict())
     if not isinstance(ours.conv1, patches.PatchEmbedding):
         raise SystemExit(f"{name}: its first layer is no patch embedding")
-    side = openclip.build(name).image_size
     images = torch.rand(rows, 3, side, side)
     gap = float((forward(ours, images) - forward(theirs, images)).abs().max())
     lines = []

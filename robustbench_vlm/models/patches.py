@@ -1,7 +1,7 @@
 """The patch embedding of an image tower as a matrix product, on a CPU.
 
 The first layer of a vision transformer is a convolution whose windows neither overlap nor leave gaps. It is
-one matrix product over patches. Torch's CPU convolution (oneDNN) takes three to four times as long for it and
+one matrix product over patches. Torch's CPU convolution (oneDNN) takes about three to five times as long with
 its gradient at the pixels, which every step of an attack needs (benchmarks/patches.md).
 """
 
